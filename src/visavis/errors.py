@@ -1,0 +1,40 @@
+"""Errors that users see. Each message says what was found, what was expected, the likely cause
+and what to do. Programmer errors stay `assert`s; nothing here knows about models or files."""
+
+from __future__ import annotations
+
+
+class VisavisError(ValueError):
+    """Base of everything a user can cause; the command line prints it as one line and exits 2."""
+
+
+class InputError(VisavisError):
+    """A prompt, item or argument that cannot be used."""
+
+
+class ImageError(InputError):
+    """A picture that cannot be read or is too large to read safely."""
+
+
+class ContextLengthError(InputError):
+    """More tokens than the model's context holds; raised before any work is done."""
+
+
+class UnknownNameError(InputError):
+    """A name that no registry knows; the message lists the nearest ones."""
+
+
+class CheckpointError(VisavisError):
+    """A checkpoint file that is damaged, incomplete or of an unknown kind."""
+
+
+class FetchError(VisavisError):
+    """Weights that could not be fetched or do not have the expected hash."""
+
+
+class StoreError(VisavisError):
+    """An index that cannot be opened, or was made by another model."""
+
+
+class TrainError(VisavisError):
+    """A recipe, record or run that cannot be trained."""

@@ -1,0 +1,1 @@
+"""Modules and frozen configs: vision tower, connector, decoder. No files, no network, no tokens' text."""

@@ -1,0 +1,203 @@
+"""Frozen configs of every part. They describe shapes and switches; they load and build nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+PerLayer = int | tuple[int, ...]  # one number for all layers, or one per layer (OpenELM)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context."""
+
+    kind: Literal["linear", "llama3", "factors"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_context: int = 8192  # llama3: context the model was first trained with
+    factors: tuple[float, ...] = ()  # factors: one divisor per frequency (GGUF rope_freqs)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only language model; defaults are the Llama family."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: PerLayer
+    num_kv_heads: PerLayer
+    head_dim: int
+    ffn_width: PerLayer
+    context_length: int
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # added to the norm weight (Gemma: 1)
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True  # gate * up (SwiGLU, GeGLU) instead of a single up projection
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    head_bias: bool = False
+    parallel_block: bool = False  # attention and FFN read the same norm and are summed (Phi-2)
+    rope_base: float = 10000.0
+    rope_fraction: float = 1.0  # share of head_dim that rotates (Phi-2, StableLM: < 1)
+    rope_scaling: RopeScaling | None = None
+    mrope_sections: tuple[int, ...] = ()  # frequencies per axis (time, height, width), Qwen2-VL
+    qk_norm: bool = False  # RMS norm on each head's query and key
+    embedding_scale: float = 1.0  # token embeddings are multiplied by this (Gemma: sqrt(width))
+    tied_head: bool = True
+    sliding_window: int = 0  # tokens a query may look back, itself included; 0 = all
+
+    def per_layer(self, value: PerLayer, layer: int) -> int:
+        """Return the number for one layer of a field that may differ per layer."""
+        return value[layer] if isinstance(value, tuple) else value
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rope_fraction) // 2 * 2
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """CLIP, SigLIP and DINOv2 in one config; the flags are their differences."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    ffn_width: int
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
+    norm_eps: float
+    kind: Literal["vit"] = "vit"
+    class_token: bool = True
+    num_registers: int = 0
+    patch_bias: bool = False
+    pre_norm: bool = False  # CLIP: a norm on the embeddings before the first block
+    post_norm: bool = True  # a norm after the last block
+    post_norm_taps: Literal["none", "class", "all"] = "all"  # what "last hidden state" passes it
+    layer_scale: bool = False  # DINOv2
+    gated_ffn: bool = False  # DINOv2-giant: SwiGLU
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.class_token) + self.num_registers
+
+
+@dataclass(frozen=True)
+class EfficientNetConfig:
+    """EfficientNet-Lite 0-4 (Tan & Le 2019; Lite: no squeeze-excite, ReLU6) as a vision tower."""
+
+    variant: int
+    image_size: int
+    kind: Literal["efficientnet_lite"] = "efficientnet_lite"
+
+    @property
+    def grid(self) -> int:
+        return -(-self.image_size // 32)
+
+    @property
+    def width(self) -> int:
+        return 1280
+
+
+TowerConfig = ViTConfig | EfficientNetConfig
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """From tower features to the decoder's width.
+
+    `linear` is one layer; `mlp` is LLaVA's mlpNx_gelu with `depth` layers. `shuffle` > 1 first
+    folds shuffle x shuffle neighbouring patches into channels (pixel shuffle), cutting the number
+    of image tokens by its square.
+    """
+
+    kind: Literal["linear", "mlp"]
+    in_width: int
+    out_width: int
+    depth: int = 1
+    shuffle: int = 1
+    hidden_width: int = 0  # 0: out_width, as in LLaVA
+    input_norm: bool = False  # a layer norm on the (folded) tower features
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """An optional projection from pooled hidden states to the embedding space.
+
+    `layers` are hidden states by number: 0 is the input embeddings, n the output of block n;
+    the last one passes the final norm. Means over text tokens and over image tokens are
+    projected apart and summed.
+    """
+
+    layers: tuple[int, ...]
+    dim: int
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """A whole model. `select_layer` counts hidden states of the tower from the end (-1 = last)."""
+
+    decoder: DecoderConfig
+    tower: TowerConfig | None = None
+    connector: ConnectorConfig | None = None
+    head: HeadConfig | None = None
+    image_token_id: int = -1
+    select_layer: int = -1
+    select_feature: Literal["patch", "class_patch"] = "patch"
+
+    @property
+    def tokens_per_image(self) -> int:
+        if self.tower is None or self.connector is None:
+            return 0
+        side = -(-self.tower.grid // self.connector.shuffle)
+        extra = (
+            self.tower.num_prefix_tokens
+            if isinstance(self.tower, ViTConfig) and self.select_feature == "class_patch"
+            else 0
+        )
+        return side * side + extra
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
+    """Rebuild a `VLMConfig` from `to_dict`'s output after a trip through JSON.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+    """
+    fields = dict(data)
+    fields["decoder"] = decoder_config_from_dict(fields["decoder"])
+    tower = fields.get("tower")
+    if tower is not None:
+        kind = {"vit": ViTConfig, "efficientnet_lite": EfficientNetConfig}[tower["kind"]]
+        fields["tower"] = kind(**tower)
+    if fields.get("connector") is not None:
+        fields["connector"] = ConnectorConfig(**fields["connector"])
+    if fields.get("head") is not None:
+        head = fields["head"]
+        fields["head"] = HeadConfig(layers=tuple(head["layers"]), dim=head["dim"])
+    return VLMConfig(**fields)
+
+
+def decoder_config_from_dict(data: dict[str, Any]) -> DecoderConfig:
+    """Rebuild a `DecoderConfig` from JSON types (lists become tuples)."""
+    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+    if fields.get("rope_scaling") is not None:
+        scaling = dict(fields["rope_scaling"])
+        scaling["factors"] = tuple(scaling.get("factors", ()))
+        fields["rope_scaling"] = RopeScaling(**scaling)
+    return DecoderConfig(**fields)
