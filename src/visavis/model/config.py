@@ -79,7 +79,6 @@ class ViTConfig:
     patch_bias: bool = False
     pre_norm: bool = False  # CLIP: a norm on the embeddings before the first block
     post_norm: bool = True  # a norm after the last block
-    post_norm_taps: Literal["none", "class", "all"] = "all"  # what "last hidden state" passes it
     layer_scale: bool = False  # DINOv2
     gated_ffn: bool = False  # DINOv2-giant: SwiGLU
 

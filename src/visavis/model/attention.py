@@ -1,0 +1,153 @@
+"""Attention over packed sequences: one function, two backends.
+
+Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `Layout` says where each
+sequence ends and what it has cached. On CUDA without a cache the whole stream goes through
+`varlen_attn`; everywhere else each sequence goes through scaled-dot-product attention by itself.
+Knows nothing of projections, positions or rotary embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from visavis.model.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a packed stream divides into sequences.
+
+    Args:
+        lengths: new tokens of each sequence, in stream order; their sum is T.
+        caches: one cache per sequence that earlier tokens are read from and new ones are
+            written to; empty when nothing is cached.
+    """
+
+    lengths: tuple[int, ...]
+    caches: tuple[KVCache, ...] = field(default=())
+
+    @cached_property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    def cu_seqlens(self, device: torch.device) -> Tensor:
+        """Return the running sum of lengths, starting with 0, int32 [B + 1]."""
+        return torch.tensor((0, *self.lengths), device=device).cumsum(0).to(torch.int32)
+
+
+def attend(
+    query: Tensor,  # [T, heads, head_dim]
+    key: Tensor,  # [T, kv_heads, head_dim]
+    value: Tensor,  # [T, kv_heads, head_dim]
+    layout: Layout,
+    *,
+    layer: int = 0,
+    causal: bool = True,
+    window: int = 0,
+) -> Tensor:  # [T, heads, head_dim]
+    """Attend within each sequence of the stream; scores are scaled by 1 / sqrt(head_dim).
+
+    Args:
+        layer: which layer of the caches to read and extend.
+        causal: a token sees itself and what came before; otherwise its whole sequence.
+        window: with `causal`, how many tokens back a token sees, itself included; 0 = all.
+    """
+    if not layout.caches:
+        if query.is_cuda:
+            return _attend_varlen(query, key, value, layout, causal, window)
+        if len(set(layout.lengths)) == 1:
+            return _attend_equal(query, key, value, layout, causal, window)
+    outputs = []
+    pieces = zip(
+        query.split(layout.lengths),
+        key.split(layout.lengths),
+        value.split(layout.lengths),
+        strict=True,
+    )
+    for index, (q, k, v) in enumerate(pieces):
+        k, v = k.transpose(0, 1), v.transpose(0, 1)  # [kv_heads, L, head_dim]
+        if layout.caches:
+            k, v = layout.caches[index].extend(layer, k, v)  # [kv_heads, past + L, head_dim]
+        outputs.append(_attend_one(q, k, v, causal, window))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> Tensor:
+    """Attend for one sequence: q [L, H, d], k and v [KV, S, d] with S >= L -> [L, H, d]."""
+    length, num_heads, head_dim = q.shape
+    num_kv_heads, total = k.shape[0], k.shape[1]
+    if length == 1:  # decode: the heads that share a key head become rows of one query
+        if window and causal and total > window:
+            k, v = k[:, -window:], v[:, -window:]
+        grouped = q.view(1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        out = F.scaled_dot_product_attention(grouped, k[None], v[None])
+        return out.reshape(1, num_heads, head_dim)
+    mask = None
+    plain = not causal or (total == length and (not window or window >= length))
+    if not plain:
+        mask = _causal_mask(length, total, window, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k[None],
+        v[None],
+        attn_mask=mask,
+        is_causal=causal and plain,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return out[0].transpose(0, 1)
+
+
+def _attend_equal(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, window: int
+) -> Tensor:
+    """Sequences of one length need no ragged loop: one call with a batch axis."""
+    num, length = len(layout.lengths), layout.max_length
+    q, k, v = (x.view(num, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+    windowed = causal and 0 < window < length
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=_causal_mask(length, length, window, q.device) if windowed else None,
+        is_causal=causal and not windowed,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2).reshape(query.shape)
+
+
+def _causal_mask(length: int, total: int, window: int, device: torch.device) -> Tensor:
+    """Return which of `total` keys the last `length` positions may see, bool [length, total]."""
+    rows = torch.arange(total - length, total, device=device)[:, None]
+    columns = torch.arange(total, device=device)[None]
+    mask = columns <= rows
+    return mask & (columns > rows - window) if window else mask
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, window: int
+) -> Tensor:
+    """One kernel over the whole stream (CUDA, half precision)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu_seqlens = layout.cu_seqlens(query.device)
+    left = window - 1 if causal and window else -1
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        layout.max_length,
+        layout.max_length,
+        window_size=(left, 0 if causal else -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out

@@ -1,0 +1,34 @@
+"""What goes through the model: many sequences in one stream, no padding anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class PackedBatch:
+    """Sequences laid end to end.
+
+    Args:
+        token_ids: int64 [T]; image positions hold the model's image token id.
+        positions: int64 [T] (or [3, T] for M-RoPE), counted within each sequence.
+        lengths: tokens of each sequence; they sum to T.
+        image_positions: int64 [S], where in the stream image tokens go, in order.
+        pixels: float [N, 3, size, size], the images in order of appearance; or
+        features: float [N, P, W], the tower's features of those images, computed before.
+        labels: int64 [T], the token each position should predict next, -100 where none is.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    image_positions: Tensor | None = None
+    pixels: Tensor | None = None
+    features: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]

@@ -1,0 +1,147 @@
+"""One decoder for every language-model family: what differs is in `DecoderConfig`.
+
+Reads a packed stream of embeddings `[T, D]` and returns hidden states `[T, D]`. The residual
+stream stays float32 whatever the weights are. Knows nothing of images, tokens' text or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visavis.model.attention import Layout, attend
+from visavis.model.config import DecoderConfig
+from visavis.model.rope import Rope, rotate
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+}
+
+
+class Norm(nn.Module):
+    """RMS or layer norm in float32; the result is cast to `dtype` for the next matmul."""
+
+    def __init__(self, width: int, config: DecoderConfig) -> None:
+        super().__init__()
+        self.shape, self.eps, self.offset = (width,), config.norm_eps, config.norm_offset
+        self.weight = nn.Parameter(torch.ones(width) - config.norm_offset)
+        self.bias = nn.Parameter(torch.zeros(width)) if config.norm == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., width] -> the same, float32
+        weight = self.weight.float()
+        if self.bias is not None:
+            return F.layer_norm(x, self.shape, weight, self.bias.float(), self.eps)
+        return F.rms_norm(x, self.shape, weight + self.offset if self.offset else weight, self.eps)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a norm of the residual stream."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.num_heads = config.per_layer(config.num_heads, layer)
+        self.num_kv_heads = config.per_layer(config.num_kv_heads, layer)
+        head_dim, width = config.head_dim, config.width
+        ffn_width = config.per_layer(config.ffn_width, layer)
+        qkv_width = (self.num_heads + 2 * self.num_kv_heads) * head_dim
+        self.attn_norm = Norm(width, config)
+        self.qkv = nn.Linear(width, qkv_width, bias=config.qkv_bias)
+        self.out = nn.Linear(self.num_heads * head_dim, width, bias=config.out_bias)
+        self.ffn_norm = None if config.parallel_block else Norm(width, config)
+        self.up = nn.Linear(width, ffn_width * (1 + config.gated), bias=config.ffn_bias)
+        self.down = nn.Linear(ffn_width, width, bias=config.ffn_bias)
+        self.q_norm = Norm(head_dim, config) if config.qk_norm else None
+        self.k_norm = Norm(head_dim, config) if config.qk_norm else None
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        dtype = rotary[0].dtype
+        normed = self.attn_norm(x).to(dtype)  # [T, D]
+        if self.ffn_norm is None:
+            return x + self.attention(normed, rotary, layout) + self.feed_forward(normed)
+        x = x + self.attention(normed, rotary, layout)
+        return x + self.feed_forward(self.ffn_norm(x).to(dtype))
+
+    def attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.config.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
+            q = rotate(self.q_norm(q.float()).to(x.dtype), *rotary)
+            k = rotate(self.k_norm(k.float()).to(x.dtype), *rotary)
+        else:  # one rotation for queries and keys: they stand side by side
+            q, k = rotate(qkv[:, : heads + kv_heads], *rotary).split((heads, kv_heads), 1)
+        v = qkv[:, heads + kv_heads :]  # [T, kv_heads, head_dim]
+        mixed = attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
+        return self.out(mixed.reshape(x.shape[0], -1))  # [T, D]
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)  # [T, F] or [T, 2F]: gate and up side by side
+        if self.config.gated:
+            gate, hidden = hidden.chunk(2, -1)
+            hidden = self.activation(gate) * hidden
+        else:
+            hidden = self.activation(hidden)
+        return self.down(hidden)
+
+
+class Decoder(nn.Module):
+    """Token embeddings, blocks, final norm and head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = Rope(config)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = Norm(config.width, config)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        if config.tied_head:
+            self.head.weight = self.embed.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matmuls compute in."""
+        return self.embed.weight.dtype
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        """Return float32 embeddings [T, D] of int64 ids [T]."""
+        return self.embed(token_ids).float() * self.config.embedding_scale
+
+    def forward(
+        self,
+        x: Tensor,  # [T, D]
+        positions: Tensor,  # int64 [T], or [3, T] for M-RoPE
+        layout: Layout,
+        layers: Collection[int] = (-1,),
+    ) -> dict[int, Tensor]:
+        """Return the hidden states of the named layers, each float32 [T, D].
+
+        Layer 0 is `x` itself, n the output of block n; `num_layers` (or -1) is the output of
+        the last block after the final norm. Blocks past the highest named layer do not run.
+        """
+        last = self.config.num_layers
+        wanted = {layer: layer % (last + 1) for layer in layers}
+        found = {0: x}
+        rotary = self.rope(positions, self.dtype)
+        for number, block in enumerate(self.blocks[: max(wanted.values())], start=1):
+            x = block(x, rotary, layout)
+            if number in wanted.values():
+                found[number] = x
+        if max(wanted.values()) == last:
+            found[last] = self.norm(x)
+        for cache, length in zip(layout.caches, layout.lengths, strict=False):
+            cache.advance(length)
+        return {layer: found[number] for layer, number in wanted.items()}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return next-token scores, float32 [T, vocab], of normed hidden states [T, D]."""
+        return self.head(hidden.to(self.dtype)).float()

@@ -1,0 +1,58 @@
+"""Keys and values of one sequence, for all layers. Grows by doubling; knows no positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from visavis.model.config import DecoderConfig
+
+
+class KVCache:
+    """What one sequence has attended to so far.
+
+    Every layer is extended once per forward pass, layer 0 first; `length` counts the tokens of
+    finished passes and moves when the last layer has been written (`advance`).
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        capacity: int = 256,
+    ) -> None:
+        self.length = 0
+        self.keys: list[Tensor] = []  # each [kv_heads, capacity, head_dim]
+        self.values: list[Tensor] = []
+        for layer in range(config.num_layers):
+            num_kv_heads = config.per_layer(config.num_kv_heads, layer)
+            shape = (num_kv_heads, capacity, config.head_dim)
+            self.keys.append(torch.empty(shape, dtype=dtype, device=device))
+            self.values.append(torch.empty(shape, dtype=dtype, device=device))
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [kv_heads, L, head_dim]; return all of them so far."""
+        total = self.length + key.shape[1]
+        if total > self.keys[layer].shape[1]:
+            self._grow(layer, total)
+        self.keys[layer][:, self.length : total] = key
+        self.values[layer][:, self.length : total] = value
+        return self.keys[layer][:, :total], self.values[layer][:, :total]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` as part of the past, after all layers have been extended."""
+        self.length += num_tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def _grow(self, layer: int, needed: int) -> None:
+        for store in (self.keys, self.values):
+            old = store[layer]
+            new = old.new_empty(old.shape[0], max(needed, 2 * old.shape[1]), old.shape[2])
+            new[:, : self.length] = old[:, : self.length]
+            store[layer] = new

@@ -1,0 +1,83 @@
+"""Rotary position embeddings (Su et al. 2021), half-split layout, with the stretches in use.
+
+Knows frequencies and angles; does not know which layers or heads use them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from visavis.model.config import DecoderConfig, RopeScaling
+
+
+class Rope:
+    """Tables of cosines and sines that grow with the largest position seen."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self.dim = config.rotary_dim
+        self.sections = config.mrope_sections
+        exponent = torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim
+        self.frequencies = scaled(1.0 / config.rope_base**exponent, config.rope_scaling)
+        self.tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and signed sin, each [T, 1, rotary_dim].
+
+        Args:
+            positions: int64 [T], or [3, T] (time, height, width) for M-RoPE.
+        """
+        if positions.dim() == 2:
+            return self._sectioned(positions, dtype)
+        cos, sin = self._table(int(positions.max()) + 1, positions.device, dtype)
+        return cos[positions], sin[positions]
+
+    def _table(
+        self, needed: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        found = self.tables.get((device, dtype))
+        if found is None or found[0].shape[0] < needed:
+            size = 1 << max(9, math.ceil(math.log2(needed)))
+            angles = torch.arange(size)[:, None] * self.frequencies  # [size, dim / 2]
+            found = tuple(x.to(device, dtype) for x in signed_tables(angles))
+            self.tables[device, dtype] = found
+        return found
+
+    def _sectioned(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Each block of frequencies follows the position of its own axis (Qwen2-VL)."""
+        axis = torch.repeat_interleave(
+            torch.arange(len(self.sections)), torch.tensor(self.sections)
+        ).to(positions.device)  # [dim / 2]: which axis each frequency follows
+        angles = positions[axis].T * self.frequencies.to(positions.device)  # [T, dim / 2]
+        cos, sin = signed_tables(angles)
+        return cos.to(dtype), sin.to(dtype)
+
+
+def signed_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos [T, 1, dim] and sin [T, 1, dim] whose first half is negated."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first `rotary_dim` channels of x [T, heads, head_dim]."""
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), -1)
+    return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
+
+
+def scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """Stretch frequencies [dim / 2] for longer contexts; `llama3` follows Llama 3.1's rule."""
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "factors":
+        return frequencies / torch.tensor(scaling.factors, dtype=torch.float32)
+    wavelength = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = ((scaling.original_context / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies

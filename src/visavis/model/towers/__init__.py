@@ -1,0 +1,18 @@
+"""Vision towers: pixels [N, 3, S, S] to patch features [N, P, W]."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from visavis.model.config import EfficientNetConfig, TowerConfig
+
+
+def build_tower(config: TowerConfig) -> nn.Module:
+    """Return the (randomly initialised) tower that a config describes."""
+    if isinstance(config, EfficientNetConfig):
+        from visavis.model.towers.efficientnet import EfficientNetLite
+
+        return EfficientNetLite(config)
+    from visavis.model.towers.vit import ViT
+
+    return ViT(config)
