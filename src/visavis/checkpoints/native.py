@@ -1,0 +1,254 @@
+"""visavis' own folder layout: `visavis.json`, safetensors and, if self-contained, `tokenizer.json`.
+
+    visavis.json           format, name, config, profile, processor, and maybe bundle, lora_scale
+    *.safetensors          tensors by their name in `VLM.state_dict()`
+    tokenizer.json         only without `bundle`
+
+A folder with a `bundle` (the one for `nano`) builds on weights that `bundled.fetch` provides: its
+tensors replace those of the base, and a pair `<linear>.lora_a` [r, in], `<linear>.lora_b` [out, r]
+adds `lora_scale * b @ a` to `<linear>.weight`. Nothing in a folder is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from visavis.checkpoints import bundled, gguf_llama
+from visavis.checkpoints.efficientnet import load_efficientnet
+from visavis.checkpoints.gguf import GGUFFile, open_gguf
+from visavis.checkpoints.loaded import Loaded, auto_dtype
+from visavis.errors import CheckpointError
+from visavis.files import write_atomically
+from visavis.model.config import VLMConfig, to_dict, vlm_config_from_dict
+from visavis.model.vlm import VLM
+from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.profile import PromptProfile
+from visavis.processing.tokenizer import build_tokenizer, load_tokenizer, special_tokens
+
+FORMAT = "visavis/1"
+CONFIG_NAME = "visavis.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return `visavis.json` of a folder, checked for form but without touching weights.
+
+    Raises:
+        CheckpointError: the file is absent, not JSON, of another format or lacks a field.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error}. Expected the JSON that visavis writes beside its "
+            "weights; the folder is incomplete or damaged, copy it again."
+        ) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(
+            f"{path} has format {found!r}, expected {FORMAT!r}; it may come from a newer "
+            "visavis: upgrade with `pip install -U visavis`."
+        )
+    missing = sorted({"name", "config", "profile"} - data.keys())
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; copy the folder again.")
+    return data
+
+
+def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -> Loaded:
+    """Load a folder in visavis' own layout.
+
+    Raises:
+        CheckpointError: config and tensors disagree, or a file is damaged.
+        FetchError: the base weights of a bundle cannot be had.
+    """
+    data = read_config(folder)
+    try:
+        config = vlm_config_from_dict(data["config"])
+        profile = PromptProfile(**data["profile"])
+        processor = data.get("processor")
+        processor_config = ImageProcessorConfig.from_dict(processor) if processor else None
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} has a field this version does not know or lacks one: {error}. "
+            "Upgrade visavis, or copy the folder again."
+        ) from error
+    dtype = auto_dtype(precision, device)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise CheckpointError(f"no .safetensors file in {folder}; copy the folder again.")
+    own = dict(_tensors(weights))
+    files = [folder / CONFIG_NAME, *weights]
+    if "bundle" in data:
+        base = bundled.fetch(data["bundle"])
+        file = open_gguf(base["language_model"])
+        state = base_state(file, base["vision_tower"], config, dtype, own)
+        merge(state, own, float(data.get("lora_scale", 1.0)), folder)
+        tokenizer, specials = build_tokenizer(file.metadata), special_tokens(file.metadata)
+        files += base.values()
+    else:
+        state = own
+        tokenizer, specials = load_tokenizer(folder)
+    return Loaded(
+        name=data["name"],
+        vlm=build(config, state, dtype, device, where=str(folder)),
+        tokenizer=tokenizer,
+        specials=specials,
+        profile=profile,
+        processor=processor_config,
+        fingerprint=fingerprint(files, data),
+        files=files,
+    )
+
+
+def build(
+    config: VLMConfig, state: dict[str, Tensor], dtype: torch.dtype, device: str, *, where: str
+) -> VLM:
+    """Return a model that owns the given tensors; no random initialisation, no second copy.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        vlm = VLM(config).cast(dtype)
+    if config.decoder.tied_head:
+        state["decoder.head.weight"] = state.get("decoder.embed.weight", torch.empty(0))
+    expected = vlm.state_dict()
+    problems = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
+    problems += [f"unexpected {name}" for name in sorted(state.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & state.keys())
+        if state[name].shape != expected[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"the tensors of {where} do not fit its config: {'; '.join(problems[:5])}{more}. "
+            "The config belongs to other weights, or a file is missing."
+        )
+    for name, tensor in state.items():
+        state[name] = tensor.to(device, expected[name].dtype)
+    if config.decoder.tied_head:
+        state["decoder.head.weight"] = state["decoder.embed.weight"]
+    vlm.load_state_dict(state, assign=True)
+    return vlm.requires_grad_(False).eval()
+
+
+def base_state(
+    file: GGUFFile,
+    tower_path: Path,
+    config: VLMConfig,
+    dtype: torch.dtype,
+    own: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the base's tensors; decoder linears that no LoRA touches come in `dtype` at once."""
+    state = {}
+    for name, array in gguf_llama.decoder_state(file):
+        tensor = torch.from_numpy(array)
+        adapted = name.removesuffix(".weight") + ".lora_a" in own
+        is_norm = tensor.dim() == 1
+        state[name] = tensor if adapted or is_norm else tensor.to(dtype)
+    if config.tower is not None:
+        tower, _ = load_efficientnet(tower_path)
+        state.update({f"tower.{name}": tensor for name, tensor in tower.items()})
+    return state
+
+
+def merge(
+    state: dict[str, Tensor], own: dict[str, Tensor], lora_scale: float, folder: Path
+) -> None:
+    """Lay an adapter's tensors over a base, in place: replacements, then LoRA deltas.
+
+    Raises:
+        CheckpointError: half of a LoRA pair is missing, or it fits no linear of the base.
+    """
+    for name, tensor in own.items():
+        if name.endswith(".lora_b"):
+            continue
+        if not name.endswith(".lora_a"):
+            state[name] = tensor
+            continue
+        target, other = name.removesuffix(".lora_a"), name[:-1] + "b"
+        weight = state.get(f"{target}.weight")
+        if weight is None or other not in own or own[other].shape[0] != weight.shape[0]:
+            raise CheckpointError(
+                f"{folder}: {name} needs {other} and a base tensor {target}.weight with as many "
+                "rows; the adapter belongs to another base model."
+            )
+        state[f"{target}.weight"] = weight.float().addmm(
+            own[other].float(), tensor.float(), alpha=lora_scale
+        )
+
+
+def save_native(
+    folder: Path,
+    *,
+    name: str,
+    config: VLMConfig,
+    tensors: dict[str, Tensor],
+    profile: PromptProfile,
+    processor: ImageProcessorConfig | None,
+    bundle: str = "",
+    lora_scale: float = 1.0,
+    file_name: str = "model.safetensors",
+) -> None:
+    """Write a folder that `load_native` reads; each file appears whole or not at all.
+
+    Without `bundle` the caller writes `tokenizer.json` beside it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data: dict[str, Any] = {
+        "format": FORMAT,
+        "name": name,
+        "config": to_dict(config),
+        "profile": profile.to_dict(),
+        "processor": processor.to_dict() if processor else None,
+    }
+    if bundle:
+        data |= {"bundle": bundle, "lora_scale": lora_scale}
+    kept = {key: value.contiguous() for key, value in tensors.items()}
+    if config.decoder.tied_head:
+        kept.pop("decoder.head.weight", None)
+    with write_atomically(folder / file_name) as temporary:
+        save_file(kept, temporary)
+    with write_atomically(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def fingerprint(files: list[Path], data: dict[str, Any]) -> str:
+    """Return 16 hex digits that change when the weights' files or the settings do.
+
+    Small files are hashed whole; of large ones the size and both ends are, which costs nothing and
+    still tells two checkpoints apart.
+    """
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def _tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"cannot read {path}: {error}. The file is damaged or incomplete; copy it again."
+            ) from error
