@@ -1,4 +1,4 @@
-"""From a name or path to a loaded model: decides which layout it is, by files, never by folder names."""
+"""From a name or path to a loaded model; which layout it is, files decide, never folder names."""
 
 from __future__ import annotations
 

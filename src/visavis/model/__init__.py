@@ -1,1 +1,1 @@
-"""Modules and frozen configs: vision tower, connector, decoder. No files, no network, no tokens' text."""
+"""Modules and frozen configs: tower, connector, decoder, head. No files, no network, no text."""

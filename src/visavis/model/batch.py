@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 
@@ -17,7 +18,8 @@ class PackedBatch:
         lengths: tokens of each sequence; they sum to T.
         image_positions: int64 [S], where in the stream image tokens go, in order.
         pixels: float [N, 3, size, size], the images in order of appearance; or
-        features: float [N, P, W], the tower's features of those images, computed before.
+        features: float [N, P, W], the tower's features of those images, computed before; or
+        image_tokens: float [N, P', D], the connector's output for them, computed before.
         labels: int64 [T], the token each position should predict next, -100 where none is.
     """
 
@@ -27,8 +29,18 @@ class PackedBatch:
     image_positions: Tensor | None = None
     pixels: Tensor | None = None
     features: Tensor | None = None
+    image_tokens: Tensor | None = None
     labels: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Return the batch with its tensors on a device."""
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)

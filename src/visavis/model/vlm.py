@@ -33,7 +33,7 @@ class VLM(nn.Module):
         self.head = EmbeddingHead(config.head, config.decoder.width) if config.head else None
 
     def cast(self, dtype: torch.dtype) -> VLM:
-        """Set what the decoder's matmuls compute in; norms, tower, connector and head stay float32."""
+        """Set what the decoder's matmuls compute in; all else stays float32."""
         for module in self.decoder.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.to(dtype)
@@ -44,17 +44,25 @@ class VLM(nn.Module):
         assert self.tower is not None
         return select(self.tower(pixels, self.config.select_layer), self.config)
 
+    def image_tokens(self, pixels: Tensor) -> Tensor:
+        """Return the tokens that images [N, 3, S, S] become, [N, P', D]."""
+        assert self.connector is not None
+        return self.connector(self.tower_features(pixels))
+
     def embed_inputs(self, batch: PackedBatch) -> Tensor:
         """Return the decoder's input [T, D]: token embeddings with image tokens spliced in."""
         x = self.decoder.embed_tokens(batch.token_ids)
         if batch.image_positions is None:
             return x
-        assert self.connector is not None
-        features = batch.features
-        if features is None:
+        if batch.image_tokens is not None:
+            image_tokens = batch.image_tokens
+        elif batch.features is not None:
+            assert self.connector is not None
+            image_tokens = self.connector(batch.features)
+        else:
             assert batch.pixels is not None
-            features = self.tower_features(batch.pixels)
-        return splice(x, self.connector(features), batch.image_positions)
+            image_tokens = self.image_tokens(batch.pixels)
+        return splice(x, image_tokens, batch.image_positions)
 
     def forward(
         self,

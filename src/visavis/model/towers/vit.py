@@ -1,4 +1,4 @@
-"""One vision transformer for CLIP, SigLIP and DINOv2; the flags of `ViTConfig` are their differences.
+"""One vision transformer for CLIP, SigLIP and DINOv2; `ViTConfig` flags are their differences.
 
 Takes normalised pixels and returns the hidden state of a chosen layer. Knows nothing of resizing,
 of which tokens a connector wants, or of weights' names elsewhere.

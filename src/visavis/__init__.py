@@ -1,0 +1,52 @@
+"""visavis: chat about pictures, embed anything, search; for the LLaVA family of models.
+
+    import visavis
+    model = visavis.load("nano")
+    print(model.chat("What is in this picture?", images=["cat.jpg"]).text)
+
+Names below load on first use, so that `import visavis` stays quick and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from visavis.api import Model, Reply, Trace, load
+    from visavis.errors import VisavisError
+    from visavis.index import Hit, Index
+    from visavis.prompt import Image, Message, Prompt, Text
+
+__version__ = "0.1.0"
+__all__ = [
+    "Hit",
+    "Image",
+    "Index",
+    "Message",
+    "Model",
+    "Prompt",
+    "Reply",
+    "Text",
+    "Trace",
+    "VisavisError",
+    "load",
+]
+
+_HOMES = {
+    "visavis.api": ("Model", "Reply", "Trace", "load"),
+    "visavis.errors": ("VisavisError",),
+    "visavis.index": ("Hit", "Index"),
+    "visavis.prompt": ("Image", "Message", "Prompt", "Text"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'visavis' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

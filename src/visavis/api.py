@@ -1,0 +1,397 @@
+"""The public face of a loaded model: `load`, then chat, embed and trace.
+
+Turns what users pass into packed batches, calls the core and turns the result back. Knows no
+checkpoint layout, template or network of its own; index, server and command line build on it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visavis.checkpoints.load import load_checkpoint
+from visavis.checkpoints.loaded import Loaded
+from visavis.embed.encoder import cut, embed_batch, embedding_dim
+from visavis.errors import ContextLengthError, InputError
+from visavis.generate.engine import generate
+from visavis.generate.sampling import make_sampler
+from visavis.model.batch import PackedBatch
+from visavis.processing.feature_cache import FeatureCache
+from visavis.processing.images import content_hash, decode_image, process_image
+from visavis.processing.pack import batches, pack
+from visavis.processing.templates import (
+    TURNS,
+    ChatTemplate,
+    Encoded,
+    encode_chat,
+    encode_plain,
+    encode_turns,
+)
+from visavis.progress import track
+from visavis.prompt import Image, Prompt
+from visavis.registry import lookup
+
+TOWER_BATCH = 8  # images per forward of the vision tower: bounds its memory
+DEFAULT_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and written; image tokens count as prompt tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from the call to the first token, and from there to the last."""
+
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass
+class Reply:
+    """An answer. Iterating yields its text piece by piece; the other fields are whole afterwards.
+
+    `finish_reason` is "stop" when the model ended its turn, "length" when the limit did.
+    """
+
+    pieces: Iterator[str] = field(repr=False)
+    text: str = ""
+    usage: Usage = Usage(0, 0)
+    timings: Timings = Timings(0.0, 0.0)
+    finish_reason: str = ""
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the model sees and computes for one prompt, for parity and for looking inside.
+
+    Attributes:
+        token_ids: int64 [T], image placeholders included.
+        image_slots: (first position, number of tokens) of each image.
+        hidden: float32 [T, D], after the final norm.
+        logits: float32 [T, vocab].
+    """
+
+    token_ids: np.ndarray
+    image_slots: list[tuple[int, int]]
+    hidden: np.ndarray
+    logits: np.ndarray
+
+
+def load(name_or_path: str | Path, *, precision: str = "auto", device: str = "auto") -> Model:
+    """Load a model by bundled name (`nano`, `smollm2-135m`), folder or .gguf file.
+
+    Args:
+        precision: what matmuls compute in: "auto", "f32", "bf16" or "f16".
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        UnknownNameError: no such name or path; the message lists the nearest names.
+        CheckpointError: the files are damaged or of an unknown kind.
+        FetchError: bundled weights are not in the cache and cannot be fetched.
+    """
+    return Model(load_checkpoint(name_or_path, precision=precision, device=device))
+
+
+class Model:
+    """A vision-language model that chats and embeds. Made by `load`."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.name = loaded.name
+        self.vlm = loaded.vlm
+        self.tokenizer = loaded.tokenizer
+        self.specials = loaded.specials
+        self.profile = loaded.profile
+        self.processor = loaded.processor
+        self.fingerprint = loaded.fingerprint
+        self.files = loaded.files
+        self.context_length = loaded.vlm.config.decoder.context_length
+        self.embedding_dim = embedding_dim(loaded.vlm, loaded.profile.pooling)
+        self.device = next(loaded.vlm.parameters()).device
+        self.image_cache = FeatureCache()
+        self._template: ChatTemplate | None = None
+
+    def __repr__(self) -> str:
+        millions = sum(p.numel() for p in self.vlm.parameters()) / 1e6
+        return f"visavis.Model({self.name!r}, {millions:.0f} M parameters, {self.device})"
+
+    @property
+    def takes_images(self) -> bool:
+        return self.vlm.tower is not None
+
+    def chat(
+        self,
+        text: str,
+        images: Iterable[Any] = (),
+        *,
+        history: Iterable[Any] = (),
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stream: bool = False,
+    ) -> Reply:
+        """Answer a message about images, after an optional history.
+
+        Args:
+            text: the user's message.
+            images: pictures it is about, in order: paths, PIL images, arrays or bytes.
+            history: earlier messages, `Message` or OpenAI-style dicts.
+            max_new_tokens: stop after this many tokens.
+            temperature: 0 for the likeliest answer, higher for variety; `seed` repeats it.
+            stream: return at once; iterate the reply for pieces of text.
+
+        Raises:
+            InputError: a wrong type, an empty message, images for a text-only model.
+            ImageError: a picture cannot be read.
+            ContextLengthError: the prompt is longer than the model's context.
+        """
+        started = time.perf_counter()
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+        sample = make_sampler(temperature, seed)
+        prompt = Prompt.chat(text, images, history)
+        encoded = self._encode_chat(prompt)
+        room = self.context_length - len(encoded.token_ids)
+        batch = self._batch([(prompt, encoded)])
+        tokens = generate(
+            self.vlm,
+            batch,
+            sample,
+            max_new_tokens=min(max_new_tokens, room),
+            stop_ids=frozenset(self.specials.eot_ids),
+        )
+        reply = Reply(pieces=iter(()))
+        reply.pieces = self._pieces(reply, tokens, batch.num_tokens, max_new_tokens, started)
+        if not stream:
+            for _ in reply:
+                pass
+        return reply
+
+    def embed(
+        self,
+        items: Any,
+        *,
+        instruction: str | None = None,
+        dim: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Return one unit vector per item, float32 [N, D], in the order of the items.
+
+        Args:
+            items: a list of what `Prompt.of` takes (a str is text, a Path a picture), or one item.
+            instruction: what the vectors are for; joined to each item's text as the model's
+                profile says.
+            dim: keep only the first `dim` numbers, normalised again.
+            batch_tokens: tokens per forward pass; more is faster until memory runs out.
+            progress: show a bar on stderr.
+
+        Raises:
+            InputError, ImageError: an item cannot be used; the message names it.
+            ContextLengthError: an item is longer than the model's context.
+        """
+        listed = list(items) if isinstance(items, list | tuple | np.ndarray) else [items]
+        if isinstance(items, np.ndarray) and items.ndim in (2, 3):
+            listed = [items]
+        prompts = [self._instructed(Prompt.of(item), instruction) for item in listed]
+        encoded = [self._encode_item(prompt) for prompt in prompts]
+        dim_kept = self.embedding_dim if dim is None else dim
+        vectors = np.empty((len(prompts), dim_kept), np.float32)
+        lengths = [len(one.token_ids) for one in encoded]
+        groups = list(batches(lengths, batch_tokens or DEFAULT_BATCH_TOKENS))
+        for group in track(groups, "embedding", weights=[len(g) for g in groups], show=progress):
+            batch = self._batch([(prompts[i], encoded[i]) for i in group])
+            found = embed_batch(self.vlm, batch, self.profile.pooling)
+            vectors[group] = cut(found, dim).cpu().numpy()
+        return vectors
+
+    def trace(self, prompt: Any) -> Trace:
+        """Return token ids, image slots, hidden states and logits of one prompt.
+
+        Args:
+            prompt: an item as in `embed`, rendered with the chat template where there is one; or
+                a list of token ids, taken as they are.
+        """
+        if isinstance(prompt, list) and prompt and all(isinstance(x, int) for x in prompt):
+            encoded = Encoded(token_ids=prompt, image_slots=[], loss_mask=[False] * len(prompt))
+            self._check_length(encoded)
+            batch = pack([encoded])
+        else:
+            prompt = Prompt.of(prompt)
+            can_chat = self.profile.turns or self.profile.jinja
+            encoded = self._encode_chat(prompt) if can_chat else self._encode_item(prompt)
+            batch = self._batch([(prompt, encoded)])
+        with torch.inference_mode():
+            hidden = self.vlm(batch)[-1]
+            logits = self.vlm.decoder.logits(hidden)
+        return Trace(
+            token_ids=np.array(encoded.token_ids),
+            image_slots=list(encoded.image_slots),
+            hidden=hidden.cpu().numpy(),
+            logits=logits.cpu().numpy(),
+        )
+
+    def image_tokens(self, images: Sequence[Image]) -> Tensor:
+        """Return what pictures become before the decoder, [N, P, D]; equal ones are computed once.
+
+        Decoding and resizing run in threads. Results are kept by content, within a byte budget.
+        """
+        if not self.takes_images:
+            raise InputError(
+                f"{self.name} has no vision tower, but the prompt holds {len(images)} image(s). "
+                "Use a model with vision, such as 'nano', or send text only."
+            )
+        assert self.processor is not None
+        processor = self.processor
+        keys = [content_hash(image) for image in images]
+        found = {key: self.image_cache.get(key) for key in keys}
+        missing = {
+            key: image for key, image in zip(keys, images, strict=True) if found[key] is None
+        }
+        todo = list(missing.items())
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            for first in range(0, len(todo), TOWER_BATCH):
+                chunk = todo[first : first + TOWER_BATCH]
+                arrays = pool.map(
+                    lambda pair: process_image(decode_image(pair[1]), processor), chunk
+                )
+                pixels = torch.from_numpy(np.stack(list(arrays))).to(self.device)
+                with torch.inference_mode():
+                    tokens = self.vlm.image_tokens(pixels)
+                for (key, _), token_rows in zip(chunk, tokens, strict=True):
+                    kept = token_rows.clone()
+                    self.image_cache.put(key, kept)
+                    found[key] = kept
+        return torch.stack([rows for key in keys if (rows := found[key]) is not None])
+
+    def _batch(self, pairs: Sequence[tuple[Prompt, Encoded]]) -> PackedBatch:
+        """Pack encoded prompts and compute their image tokens."""
+        batch = pack([encoded for _, encoded in pairs])
+        images = [image for prompt, _ in pairs for image in prompt.images]
+        if images:
+            batch.image_tokens = self.image_tokens(images)
+        return batch.to(self.device)
+
+    def _encode_chat(self, prompt: Prompt) -> Encoded:
+        self._check_images(prompt)
+        settings = self._encode_settings(prompt)
+        if self.profile.turns:
+            turns = lookup("turn template", self.profile.turns, TURNS)
+            encoded = encode_turns(prompt, turns, self.tokenizer, self.specials, **settings)
+        else:
+            encoded = encode_chat(
+                prompt, self._chat_template(), self.tokenizer, self.specials, **settings
+            )
+        return self._check_length(encoded)
+
+    def _encode_item(self, prompt: Prompt) -> Encoded:
+        self._check_images(prompt)
+        encoded = encode_plain(
+            prompt,
+            self.tokenizer,
+            self.specials,
+            prefix=self.profile.embed_prefix,
+            suffix=self.profile.embed_suffix,
+            **self._encode_settings(prompt),
+        )
+        return self._check_length(encoded)
+
+    def _encode_settings(self, prompt: Prompt) -> dict[str, Any]:
+        config = self.vlm.config
+        return {
+            "image_token_id": config.image_token_id,
+            "tokens_per_image": [config.tokens_per_image] * len(prompt.images),
+        }
+
+    def _check_images(self, prompt: Prompt) -> None:
+        if prompt.images and not self.takes_images:
+            raise InputError(
+                f"{self.name} has no vision tower, but the prompt holds {len(prompt.images)} "
+                "image(s). Use a model with vision, such as 'nano', or send text only."
+            )
+
+    def _check_length(self, encoded: Encoded) -> Encoded:
+        length = len(encoded.token_ids)
+        if length >= self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {length} tokens ({sum(n for _, n in encoded.image_slots)} of them "
+                f"from images), but {self.name} reads at most {self.context_length - 1}. Shorten "
+                "the text, split it into several items, or use fewer images."
+            )
+        return encoded
+
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            if not self.profile.jinja:
+                raise InputError(
+                    f"{self.name} brings no chat template, so how to ask it is unknown. Embed with "
+                    "it instead, or load a checkpoint whose profile names one of: "
+                    f"{', '.join(sorted(TURNS))}."
+                )
+            names = {number: text for text, number in self.specials.by_text.items()}
+            self._template = ChatTemplate(
+                self.profile.jinja,
+                bos_token=names.get(self.specials.bos_id, ""),
+                eos_token=names.get(self.specials.eos_id, ""),
+            )
+        return self._template
+
+    def _instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
+        """Join an instruction to the text of an item that is to be embedded."""
+        if not instruction:
+            return prompt
+        form = self.profile.instruction_form
+        joined = form.format(instruction=instruction, text=prompt.text).strip()
+        return (
+            Prompt.of({"image": list(prompt.images), "text": joined})
+            if prompt.images
+            else Prompt.of(joined)
+        )
+
+    def _pieces(
+        self, reply: Reply, tokens: Iterator[int], prompt_tokens: int, limit: int, started: float
+    ) -> Iterator[str]:
+        """Yield text as it becomes complete: a character may need several tokens."""
+        ids: list[int] = []
+        first: float | None = None
+        shown = 0  # tokens whose text has been yielded
+        for token in tokens:
+            first = first or time.perf_counter()
+            ids.append(token)
+            piece = self._text_after(ids, shown)
+            if piece and not piece.endswith("\ufffd"):
+                shown = len(ids)
+                reply.text += piece
+                yield piece
+        if piece := self._text_after(ids, shown):
+            reply.text += piece
+            yield piece
+        ended = time.perf_counter()
+        first = first or ended
+        reply.usage = Usage(prompt_tokens, len(ids))
+        reply.timings = Timings(first - started, ended - first)
+        reply.finish_reason = "length" if len(ids) >= limit else "stop"
+
+    def _text_after(self, ids: list[int], shown: int) -> str:
+        """Return the text that tokens after `shown` add to what precedes them.
+
+        A few tokens before are decoded too, because a token's text may depend on its neighbours.
+        """
+        start = max(0, shown - 4)
+        before = self.tokenizer.decode(ids[start:shown], skip_special_tokens=True)
+        return self.tokenizer.decode(ids[start:], skip_special_tokens=True)[len(before) :]

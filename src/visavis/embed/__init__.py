@@ -1,0 +1,1 @@
+"""Embedding: prompts to unit vectors in one space."""

@@ -1,0 +1,54 @@
+"""From packed sequences to unit vectors: which hidden state stands for a sequence.
+
+Three poolings: the trained head, the last token, the mean of all. Knows no prompts or files.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visavis.errors import InputError
+from visavis.model.batch import PackedBatch
+from visavis.model.head import mean_per_sequence
+from visavis.model.vlm import VLM
+
+
+@torch.inference_mode()
+def embed_batch(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
+    """Return unit vectors, float32 [B, D]."""
+    if pooling == "head":
+        return vlm.embed(batch)
+    hidden = vlm(batch)[-1]  # [T, D], after the final norm
+    if pooling == "mean":
+        everything = torch.ones(batch.num_tokens, dtype=torch.bool, device=hidden.device)
+        pooled, _ = mean_per_sequence(hidden, batch.lengths, everything)
+    else:
+        last = torch.tensor(batch.lengths, device=hidden.device).cumsum(0) - 1
+        pooled = hidden[last]
+    return F.normalize(pooled, dim=-1)
+
+
+def embedding_dim(vlm: VLM, pooling: str) -> int:
+    """Return the length of a model's vectors before any cut."""
+    if pooling == "head":
+        assert vlm.config.head is not None
+        return vlm.config.head.dim
+    return vlm.config.decoder.width
+
+
+def cut(vectors: Tensor, dim: int | None) -> Tensor:
+    """Keep the first `dim` numbers and normalise again (Matryoshka, Kusupati et al. 2022).
+
+    Raises:
+        InputError: `dim` is not between 1 and the vectors' length.
+    """
+    if dim is None or dim == vectors.shape[1]:
+        return vectors
+    if not 1 <= dim <= vectors.shape[1]:
+        raise InputError(
+            f"dim is {dim}, but this model's vectors have {vectors.shape[1]} numbers; "
+            f"choose 1 to {vectors.shape[1]}."
+        )
+    return F.normalize(vectors[:, :dim], dim=-1)

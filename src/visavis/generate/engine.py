@@ -1,0 +1,64 @@
+"""The decode loop: prefill once, then one token at a time through the key-value cache.
+
+Takes token ids and yields token ids. Knows nothing of tokenizers, templates or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from visavis.model.attention import Layout
+from visavis.model.batch import PackedBatch
+from visavis.model.kv_cache import KVCache
+from visavis.model.vlm import VLM
+
+
+def generate(
+    vlm: VLM,
+    batch: PackedBatch,
+    sample: Callable[[Tensor], int],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+) -> Iterator[int]:
+    """Yield new token ids of one sequence until a stop id (not yielded) or the limit.
+
+    The first token arrives when the prompt has been read; stopping the iteration frees the cache.
+    """
+    decoder = vlm.decoder
+    cache = KVCache(
+        decoder.config,
+        dtype=decoder.dtype,
+        device=batch.token_ids.device,
+        capacity=batch.num_tokens + min(max_new_tokens, 512),
+    )
+    logits = _prefill(vlm, batch, cache)
+    for _ in range(max_new_tokens - 1):
+        token = sample(logits)
+        if token in stop_ids:
+            return
+        yield token
+        logits = _step(vlm, token, cache)
+    token = sample(logits)
+    if token not in stop_ids:
+        yield token
+
+
+@torch.inference_mode()
+def _prefill(vlm: VLM, batch: PackedBatch, cache: KVCache) -> Tensor:
+    """Read the prompt; return the scores of its last position, float32 [vocab]."""
+    hidden = vlm(batch, caches=(cache,))[-1]
+    return vlm.decoder.logits(hidden[-1:])[0]
+
+
+@torch.inference_mode()
+def _step(vlm: VLM, token: int, cache: KVCache) -> Tensor:
+    """Extend the sequence by one token; return the scores of the next, float32 [vocab]."""
+    decoder, device = vlm.decoder, cache.keys[0].device
+    x = decoder.embed_tokens(torch.tensor([token], device=device))
+    positions = torch.tensor([cache.length], device=device)
+    hidden = decoder(x, positions, Layout((1,), (cache,)))[-1]
+    return decoder.logits(hidden)[0]

@@ -1,0 +1,36 @@
+"""What has been computed for an image is kept by the hash of its content, within a byte budget.
+
+Least recently used entries go first. Memory only; knows tensors and keys, nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor
+
+
+class FeatureCache:
+    """A bounded map from content hash to a tensor."""
+
+    def __init__(self, max_bytes: int = 128 * 2**20) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.entries: OrderedDict[str, Tensor] = OrderedDict()
+
+    def get(self, key: str) -> Tensor | None:
+        """Return the tensor of a key and mark it as used, or None."""
+        if key not in self.entries:
+            return None
+        self.entries.move_to_end(key)
+        return self.entries[key]
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Keep a tensor; drop the least recently used ones that no longer fit."""
+        if key in self.entries:
+            self.num_bytes -= self.entries.pop(key).nbytes
+        self.entries[key] = value
+        self.num_bytes += value.nbytes
+        while self.num_bytes > self.max_bytes and len(self.entries) > 1:
+            _, dropped = self.entries.popitem(last=False)
+            self.num_bytes -= dropped.nbytes
