@@ -1,0 +1,359 @@
+"""What a user may say to a model: text, pictures, and turns of both, in one frozen type.
+
+`Prompt.of` and `Prompt.chat` turn every accepted input (str, path, PIL image, numpy array, dict,
+OpenAI content or messages) into a `Prompt`; everything behind them sees nothing else. This module
+decides what a value *means*. It never opens a file or the network, and knows neither templates nor
+tokens; pictures are read later, by `processing/images.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from visavis.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image as PILImage
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+ROLES: tuple[str, ...] = get_args(Role)
+ITEM_TYPES = (
+    "str, pathlib.Path, PIL image, numpy array, dict(text=, image=), OpenAI content list, "
+    "OpenAI messages, visavis Text, Image, Message or Prompt"
+)
+IMAGE_TYPES = "a path, a data: URI, PIL image, numpy array, bytes or visavis.Image"
+MAX_DATA_URI_BYTES = 64 * 2**20  # decoded size of one picture inside a message
+_URL_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")  # 2+ letters: "C:/x.png" is a path
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise InputError(f"text is {_type_name(self.text)}, expected str")
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(self.text[error.start])
+            raise InputError(
+                f"text holds half a character (lone surrogate U+{code:04X} at {error.start}), "
+                "which no tokenizer can read; it was probably cut or decoded wrongly: decode the "
+                "bytes again as UTF-8 with errors='replace'"
+            ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A picture, not yet read. A `str` is taken as a file path or a `data:` URI and replaced by
+    the `Path` or the bytes it stands for. Two are equal if they name the same file, hold the
+    same bytes, or hold the same image object."""
+
+    source: Path | PILImage | np.ndarray | bytes | str
+
+    def __post_init__(self) -> None:
+        source = self.source
+        if isinstance(source, str):
+            object.__setattr__(self, "source", _image_from_str(source))
+        elif not isinstance(source, (Path, bytes)) and not _is_pixels(source):
+            raise InputError(
+                f"image is {_type_name(source)}, expected {IMAGE_TYPES}{_array_hint(source)}"
+            )
+
+    def _key(self) -> Path | bytes | int:
+        return self.source if isinstance(self.source, (Path, bytes)) else id(self.source)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Image) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+Part: TypeAlias = Text | Image
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `parts` keep their order; a plain str stands for one Text."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise InputError(f"message role is {self.role!r}, expected one of {', '.join(ROLES)}")
+        parts = (self.parts,) if isinstance(self.parts, (str, Text, Image)) else self.parts
+        if not isinstance(parts, Sequence) or isinstance(parts, bytes):
+            raise InputError(
+                f"message parts are {_type_name(parts)}, expected a tuple of Text and Image"
+            )
+        parts = tuple(Text(part) if isinstance(part, str) else part for part in parts)
+        for part in parts:
+            if not isinstance(part, (Text, Image)):
+                raise InputError(f"message part is {_type_name(part)}, expected Text or Image")
+        object.__setattr__(self, "parts", parts)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The turns a model is given. Every user turn holds some text or a picture."""
+
+    messages: tuple[Message, ...]
+
+    def __post_init__(self) -> None:
+        messages = (self.messages,) if isinstance(self.messages, Message) else self.messages
+        if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+            raise InputError(
+                f"messages are {_type_name(messages)}, expected a tuple of Message; "
+                "Prompt.of(item) accepts everything else"
+            )
+        for message in messages:
+            if not isinstance(message, Message):
+                raise InputError(f"messages hold {_type_name(message)}, expected Message")
+            if message.role == "user" and not _has_content(message.parts):
+                raise InputError(
+                    "empty text and no image: a user message needs at least one of them; "
+                    "an empty line or field in your data is the likely cause"
+                )
+        if all(message.role == "system" for message in messages):
+            raise InputError(
+                f"a prompt of {len(messages)} messages, none from a user or the assistant: "
+                "there is nothing to answer or embed"
+            )
+        object.__setattr__(self, "messages", tuple(messages))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """Every picture, in order."""
+        return tuple(p for m in self.messages for p in m.parts if isinstance(p, Image))
+
+    @property
+    def text(self) -> str:
+        """Every piece of text, in order, joined by newlines: for previews, not for a model."""
+        return "\n".join(p.text for m in self.messages for p in m.parts if isinstance(p, Text))
+
+    @classmethod
+    def of(cls, item: Any) -> Prompt:
+        """Return what `item` means. A plain str is always text; a Path is always a picture.
+
+        Example:
+            "a cat"                                  ->  user: Text
+            Path("cat.jpg")                          ->  user: Image
+            {"image": "cat.jpg", "text": "who?"}     ->  user: Image, Text (in the dict's order)
+            [{"type": "text", "text": "who?"}, {"type": "image_url", "image_url": {"url": "…"}}]
+            [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, …]
+
+        Raises:
+            InputError: the item is of another type, is empty, or names something remote.
+        """
+        if isinstance(item, Prompt):
+            return item
+        if isinstance(item, Message):
+            return cls((item,))
+        if isinstance(item, (str, Text)):
+            return cls((Message("user", (item if isinstance(item, Text) else Text(item),)),))
+        if isinstance(item, (Path, Image)) or _is_pixels(item):
+            return cls((Message("user", (_image(item),)),))
+        if isinstance(item, Mapping):
+            if "role" in item:
+                return cls((_openai_message(item),))
+            parts = (_openai_part(item),) if "type" in item else _dict_parts(item)
+            return cls((Message("user", parts),))
+        if isinstance(item, (list, tuple)):
+            return cls._of_list(item)
+        hint = "; wrap a picture's bytes in visavis.Image" if isinstance(item, bytes) else ""
+        raise InputError(
+            f"item is {_type_name(item)}, expected {ITEM_TYPES}{hint}{_array_hint(item)}"
+        )
+
+    @classmethod
+    def _of_list(cls, items: Sequence[Any]) -> Prompt:
+        if not items:
+            raise InputError("item is an empty list, expected OpenAI content or messages")
+        if all(isinstance(i, Message) or (isinstance(i, Mapping) and "role" in i) for i in items):
+            return cls(tuple(map(_message, items)))
+        return cls((Message("user", tuple(map(_openai_part, items))),))
+
+    @classmethod
+    def chat(
+        cls,
+        text: str,
+        images: Iterable[Any] = (),
+        history: Iterable[Message | Mapping[str, Any]] = (),
+    ) -> Prompt:
+        """Return earlier turns plus one user turn: the images, then the text.
+
+        Args:
+            text: the question; may be empty when there is an image.
+            images: pictures as paths (str or Path), data: URIs, PIL images, arrays, bytes; a
+                single one need not be in a list.
+            history: earlier turns, as `Message` or OpenAI-style dicts.
+        """
+        if isinstance(history, (str, bytes, Mapping, Message)):
+            raise InputError(
+                f"history is {_type_name(history)}, expected a list of Message or OpenAI messages"
+            )
+        last = Message("user", (*_images(images), Text(text)))
+        return cls((*map(_message, history), last))
+
+
+def _has_content(parts: Iterable[Part]) -> bool:
+    return any(isinstance(part, Image) or part.text.strip() for part in parts)
+
+
+def _dict_parts(item: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Parts of dict(text=, image=), in the order of its keys; None means absent."""
+    unknown = [key for key in item if key not in ("text", "image")]
+    if unknown:
+        raise InputError(
+            f"item has the keys {', '.join(map(repr, item))}, expected 'text' and 'image' (one "
+            f"picture or a list), or OpenAI's 'role' or 'type'; rename or remove {unknown[0]!r}"
+        )
+    parts: list[Part] = []
+    for key, value in item.items():
+        if value is not None:
+            parts += [Text(value)] if key == "text" else _images(value)
+    return tuple(parts)
+
+
+def _images(value: Any) -> list[Image]:
+    one = isinstance(value, (str, bytes, Path, Image)) or _is_pixels(value)
+    if (not one and not isinstance(value, Iterable)) or isinstance(value, Mapping):
+        raise InputError(f"image is {_type_name(value)}, expected {IMAGE_TYPES}, or a list of them")
+    return [_image(source) for source in ([value] if one else value)]
+
+
+def _image(source: Any) -> Image:
+    return source if isinstance(source, Image) else Image(source)
+
+
+def _message(item: Any) -> Message:
+    if isinstance(item, Message):
+        return item
+    if isinstance(item, Mapping) and "role" in item:
+        return _openai_message(item)
+    raise InputError(
+        f"message is {_type_name(item)}, expected visavis.Message or a dict with 'role' and "
+        "'content'"
+    )
+
+
+def _openai_message(item: Mapping[str, Any]) -> Message:
+    content = item.get("content")
+    if isinstance(content, str):
+        return Message(item["role"], (Text(content),))
+    if isinstance(content, (list, tuple)):
+        return Message(item["role"], tuple(map(_openai_part, content)))
+    raise InputError(
+        f"content of the {item['role']} message is {_type_name(content)}, expected a str or a "
+        "list of content parts; tool calls are not supported"
+    )
+
+
+def _openai_part(part: Any) -> Part:
+    """One entry of an OpenAI content list. `detail` of an image is accepted: every model here
+    has one way of sizing its pictures, kept with its weights."""
+    if isinstance(part, (Text, Image)):
+        return part
+    if not isinstance(part, Mapping) or "type" not in part:
+        raise InputError(
+            f"content part is {_type_name(part)}, expected a dict with 'type': 'text' or "
+            "'image_url'; several items belong in separate calls or in a list given to embed()"
+        )
+    if part["type"] == "text":
+        return Text(part.get("text"))  # type: ignore[arg-type]  # Text names a wrong type
+    if part["type"] == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, Mapping) else url
+        if not isinstance(url, str):
+            raise InputError(f"image_url is {_type_name(url)}, expected a data: URI")
+        _refuse_remote(url)
+        if not url.lower().startswith("data:"):  # messages may come from afar: no local files
+            raise InputError(
+                f"image_url is {_short(url)!r}, expected a data: URI such as "
+                "data:image/png;base64,…; for a file use dict(image=path) or visavis.Image(path)"
+            )
+        return Image(url)
+    raise InputError(f"content part type is {part['type']!r}, expected 'text' or 'image_url'")
+
+
+def _image_from_str(text: str) -> Path | bytes:
+    _refuse_remote(text)
+    if text.lower().startswith("data:"):
+        return _decode_data_uri(text)
+    if not text.strip():
+        raise InputError("image is an empty str, expected a file path or a data: URI")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # "~name" of nobody
+        raise InputError(f"image path {_short(text)!r} cannot be used: {error}") from None
+
+
+def _refuse_remote(text: str) -> None:
+    scheme = _URL_SCHEME.match(text)
+    if scheme:
+        raise InputError(
+            f"image is the {scheme[1].lower()} URL {_short(text)!r}, expected {IMAGE_TYPES}; "
+            "visavis opens no URLs: download the picture first and pass its path"
+        )
+
+
+def _decode_data_uri(uri: str) -> bytes:
+    header, comma, payload = uri.partition(",")
+    media_type, *parameters = header[len("data:") :].lower().split(";")
+    if not comma or "base64" not in (parameter.strip() for parameter in parameters):
+        raise InputError(
+            f"data: URI starts {_short(header)!r}, expected data:image/<kind>;base64,<data>"
+        )
+    if media_type and not media_type.startswith("image/"):
+        raise InputError(f"data: URI holds {_short(media_type)!r}, expected image/<kind>")
+    if len(payload) > MAX_DATA_URI_BYTES * 4 // 3 + 4:
+        raise InputError(
+            f"data: URI of about {len(payload) * 3 // 4 / 2**20:.0f} MiB, expected at most "
+            f"{MAX_DATA_URI_BYTES // 2**20} MiB; make the picture smaller"
+        )
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(
+            f"data: URI is not valid base64 ({error}); it was probably cut or contains line "
+            "breaks: encode the file again with base64.b64encode"
+        ) from None
+
+
+def _is_pixels(value: Any) -> bool:
+    """True for a PIL image or numpy array; imports neither for values that cannot be one."""
+    if value is None or isinstance(value, (str, bytes, bool, int, float, list, tuple, dict)):
+        return False
+    import numpy as np
+    from PIL import Image as pil
+
+    return isinstance(value, (pil.Image, np.ndarray))
+
+
+def _array_hint(value: Any) -> str:
+    if type(value).__name__ == "Tensor":
+        return "; turn a tensor into an array of shape [H, W, 3] with .permute(1, 2, 0).numpy()"
+    return ""
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    if kind.__module__ == "builtins":
+        return f"of type {kind.__qualname__}" if value is not None else "None"
+    return f"of type {kind.__module__}.{kind.__qualname__}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "…"

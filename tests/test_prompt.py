@@ -1,0 +1,267 @@
+"""What every accepted input means, and that everything else is refused by name."""
+
+import base64
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as pil
+
+from visavis import prompt as prompt_module
+from visavis.errors import InputError
+from visavis.prompt import Image, Message, Prompt, Text
+
+PIXEL = b"\x89PNG not really, but prompts do not look inside"
+URI = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
+
+
+def parts(item):
+    (message,) = Prompt.of(item).messages
+    assert message.role == "user"
+    return message.parts
+
+
+def test_str_is_always_text():
+    assert parts("cat.jpg") == (Text("cat.jpg"),)
+    assert parts(URI) == (Text(URI),)
+
+
+def test_pictures_on_their_own():
+    path, array, picture = Path("cat.jpg"), np.zeros((2, 2), np.uint8), pil.new("RGB", (2, 2))
+    assert parts(path) == (Image(path),)
+    assert parts(array)[0].source is array
+    assert parts(picture)[0].source is picture
+    assert parts(Image(PIXEL)) == (Image(PIXEL),)
+
+
+def test_dict_keeps_the_order_of_its_keys():
+    assert parts({"image": "a.jpg", "text": "t"}) == (Image(Path("a.jpg")), Text("t"))
+    assert parts({"text": "t", "image": ["a.jpg", Path("b.png")]}) == (
+        Text("t"),
+        Image(Path("a.jpg")),
+        Image(Path("b.png")),
+    )
+    assert parts({"text": "t", "image": None}) == (Text("t"),)
+    assert parts({"image": URI}) == (Image(PIXEL),)
+
+
+def test_a_str_image_is_a_path_or_data_uri():
+    assert Image("a/b.jpg").source == Path("a/b.jpg")
+    assert Image("~/b.jpg").source == Path.home() / "b.jpg"
+    assert Image("C:/b.jpg").source == Path("C:/b.jpg")
+    assert Image(URI).source == PIXEL
+
+
+def test_openai_content_list():
+    content = [
+        {"type": "image_url", "image_url": {"url": URI, "detail": "low"}},
+        {"type": "text", "text": "who?"},
+        {"type": "image_url", "image_url": URI},
+    ]
+    assert parts(content) == (Image(PIXEL), Text("who?"), Image(PIXEL))
+
+
+def test_openai_messages():
+    prompt = Prompt.of(
+        [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": ""},
+            Message("user", (Text("again"),)),
+        ]
+    )
+    assert [m.role for m in prompt.messages] == ["system", "user", "assistant", "user"]
+    assert prompt.text == "be brief\nhi\n\nagain"
+    assert prompt.images == ()
+
+
+def test_chat_puts_images_before_text_in_the_last_turn():
+    prompt = Prompt.chat(
+        "who?",
+        images=["a.jpg", PIXEL],
+        history=[{"role": "user", "content": "hi"}, Message("assistant", (Text("hello"),))],
+    )
+    assert [m.role for m in prompt.messages] == ["user", "assistant", "user"]
+    assert prompt.messages[-1].parts == (Image("a.jpg"), Image(PIXEL), Text("who?"))
+
+
+def test_chat_takes_one_image_without_a_list():
+    assert Prompt.chat("?", "a.jpg").images == (Image("a.jpg"),)
+    array = np.zeros((3, 2, 2), np.uint8)
+    assert Prompt.chat("?", array).images[0].source is array
+
+
+def test_a_str_as_parts_is_one_text():
+    assert Message("user", "hello").parts == (Text("hello"),)
+
+
+def test_image_equality_is_by_content_named():
+    array = np.zeros((2, 2))
+    assert Image("a.jpg") == Image(Path("a.jpg")) != Image("b.jpg")
+    assert Image(array) == Image(array) != Image(array.copy())
+    assert len({Image("a.jpg"), Image("a.jpg"), Image(array), Image(array)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("item", "names"),
+    [
+        (42, "int"),
+        (None, "None"),
+        (b"bytes", r"bytes.*visavis\.Image"),
+        ([], "empty list"),
+        (["a", "b"], "type str"),
+        ([{"role": "user", "content": "a"}, "b"], "without|dict with"),
+        ({"images": "a.jpg"}, "'images'"),
+        ({"text": 3}, "int"),
+        ({"image": 3}, "int"),
+        ({"image": {"path": "a"}}, "dict"),
+        ({"image": ""}, "empty str"),
+        ({"role": "tool", "content": "x"}, "'tool'"),
+        ({"role": "user", "content": None}, "None"),
+        ({"type": "input_audio"}, "'input_audio'"),
+        ({"type": "text"}, "None"),
+        ({"type": "image_url", "image_url": {}}, "None"),
+        ([Message("system", (Text("x"),))], "none from a user"),
+    ],
+)
+def test_wrong_types_are_named(item, names):
+    with pytest.raises(InputError, match=names):
+        Prompt.of(item)
+
+
+def test_a_tensor_is_told_how_to_become_an_array():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(InputError, match=r"torch\.Tensor.*permute"):
+        Prompt.of(torch.zeros(3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "item", ["", " \n", {"text": ""}, {}, {"image": [], "text": None}, [Text("")]]
+)
+def test_empty_is_refused(item):
+    with pytest.raises(InputError, match="empty text and no image"):
+        Prompt.of(item)
+
+
+def test_empty_question_is_refused_after_a_history_but_not_beside_an_image():
+    with pytest.raises(InputError, match="empty text and no image"):
+        Prompt.chat("", history=[Message("user", "hi"), Message("assistant", "hello")])
+    assert Prompt.chat("", images=["a.jpg"]).images == (Image("a.jpg"),)
+
+
+@pytest.mark.parametrize("url", ["http://x.org/a.png", "HTTPS://x.org/a.png", "s3://b/a.png"])
+def test_remote_urls_are_refused_everywhere(url):
+    for make in (
+        lambda: Image(url),
+        lambda: Prompt.of({"image": url}),
+        lambda: Prompt.chat("?", images=[url]),
+        lambda: Prompt.of([{"type": "image_url", "image_url": {"url": url}}]),
+    ):
+        with pytest.raises(InputError, match="download the picture first"):
+            make()
+
+
+@pytest.mark.parametrize("url", ["/etc/passwd", "file:///etc/passwd", "cat.jpg"])
+def test_messages_never_name_local_files(url):
+    with pytest.raises(InputError, match="data: URI"):
+        Prompt.of([{"type": "image_url", "image_url": {"url": url}}])
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("data:image/png;base64", "starts"),
+        ("data:image/png,abc", "starts"),
+        ("data:application/pdf;base64,AAAA", "application/pdf"),
+        ("data:image/png;base64,AAA", "not valid base64"),
+        ("data:image/png;base64,A*==", "not valid base64"),
+        ("data:image/png;base64,é", "not valid base64"),
+    ],
+)
+def test_broken_data_uris(uri, says):
+    with pytest.raises(InputError, match=says):
+        Image(uri)
+
+
+def test_data_uri_size_is_bounded(monkeypatch):
+    monkeypatch.setattr(prompt_module, "MAX_DATA_URI_BYTES", 3000)
+    assert Image("data:image/png;base64," + "AAAA" * 1000).source == bytes(3000)
+    with pytest.raises(InputError, match="MiB"):
+        Image("data:image/png;base64," + "AAAA" * 1003)
+
+
+def test_half_characters_are_refused():
+    with pytest.raises(InputError, match=r"U\+D800 at 2"):
+        Prompt.of("ab\ud800")
+
+
+def test_bad_history_and_parts():
+    with pytest.raises(InputError, match="history is of type str"):
+        Prompt.chat("?", history="hello")
+    with pytest.raises(InputError, match="message is of type str"):
+        Prompt.chat("?", history=["hello"])
+    with pytest.raises(InputError, match="part is of type int"):
+        Message("user", (3,))
+    with pytest.raises(InputError, match="parts are of type int"):
+        Message("user", 3)
+    with pytest.raises(InputError, match="messages are of type str"):
+        Prompt("hello")
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+PICTURE = st.binary(max_size=20)
+
+
+def as_uri(data):
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+@given(st.lists(st.one_of(TEXT.map(Text), PICTURE.map(Image)), min_size=1))
+def test_openai_content_says_the_same_as_parts(expected):
+    content = [
+        {"type": "text", "text": part.text}
+        if isinstance(part, Text)
+        else {"type": "image_url", "image_url": {"url": as_uri(part.source)}}
+        for part in expected
+    ]
+    prompt = Prompt.of(content)
+    assert prompt.messages[0].parts == tuple(expected)
+    assert prompt == Prompt.of([{"role": "user", "content": content}]) == Prompt.of(prompt)
+    assert prompt.images == tuple(p for p in expected if isinstance(p, Image))
+
+
+@given(TEXT, st.lists(PICTURE, max_size=3))
+def test_dict_and_chat_agree(text, pictures):
+    assert Prompt.of({"image": pictures, "text": text}) == Prompt.chat(text, pictures)
+    assert Prompt.of(text) == Prompt.of({"text": text}) == Prompt.chat(text)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "image", "image_url", "url"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(JSON)
+def test_any_json_is_a_prompt_or_one_input_error(item):
+    try:
+        prompt = Prompt.of(item)
+    except InputError:
+        return
+    assert prompt.images or prompt.text.strip() or prompt.messages[0].role == "assistant"
+
+
+def test_importing_prompt_is_light():
+    code = "import sys, visavis.prompt; print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
