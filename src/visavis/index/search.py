@@ -1,0 +1,349 @@
+"""Add pictures and other items, find them again by meaning: `Index`.
+
+    paths, items ──► content hash ──► known? nothing to do
+                                └──► model.embed, a batch at a time ──► store   (one commit each)
+    query        ──► model.embed ──► cosine with every vector ──► the k best
+
+Exact and in memory: a million vectors of 256 numbers are 1 GB and about 0.1 s a query. Knows the
+model only by `embed`, `name`, `fingerprint` and `embedding_dim`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from visavis.errors import InputError, StoreError, VisavisError
+from visavis.index.store import Row, Stamp, Store, StoredItem
+from visavis.processing.images import content_hash, decode_image, find_images
+from visavis.progress import track
+from visavis.prompt import Image, Prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+    from visavis.api import Model
+
+BATCH_ITEMS = 32  # per commit: what Ctrl-C or a crash may lose
+KEPT_PREVIEW_SIZE = 512  # pixels, longer side; only for pictures that are not files
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One found item. `score` is the cosine of its vector and the query's, in -1..1."""
+
+    score: float
+    source: str
+    item: StoredItem = field(repr=False)
+
+    def preview(self, size: int = 256) -> PILImage | str:
+        """Return a small picture, at most `size` pixels a side, or the text of a text item."""
+        return preview(self.item, size)
+
+
+@dataclass
+class AddReport:
+    """What `add` did with each item. `failed` holds (source, reason) of what cannot be read."""
+
+    added: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One item on its way into the index."""
+
+    source: str
+    prompt: Prompt
+    is_file: bool
+
+
+class Index:
+    """A file of vectors that one model made, searchable by that model.
+
+    Args:
+        path: the index file; made by the first `add`.
+        model: what embeds items and queries.
+
+    Raises:
+        StoreError: the file is damaged, not an index, or made by another model.
+    """
+
+    def __init__(self, path: str | Path, model: Model) -> None:
+        self.model = model
+        self._store = Store(Path(path).expanduser())
+        self._meta = {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "dim": str(model.embedding_dim),
+        }
+        self._store.check_meta(self._meta)
+        self._matrix: tuple[tuple[int, int], np.ndarray, list[str], np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        return self._store.path
+
+    def close(self) -> None:
+        """Close the file; everything added is in it already."""
+        self._store.close()
+
+    def add(self, paths_or_items: Any, *, progress: bool = False) -> AddReport:
+        """Embed and keep items, skipping those whose content is known already.
+
+        Interrupted, it keeps every finished batch; the same call again does only what is missing.
+
+        Args:
+            paths_or_items: one or a list of: paths (str or Path) of pictures or of folders, which
+                are searched recursively; or items that `Prompt.of` takes, texts as dict(text=…).
+                A dict may name its own `source`, which a later item of that name replaces.
+            progress: show a bar on stderr.
+
+        Raises:
+            InputError: not one of the items can be used.
+            StoreError: the index cannot be written.
+        """
+        report = AddReport()
+        entries = self._entries(paths_or_items, report)
+        waiting: dict[str, list[tuple[_Entry, Stamp]]] = {}  # content -> who needs its vector
+        shown = track(entries, "indexing", weights=[1] * len(entries), show=progress)
+        for entry in shown:
+            try:
+                self._add_known(entry, waiting, report)
+            except StoreError:
+                raise
+            except VisavisError as error:
+                report.failed.append((entry.source, str(error)))
+            if len(waiting) >= BATCH_ITEMS:
+                self._embed(waiting, report)
+                waiting = {}
+        self._embed(waiting, report)
+        if not report.added + report.changed + report.unchanged:
+            source, reason = report.failed[0]
+            others = f" (and {len(report.failed) - 1} others)" if len(report.failed) > 1 else ""
+            raise InputError(f"nothing could be indexed: {reason}{others}")
+        return report
+
+    def search(self, query: Any, k: int = 10, filter: str | None = None) -> list[Hit]:
+        """Return the `k` items nearest in meaning, best first.
+
+        Args:
+            query: what `Prompt.of` takes: a str is text, a Path a picture, a dict may hold both.
+            k: at most this many hits.
+            filter: only sources that match this glob, for example "*/holiday/*".
+
+        Raises:
+            StoreError: there is no index file yet.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise InputError(f"k is {k!r}, expected the number of hits wanted, at least 1")
+        if not self._store.exists():
+            raise StoreError(
+                f"there is no index file {self.path}; check the spelling, or make it with "
+                "`visavis index add` or Index.add()"
+            )
+        ids, sources, vectors = self._vectors()
+        if filter is not None:
+            kept = [i for i, source in enumerate(sources) if fnmatch.fnmatchcase(source, filter)]
+            ids, vectors = ids[kept], vectors[kept]
+        if not len(ids):
+            return []
+        scores = vectors @ self.model.embed([Prompt.of(query)])[0]  # [N]
+        best = np.argsort(-scores, kind="stable")[:k]
+        found = [(float(scores[i]), self.item(int(ids[i]))) for i in best]
+        return [Hit(score, item.source, item) for score, item in found if item is not None]
+
+    def prune(self) -> list[str]:
+        """Forget files that no longer exist; return their paths."""
+        gone = [source for source in self._store.file_sources() if not Path(source).is_file()]
+        self._store.remove(gone)
+        return gone
+
+    def item(self, item_id: int) -> StoredItem | None:
+        """Return one item by its number, for servers that hand out numbers instead of paths."""
+        return self._store.item(item_id)
+
+    # --- adding -----------------------------------------------------------------------------------
+
+    def _entries(self, paths_or_items: Any, report: AddReport) -> list[_Entry]:
+        """Find out what is to be added, each source once; folders are searched here."""
+        many = isinstance(paths_or_items, Iterable) and not isinstance(
+            paths_or_items, (str, bytes, Mapping, np.ndarray)
+        )
+        entries: dict[str, _Entry] = {}
+        items = list(paths_or_items) if many else [paths_or_items]
+        if not items:
+            raise InputError("nothing to add: the list of paths and items is empty")
+        for item in items:
+            is_path = isinstance(item, (str, Path))
+            try:
+                found = _from_path(item) if is_path else [_from_item(item)]
+            except VisavisError as error:
+                report.failed.append((str(item) if is_path else type(item).__name__, str(error)))
+                continue
+            entries.update((entry.source, entry) for entry in found)
+        return list(entries.values())
+
+    def _add_known(
+        self, entry: _Entry, waiting: dict[str, list[tuple[_Entry, Stamp]]], report: AddReport
+    ) -> None:
+        """Settle an item whose vector the index has already; put any other among the waiting."""
+        known = self._store.known(entry.source) if self._store.exists() else None
+        stamp = _stamp(entry)
+        if known and entry.is_file and known[1] == stamp:
+            report.unchanged += 1
+            return
+        content = _content(entry)
+        vector = self._store.vector_of(content) if self._store.exists() else None
+        if vector is None:
+            waiting.setdefault(content, []).append((entry, stamp))
+            return
+        self._store.put([_row(entry, content, stamp, vector)], self._meta)
+        if known and known[0] == content:
+            report.unchanged += 1
+        else:
+            _count(report, known is not None)
+
+    def _embed(
+        self, waiting: Mapping[str, Sequence[tuple[_Entry, Stamp]]], report: AddReport
+    ) -> None:
+        """Embed what waits and commit it; if one item fails, find out which."""
+        if not waiting:
+            return
+        firsts = [sharing[0][0].prompt for sharing in waiting.values()]
+        try:
+            vectors: list[np.ndarray | VisavisError] = list(self.model.embed(firsts))
+        except VisavisError:
+            vectors = [self._embed_one(prompt) for prompt in firsts]
+        rows, replaced = [], []
+        for (content, sharing), vector in zip(waiting.items(), vectors, strict=True):
+            for entry, stamp in sharing:
+                if isinstance(vector, VisavisError):
+                    report.failed.append((entry.source, str(vector)))
+                    continue
+                exists = self._store.exists() and self._store.known(entry.source) is not None
+                replaced.append(exists)
+                rows.append(_row(entry, content, stamp, vector))
+        if rows:
+            self._store.put(rows, self._meta)
+        for is_replaced in replaced:
+            _count(report, is_replaced)
+
+    def _embed_one(self, prompt: Prompt) -> np.ndarray | VisavisError:
+        try:
+            vector: np.ndarray = self.model.embed([prompt])[0]
+        except VisavisError as error:
+            return error
+        return vector
+
+    def _vectors(self) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """Return all vectors, read again only when somebody has changed the file."""
+        version = self._store.version()
+        if self._matrix is None or self._matrix[0] != version:
+            self._matrix = (version, *self._store.matrix(self.model.embedding_dim))
+        return self._matrix[1:]
+
+
+def preview(item: StoredItem, size: int = 256) -> PILImage | str:
+    """Return a small picture of an item, or its text if it has none.
+
+    Raises:
+        ImageError: the file is gone or no longer readable.
+    """
+    if item.preview is None and not item.is_file:
+        return item.text
+    picture = decode_image(Path(item.source) if item.preview is None else item.preview)
+    picture.thumbnail((size, size))
+    return picture
+
+
+def _from_path(path: str | Path) -> list[_Entry]:
+    files = find_images(path)
+    # Absolute, so that the index works from any folder; links are kept as the user named them.
+    absolute = [Path(os.path.abspath(file)) for file in files]
+    return [_Entry(str(file), Prompt.of(file), is_file=True) for file in absolute]
+
+
+def _from_item(item: Any) -> _Entry:
+    source = None
+    if isinstance(item, Mapping) and "source" in item:
+        source = str(item["source"])
+        item = {key: value for key, value in item.items() if key != "source"}
+    prompt = Prompt.of(item)
+    images = [image.source for image in prompt.images]
+    if source is not None:
+        return _Entry(source, prompt, is_file=False)
+    if len(images) == 1 and isinstance(images[0], Path):
+        path = os.path.abspath(images[0].expanduser())
+        has_text = bool(prompt.text.strip())
+        return _Entry(f"{path} + {prompt.text}" if has_text else path, prompt, not has_text)
+    if not images:
+        return _Entry(prompt.text, prompt, is_file=False)
+    return _Entry(f"item {_hash_parts(prompt)}", prompt, is_file=False)
+
+
+def _stamp(entry: _Entry) -> Stamp:
+    if not entry.is_file:
+        return Stamp()
+    try:
+        status = os.stat(entry.source)
+    except OSError:  # it vanished since it was listed: reading it says so in better words
+        return Stamp()
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+def _content(entry: _Entry) -> str:
+    return content_hash(Path(entry.source)) if entry.is_file else _hash_parts(entry.prompt)
+
+
+def _hash_parts(prompt: Prompt) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for message in prompt.messages:
+        for part in message.parts:
+            is_image = isinstance(part, Image)
+            value = content_hash(part) if isinstance(part, Image) else part.text
+            kind = f"{message.role} {'image' if is_image else 'text'} {len(value)} "
+            digest.update((kind + value).encode())
+    return digest.hexdigest()
+
+
+def _row(entry: _Entry, content: str, stamp: Stamp, vector: np.ndarray) -> Row:
+    kept = _kept_preview(entry)
+    return Row(entry.source, content, vector, stamp, entry.is_file, entry.prompt.text, kept)
+
+
+def _kept_preview(entry: _Entry) -> bytes | None:
+    """A small JPEG of a picture that is nowhere else to be found later."""
+    if entry.is_file or not entry.prompt.images:
+        return None
+    picture = decode_image(entry.prompt.images[0])
+    picture.thumbnail((KEPT_PREVIEW_SIZE, KEPT_PREVIEW_SIZE))
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=85)
+    return encoded.getvalue()
+
+
+def _count(report: AddReport, was_known: bool) -> None:
+    if was_known:
+        report.changed += 1
+    else:
+        report.added += 1
