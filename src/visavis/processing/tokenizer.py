@@ -1,0 +1,404 @@
+"""Tokenizers, built into the `tokenizers` library from GGUF metadata or `tokenizer.json`.
+
+GPT-2 style BPE with its pre-tokenizer kinds as data, and SentencePiece BPE. Ids are those of
+llama.cpp and of the model's own tokenizer. Reads no GGUF file itself (it is given the metadata
+dict) and knows nothing of turns or templates.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from visavis.errors import CheckpointError
+from visavis.registry import suggest
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_SUFFIXES}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}"
+_QWEN2 = rf"{_SUFFIXES}|{_WORDS}|\p{{N}}|{_SIGNS}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = r"[^\r\n\p{L}\p{N}]?" + _UPPER
+_CASED_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = rf"{_CASED}*{_LOWER}+|{_CASED}+{_LOWER}*|\p{{N}}|{_CASED_SIGNS}"
+_GPT4O = (
+    rf"{_CASED}*{_LOWER}+{_SUFFIXES}?|{_CASED}+{_LOWER}*{_SUFFIXES}?|\p{{N}}{{1,3}}|{_CASED_SIGNS}"
+)
+_DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How text is cut before merging: each pattern in turn isolates its matches."""
+
+    patterns: tuple[str, ...]
+    whole_words: bool = False  # a piece that is a token is not built from merges
+    add_bos: bool = False
+
+
+_DIGITS_APART = PreTokenizer((r"\p{N}", _GPT2))
+_PLAIN_GPT2 = PreTokenizer((_GPT2,))
+_LLAMA_3 = PreTokenizer((_LLAMA3,), whole_words=True, add_bos=True)
+_LLAMA_3_LIKE = PreTokenizer((_LLAMA3,))
+_QWEN_2 = PreTokenizer((_QWEN2,))
+PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> kind
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": _PLAIN_GPT2,
+    "phi-2": _PLAIN_GPT2,
+    "mpt": _PLAIN_GPT2,
+    "olmo": _PLAIN_GPT2,
+    "jais": _PLAIN_GPT2,
+    "exaone4": _PLAIN_GPT2,
+    "trillion": _PLAIN_GPT2,
+    "granite-docling": _PLAIN_GPT2,
+    "smollm": _DIGITS_APART,
+    "starcoder": _DIGITS_APART,
+    "refact": _DIGITS_APART,
+    "command-r": _DIGITS_APART,
+    "codeshell": _DIGITS_APART,
+    "exaone": _DIGITS_APART,
+    "minerva-7b": _DIGITS_APART,
+    "llama-bpe": _LLAMA_3,
+    "llama3": _LLAMA_3,
+    "llama-v3": _LLAMA_3,
+    "falcon3": _LLAMA_3,
+    "pixtral": _LLAMA_3,
+    "lfm2": _LLAMA_3,
+    "dbrx": _LLAMA_3_LIKE,
+    "smaug-bpe": _LLAMA_3_LIKE,
+    "chatglm-bpe": _LLAMA_3_LIKE,
+    "glm4": _LLAMA_3_LIKE,
+    "qwen2": _QWEN_2,
+    "deepseek-r1-qwen": _QWEN_2,
+    "stablelm2": _QWEN_2,
+    "megrez": _QWEN_2,
+    "hunyuan": _QWEN_2,
+    "deepseek-v3": PreTokenizer((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
+    "tekken": PreTokenizer((_TEKKEN,), whole_words=True, add_bos=True),
+    "gpt-4o": PreTokenizer((_GPT4O,)),
+    "llama4": PreTokenizer((_GPT4O,)),
+    "bloom": PreTokenizer((_BLOOM,)),
+    "poro-chat": PreTokenizer((_BLOOM,)),
+    "viking": PreTokenizer((_BLOOM, r"\p{N}")),
+}
+
+END_TEXTS = frozenset(  # tokens that end a turn in some family, recognised by their text
+    {
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<｜end▁of▁sentence｜>",
+    }
+)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids with a meaning. `by_text` holds every token that a user's text must never become."""
+
+    bos_id: int | None
+    eos_id: int | None
+    eot_ids: tuple[int, ...]  # every id that ends a turn, eos included
+    pad_id: int | None
+    add_bos: bool
+    by_text: dict[str, int] = field(default_factory=dict, hash=False)
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """A pattern for all special texts, the longest first; matches nothing if none."""
+        texts = sorted(self.by_text, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def encode(
+    tokenizer: Tokenizer, specials: SpecialTokens, text: str, parse_special: bool = True
+) -> list[int]:
+    """Return the ids of a text; nothing is added around it.
+
+    Args:
+        parse_special: turn special tokens' texts into their ids; if not, they are plain text.
+    """
+    if not parse_special and specials.pattern.search(text):
+        tokenizer = _literal_twin(tokenizer)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+_TWINS: WeakKeyDictionary[Tokenizer, Tokenizer] = WeakKeyDictionary()
+
+
+def _literal_twin(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy that reads special texts as plain text.
+
+    A copy, because the switch is the tokenizer's own state and other threads may be encoding.
+    """
+    twin = _TWINS.get(tokenizer)
+    if twin is None:
+        twin = copy.deepcopy(tokenizer)
+        twin.encode_special_tokens = True
+        _TWINS[tokenizer] = twin
+    return twin
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer that a GGUF file's metadata describes.
+
+    Raises:
+        CheckpointError: no vocabulary, an inconsistent one, or a kind not known here.
+    """
+    builders = {"gpt2": _build_bpe, "llama": _build_sentencepiece}
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in builders:
+        raise CheckpointError(
+            f"the file's tokenizer is of kind {kind!r}, expected one of {', '.join(builders)}; "
+            "its vocabulary needs another algorithm and cannot be used"
+        )
+    tokens, types = _vocabulary(metadata)
+    try:
+        tokenizer = builders[kind](metadata, tokens, types)
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(
+            f"the file's vocabulary does not make a tokenizer ({error}); expected merges whose "
+            "parts and results are tokens; it was converted wrongly, try another source"
+        ) from error
+    added = [
+        AddedToken(text, special=kind != USER_DEFINED, normalized=False)
+        for text, kind in zip(tokens, types, strict=True)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    tokenizer.add_tokens([token for token in added if token.content])
+    specials = special_tokens(metadata)
+    if specials.add_bos and specials.bos_id is not None:
+        bos = tokens[specials.bos_id]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, specials.bos_id)]
+        )
+    return tokenizer
+
+
+def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
+    """Return the special ids of a GGUF file's metadata.
+
+    Raises:
+        CheckpointError: no vocabulary, or an inconsistent one.
+    """
+    tokens, types = _vocabulary(metadata)
+    sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
+
+    def number(name: str, default: int | None = None) -> int | None:
+        value = metadata.get(f"tokenizer.ggml.{name}_token_id", default)
+        return value if isinstance(value, int) and 0 <= value < len(tokens) else None
+
+    by_text = {text: i for i, text in enumerate(tokens) if types[i] in (UNKNOWN, CONTROL) and text}
+    bos, eos = number("bos", 1), number("eos", 2)
+    if not sentencepiece:
+        bos, eos = number("bos"), number("eos")
+    ends = [eos, number("eot"), number("eom")]
+    ends += [by_text[text] for text in sorted(END_TEXTS & by_text.keys())]
+    kind = PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", "default"))
+    add_bos = sentencepiece or (kind is not None and kind.add_bos)
+    return SpecialTokens(
+        bos_id=bos,
+        eos_id=eos,
+        eot_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
+        pad_id=number("padding", eos),
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        by_text=by_text,
+    )
+
+
+def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
+    """Load `tokenizer.json`, with the special tokens that the files beside it name.
+
+    Raises:
+        CheckpointError: `tokenizer.json` is absent or cannot be read.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+    except Exception as error:  # OSError, or tokenizers' bare Exception
+        raise CheckpointError(
+            f"cannot read {path}: {error}. Expected the tokenizer that belongs to the weights in "
+            "this folder; copy the folder again, tokenizer.json included"
+        ) from error
+    config, generation = (_json(folder / f"{n}_config.json") for n in ("tokenizer", "generation"))
+    added = tokenizer.get_added_tokens_decoder()
+    by_text = {token.content: number for number, token in added.items() if token.special}
+
+    def number(key: str) -> int | None:
+        value = config.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
+        return tokenizer.token_to_id(text) if isinstance(text, str) else None
+
+    eos = number("eos_token")
+    named = generation.get("eos_token_id", [])
+    ends = [eos, *(named if isinstance(named, list) else [named])]
+    ends += [by_text[text] for text in sorted(END_TEXTS & by_text.keys())]
+    pad = number("pad_token")
+    return tokenizer, SpecialTokens(
+        bos_id=number("bos_token"),
+        eos_id=eos,
+        eot_ids=tuple(dict.fromkeys(end for end in ends if isinstance(end, int))),
+        pad_id=eos if pad is None else pad,
+        add_bos=bool(tokenizer.encode("").ids[:1] == [number("bos_token")]),
+        by_text=by_text,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return an optional JSON object beside `tokenizer.json`; absent means empty."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; copy the folder again") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Return tokens by id, and their types as llama.cpp understands them."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise CheckpointError(
+            "the file has no 'tokenizer.ggml.tokens' (a list of strings); it holds weights "
+            "without a vocabulary: convert the model again together with its tokenizer"
+        )
+    stored = metadata.get("tokenizer.ggml.token_type")
+    types = [NORMAL] * len(tokens) if stored is None else np.asarray(stored).reshape(-1).tolist()
+    if len(types) != len(tokens) or len(set(tokens)) < len([t for t in tokens if t]):
+        raise CheckpointError(
+            f"the vocabulary has {len(tokens)} tokens, {len(set(tokens))} of them different, and "
+            f"{len(types)} token types; expected different tokens with one type each; the file "
+            "was converted wrongly, try another source"
+        )
+    # Turn ends are control tokens even where a converter forgot to say so.
+    for i, text in enumerate(tokens):
+        if text in END_TEXTS:
+            types[i] = CONTROL
+    return tokens, types
+
+
+def _build_bpe(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
+    """GPT-2's byte-level BPE."""
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"the file cuts text in the way {name!r} (tokenizer.ggml.pre), which is not known; "
+            f"{suggest(str(name), PRE_TOKENIZERS)} With another one the ids would be wrong"
+        )
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list):
+        raise CheckpointError(
+            "the file has no 'tokenizer.ggml.merges', expected those of a GPT-2 style BPE; "
+            "convert the model again together with its tokenizer"
+        )
+    kind = PRE_TOKENIZERS[name]
+    pairs = [(m[:cut], m[cut + 1 :]) for m in merges if (cut := m.find(" ", 1)) > 0]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=pairs,
+            ignore_merges=kind.whole_words,
+        )
+    )
+    splits = [pre_tokenizers.Split(Regex(p), behavior="isolated") for p in kind.patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _build_sentencepiece(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int]
+) -> Tokenizer:
+    """SentencePiece BPE: whole text as one word, spaces as ▁, unknown characters as bytes."""
+    scores = np.asarray(metadata.get("tokenizer.ggml.scores", ())).reshape(-1).tolist()
+    if len(scores) != len(tokens):
+        raise CheckpointError(
+            f"the file has {len(scores)} 'tokenizer.ggml.scores' for {len(tokens)} tokens, "
+            "expected one each; convert the model again together with its tokenizer"
+        )
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges_from_scores(vocab, scores, types),
+            unk_token=tokens[unknown] if 0 <= unknown < len(tokens) else None,
+            fuse_unk=True,
+            byte_fallback=BYTE in types,
+        )
+    )
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _merges_from_scores(
+    vocab: Mapping[str, int], scores: list[float], types: list[int]
+) -> list[tuple[str, str]]:
+    """Return merges in the order in which SentencePiece would make them: best score first.
+
+    Special and byte tokens are never built from text, as in SentencePiece itself. (llama.cpp
+    does build them when both halves happen to be tokens: "<" and "s>".)
+    """
+    merges: list[tuple[float, int, int, str, str]] = []
+    for token, number in vocab.items():
+        if types[number] not in (NORMAL, USER_DEFINED, UNUSED):
+            continue
+        for cut in range(1, len(token)):
+            left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
+            if left is not None and right is not None:
+                merges.append((-scores[number], left, right, token[:cut], token[cut:]))
+    merges.sort()
+    return [(left, right) for *_, left, right in merges]
