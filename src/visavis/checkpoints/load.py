@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from visavis.checkpoints import bundled, gguf_llama
-from visavis.checkpoints.gguf import open_gguf
-from visavis.checkpoints.loaded import Loaded, auto_dtype
-from visavis.checkpoints.native import CONFIG_NAME, build, fingerprint, load_native
+from visavis.checkpoints import bundled
 from visavis.errors import CheckpointError, UnknownNameError
 from visavis.registry import suggest
+
+if TYPE_CHECKING:
+    from visavis.checkpoints.loaded import Loaded
 
 NANO_FOLDER = Path(__file__).parent / "nano"
 NAMES = {
@@ -48,6 +49,8 @@ def load_checkpoint(
         UnknownNameError, FetchError: see `resolve`.
         CheckpointError: the files are damaged or of a kind not known.
     """
+    from visavis.checkpoints.native import CONFIG_NAME, load_native
+
     path = resolve(name_or_path)
     device = pick_device(device)
     if path.is_dir():
@@ -64,12 +67,15 @@ def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Lo
     """Load a language model from one GGUF file, with its tokenizer and chat template."""
     import torch
 
+    from visavis.checkpoints import gguf_llama
+    from visavis.checkpoints.gguf import open_gguf
+    from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
     from visavis.model.config import VLMConfig
     from visavis.processing.profile import PromptProfile
     from visavis.processing.tokenizer import build_tokenizer, special_tokens
 
     file = open_gguf(path)
-    config = VLMConfig(decoder=gguf_llama.decoder_config(file.metadata))
+    config = VLMConfig(decoder=gguf_llama.decoder_config(file))
     dtype = auto_dtype(precision, device)
     state = {}
     for name, array in gguf_llama.decoder_state(file):

@@ -11,7 +11,6 @@ adds `lora_scale * b @ a` to `<linear>.weight`. Nothing in a folder is ever exec
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +24,10 @@ from torch import Tensor
 from visavis.checkpoints import bundled, gguf_llama
 from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.gguf import GGUFFile, open_gguf
-from visavis.checkpoints.loaded import Loaded, auto_dtype
+from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
 from visavis.errors import CheckpointError
 from visavis.files import write_atomically
 from visavis.model.config import VLMConfig, to_dict, vlm_config_from_dict
-from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import build_tokenizer, load_tokenizer, special_tokens
@@ -90,10 +88,10 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
     files = [folder / CONFIG_NAME, *weights]
     if "bundle" in data:
         base = bundled.fetch(data["bundle"])
-        file = open_gguf(base["language_model"])
-        state = base_state(file, base["vision_tower"], config, dtype, own)
+        gguf = open_gguf(base["language_model"])
+        state = base_state(gguf, base["vision_tower"], config, dtype, own)
         merge(state, own, float(data.get("lora_scale", 1.0)), folder)
-        tokenizer, specials = build_tokenizer(file.metadata), special_tokens(file.metadata)
+        tokenizer, specials = build_tokenizer(gguf.metadata), special_tokens(gguf.metadata)
         files += base.values()
     else:
         state = own
@@ -108,40 +106,6 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
         fingerprint=fingerprint(files, data),
         files=files,
     )
-
-
-def build(
-    config: VLMConfig, state: dict[str, Tensor], dtype: torch.dtype, device: str, *, where: str
-) -> VLM:
-    """Return a model that owns the given tensors; no random initialisation, no second copy.
-
-    Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape.
-    """
-    with torch.device("meta"):
-        vlm = VLM(config).cast(dtype)
-    if config.decoder.tied_head:
-        state["decoder.head.weight"] = state.get("decoder.embed.weight", torch.empty(0))
-    expected = vlm.state_dict()
-    problems = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
-    problems += [f"unexpected {name}" for name in sorted(state.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & state.keys())
-        if state[name].shape != expected[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"the tensors of {where} do not fit its config: {'; '.join(problems[:5])}{more}. "
-            "The config belongs to other weights, or a file is missing."
-        )
-    for name, tensor in state.items():
-        state[name] = tensor.to(device, expected[name].dtype)
-    if config.decoder.tied_head:
-        state["decoder.head.weight"] = state["decoder.embed.weight"]
-    vlm.load_state_dict(state, assign=True)
-    return vlm.requires_grad_(False).eval()
 
 
 def base_state(
@@ -223,23 +187,6 @@ def save_native(
         save_file(kept, temporary)
     with write_atomically(folder / CONFIG_NAME) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def fingerprint(files: list[Path], data: dict[str, Any]) -> str:
-    """Return 16 hex digits that change when the weights' files or the settings do.
-
-    Small files are hashed whole; of large ones the size and both ends are, which costs nothing and
-    still tells two checkpoints apart.
-    """
-    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()[:16]
 
 
 def _tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,8 @@ class Rope:
     def __init__(self, config: DecoderConfig) -> None:
         self.dim = config.rotary_dim
         self.sections = config.mrope_sections
-        exponent = torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim
+        # on the CPU even when the model around it is built on the meta device
+        exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
         self.frequencies = scaled(1.0 / config.rope_base**exponent, config.rope_scaling)
         self.tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -76,7 +77,7 @@ def scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "factors":
-        return frequencies / torch.tensor(scaling.factors, dtype=torch.float32)
+        return frequencies / torch.tensor(scaling.factors, device="cpu")
     wavelength = 2 * math.pi / frequencies
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = ((scaling.original_context / wavelength - low) / (high - low)).clamp(0, 1)
