@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from math import ceil, floor
+from math import floor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
@@ -76,8 +76,7 @@ _open_lock = threading.Lock()  # warnings.catch_warnings is not thread-safe
 Resize: TypeAlias = Literal["squash", "crop", "pad"]
 Resample: TypeAlias = Literal["bicubic", "bilinear"]
 _FILTERS = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
-_EXTREME_ASPECT = 16  # beyond it, bounded memory goes before Pillow's exact order of passes
-_REACH = {"bicubic": 2, "bilinear": 1}  # half width of the filter, in output pixels
+_EXTREME_ASPECT = 16  # beyond it, cropping bounds its memory instead of resizing everything
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -377,30 +376,21 @@ def _resize_and_crop(image: pil.Image, config: ImageProcessorConfig) -> pil.Imag
 
 
 def _pad_and_resize(image: pil.Image, config: ImageProcessorConfig) -> pil.Image:
-    """Centre the image on a square of the mean colour and resize that, without ever holding the
-    square (a 65535×1 image would need 13 GB). Pillow resizes a square along x first, then along y,
-    so rows of bare padding, and columns out of the filter's reach, need no work: they stay the
-    mean colour."""
-    if image.height > _EXTREME_ASPECT * image.width:  # costs as little as wide ones, y before x
+    """Centre the image on a square of the mean colour and resize that, without holding the whole
+    square (13 GB for 65535×1). Pillow resizes a square along x first, then along y; rows of bare
+    padding stay the mean colour along x, so only the image's own rows need that pass."""
+    width, height = image.size
+    if height > width and height * height > MAX_PIXELS:  # y before x: a few grey levels at edges
         flipped = _pad_and_resize(image.transpose(pil.Transpose.TRANSPOSE), config)
         return flipped.transpose(pil.Transpose.TRANSPOSE)
-    size, side, resample = config.size, max(image.size), _FILTERS[config.resample]
-    left, top = (side - image.width) // 2, (side - image.height) // 2
+    size, side, resample = config.size, max(width, height), _FILTERS[config.resample]
     colour = tuple(int(channel * 255) for channel in config.mean)
-    scale = side / size
-    reach = _REACH[config.resample] * max(scale, 1.0)
-    # Output columns [first, last) see some of the image; they see input columns [start, stop).
-    first = max(0, floor((left - reach) / scale))
-    last = min(size, ceil((left + image.width + reach) / scale))
-    start = max(0, floor(first * scale - reach))
-    stop = min(side, ceil(last * scale + reach))
-
-    band = pil.new("RGB", (stop - start, image.height), colour)
-    band.paste(image, (left - start, 0))
-    box = (first * scale - start, 0, min(last * scale - start, stop - start), image.height)
-    band = band.resize((last - first, image.height), resample, box=box)
+    if width < side:
+        band = pil.new("RGB", (side, height), colour)
+        band.paste(image, ((side - width) // 2, 0))
+        image = band
     canvas = pil.new("RGB", (size, side), colour)
-    canvas.paste(band, (first, top))
+    canvas.paste(image.resize((size, height), resample), (0, (side - height) // 2))
     return canvas.resize((size, size), resample)
 
 
