@@ -81,6 +81,7 @@ class ViTConfig:
     post_norm: bool = True  # a norm after the last block
     layer_scale: bool = False  # DINOv2
     gated_ffn: bool = False  # DINOv2-giant: SwiGLU
+    position_antialias: bool = False  # DINOv2 with registers: how positions are resized
 
     @property
     def grid(self) -> int:

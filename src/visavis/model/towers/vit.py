@@ -91,7 +91,7 @@ class ViT(nn.Module):
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, P, W]
         grid = pixels.shape[-1] // self.config.patch_size
         patch_positions = self.positions[int(self.config.class_token) :]
-        x = x + resize_positions(patch_positions, grid)
+        x = x + resize_positions(patch_positions, grid, self.config.position_antialias)
         if self.registers is not None:
             x = torch.cat((self.registers.expand(len(x), -1, -1), x), 1)
         if self.class_token is not None:
@@ -100,11 +100,13 @@ class ViT(nn.Module):
         return x if self.pre_norm is None else self.pre_norm(x)
 
 
-def resize_positions(positions: Tensor, grid: int) -> Tensor:
+def resize_positions(positions: Tensor, grid: int, antialias: bool) -> Tensor:
     """Stretch learned positions [G * G, W] to another grid (bicubic, as DINOv2 does)."""
     side = round(len(positions) ** 0.5)
     if side == grid:
         return positions
     image = positions.view(1, side, side, -1).permute(0, 3, 1, 2).float()
-    image = F.interpolate(image, (grid, grid), mode="bicubic", align_corners=False)
+    image = F.interpolate(
+        image, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias
+    )
     return image.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(positions.dtype)
