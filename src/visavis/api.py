@@ -343,12 +343,11 @@ class Model:
                     "it instead, or load a checkpoint whose profile names one of: "
                     f"{', '.join(sorted(TURNS))}."
                 )
-            names = {number: text for text, number in self.specials.by_text.items()}
-            self._template = ChatTemplate(
-                self.profile.jinja,
-                bos_token=names.get(self.specials.bos_id, ""),
-                eos_token=names.get(self.specials.eos_id, ""),
+            bos, eos = (
+                self.tokenizer.id_to_token(number) if number is not None else ""
+                for number in (self.specials.bos_id, self.specials.eos_id)
             )
+            self._template = ChatTemplate(self.profile.jinja, bos_token=bos, eos_token=eos)
         return self._template
 
     def _instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:

@@ -70,6 +70,7 @@ def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Lo
     from visavis.checkpoints import gguf_llama
     from visavis.checkpoints.gguf import open_gguf
     from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
+    from visavis.checkpoints.packing import pack_linears
     from visavis.model.config import VLMConfig
     from visavis.processing.profile import PromptProfile
     from visavis.processing.tokenizer import build_tokenizer, special_tokens
@@ -81,9 +82,12 @@ def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Lo
     for name, array in gguf_llama.decoder_state(file):
         tensor = torch.from_numpy(array)
         state[name] = tensor if tensor.dim() == 1 else tensor.to(dtype)
+    vlm = build(config, state, dtype, device, where=str(path))
+    if device == "cpu" and dtype == torch.bfloat16:
+        pack_linears(vlm.decoder, file)
     return Loaded(
         name=str(file.metadata.get("general.name", path.stem)),
-        vlm=build(config, state, dtype, device, where=str(path)),
+        vlm=vlm,
         tokenizer=build_tokenizer(file.metadata),
         specials=special_tokens(file.metadata),
         profile=PromptProfile(jinja=str(file.metadata.get("tokenizer.chat_template", ""))),

@@ -87,9 +87,9 @@ def build(
         )
     for name, tensor in state.items():
         state[name] = tensor.to(device, expected[name].dtype)
-    if config.decoder.tied_head:
-        state["decoder.head.weight"] = state["decoder.embed.weight"]
     vlm.load_state_dict(state, assign=True)
+    if config.decoder.tied_head:
+        vlm.decoder.head.weight = vlm.decoder.embed.weight
     return vlm.requires_grad_(False).eval()
 
 

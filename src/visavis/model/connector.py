@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.model.config import ConnectorConfig
+from visavis.model.layers import Linear
 
 
 class Connector(nn.Module):
@@ -25,7 +26,7 @@ class Connector(nn.Module):
         layers: list[nn.Module] = []
         for number in range(depth):
             outside = config.out_width if number == depth - 1 else hidden
-            layers += [nn.Linear(inside, outside), nn.GELU()]
+            layers += [Linear(inside, outside), nn.GELU()]
             inside = outside
         self.layers = nn.Sequential(*layers[:-1])  # weights at 0, 2, 4 …, as in LLaVA
 

@@ -6,7 +6,7 @@ stream stays float32 whatever the weights are. Knows nothing of images, tokens' 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from visavis.model.attention import Layout, attend
 from visavis.model.config import DecoderConfig
+from visavis.model.layers import Embedding, Linear
 from visavis.model.rope import Rope, rotate
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -31,7 +32,7 @@ class Norm(nn.Module):
     def __init__(self, width: int, config: DecoderConfig) -> None:
         super().__init__()
         self.shape, self.eps, self.offset = (width,), config.norm_eps, config.norm_offset
-        self.weight = nn.Parameter(torch.ones(width) - config.norm_offset)
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - config.norm_offset))
         self.bias = nn.Parameter(torch.zeros(width)) if config.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:  # [..., width] -> the same, float32
@@ -53,11 +54,11 @@ class Block(nn.Module):
         ffn_width = config.per_layer(config.ffn_width, layer)
         qkv_width = (self.num_heads + 2 * self.num_kv_heads) * head_dim
         self.attn_norm = Norm(width, config)
-        self.qkv = nn.Linear(width, qkv_width, bias=config.qkv_bias)
-        self.out = nn.Linear(self.num_heads * head_dim, width, bias=config.out_bias)
+        self.qkv = Linear(width, qkv_width, bias=config.qkv_bias)
+        self.out = Linear(self.num_heads * head_dim, width, bias=config.out_bias)
         self.ffn_norm = None if config.parallel_block else Norm(width, config)
-        self.up = nn.Linear(width, ffn_width * (1 + config.gated), bias=config.ffn_bias)
-        self.down = nn.Linear(ffn_width, width, bias=config.ffn_bias)
+        self.up = Linear(width, ffn_width * (1 + config.gated), bias=config.ffn_bias)
+        self.down = Linear(ffn_width, width, bias=config.ffn_bias)
         self.q_norm = Norm(head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(head_dim, config) if config.qk_norm else None
         self.activation = ACTIVATIONS[config.activation]
@@ -100,10 +101,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.rope = Rope(config)
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.embed = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = Norm(config.width, config)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
         if config.tied_head:
             self.head.weight = self.embed.weight
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.model.config import HeadConfig
+from visavis.model.layers import Linear
 
 
 class EmbeddingHead(nn.Module):
@@ -21,8 +22,8 @@ class EmbeddingHead(nn.Module):
     def __init__(self, config: HeadConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.text = nn.Linear(len(config.layers) * width, config.dim)
-        self.image = nn.Linear(len(config.layers) * width, config.dim)
+        self.text = Linear(len(config.layers) * width, config.dim)
+        self.image = Linear(len(config.layers) * width, config.dim)
 
     def forward(self, hidden: Tensor, lengths: tuple[int, ...], is_image: Tensor) -> Tensor:
         """Return unit vectors, float32 [B, dim].

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.model.config import EfficientNetConfig
+from visavis.model.layers import Conv2d
 
 # variant: width factor, depth factor, native image size
 SCALES = {
@@ -35,7 +36,7 @@ STAGES = (
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
 
 
-class SameConv(nn.Conv2d):
+class SameConv(Conv2d):
     """A convolution padded so that the output is ceil(input / stride) on each side."""
 
     def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, groups: int = 1):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visavis.model.attention import Layout, attend
 from visavis.model.config import ViTConfig
 from visavis.model.decoder import ACTIVATIONS
+from visavis.model.layers import Conv2d, Linear
 
 
 class ViTBlock(nn.Module):
@@ -23,11 +24,11 @@ class ViTBlock(nn.Module):
         width = config.width
         self.num_heads = config.num_heads
         self.attn_norm = nn.LayerNorm(width, config.norm_eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
         self.ffn_norm = nn.LayerNorm(width, config.norm_eps)
-        self.up = nn.Linear(width, config.ffn_width * (1 + config.gated_ffn))
-        self.down = nn.Linear(config.ffn_width, width)
+        self.up = Linear(width, config.ffn_width * (1 + config.gated_ffn))
+        self.down = Linear(config.ffn_width, width)
         self.activation, self.gated = ACTIVATIONS[config.activation], config.gated_ffn
         scaled = config.layer_scale
         self.attn_scale = nn.Parameter(torch.ones(width)) if scaled else None
@@ -58,7 +59,7 @@ class ViT(nn.Module):
         self.config = config
         width, num_patches = config.width, config.grid**2
         stride = config.patch_size
-        self.patch = nn.Conv2d(3, width, stride, stride, bias=config.patch_bias)
+        self.patch = Conv2d(3, width, stride, stride, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.zeros(width)) if config.class_token else None
         self.registers = (
             nn.Parameter(torch.zeros(config.num_registers, width)) if config.num_registers else None

@@ -1,0 +1,52 @@
+"""Swap a decoder's linears for packed ones, straight from the blocks of a GGUF file.
+
+Only types whose codes come in groups of 32 with a scale and a minimum have a packed kernel; other
+tensors stay dense. Knows stored parts and modules, not how either is computed with.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from visavis.checkpoints.gguf import GGUFFile
+from visavis.checkpoints.gguf_llama import StoredPart, decoder_tensors
+from visavis.model.decoder import Decoder
+from visavis.model.quantized import GROUP, PackedLinear
+
+PACKABLE = {"Q4_0": 8, "Q4_1": 0, "Q5_0": 16, "Q5_1": 0, "Q8_0": 128}  # type: code of value 0
+
+
+def pack_linears(decoder: Decoder, file: GGUFFile) -> None:
+    """Replace every bias-free linear of a bfloat16 decoder whose blocks can be packed."""
+    for name, stored in decoder_tensors(file):
+        path = name.removeprefix("decoder.").removesuffix(".weight")
+        if path == "embed" and decoder.config.tied_head:
+            path = "head"
+        linear = decoder.get_submodule(path) if not path.endswith("bias") else None
+        packable = all(part.type in PACKABLE for part in stored)
+        if not isinstance(linear, nn.Linear) or linear.bias is not None or not packable:
+            continue
+        owner, _, attribute = path.rpartition(".")
+        packed = PackedLinear(*_codes(stored), linear.weight.detach())
+        setattr(decoder.get_submodule(owner), attribute, packed)
+
+
+def _codes(stored: list[StoredPart]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return non-negative codes [out, in], scales and minimums [out, in / 32]."""
+    codes, scales, minimums = [], [], []
+    for part in stored:
+        found = part.parts()
+        assert found.codes.shape[-1] == GROUP * found.scale.shape[-1]
+        scales.append(found.scale)
+        if found.minimum is None:
+            zero = PACKABLE[part.type]
+            codes.append((found.codes.astype(np.int16) + zero).astype(np.uint8))
+            minimums.append(-zero * found.scale)
+        else:
+            codes.append(found.codes)
+            minimums.append(found.minimum)
+    joined = (np.concatenate(arrays) for arrays in (codes, scales, minimums))
+    first, second, third = (torch.from_numpy(array) for array in joined)
+    return first, second, third

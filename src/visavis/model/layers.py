@@ -1,0 +1,29 @@
+"""PyTorch's layers that skip random initialisation on the meta device.
+
+A model that is about to be filled from a file is built on "meta"; drawing random numbers there
+gives nothing and makes PyTorch import its compiler, over a second.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class _NoMetaInit:
+    weight: nn.Parameter
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()  # type: ignore[misc]
+
+
+class Linear(_NoMetaInit, nn.Linear):
+    """See `torch.nn.Linear`."""
+
+
+class Embedding(_NoMetaInit, nn.Embedding):
+    """See `torch.nn.Embedding`."""
+
+
+class Conv2d(_NoMetaInit, nn.Conv2d):
+    """See `torch.nn.Conv2d`."""
