@@ -8,6 +8,7 @@ bytes as well. Knows no other architecture and builds no model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,7 +144,7 @@ def decoder_config(file: GGUFFile) -> DecoderConfig:
         context_length=metadata.get("llama.context_length", int),
         norm_eps=metadata.get("llama.attention.layer_norm_rms_epsilon", float),
         rope_base=metadata.get("llama.rope.freq_base", float, 10000.0),
-        rope_scaling=_rope_scaling(file, metadata),
+        rope_scaling=_rope_scaling(file, metadata, head_dim),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         out_bias="blk.0.attn_output.bias" in file.tensors,
         tied_head="output.weight" not in file.tensors,
@@ -175,7 +176,8 @@ def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
     """Yield each tensor of ours by name, as float32.
 
     Raises:
-        CheckpointError: as `decoder_tensors`, or a type that cannot be dequantised.
+        CheckpointError: as `decoder_tensors`; a type that cannot be dequantised; values that
+            are not finite.
     """
     for info in file.tensors.values():
         if info.type not in gguf_quants.SUPPORTED:
@@ -187,6 +189,11 @@ def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
         for part in stored:
             part.dequantize(array[start : start + part.shape[0]])
             start += part.shape[0]
+        if not np.isfinite(array.sum()):
+            raise CheckpointError(
+                f"{file.path}: {ours} holds NaN or infinite values, expected finite weights; the "
+                "file is damaged, fetch it again and compare its sha256"
+            )
         yield ours, array
 
 
@@ -253,12 +260,14 @@ def _check_sizes(file: GGUFFile, config: DecoderConfig) -> None:
         == 0
         for layer in layers
     )
-    if not layers or not heads_fit or config.head_dim < 2 or config.head_dim % 2:
+    even_head = config.head_dim >= 2 and config.head_dim % 2 == 0
+    if not layers or not heads_fit or not even_head or not 0 < config.rope_base < math.inf:
         raise CheckpointError(
             f"{file.path}: {config.num_layers} layers, {config.num_heads} heads of size "
             f"{config.head_dim}, {config.num_kv_heads} key-value heads and {len(file.tensors)} "
-            "tensors do not make a model; expected an even head size and heads that divide "
-            "evenly among key-value heads; the metadata is damaged, fetch the file again"
+            f"tensors (rope base {config.rope_base}) do not make a model; expected an even head "
+            "size and heads that divide evenly among key-value heads; the metadata is damaged, "
+            "fetch the file again"
         )
 
 
@@ -286,17 +295,22 @@ def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
         )
 
 
-def _rope_scaling(file: GGUFFile, metadata: _Metadata) -> RopeScaling | None:
+def _rope_scaling(file: GGUFFile, metadata: _Metadata, head_dim: int) -> RopeScaling | None:
     if ROPE_FACTORS in file.tensors:
         factors = file.dequantize(ROPE_FACTORS)
-        return RopeScaling("factors", factors=tuple(factors.reshape(-1).tolist()))
+        if factors.shape != (head_dim // 2,) or not (factors > 0).all():
+            raise CheckpointError(
+                f"{file.path}: {ROPE_FACTORS} has shape {factors.shape}, expected {head_dim // 2} "
+                "positive numbers, one per rotary frequency; the file was converted wrongly"
+            )
+        return RopeScaling("factors", factors=tuple(factors.tolist()))
     kind = metadata.get("llama.rope.scaling.type", str, "")
     factor = metadata.get("llama.rope.scale_linear", float, 1.0)  # the key of older files
     factor = metadata.get("llama.rope.scaling.factor", float, factor)
-    if kind not in ("", "none", "linear"):
+    if kind not in ("", "none", "linear") or not 0 < factor < math.inf:
         raise CheckpointError(
-            f"{file.path}: rope scaling {kind!r}, expected none or 'linear'; this way of "
-            "stretching the context is not supported, use the model without it"
+            f"{file.path}: rope scaling {kind!r} by {factor}, expected none or 'linear'; this way "
+            "of stretching the context is not supported, use another file of the model"
         )
     return RopeScaling("linear", factor=factor) if kind != "none" and factor != 1.0 else None
 

@@ -95,18 +95,20 @@ def dequantize(
     blocks = raw.reshape(-1, kind.nbytes)  # [n, nbytes]
     values = out.reshape(len(blocks), kind.block)  # a view
     step = CHUNK // kind.block
-    for start in range(0, len(blocks), step):
-        codes, scale, minimum = unpack(blocks[start : start + step])
-        grouped = values[start : start + step].reshape(codes.shape)  # [n, G, group]
-        np.multiply(codes, scale[..., None], out=grouped, dtype=np.float32)
-        if minimum is not None:
-            grouped += minimum[..., None]
+    with np.errstate(all="ignore"):  # damaged scales become NaN; whoever loads checks for them
+        for start in range(0, len(blocks), step):
+            codes, scale, minimum = unpack(blocks[start : start + step])
+            grouped = values[start : start + step].reshape(codes.shape)  # [n, G, group]
+            np.multiply(codes, scale[..., None], out=grouped, dtype=np.float32)
+            if minimum is not None:
+                grouped += minimum[..., None]
     return out
 
 
 def parts(raw: np.ndarray, type: str, shape: tuple[int, ...]) -> Parts:
     """Return a quantised tensor's codes [out, in], scales and minimums [out, in / group]."""
-    codes, scale, minimum = UNPACK[type](raw.reshape(-1, BY_NAME[type].nbytes))
+    with np.errstate(all="ignore"):  # as in `dequantize`
+        codes, scale, minimum = UNPACK[type](raw.reshape(-1, BY_NAME[type].nbytes))
     groups = (*shape[:-1], shape[-1] * scale.size // math.prod(shape))
     return Parts(
         codes.reshape(shape),

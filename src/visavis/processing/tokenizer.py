@@ -188,7 +188,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         CheckpointError: no vocabulary, an inconsistent one, or a kind not known here.
     """
     builders = {"gpt2": _build_bpe, "llama": _build_sentencepiece}
-    kind = metadata.get("tokenizer.ggml.model")
+    kind = _get(metadata, "model", str, "")
     if kind not in builders:
         raise CheckpointError(
             f"the file's tokenizer is of kind {kind!r}, expected one of {', '.join(builders)}; "
@@ -226,11 +226,11 @@ def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
         CheckpointError: no vocabulary, or an inconsistent one.
     """
     tokens, types = _vocabulary(metadata)
-    sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
+    sentencepiece = _get(metadata, "model", str, "") == "llama"
 
     def number(name: str, default: int | None = None) -> int | None:
-        value = metadata.get(f"tokenizer.ggml.{name}_token_id", default)
-        return value if isinstance(value, int) and 0 <= value < len(tokens) else None
+        value = _get(metadata, f"{name}_token_id", int, default)
+        return value if value is not None and 0 <= value < len(tokens) else None
 
     by_text = {text: i for i, text in enumerate(tokens) if types[i] in (UNKNOWN, CONTROL) and text}
     bos, eos = number("bos", 1), number("eos", 2)
@@ -238,14 +238,14 @@ def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
         bos, eos = number("bos"), number("eos")
     ends = [eos, number("eot"), number("eom")]
     ends += [by_text[text] for text in sorted(END_TEXTS & by_text.keys())]
-    kind = PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", "default"))
+    kind = PRE_TOKENIZERS.get(_get(metadata, "pre", str, "default"))
     add_bos = sentencepiece or (kind is not None and kind.add_bos)
     return SpecialTokens(
         bos_id=bos,
         eos_id=eos,
         eot_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
         pad_id=number("padding", eos),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        add_bos=_get(metadata, "add_bos_token", bool, add_bos),
         by_text=by_text,
     )
 
@@ -300,16 +300,32 @@ def _json(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def _get(metadata: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """Return `tokenizer.ggml.<name>` if it has the right type, the default if it is absent."""
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if value is not None and type(value) is not kind:
+        raise CheckpointError(
+            f"'tokenizer.ggml.{name}' is of type {type(value).__name__}, expected {kind.__name__}; "
+            "the file was converted wrongly, try another source"
+        )
+    return value
+
+
+def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
+    strings: list[str] | None = _get(metadata, name, list)
+    if not strings or not all(isinstance(one, str) for one in strings):
+        raise CheckpointError(
+            f"the file has no 'tokenizer.ggml.{name}' (a list of strings); it holds weights "
+            "without a whole tokenizer: convert the model again together with its tokenizer"
+        )
+    return strings
+
+
 def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     """Return tokens by id, and their types as llama.cpp understands them."""
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise CheckpointError(
-            "the file has no 'tokenizer.ggml.tokens' (a list of strings); it holds weights "
-            "without a vocabulary: convert the model again together with its tokenizer"
-        )
-    stored = metadata.get("tokenizer.ggml.token_type")
-    types = [NORMAL] * len(tokens) if stored is None else np.asarray(stored).reshape(-1).tolist()
+    tokens = _strings(metadata, "tokens")
+    stored = _get(metadata, "token_type", np.ndarray)
+    types = [NORMAL] * len(tokens) if stored is None else stored.tolist()
     if len(types) != len(tokens) or len(set(tokens)) < len([t for t in tokens if t]):
         raise CheckpointError(
             f"the vocabulary has {len(tokens)} tokens, {len(set(tokens))} of them different, and "
@@ -325,18 +341,13 @@ def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
 
 def _build_bpe(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
     """GPT-2's byte-level BPE."""
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = _get(metadata, "pre", str, "default")
     if name not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"the file cuts text in the way {name!r} (tokenizer.ggml.pre), which is not known; "
-            f"{suggest(str(name), PRE_TOKENIZERS)} With another one the ids would be wrong"
+            f"{suggest(name, PRE_TOKENIZERS)} With another one the ids would be wrong"
         )
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
-        raise CheckpointError(
-            "the file has no 'tokenizer.ggml.merges', expected those of a GPT-2 style BPE; "
-            "convert the model again together with its tokenizer"
-        )
+    merges = _strings(metadata, "merges")
     kind = PRE_TOKENIZERS[name]
     pairs = [(m[:cut], m[cut + 1 :]) for m in merges if (cut := m.find(" ", 1)) > 0]
     tokenizer = Tokenizer(
@@ -357,13 +368,13 @@ def _build_sentencepiece(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 ) -> Tokenizer:
     """SentencePiece BPE: whole text as one word, spaces as ▁, unknown characters as bytes."""
-    scores = np.asarray(metadata.get("tokenizer.ggml.scores", ())).reshape(-1).tolist()
+    scores = _get(metadata, "scores", np.ndarray, np.empty(0)).tolist()
     if len(scores) != len(tokens):
         raise CheckpointError(
             f"the file has {len(scores)} 'tokenizer.ggml.scores' for {len(tokens)} tokens, "
             "expected one each; convert the model again together with its tokenizer"
         )
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = _get(metadata, "unknown_token_id", int, 0)
     vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(
         models.BPE(
@@ -374,7 +385,7 @@ def _build_sentencepiece(
             byte_fallback=BYTE in types,
         )
     )
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = _get(metadata, "add_space_prefix", bool, True)
     steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
