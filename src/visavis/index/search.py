@@ -138,7 +138,7 @@ class Index:
                 waiting = {}
         self._embed(waiting, report)
         if not report.added + report.changed + report.unchanged:
-            source, reason = report.failed[0]
+            reason = report.failed[0][1]
             others = f" (and {len(report.failed) - 1} others)" if len(report.failed) > 1 else ""
             raise InputError(f"nothing could be indexed: {reason}{others}")
         return report
@@ -181,6 +181,10 @@ class Index:
     def item(self, item_id: int) -> StoredItem | None:
         """Return one item by its number, for servers that hand out numbers instead of paths."""
         return self._store.item(item_id)
+
+    def items(self, limit: int = 100) -> list[StoredItem]:
+        """Return the items that were added first, for a page to show before anybody searches."""
+        return self._store.items(limit) if self._store.exists() else []
 
     # --- adding -----------------------------------------------------------------------------------
 

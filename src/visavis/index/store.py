@@ -38,6 +38,8 @@ CREATE TABLE items (
 CREATE INDEX items_by_content ON items (content);
 """
 
+_ITEM_COLUMNS = "id, source, content, is_file, text, preview"
+
 
 @dataclass(frozen=True)
 class Stamp:
@@ -66,6 +68,7 @@ class StoredItem:
 
     id: int
     source: str
+    content: str
     is_file: bool
     text: str
     preview: bytes | None
@@ -169,13 +172,13 @@ class Store:
 
     def item(self, item_id: int) -> StoredItem | None:
         """Return one item without its vector."""
-        rows = self._all(
-            "SELECT id, source, is_file, text, preview FROM items WHERE id = ?", item_id
-        )
-        if not rows:
-            return None
-        number, source, is_file, text, preview = rows[0]
-        return StoredItem(number, source, bool(is_file), text, preview)
+        rows = self._all(f"SELECT {_ITEM_COLUMNS} FROM items WHERE id = ?", item_id)
+        return _stored_item(rows[0]) if rows else None
+
+    def items(self, limit: int) -> list[StoredItem]:
+        """Return the items that were added first."""
+        query = f"SELECT {_ITEM_COLUMNS} FROM items ORDER BY id LIMIT ?"
+        return [_stored_item(row) for row in self._all(query, limit)]
 
     def file_sources(self) -> list[str]:
         """Return the sources that are paths of files."""
@@ -193,7 +196,9 @@ class Store:
         rows = self._all("SELECT id, source, vector FROM items ORDER BY id")
         wrong = next((row for row in rows if len(row[2]) != 4 * dim), None)
         if wrong is not None:
-            raise self._damaged(f"the vector of {wrong[1]} has {len(wrong[2])} bytes, not {4 * dim}")
+            raise self._damaged(
+                f"the vector of {wrong[1]} has {len(wrong[2])} bytes, not {4 * dim}"
+            )
         ids = np.array([row[0] for row in rows], np.int64)
         vectors = np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(len(rows), dim)
         return ids, [row[1] for row in rows], vectors
@@ -205,7 +210,10 @@ class Store:
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(
-                self.path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level="IMMEDIATE"
+                self.path,
+                timeout=BUSY_SECONDS,
+                check_same_thread=False,
+                isolation_level="IMMEDIATE",
             )
             try:
                 self._prepare(connection)
@@ -275,6 +283,11 @@ class Store:
         elif "no such" in found or "malformed" in found:
             return self._damaged(found)
         return StoreError(f"cannot use the index {self.path} ({found}); {advice}")
+
+
+def _stored_item(row: tuple) -> StoredItem:
+    item_id, source, content, is_file, text, preview = row
+    return StoredItem(item_id, source, content, bool(is_file), text, preview)
 
 
 def _describe(meta: dict[str, str]) -> str:

@@ -1,0 +1,106 @@
+"""`visavis embed`: texts and pictures to unit vectors, as JSON lines or a NumPy file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from visavis.cli.console import (
+    DeviceOption,
+    ImagesOption,
+    JsonOption,
+    ModelArgument,
+    PrecisionOption,
+    print_json,
+    show_progress,
+)
+from visavis.errors import InputError
+
+
+def embed(
+    model: ModelArgument,
+    texts: Annotated[
+        list[str], typer.Option("--text", "-t", help="A text; may be given several times.")
+    ] = [],  # noqa: B006 - typer copies it
+    images: ImagesOption = [],  # noqa: B006 - typer copies it
+    items: Annotated[
+        Path | None,
+        typer.Option(help='A file of JSON lines such as {"image": "a.jpg", "text": "a cat"}.'),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write float32 [N, D] to this .npy file.")
+    ] = None,
+    instruction: Annotated[str | None, typer.Option(help="What the vectors are for.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Keep only this many numbers.")] = None,
+    as_json: JsonOption = False,
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Turn texts and pictures into unit vectors: texts first, then pictures, then --items.
+
+    Without --output, each vector is one JSON line on stdout.
+
+    [bold]Examples[/bold]
+
+      visavis embed nano --text "a cat" --image cat.jpg
+
+      visavis embed nano --items captions.jsonl --output vectors.npy
+    """
+    wanted: list[Any] = [*texts, *images, *(_read_items(items) if items else [])]
+    if not wanted:
+        raise InputError("nothing to embed: give --text, --image or --items, as often as you like")
+    if output is not None and output.suffix != ".npy":
+        raise InputError(f"--output is {str(output)!r}, expected a name that ends in .npy")
+
+    import numpy as np
+
+    import visavis
+    from visavis.files import write_atomically
+
+    loaded = visavis.load(model, precision=precision, device=device)
+    vectors = loaded.embed(wanted, instruction=instruction, dim=dim, progress=show_progress())
+    shown = [str(item) if isinstance(item, Path) else item for item in wanted]
+    if output is not None:
+        try:
+            with write_atomically(output) as temporary, temporary.open("wb") as file:
+                np.save(file, vectors)
+        except OSError as error:
+            raise InputError(f"cannot write {output}: {error}") from error
+        summary = {"output": str(output), "shape": list(vectors.shape), "model": loaded.name}
+        if as_json:
+            print_json(summary)
+        else:
+            typer.echo(f"{output}: {len(vectors)} vectors of {vectors.shape[1]} numbers")
+        return
+    rows = [[round(float(x), 7) for x in vector] for vector in vectors]
+    if as_json:
+        print_json({"model": loaded.name, "items": shown, "vectors": rows})
+        return
+    for item, row in zip(shown, rows, strict=True):
+        print_json({"item": item, "vector": row})
+
+
+def _read_items(path: Path) -> list[Any]:
+    """Return one item per line; a bad line is named by its number."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --items {path}: {error}; expected JSON lines") from error
+    items = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(item, (str, dict)):
+            raise InputError(
+                f"{path} line {number} holds a {type(item).__name__}, expected a text in quotes "
+                'or {"image": …, "text": …}'
+            )
+        items.append(item)
+    return items
