@@ -1,0 +1,144 @@
+"""The decoder against transformers' Llama: every hidden state and the logits, float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.parity.peers import assert_close, randomized
+from visavis.checkpoints.transformers import read, vlm_config, write
+from visavis.errors import CheckpointError
+from visavis.model.attention import Layout
+from visavis.model.batch import PackedBatch
+from visavis.model.kv_cache import KVCache
+from visavis.model.vlm import VLM
+
+pytestmark = pytest.mark.parity
+
+BASE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS = {
+    "grouped heads, untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "one head per key head": {"num_key_value_heads": 4},
+    "head size of its own": {"head_dim": 12},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3 rope": {"rope_parameters": LLAMA3},
+    "linear rope": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+    },
+}
+
+
+def peer_and_ours(**changes: Any) -> tuple[LlamaForCausalLM, VLM]:
+    peer = LlamaForCausalLM(LlamaConfig(**BASE | changes))
+    randomized(peer)
+    config = peer.config.to_dict()
+    vlm = VLM(vlm_config(config))
+    vlm.load_state_dict(read(config, peer.state_dict(), where="the peer"))
+    return peer, vlm.eval()
+
+
+def stream(*sequences: Tensor) -> PackedBatch:
+    return PackedBatch(
+        token_ids=torch.cat(sequences),
+        positions=torch.cat([torch.arange(len(ids)) for ids in sequences]),
+        lengths=tuple(len(ids) for ids in sequences),
+    )
+
+
+def random_ids(length: int, seed: int = 1) -> Tensor:
+    return torch.randint(64, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@torch.no_grad()
+def test_hidden_states_and_logits(changes: dict[str, Any]) -> None:
+    peer, vlm = peer_and_ours(**changes)
+    ids = random_ids(70)
+    theirs = peer(ids[None], output_hidden_states=True)
+    assert len(theirs.hidden_states) == 4
+    ours = vlm(stream(ids), layers=range(4))
+    for layer, hidden in enumerate(theirs.hidden_states):
+        assert_close(ours[layer], hidden[0], f"hidden state {layer}")
+    assert_close(vlm.decoder.logits(ours[3]), theirs.logits[0], "logits")
+
+
+@torch.no_grad()
+def test_packed_sequences_equal_the_peers_singles() -> None:
+    peer, vlm = peer_and_ours()
+    sequences = [random_ids(length, seed=length) for length in (1, 37, 5, 20)]
+    ours = vlm.decoder.logits(vlm(stream(*sequences))[-1]).split([1, 37, 5, 20])
+    for logits, ids in zip(ours, sequences, strict=True):
+        assert_close(logits, peer(ids[None]).logits[0], f"{len(ids)} tokens of a packed batch")
+
+
+@torch.no_grad()
+def test_decode_with_cache_equals_the_peers_without() -> None:
+    peer, vlm = peer_and_ours(rope_parameters=LLAMA3)
+    ids = random_ids(60)
+    cache = KVCache(vlm.config.decoder, dtype=torch.float32, capacity=8)
+    pieces = []
+    for chunk in ids.split([40, 1, 1, 7, 1, 10]):
+        positions = torch.arange(cache.length, cache.length + len(chunk))
+        x = vlm.decoder.embed_tokens(chunk)
+        pieces.append(vlm.decoder(x, positions, Layout((len(chunk),), (cache,)))[-1])
+    assert_close(vlm.decoder.logits(torch.cat(pieces)), peer(ids[None]).logits[0], "cached logits")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_come_back(tied: bool) -> None:
+    peer, vlm = peer_and_ours(tie_word_embeddings=tied, attention_bias=True)
+    theirs = peer.state_dict()
+    back = write(peer.config.to_dict(), vlm.state_dict())
+    assert back.keys() == theirs.keys() - ({"lm_head.weight"} if tied else set())
+    assert all(torch.equal(back[name], theirs[name]) for name in back)
+
+
+def test_a_tied_head_that_differs_is_refused() -> None:
+    peer, _ = peer_and_ours(tie_word_embeddings=False)
+    config = peer.config.to_dict() | {"tie_word_embeddings": True}
+    with pytest.raises(CheckpointError, match="lm_head.weight of its own"):
+        read(config, peer.state_dict(), where="the peer")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("model_type", "mistral"),
+        ("hidden_act", "tanh"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "linear"}),
+    ],
+)
+def test_settings_we_do_not_have_are_refused(setting: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=r"model_type|hidden_act|rope_type|factor"):
+        vlm_config({"model_type": "llama"} | BASE | {setting: value})
+
+
+def test_what_a_config_leaves_out_is_the_librarys_default() -> None:
+    """Hub files of LLaVA 1.5 name little more than the model type of their Vicuna."""
+    assert vlm_config({"model_type": "llama"}) == vlm_config(LlamaConfig().to_dict())
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    older = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": scaling}
+    newer = LlamaConfig(rope_parameters=LLAMA3 | {"rope_theta": 5e5}).to_dict()
+    assert vlm_config(older) == vlm_config(newer)
