@@ -26,7 +26,7 @@ TEXT_QUERIES = (
     "a cup of coffee",
     "a rocket launch at night",
     "an astronaut",
-    "a yellow flower",
+    "a flower",
     "old coins",
     "stars and galaxies in space",
 )

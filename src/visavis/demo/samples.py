@@ -35,7 +35,7 @@ SAMPLES: tuple[Sample, ...] = (
     Sample("photographer", "skimage", "data/camera.png", "Lav Varshney", _CC0),
     Sample("cell", "skimage", "data/cell.png", "Paul Müller and others, Opt. Express 2018", _CC0),
     Sample("cat", "skimage", "data/chelsea.png", "Stéfan van der Walt (Chelsea)", _CC0),
-    Sample("clock in motion", "skimage", "data/clock_motion.png", "Stéfan van der Walt", _PUBLIC),
+    Sample("blurred clock", "skimage", "data/clock_motion.png", "Stéfan van der Walt", _PUBLIC),
     Sample("coffee", "skimage", "data/coffee.png", "Rachel Michetti, Pikolo Espresso Bar", _CC0),
     Sample(
         "ancient coins",
@@ -61,7 +61,7 @@ SAMPLES: tuple[Sample, ...] = (
         "retina", "skimage", "data/retina.jpg", "Mikael Häggström, WikiJournal of Medicine", _CC0
     ),
     Sample("rocket launch", "skimage", "data/rocket.jpg", "SpaceX", _PUBLIC),
-    Sample("page with corners", "skimage", "data/text.png", "Wikipedia, Corner.png", _PUBLIC),
+    Sample("handwriting", "skimage", "data/text.png", "Wikipedia, Corner.png", _PUBLIC),
     Sample("temple", "sklearn", "datasets/images/china.jpg", "danielbuechele, Flickr", _CC_BY),
     Sample("flower", "sklearn", "datasets/images/flower.jpg", "vultilion, Flickr", _CC_BY),
 )

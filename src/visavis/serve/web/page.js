@@ -22,7 +22,9 @@ async function request(path, options) {
   }
   if (!response.ok) {
     const body = await response.json().catch(() => ({}));
-    throw new Error(body.error ?? `The server answered ${response.status}.`);
+    const error = new Error(body.error ?? `The server answered ${response.status}.`);
+    error.unreadable = response.status === 415; // the picture, not the server, is the trouble
+    throw error;
   }
   return response;
 }
@@ -130,6 +132,7 @@ async function search({ like } = {}) {
     if (error.name === "AbortError") return;
     $("hits").classList.remove("waiting");
     say();
+    if (error.unreadable) detach();
     showError(error);
   }
 }
@@ -140,6 +143,9 @@ function searchedFor(text) {
   if (text) parts.push(`“${text}”`);
   return parts.join(" + ");
 }
+
+const canDrop = matchMedia("(hover: hover) and (min-width: 46rem)").matches;
+const placeholder = canDrop ? "Describe a picture, or drop one here" : "Describe a picture";
 
 function attach(file) {
   if (!file) return;
@@ -153,6 +159,7 @@ function attach(file) {
   $("chip-picture").src = url;
   $("chip-name").textContent = state.attached.name;
   $("chip").hidden = false;
+  $("text").value = ""; // words of an earlier search; new ones may be added
   $("text").placeholder = "Add words, if you like";
   search();
 }
@@ -161,7 +168,7 @@ function detach() {
   state.attached = null;
   $("chip").hidden = true;
   $("file").value = "";
-  $("text").placeholder = "Describe a picture, or drop one here";
+  $("text").placeholder = placeholder;
 }
 
 // --- the panel -----------------------------------------------------------------------------------
@@ -185,7 +192,7 @@ function openPanel(subject, opener) {
   $("chat").hidden = Boolean(item && !item.picture);
   $("proposals").hidden = $("chat").hidden;
   $("panel").hidden = false;
-  $("panel").scrollTop = 0;
+  $("panel-body").scrollTop = 0;
   markCurrent();
   $("panel-name").focus({ preventScroll: true });
 }
@@ -264,7 +271,7 @@ function noteSpeed({ done, tokens, seconds }) {
 }
 
 function scrollToEnd() {
-  $("panel").scrollTop = $("panel").scrollHeight;
+  $("panel-body").scrollTop = $("panel-body").scrollHeight;
 }
 
 // --- wiring --------------------------------------------------------------------------------------
@@ -352,7 +359,8 @@ async function start() {
   try {
     const info = await (await request("/api/info")).json();
     const count = info.num_items === 1 ? "1 picture" : `${info.num_items} pictures`;
-    if (info.num_items) say(`${count} in the index.`);
+    const shown = info.items.length < info.num_items ? `, here the first ${info.items.length}` : "";
+    if (info.num_items) say(`${count} in the index${shown}.`);
     else say("The index is empty. Add pictures with ", element("b", "", "visavis index add"), ".");
     $("about").textContent = `Model: ${info.model}.`;
     const pills = info.examples.map((words) => {
@@ -374,4 +382,5 @@ async function start() {
   }
 }
 
+$("text").placeholder = placeholder;
 start();
