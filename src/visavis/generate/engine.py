@@ -13,6 +13,7 @@ from torch import Tensor
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
 from visavis.model.kv_cache import KVCache
+from visavis.model.quantized import packed_kernels
 from visavis.model.vlm import VLM
 
 
@@ -60,5 +61,6 @@ def _step(vlm: VLM, token: int, cache: KVCache) -> Tensor:
     decoder, device = vlm.decoder, cache.keys[0].device
     x = decoder.embed_tokens(torch.tensor([token], device=device))
     positions = torch.tensor([cache.length], device=device)
-    hidden = decoder(x, positions, Layout((1,), (cache,)))[-1]
-    return decoder.logits(hidden)[0]
+    with packed_kernels():
+        hidden = decoder(x, positions, Layout((1,), (cache,)))[-1]
+        return decoder.logits(hidden)[0]

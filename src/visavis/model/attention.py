@@ -65,13 +65,10 @@ def attend(
         if len(set(layout.lengths)) == 1:
             return _attend_equal(query, key, value, layout, causal, window)
     outputs = []
-    pieces = zip(
-        query.split(layout.lengths),
-        key.split(layout.lengths),
-        value.split(layout.lengths),
-        strict=True,
-    )
-    for index, (q, k, v) in enumerate(pieces):
+    start = 0
+    for index, length in enumerate(layout.lengths):
+        q, k, v = (x[start : start + length] for x in (query, key, value))
+        start += length
         k, v = k.transpose(0, 1), v.transpose(0, 1)  # [kv_heads, L, head_dim]
         if layout.caches:
             k, v = layout.caches[index].extend(layer, k, v)  # [kv_heads, past + L, head_dim]

@@ -79,7 +79,8 @@ class Block(nn.Module):
             q = rotate(self.q_norm(q.float()).to(x.dtype), *rotary)
             k = rotate(self.k_norm(k.float()).to(x.dtype), *rotary)
         else:  # one rotation for queries and keys: they stand side by side
-            q, k = rotate(qkv[:, : heads + kv_heads], *rotary).split((heads, kv_heads), 1)
+            rotated = rotate(qkv[:, : heads + kv_heads], *rotary)
+            q, k = rotated[:, :heads], rotated[:, heads:]
         v = qkv[:, heads + kv_heads :]  # [T, kv_heads, head_dim]
         mixed = attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
         return self.out(mixed.reshape(x.shape[0], -1))  # [T, D]

@@ -1,18 +1,33 @@
 """Linear layers whose weights stay 4-bit (or 8-bit) integers with a scale and minimum per group.
 
-Two regimes on the CPU: few rows (decode) are bound by memory, so PyTorch's packed int4 kernel
-reads the integers; many rows (prefill, embedding) are bound by arithmetic, so a bfloat16 copy of
-the weights goes through the dense product. Knows codes and scales, not the files they came from.
+Two regimes on the CPU: decode is bound by memory, so PyTorch's packed int4 kernel reads the
+integers; prefill and embedding are bound by arithmetic, so a bfloat16 copy of the weights goes
+through the dense product. The caller says which (`packed_kernels`), never the number of rows: a
+vector must not depend on what else is in its batch. Knows codes and scales, not their files.
 """
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PACKED_ROWS = 4  # up to this many rows the packed kernel wins (measured: equal at 4 on Zen 4)
 GROUP = 32
+_regime = threading.local()
+
+
+@contextmanager
+def packed_kernels() -> Iterator[None]:
+    """Within this block, and in this thread, packed linears read their integers."""
+    _regime.packed = True
+    try:
+        yield
+    finally:
+        _regime.packed = False
 
 
 class PackedLinear(nn.Module):
@@ -31,7 +46,7 @@ class PackedLinear(nn.Module):
         Args:
             codes: uint8 [out, in], 0 to 15, or 0 to 255.
             scale, minimum: float32 [out, in / 32].
-            dense: bfloat16 [out, in], the same weights for many rows.
+            dense: bfloat16 [out, in], the same weights for prefill and embedding.
         """
         super().__init__()
         self.digits = 1 + (int(codes.max()) > 15)
@@ -49,7 +64,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("dense", dense, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # bfloat16 [T, in] -> [T, out]
-        if x.shape[0] > PACKED_ROWS:
+        if not getattr(_regime, "packed", False):
             return F.linear(x, self.dense)
         if self.digits == 2:
             x = torch.cat((x, x), 1)
