@@ -26,6 +26,18 @@ from visavis.processing.tokenizer import SpecialTokens, encode
 from visavis.prompt import Image, Message, Prompt
 
 
+# What running a template can raise: its own refusals, and mistakes of its author.
+_TEMPLATE_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+
+
 @dataclass
 class Encoded:
     """One sequence of ids.
@@ -127,7 +139,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except _TEMPLATE_FAILURES as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise InputError(
                 f"the checkpoint's chat template refuses messages of the roles {roles}: {error}. "
