@@ -25,7 +25,6 @@ from visavis.errors import CheckpointError, InputError
 from visavis.processing.tokenizer import SpecialTokens, encode
 from visavis.prompt import Image, Message, Prompt
 
-
 # What running a template can raise: its own refusals, and mistakes of its author.
 _TEMPLATE_FAILURES = (
     TemplateError,
