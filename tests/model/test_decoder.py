@@ -117,6 +117,28 @@ def test_each_switch_changes_the_output() -> None:
 
 
 @torch.no_grad()
+def test_norm_weights_may_count_from_one() -> None:
+    plain, shifted = build({}), build({"norm_offset": 1.0})
+    torch.manual_seed(1)
+    for name, parameter in plain.named_parameters():
+        if "norm" in name:
+            parameter.normal_()
+    state = plain.state_dict()
+    shifted.load_state_dict({k: v - 1 if "norm" in k else v for k, v in state.items()})
+    torch.testing.assert_close(run(shifted, ids(9))[-1], run(plain, ids(9))[-1])
+
+
+@pytest.mark.parametrize("rows", [slice(0, 32), slice(32, 48)], ids=["queries", "keys"])
+@torch.no_grad()
+def test_normed_heads_have_no_length_left(rows: slice) -> None:
+    decoder = build({"qk_norm": True, "norm_eps": 1e-12})
+    before = run(decoder, ids(9))[-1]
+    for block in decoder.blocks:
+        block.qkv.weight[rows] *= 10
+    torch.testing.assert_close(run(decoder, ids(9))[-1], before, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_only_what_is_needed_for_the_named_layers_runs() -> None:
     decoder = build({})
     everything = run(decoder, ids(5), layers=range(4))
