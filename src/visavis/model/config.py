@@ -195,7 +195,9 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
 
 def decoder_config_from_dict(data: dict[str, Any]) -> DecoderConfig:
     """Rebuild a `DecoderConfig` from JSON types (lists become tuples)."""
-    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+    }
     if fields.get("rope_scaling") is not None:
         scaling = dict(fields["rope_scaling"])
         scaling["factors"] = tuple(scaling.get("factors", ()))

@@ -33,7 +33,7 @@ class EmbeddingHead(nn.Module):
             lengths: tokens of each sequence.
             is_image: bool [T].
         """
-        total = 0.0
+        total = hidden.new_zeros(len(lengths), self.config.dim)
         for projection, chosen in ((self.text, ~is_image), (self.image, is_image)):
             mean, present = mean_per_sequence(hidden, lengths, chosen)
             total = total + projection(mean) * present

@@ -6,11 +6,11 @@ gives nothing and makes PyTorch import its compiler, over a second.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class _NoMetaInit:
-    weight: nn.Parameter
+    weight: Tensor
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:

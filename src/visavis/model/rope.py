@@ -42,7 +42,8 @@ class Rope:
         if found is None or found[0].shape[0] < needed:
             size = 1 << max(9, math.ceil(math.log2(needed)))
             angles = torch.arange(size)[:, None] * self.frequencies  # [size, dim / 2]
-            found = tuple(x.to(device, dtype) for x in signed_tables(angles))
+            cos, sin = signed_tables(angles)
+            found = (cos.to(device, dtype), sin.to(device, dtype))
             self.tables[device, dtype] = found
         return found
 
