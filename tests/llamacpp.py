@@ -27,12 +27,19 @@ class LlamaCpp:
         return self.post("/tokenize", request)["tokens"]
 
     def post(self, path: str, data: dict[str, Any]) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        self.connection.request("POST", path, json.dumps(data).encode(), headers)
-        response = self.connection.getresponse()
+        try:
+            response = self._request(path, data)
+        except (BrokenPipeError, ConnectionResetError, http.client.RemoteDisconnected):
+            self.connection.close()  # the server closes idle connections
+            response = self._request(path, data)
         body = json.loads(response.read())
         assert response.status == 200, body
         return body
+
+    def _request(self, path: str, data: dict[str, Any]) -> http.client.HTTPResponse:
+        headers = {"Content-Type": "application/json"}
+        self.connection.request("POST", path, json.dumps(data).encode(), headers)
+        return self.connection.getresponse()
 
 
 @contextmanager
