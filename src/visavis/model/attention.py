@@ -1,8 +1,8 @@
 """Attention over packed sequences: one function, two backends.
 
 Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `Layout` says where each
-sequence ends and what it has cached. On CUDA without a cache the whole stream goes through
-`varlen_attn`; everywhere else each sequence goes through scaled-dot-product attention by itself.
+sequence ends and what it has cached. On CUDA, in half precision and without a cache, the whole
+stream goes through `varlen_attn`; everywhere else each sequence goes through scaled-dot-product attention by itself.
 Knows nothing of projections, positions or rotary embeddings.
 """
 
@@ -60,7 +60,7 @@ def attend(
         window: with `causal`, how many tokens back a token sees, itself included; 0 = all.
     """
     if not layout.caches:
-        if query.is_cuda:
+        if query.is_cuda and query.dtype != torch.float32:
             return _attend_varlen(query, key, value, layout, causal, window)
         if len(set(layout.lengths)) == 1:
             return _attend_equal(query, key, value, layout, causal, window)
