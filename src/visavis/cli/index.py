@@ -106,11 +106,6 @@ def search(
     if not text.strip() and not images:
         raise InputError("nothing to look for: give TEXT, --image PATH or both")
     query: dict[str, Any] = {"image": images or None, "text": text or None}
-    if not index_path.expanduser().exists():
-        raise InputError(
-            f"there is no index file {index_path}; check the spelling, or make it with "
-            "`visavis index add`"
-        )
     hits = _open(index_path, model, precision, device).search(query, k=k, filter=source)
     if as_json:
         print_json([{"score": round(h.score, 6), "source": h.source} for h in hits])

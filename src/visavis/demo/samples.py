@@ -76,7 +76,7 @@ def copy_samples(folder: Path, samples: Sequence[Sample] = SAMPLES) -> list[Path
     """
     missing = {sample.module for sample in samples if _package_folder(sample.module) is None}
     if missing:
-        names = ", ".join(sorted(PACKAGES[module] for module in missing))
+        names = ", ".join(sorted(PACKAGES.get(module, module) for module in missing))
         raise InputError(
             f"the demo's sample pictures come with {names}, which is not installed; run "
             "`pip install 'visavis[demo]'`, or search your own: visavis index add photos.idx FOLDER"

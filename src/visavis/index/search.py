@@ -156,11 +156,7 @@ class Index:
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InputError(f"k is {k!r}, expected the number of hits wanted, at least 1")
-        if not self._store.exists():
-            raise StoreError(
-                f"there is no index file {self.path}; check the spelling, or make it with "
-                "`visavis index add` or Index.add()"
-            )
+        self._must_exist()
         ids, sources, vectors = self._vectors()
         if filter is not None:
             kept = [i for i, source in enumerate(sources) if fnmatch.fnmatchcase(source, filter)]
@@ -174,6 +170,7 @@ class Index:
 
     def prune(self) -> list[str]:
         """Forget files that no longer exist; return their paths."""
+        self._must_exist()
         gone = [source for source in self._store.file_sources() if not Path(source).is_file()]
         self._store.remove(gone)
         return gone
@@ -185,6 +182,13 @@ class Index:
     def items(self, limit: int = 100) -> list[StoredItem]:
         """Return the items that were added first, for a page to show before anybody searches."""
         return self._store.items(limit) if self._store.exists() else []
+
+    def _must_exist(self) -> None:
+        if not self._store.exists():
+            raise StoreError(
+                f"there is no index file {self.path}; check the spelling, or make it with "
+                "`visavis index add` or Index.add()"
+            )
 
     # --- adding -----------------------------------------------------------------------------------
 
@@ -339,7 +343,7 @@ def _kept_preview(entry: _Entry) -> bytes | None:
     """A small JPEG of a picture that is nowhere else to be found later."""
     if entry.is_file or not entry.prompt.images:
         return None
-    picture = decode_image(entry.prompt.images[0])
+    picture = decode_image(entry.prompt.images[0]).copy()  # it may be the user's own object
     picture.thumbnail((KEPT_PREVIEW_SIZE, KEPT_PREVIEW_SIZE))
     encoded = io.BytesIO()
     picture.save(encoded, "JPEG", quality=85)

@@ -1,0 +1,302 @@
+"""The page's server on a real loopback socket, with a real tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from PIL import Image
+
+from tests.fakes import picture, tiny_model, write_pictures
+from visavis import Index
+from visavis.errors import InputError
+from visavis.serve import listen, require_web_packages
+from visavis.serve.app import MAX_BODY_BYTES, create_app
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path) -> Iterator[Index]:
+    write_pictures(folder / "pictures", 5)
+    with Index(folder / "test.idx", tiny_model()) as opened:
+        opened.add([folder / "pictures", {"text": "only words"}, picture(50)])
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def address(index: Index) -> Iterator[str]:
+    app = create_app(tiny_model(), index, examples=["a cat"])
+    listening = listen(0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=60, trust_env=False) as opened:
+        yield opened
+
+
+def png(image: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def upload(content: bytes, name: str = "upload.png") -> dict[str, Any]:
+    return {"image": (name, content, "image/png")}
+
+
+def ask(client: httpx.Client, messages: Any, **fields: Any) -> list[dict[str, Any]]:
+    data = {"messages": json.dumps(messages), **fields.pop("data", {})}
+    with client.stream("POST", "/api/chat", data=data, **fields) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        text = "".join(response.iter_text())
+    return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event]
+
+
+def question(text: str = "What is it?") -> list[dict[str, str]]:
+    return [{"role": "user", "text": text}]
+
+
+def test_the_page_and_what_it_needs(client: httpx.Client) -> None:
+    page = client.get("/")
+    assert page.status_code == 200
+    assert "unsafe" not in page.headers["content-security-policy"]
+    for part in ("page.js", "page.css", "icon.svg"):
+        assert f"/static/{part}" in page.text
+        assert client.get(f"/static/{part}").status_code == 200
+    assert "http" not in page.text.replace("http-equiv", ""), "the page needs nobody else"
+
+
+def test_info_lists_the_first_items(client: httpx.Client) -> None:
+    info = client.get("/api/info").json()
+    assert (info["model"], info["num_items"], info["examples"]) == ("tiny", 7, ["a cat"])
+    assert info["items"][0]["name"] == "picture-000.png"
+    words = next(item for item in info["items"] if item["text"])
+    assert words["picture"] is None
+
+
+def test_search_by_words(client: httpx.Client, index: Index) -> None:
+    hits = client.post("/api/search", data={"text": "some words", "k": "3"}).json()["hits"]
+    expected = index.search("some words", k=3)
+    assert [hit["source"] for hit in hits] == [hit.source for hit in expected]
+    assert [hit["score"] for hit in hits] == pytest.approx([h.score for h in expected], abs=1e-4)
+
+
+def test_search_by_an_uploaded_picture(client: httpx.Client) -> None:
+    response = client.post("/api/search", files=upload(png(picture(3))))
+    best = response.json()["hits"][0]
+    assert best["name"] == "picture-003.png"
+    assert best["score"] == pytest.approx(1, abs=1e-4)
+
+
+def test_search_by_picture_and_words(client: httpx.Client, index: Index) -> None:
+    response = client.post("/api/search", files=upload(png(picture(3))), data={"text": "at night"})
+    expected = index.search({"image": picture(3), "text": "at night"})
+    assert response.json()["hits"][0]["source"] == expected[0].source
+    assert response.json()["hits"][0]["score"] == pytest.approx(expected[0].score, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["picture-002.png", "item "])
+def test_search_like_an_item(client: httpx.Client, name: str) -> None:
+    items = client.get("/api/info").json()["items"]
+    item = next(item for item in items if item["name"].startswith(name))
+    hits = client.post("/api/search", data={"like": str(item["id"])}).json()["hits"]
+    assert hits[0]["id"] == item["id"]
+
+
+def test_pictures_by_number(client: httpx.Client) -> None:
+    items = client.get("/api/info").json()["items"]
+    for item in items:
+        if item["picture"] is None:
+            continue
+        response = client.get(item["picture"] + "&size=64")
+        assert response.headers["content-type"] == "image/jpeg"
+        assert max(Image.open(io.BytesIO(response.content)).size) <= 64
+    words = next(item for item in items if item["picture"] is None)
+    assert client.get(f"/api/items/{words['id']}/picture").status_code == 404
+    assert client.get("/api/items/99999/picture").status_code == 404
+    assert client.get(f"/api/items/{2**70}/picture").status_code == 404
+    for size in ("0", "100000", "x"):
+        assert client.get(f"/api/items/1/picture?size={size}").status_code == 400
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/items/..%2f..%2fetc%2fpasswd/picture",
+        "/static/..%2fapp.py",
+        "/static/../app.py",
+        "/static/%2e%2e/%2e%2e/api.py",
+        "/test.idx",
+    ],
+)
+def test_nothing_is_served_by_path(client: httpx.Client, path: str) -> None:
+    assert client.get(path).status_code in (404, 405)
+
+
+def test_chat_streams_pieces(client: httpx.Client) -> None:
+    events = ask(client, question(), files=upload(png(picture(1))))
+    *pieces, last = events
+    text = "".join(event["piece"] for event in pieces)
+    expected = tiny_model().chat("What is it?", [picture(1)])
+    assert text == expected.text
+    assert last["tokens"] == expected.usage.completion_tokens
+    assert last["done"] == expected.finish_reason
+
+
+def test_chat_keeps_the_picture_in_the_first_turn(client: httpx.Client) -> None:
+    number = client.get("/api/info").json()["items"][2]["id"]
+    turns = [*question("What?"), {"role": "assistant", "text": "A thing."}, *question("And why?")]
+    events = ask(client, turns, data={"like": str(number)})
+    first = [{"type": "image_url", "image_url": {"url": _data_uri(picture(2))}}]
+    history = [
+        {"role": "user", "content": [*first, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A thing."},
+    ]
+    expected = tiny_model().chat("And why?", history=history)
+    assert "".join(event.get("piece", "") for event in events) == expected.text
+
+
+def _data_uri(image: Image.Image) -> str:
+    import base64
+
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def test_chat_without_a_picture(client: httpx.Client) -> None:
+    events = ask(client, question("hello"))
+    assert events[-1]["tokens"] > 0
+
+
+def test_a_client_that_leaves_frees_the_model(client: httpx.Client) -> None:
+    for _ in range(3):
+        with client.stream("POST", "/api/chat", data={"messages": json.dumps(question())}) as r:
+            next(r.iter_text())
+    assert client.post("/api/search", data={"text": "x"}).status_code == 200
+
+
+def test_requests_at_once_all_get_their_own_answer(address: str) -> None:
+    found: dict[int, str] = {}
+
+    def search(seed: int) -> None:
+        response = httpx.post(
+            f"{address}/api/search", files=upload(png(picture(seed))), timeout=60, trust_env=False
+        )
+        found[seed] = response.json()["hits"][0]["name"]
+
+    threads = [threading.Thread(target=search, args=(seed,)) for seed in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {seed: f"picture-{seed:03d}.png" for seed in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status"),
+    [
+        ("/api/search", {}, 400),
+        ("/api/search", {"data": {"text": "  "}}, 400),
+        ("/api/search", {"data": {"text": "x", "k": "many"}}, 400),
+        ("/api/search", {"data": {"text": "x", "k": "0"}}, 400),
+        ("/api/search", {"data": {"like": "12345"}}, 404),
+        ("/api/search", {"files": {"text": ("t.png", b"x", "image/png")}}, 400),
+        ("/api/search", {"files": upload(b"no picture")}, 415),
+        ("/api/search", {"files": upload(b"")}, 415),
+        ("/api/chat", {"data": {"messages": "no json"}}, 400),
+        ("/api/chat", {"data": {"messages": "[]"}}, 400),
+        ("/api/chat", {"data": {"messages": '{"role": "user"}'}}, 400),
+        ("/api/chat", {"data": {"messages": '[{"role": "robot", "text": "x"}]'}}, 400),
+        ("/api/chat", {"data": {"messages": '[{"role": "assistant", "text": "x"}]'}}, 400),
+    ],
+)
+def test_bad_requests(client: httpx.Client, path: str, fields: dict[str, Any], status: int) -> None:
+    response = client.post(path, **fields)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]
+
+
+def test_an_unreadable_picture_in_a_chat_is_an_event(client: httpx.Client) -> None:
+    (event,) = ask(client, question(), files=upload(b"no picture"))
+    assert "not a picture" in event["error"]
+
+
+def test_a_question_that_is_too_long_is_an_event(client: httpx.Client) -> None:
+    (event,) = ask(client, question("long " * 300))
+    assert "tokens" in event["error"]
+
+
+def test_too_large_an_upload(client: httpx.Client) -> None:
+    assert client.post("/api/search", files=upload(bytes(MAX_BODY_BYTES + 1))).status_code == 413
+
+
+def test_too_large_an_upload_that_does_not_say_so(client: httpx.Client) -> None:
+    boundary = "b"
+    head = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n'
+    ).encode()
+
+    def body() -> Iterator[bytes]:
+        yield head
+        for _ in range(MAX_BODY_BYTES // 2**20 + 1):
+            yield bytes(2**20)
+
+    headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    response = client.post("/api/search", content=body(), headers=headers)
+    assert response.status_code == 413
+
+
+def test_a_picture_with_too_many_pixels(client: httpx.Client) -> None:
+    huge = png(Image.new("1", (12_000, 9_000)))
+    assert len(huge) < 100_000
+    response = client.post("/api/search", files=upload(huge))
+    assert response.status_code == 415
+    assert "megapixels" in response.json()["error"]
+
+
+def test_other_sites_are_refused(client: httpx.Client) -> None:
+    fields = {"data": {"text": "x"}}
+    evil = client.post("/api/search", headers={"origin": "https://evil.example"}, **fields)
+    assert evil.status_code == 403
+    assert client.get("/api/info", headers={"host": "evil.example"}).status_code == 400
+    own = client.post("/api/search", headers={"origin": str(client.base_url)}, **fields)
+    assert own.status_code == 200
+
+
+def test_a_taken_port_gives_a_free_one() -> None:
+    first = listen(0)
+    port = first.getsockname()[1]
+    second = listen(port)
+    assert second.getsockname()[1] != port
+    assert second.getsockname()[0] == "127.0.0.1"
+    first.close()
+    second.close()
+
+
+def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"visavis\[serve\]"):
+        require_web_packages()
