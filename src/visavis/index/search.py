@@ -4,8 +4,8 @@
                                 └──► model.embed, a batch at a time ──► store   (one commit each)
     query        ──► model.embed ──► cosine with every vector ──► the k best
 
-Exact and in memory: a million vectors of 256 numbers are 1 GB and about 0.1 s a query. Knows the
-model only by `embed`, `name`, `fingerprint` and `embedding_dim`.
+Exact and in memory: 200,000 vectors of 256 numbers take 0.2 GB, 0.6 s to read once and 0.04 s a
+query on one core. Knows the model only by `embed`, `name`, `fingerprint` and `embedding_dim`.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ function tile(item) {
   if (item.picture) {
     const picture = element("img");
     picture.src = `${item.picture}&size=400`;
-    picture.alt = item.name;
+    picture.alt = ""; // the name stands below it
     picture.loading = "lazy";
     picture.decoding = "async";
     picture.onerror = () => frame.replaceChildren(element("span", "broken", "The file is gone or unreadable"));
