@@ -73,7 +73,7 @@ def test_sequences_with_pasts_of_their_own_share_a_stream() -> None:
     sequences = [random_qkv(p + n, seed=n + p) for n, p in zip(lengths, pasts, strict=True)]
     caches = tuple(cache(4) for _ in lengths)
     for store, past, (_, k, v) in zip(caches, pasts, sequences, strict=True):
-        store.extend(0, k[:past].transpose(0, 1), v[:past].transpose(0, 1))
+        store.extend(0, k[:past], v[:past])
         store.advance(past)
     new = [
         torch.cat([parts[i][past:] for parts, past in zip(sequences, pasts, strict=True)])

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
+from visavis.model.decode import FlatStep, can_flatten
+from visavis.model.decoder import Decoder
 from visavis.model.kv_cache import KVCache
 from visavis.model.quantized import packed_kernels
 from visavis.model.vlm import VLM
@@ -37,12 +39,13 @@ def generate(
         capacity=batch.num_tokens + min(max_new_tokens, 512),
     )
     logits = _prefill(vlm, batch, cache)
+    flat = FlatStep(decoder, cache) if can_flatten(decoder) else None
     for _ in range(max_new_tokens - 1):
         token = sample(logits)
         if token in stop_ids:
             return
         yield token
-        logits = _step(vlm, token, cache)
+        logits = _step(decoder, token, cache, flat)
     token = sample(logits)
     if token not in stop_ids:
         yield token
@@ -56,9 +59,11 @@ def _prefill(vlm: VLM, batch: PackedBatch, cache: KVCache) -> Tensor:
 
 
 @torch.inference_mode()
-def _step(vlm: VLM, token: int, cache: KVCache) -> Tensor:
+def _step(decoder: Decoder, token: int, cache: KVCache, flat: FlatStep | None) -> Tensor:
     """Extend the sequence by one token; return the scores of the next, float32 [vocab]."""
-    decoder, device = vlm.decoder, cache.keys[0].device
+    if flat is not None:
+        return flat(token)
+    device = cache.keys[0].device
     x = decoder.embed_tokens(torch.tensor([token], device=device))
     positions = torch.tensor([cache.length], device=device)
     with packed_kernels():

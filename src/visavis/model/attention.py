@@ -64,16 +64,20 @@ def attend(
             return _attend_varlen(query, key, value, layout, causal, window)
         if len(set(layout.lengths)) == 1:
             return _attend_equal(query, key, value, layout, causal, window)
+    if len(layout.lengths) == 1:
+        keys, values = layout.caches[0].extend(layer, key, value)
+        return _attend_one(query, keys, values, causal, window)
     outputs = []
     start = 0
     for index, length in enumerate(layout.lengths):
         q, k, v = (x[start : start + length] for x in (query, key, value))
         start += length
-        k, v = k.transpose(0, 1), v.transpose(0, 1)  # [kv_heads, L, head_dim]
         if layout.caches:
             k, v = layout.caches[index].extend(layer, k, v)  # [kv_heads, past + L, head_dim]
+        else:
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
         outputs.append(_attend_one(q, k, v, causal, window))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return torch.cat(outputs)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> Tensor:

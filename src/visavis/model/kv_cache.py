@@ -33,13 +33,24 @@ class KVCache:
             self.values.append(torch.empty(shape, dtype=dtype, device=device))
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [kv_heads, L, head_dim]; return all of them so far."""
-        total = self.length + key.shape[1]
+        """Write new keys and values [L, kv_heads, head_dim]; return all of them so far.
+
+        Those come heads first, [kv_heads, past + L, head_dim], as attention reads them.
+        """
+        length = key.shape[0]
+        total = self.length + length
         if total > self.keys[layer].shape[1]:
             self._grow(layer, total)
-        self.keys[layer][:, self.length : total] = key
-        self.values[layer][:, self.length : total] = value
-        return self.keys[layer][:, :total], self.values[layer][:, :total]
+        keys, values = self.keys[layer], self.values[layer]
+        keys.narrow(1, self.length, length).copy_(key.transpose(0, 1))
+        values.narrow(1, self.length, length).copy_(value.transpose(0, 1))
+        return keys.narrow(1, 0, total), values.narrow(1, 0, total)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in all layers."""
+        for layer in range(len(self.keys)):
+            if length > self.keys[layer].shape[1]:
+                self._grow(layer, length)
 
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` as part of the past, after all layers have been extended."""

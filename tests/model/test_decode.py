@@ -1,0 +1,82 @@
+"""The flattened decode step gives bit for bit what the modules give."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from visavis.model.attention import Layout
+from visavis.model.config import DecoderConfig
+from visavis.model.decode import FlatStep, can_flatten
+from visavis.model.decoder import Decoder
+from visavis.model.kv_cache import KVCache
+from visavis.model.quantized import PackedLinear, packed_kernels
+
+CONFIG = DecoderConfig(
+    vocab_size=96,
+    width=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_width=128,
+    context_length=64,
+)
+
+
+def random_packed(linear: torch.nn.Linear, top_code: int) -> PackedLinear:
+    out, inside = linear.weight.shape
+    codes = torch.randint(0, top_code + 1, (out, inside), dtype=torch.uint8)
+    codes[0, 0] = top_code
+    scale = torch.rand(out, inside // 32) * 0.2 / top_code
+    minimum = -scale * top_code / 2
+    dense = codes.float().view(out, -1, 32) * scale[..., None] + minimum[..., None]
+    return PackedLinear(codes, scale, minimum, dense.view(out, inside).bfloat16())
+
+
+def packed_decoder(config: DecoderConfig) -> Decoder:
+    decoder = Decoder(config).bfloat16().eval()
+    for block in decoder.blocks:
+        for name in ("qkv", "out", "up", "down"):
+            setattr(block, name, random_packed(getattr(block, name), 15))
+    decoder.head = random_packed(decoder.head, 255)  # type: ignore[assignment]
+    for module in decoder.modules():
+        if type(module).__name__ == "Norm":
+            module.float()
+    return decoder
+
+
+@pytest.mark.parametrize("kind", ["packed", "float32", "untied biases"])
+def test_flat_step_equals_modules(kind: str) -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, qkv_bias=True, tied_head=False) if "biases" in kind else CONFIG
+    decoder = packed_decoder(config) if kind == "packed" else Decoder(config).eval()
+    dtype = decoder.dtype
+    slow = KVCache(config, dtype=dtype, capacity=2)
+    fast = KVCache(config, dtype=dtype, capacity=2)
+    step = FlatStep(decoder, fast)
+    with torch.inference_mode(), packed_kernels():
+        for position, token in enumerate([5, 17, 17, 80, 3]):
+            x = decoder.embed_tokens(torch.tensor([token]))
+            hidden = decoder(x, torch.tensor([position]), Layout((1,), (slow,)))[-1]
+            assert torch.equal(step(token), decoder.logits(hidden)[0])
+    assert fast.length == slow.length == 5
+
+
+@pytest.mark.parametrize("top_code", [15, 255])
+def test_packed_product_is_the_dense_one(top_code: int) -> None:
+    torch.manual_seed(1)
+    packed = random_packed(torch.nn.Linear(64, 96, bias=False), top_code)
+    x = torch.randn(3, 64).bfloat16()
+    dense = packed(x).float()
+    with packed_kernels():
+        kernel = packed(x).float()
+    assert (dense - kernel).abs().max() <= 0.02 * dense.abs().max()
+    assert not torch.equal(dense, torch.zeros_like(dense))
+
+
+def test_other_switches_take_the_modules() -> None:
+    for change in ({"norm": "layer"}, {"qk_norm": True}, {"sliding_window": 4}, {"gated": False}):
+        assert not can_flatten(Decoder(replace(CONFIG, **change)))
