@@ -2,8 +2,8 @@
 
 Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `Layout` says where each
 sequence ends and what it has cached. On CUDA, in half precision and without a cache, the whole
-stream goes through `varlen_attn`; everywhere else each sequence goes through scaled-dot-product attention by itself.
-Knows nothing of projections, positions or rotary embeddings.
+stream goes through `varlen_attn`; everywhere else each sequence goes through scaled-dot-product
+attention by itself. Knows nothing of projections, positions or rotary embeddings.
 """
 
 from __future__ import annotations
