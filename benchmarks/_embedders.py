@@ -1,0 +1,197 @@
+"""Engines that embed texts and pictures: visavis, and the same model built from transformers.
+
+Started by embed.py. The peer is what a careful user of transformers would write: its `LlamaModel`
+in bfloat16, cut off after the last layer that is read, its CLIP image processor, its padded batches
+sorted by length. Weights, tokenizer and settings come from ours through a folder.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from _export import export, llama, rest, settings_of
+from _harness import serve
+
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+BATCH = 32
+WARM_UP = "A sentence to begin with."
+
+
+class Visavis:
+    """The public way: `Model.embed`."""
+
+    def load(self, model: str) -> dict[str, Any]:
+        import torch
+
+        import visavis
+
+        torch.set_num_threads(THREADS)
+        self.model = visavis.load(model)
+        return {"takes_images": self.model.takes_images, "name": self.model.name}
+
+    def export(self, model: str, folder: str) -> dict[str, Any]:
+        export(model, Path(folder))
+        return {}
+
+    def embed(self, items: list[dict[str, Any]], output: str) -> dict[str, Any]:
+        import numpy as np
+
+        started = time.perf_counter()
+        vectors = self.model.embed([_item(item) for item in items])
+        seconds = time.perf_counter() - started
+        np.save(output, vectors)
+        return {"seconds": seconds}
+
+
+def _item(item: dict[str, Any]) -> Any:
+    if "image" not in item:
+        return item["text"]
+    picture = Path(item["image"])
+    return {"image": picture, "text": item["text"]} if "text" in item else picture
+
+
+class Transformers:
+    """Padded batches through `LlamaModel`."""
+
+    def load(self, folder: str) -> dict[str, Any]:
+        import torch
+        from tokenizers import Tokenizer
+        from transformers import CLIPImageProcessorPil
+
+        torch.set_num_threads(THREADS)
+        torch.set_grad_enabled(False)
+        self.settings = settings_of(folder)
+        self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        total, needed = self.settings["llama"]["num_hidden_layers"], max(self.settings["layers"])
+        self.models = {}
+        for dtype in (torch.bfloat16, torch.float32):
+            model = llama(folder).model
+            if needed < total:  # nobody wins by leaving out what nobody reads
+                model.layers = model.layers[:needed]
+                model.config.num_hidden_layers = needed
+                model.norm = torch.nn.Identity()
+            self.models[dtype] = model.to(dtype)
+        self.tower, self.connector, self.head = rest(self.settings["config"], folder)
+        if self.settings["processor"]:
+            self.processor = CLIPImageProcessorPil(**_clip_settings(self.settings["processor"]))
+        return {}
+
+    def embed(
+        self, items: list[dict[str, Any]], output: str, exact: bool = False
+    ) -> dict[str, Any]:
+        import numpy as np
+        import torch
+
+        model = self.models[torch.float32 if exact else torch.bfloat16]
+        started = time.perf_counter()
+        encoded = [self._encode(item) for item in items]
+        order = sorted(range(len(items)), key=lambda i: len(encoded[i][0]))
+        vectors: Any = [None] * len(items)
+        for first in range(0, len(order), BATCH):
+            chosen = order[first : first + BATCH]
+            rows = self._batch(model, [items[i] for i in chosen], [encoded[i] for i in chosen])
+            for index, row in zip(chosen, rows, strict=True):
+                vectors[index] = row
+        stacked = torch.stack(vectors).numpy()
+        seconds = time.perf_counter() - started
+        np.save(output, stacked)
+        return {"seconds": seconds}
+
+    def _encode(self, item: dict[str, Any]) -> tuple[list[int], int]:
+        """Return token ids, and where the image's placeholders start (-1: none)."""
+        pieces = [self.settings["prefix"]]
+        if "image" in item:
+            pieces.append("")
+        pieces[-1] += item.get("text", "") + self.settings["suffix"]
+        parts = [
+            self.tokenizer.encode(piece, add_special_tokens=False).ids if piece else []
+            for piece in pieces
+        ]
+        if self.settings["bos"] is not None:
+            parts[0].insert(0, self.settings["bos"])
+        if len(parts) == 1:
+            return parts[0], -1
+        return parts[0] + [0] * self.settings["tokens_per_image"] + parts[1], len(parts[0])
+
+    def _batch(self, model: Any, items: list[Any], encoded: list[tuple[list[int], int]]) -> Any:
+        import torch
+        from PIL import Image
+        from torch.nn import functional as F
+
+        longest = max(len(ids) for ids, _ in encoded)
+        ids = torch.zeros(len(encoded), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        is_image = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, (tokens, start) in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+            if start >= 0:
+                is_image[row, start : start + self.settings["tokens_per_image"]] = True
+        inputs = model.embed_tokens(ids)
+        if is_image.any():
+            opened = [Image.open(item["image"]).convert("RGB") for item in items if "image" in item]
+            pixels = self.processor(opened, return_tensors="pt")["pixel_values"]
+            tokens = self.connector(_features(self.tower, pixels))
+            inputs[is_image] = tokens.flatten(0, 1).to(inputs.dtype)
+        hidden = model(
+            inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True
+        ).hidden_states
+        found = torch.cat([hidden[layer] for layer in self.settings["layers"]], -1).float()
+        if self.settings["pooling"] == "last":
+            return F.normalize(found[torch.arange(len(ids)), mask.sum(1) - 1], dim=-1)
+        if self.settings["pooling"] == "mean":
+            return F.normalize((found * mask[..., None]).sum(1) / mask.sum(1, True), dim=-1)
+        total = torch.zeros(())
+        for layer, chosen in (
+            (self.head.text, (mask == 1) & ~is_image),
+            (self.head.image, is_image),
+        ):
+            count = chosen.sum(1, keepdim=True)
+            mean = (found * chosen[..., None]).sum(1) / count.clamp(min=1)
+            total = total + layer(mean) * (count > 0)
+        return F.normalize(total, dim=-1)
+
+
+def _features(tower: Any, pixels: Any) -> Any:
+    """EfficientNet-Lite in plain calls of PyTorch, on the tower's weights: [N, P, 1280]."""
+    from torch.nn import functional as F
+
+    def convolve(layer: Any, x: Any) -> Any:
+        kernel, stride = layer.kernel_size[0], layer.stride[0]
+        if kernel > 1:  # TensorFlow's "SAME"
+            short = [max((-(-s // stride) - 1) * stride + kernel - s, 0) for s in x.shape[-2:]]
+            rows, columns = short
+            x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return F.conv2d(x, layer.weight, layer.bias, stride, groups=layer.groups)
+
+    x = F.relu6(convolve(tower.stem, pixels))
+    for block in tower.blocks:
+        inside = x if block.expand is None else F.relu6(convolve(block.expand, x))
+        inside = convolve(block.project, F.relu6(convolve(block.depthwise, inside)))
+        x = x + inside if x.shape == inside.shape else inside
+    return F.relu6(convolve(tower.head, x)).flatten(2).transpose(1, 2)
+
+
+def _clip_settings(processor: dict[str, Any]) -> dict[str, Any]:
+    """Return transformers' names for our image processor's settings."""
+    side = processor["size"]
+    if processor["resize"] == "crop":
+        size = {"shortest_edge": int(side / processor["crop_fraction"])}
+    else:
+        assert processor["resize"] == "squash", "the CLIP processor does not pad"
+        size = {"height": side, "width": side}
+    return {
+        "size": size,
+        "do_center_crop": processor["resize"] == "crop",
+        "crop_size": {"height": side, "width": side},
+        "resample": {"bilinear": 2, "bicubic": 3}[processor["resample"]],
+        "image_mean": list(processor["mean"]),
+        "image_std": list(processor["std"]),
+    }
+
+
+if __name__ == "__main__":
+    serve({"visavis": Visavis, "transformers": Transformers})

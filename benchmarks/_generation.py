@@ -1,0 +1,74 @@
+"""What decode.py and prefill.py share: the same prompts through every generator, and a judge.
+
+Knows prompts and times by name, not the engines behind them (`_generators.py`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from _harness import Engine, Report, engines, interleaved
+
+JUDGE = "transformers"
+CHECKED_TOKENS = 16  # at least so many tokens of one answer are judged
+MAX_LEAD = 0.5  # logits; see `Transformers.judge`
+
+Value = Callable[[dict[str, Any]], float]
+
+
+def compare(
+    report: Report,
+    model: str,
+    names: Sequence[str],
+    *,
+    what: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    value: Value,
+    unit: str,
+    ratios: Mapping[str, float],
+) -> None:
+    """Add rows with `value` of what a run reports, for every generator in `names`.
+
+    Args:
+        model: a GGUF file, which every engine reads by itself; or what only visavis can load: its
+            weights are then exported for transformers.
+    """
+    runs = report.options.runs
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        engines("_generators.py", names, report.options) as started,
+    ):
+        by_name = {engine.name: engine for engine in started}
+        ours, judge = by_name["visavis"], by_name[JUDGE]
+        everyone_reads_it = model.endswith(".gguf")
+        if not everyone_reads_it:
+            ours.ask("export", model=model, folder=folder)
+        for engine in started:
+            own = everyone_reads_it or engine is ours
+            engine.ask("load", model=model if own else folder)
+        warm_up, *prompts = (
+            ours.ask("prompt", tokens=prompt_tokens, number=number) for number in range(runs + 1)
+        )
+        for engine in started:
+            count = max(new_tokens, CHECKED_TOKENS)
+            answer = engine.ask("run", **warm_up, new_tokens=count)["ids"]
+            lead = judge.ask("judge", ids=warm_up["ids"], answer=answer)["lead"]
+            report.check(
+                f"{what}, {engine.name}: in {count} tokens, largest lead of a better token over "
+                "the one chosen (float32 logits)",
+                lead,
+                passed=lead <= MAX_LEAD,
+            )
+        measured = {
+            engine.name: _measured(engine, prompts, new_tokens, value) for engine in started
+        }
+        report.add(what, interleaved(measured, runs), unit, ratios=ratios)
+
+
+def _measured(
+    engine: Engine, prompts: list[dict[str, Any]], new_tokens: int, value: Value
+) -> Callable[[int], float]:
+    return lambda run: value(engine.ask("run", **prompts[run], new_tokens=new_tokens))

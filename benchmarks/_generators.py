@@ -1,0 +1,195 @@
+"""Engines that generate text: visavis, llama.cpp and transformers.
+
+Started by decode.py and prefill.py, one process each; see `_harness.serve`. All get the same token
+ids and choose greedily. Times leave out what differs outside the model: HTTP, and for the peers
+also the chat template and the tokenizer, which ours includes.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from _export import export, llama
+from _harness import serve
+from _inputs import WORDS
+
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+
+
+class Visavis:
+    """The public way, `Model.chat`, template and tokenizer included; two things are changed in it:
+    no token ends the answer, so that everyone says as many, and the ids are noted."""
+
+    def load(self, model: str) -> dict[str, Any]:
+        import dataclasses
+
+        import torch
+
+        import visavis
+        from visavis import api
+
+        torch.set_num_threads(THREADS)
+        self.model = visavis.load(model)
+        self.model.specials = dataclasses.replace(self.model.specials, eot_ids=())
+        self.answer: list[int] = []
+        generate = api.generate
+
+        def noting(*arguments: Any, **settings: Any) -> Any:
+            for token in generate(*arguments, **settings):
+                self.answer.append(token)
+                yield token
+
+        api.generate = noting
+        return {}
+
+    def export(self, model: str, folder: str) -> dict[str, Any]:
+        export(model, Path(folder))
+        return {}
+
+    def prompt(self, tokens: int, number: int) -> dict[str, Any]:
+        """Return a question that is exactly `tokens` long with its template, and its ids."""
+        words = random.Random(number)
+        text = f"Write a very long story, number {number}, about"
+        while (missing := tokens - len(self.model.trace(text).token_ids)) > 0:
+            fill = [f" {words.choice(WORDS)}," for _ in range(missing // 2)]
+            text += "".join(fill) or " and"
+        ids = self.model.trace(text).token_ids.tolist()
+        assert len(ids) == tokens, f"wanted a prompt of {tokens} tokens, made one of {len(ids)}"
+        return {"text": text, "ids": ids}
+
+    def run(self, text: str, ids: list[int], new_tokens: int) -> dict[str, Any]:
+        self.answer.clear()
+        reply = self.model.chat(text, max_new_tokens=new_tokens)
+        assert reply.usage.prompt_tokens == len(ids)
+        assert reply.usage.completion_tokens == len(self.answer) == new_tokens
+        return {
+            "prefill_s": reply.timings.prefill_s,
+            "decode_s": reply.timings.decode_s,
+            "ids": list(self.answer),
+        }
+
+
+class LlamaCpp:
+    """The xllamacpp wheel's server on the loopback device; times are those it takes itself."""
+
+    def load(self, model: str) -> dict[str, Any]:
+        import xllamacpp
+
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = model
+        parameters.hostnames = ["127.0.0.1"]
+        parameters.port = 0
+        parameters.n_ctx = 2048
+        parameters.n_parallel = 1
+        parameters.cpuparams.n_threads = THREADS
+        parameters.cpuparams_batch.n_threads = THREADS
+        parameters.verbosity = 0
+        self.server = xllamacpp.Server(parameters)
+        self.address = self.server.listening_address.removeprefix("http://")
+        return {}
+
+    def run(self, text: str, ids: list[int], new_tokens: int) -> dict[str, Any]:
+        request = {
+            "prompt": ids,
+            "n_predict": new_tokens,
+            "temperature": 0,
+            "samplers": ["temperature"],  # nothing before the choice of the best token
+            "cache_prompt": False,
+            "ignore_eos": True,
+            "return_tokens": True,
+        }
+        connection = http.client.HTTPConnection(self.address, timeout=600)
+        connection.request(
+            "POST", "/completion", json.dumps(request), {"Content-Type": "application/json"}
+        )
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        timings = answer["timings"]
+        assert timings["prompt_n"] == len(ids) and timings["predicted_n"] == new_tokens, timings
+        return {
+            "prefill_s": timings["prompt_ms"] / 1000,
+            "decode_s": timings["predicted_ms"] / 1000,
+            "ids": answer["tokens"],
+        }
+
+
+class Transformers:
+    """`generate` in bfloat16: of a GGUF file as transformers itself dequantises it, else of the
+    folder that `_export.py` wrote."""
+
+    def load(self, model: str) -> dict[str, Any]:
+        import copy
+
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(THREADS)
+        torch.set_grad_enabled(False)
+        path = Path(model)
+        self.exact = (
+            llama(model)
+            if path.is_dir()
+            else AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32
+            ).eval()
+        )
+        self.model = copy.deepcopy(self.exact).to(torch.bfloat16)
+        for choice in ("eos_token_id", "pad_token_id"):  # always the full number of tokens
+            setattr(self.model.generation_config, choice, None)
+        return {}
+
+    def run(self, text: str, ids: list[int], new_tokens: int) -> dict[str, Any]:
+        import torch
+
+        clock = _Clock()
+        started = time.perf_counter()
+        tokens = self.model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            streamer=clock,
+        )
+        answer = tokens[0, len(ids) :].tolist()
+        assert len(answer) == new_tokens
+        first = clock.times[1]  # the prompt itself is put first
+        return {
+            "prefill_s": first - started,
+            "decode_s": clock.times[-1] - first,
+            "ids": answer,
+        }
+
+    def judge(self, ids: list[int], answer: list[int]) -> dict[str, Any]:
+        """Return the largest lead, in logits, of the best token over the chosen one.
+
+        Each choice is judged after the engine's own earlier choices, with float32 weights: an
+        engine that computes the same chooses another token only where two are nearly equal.
+        """
+        import torch
+
+        logits = self.exact(torch.tensor([ids + answer[:-1]])).logits[0, len(ids) - 1 :]
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return {"lead": float((logits.amax(-1) - chosen).max())}
+
+
+class _Clock:
+    """A streamer that notes when each token arrives."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    serve({"visavis": Visavis, "llama.cpp": LlamaCpp, "transformers": Transformers})

@@ -1,0 +1,91 @@
+"""Items embedded per second: short texts, long texts, pictures, and all of them mixed.
+
+    python benchmarks/embed.py [--threads N] [--runs N] [--json FILE] [--quick] [--model MODEL]
+
+Pictures are JPEG files of many sizes; reading, decoding and resizing them counts, on both sides.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _harness import Engine, Report, engines, interleaved, parse_options
+from _inputs import mixed
+
+from visavis.demo.samples import copy_samples
+
+FULL = {"short text": 48, "long text": 12, "picture": 24, "picture and text": 12}
+QUICK = {"short text": 5, "long text": 1, "picture": 2, "picture and text": 1}
+MIN_COSINE = 0.999  # to the peer in float32
+
+Items = list[dict[str, Any]]
+
+
+def main() -> int:
+    options = parse_options("embed", __doc__, model="nano")
+    counts = QUICK if options.quick else FULL
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        engines("_embedders.py", ["visavis", "transformers"], options) as (ours, peer),
+    ):
+        folder = Path(temporary)
+        facts = ours.ask("load", model=options.model)
+        report = Report(options, f"Embedding: {facts['name']}")
+        ours.ask("export", model=options.model, folder=temporary)
+        peer.ask("load", folder=temporary)
+        originals = copy_samples(folder / "originals")
+        if not facts["takes_images"]:
+            counts = {kind: count for kind, count in counts.items() if "picture" not in kind}
+
+        check(report, ours, peer, mixed(counts, originals, folder, 0), folder)
+        cases = {"mixed": counts} | {kind: {kind: 2 * count} for kind, count in counts.items()}
+        if options.quick:
+            cases = {"mixed": counts}
+        for place, (name, chosen) in enumerate(cases.items(), start=1):
+            inputs = [
+                mixed(chosen, originals, folder, 100 * place + run) for run in range(options.runs)
+            ]
+            what = ", ".join(f"{count} × {kind}" for kind, count in chosen.items())
+            report.add(
+                f"mixed: {what}" if name == "mixed" else what,
+                interleaved(
+                    {engine.name: per_second(engine, inputs, folder) for engine in (ours, peer)},
+                    options.runs,
+                ),
+                "items/s",
+                ratios={"transformers": 1.5} if name == "mixed" else None,
+            )
+    return report.finish()
+
+
+def check(report: Report, ours: Engine, peer: Engine, items: Items, folder: Path) -> None:
+    """Compare both with the peer in float32; also the warm-up."""
+    _, exact = embed(peer, items, folder, exact=True)
+    for engine in (ours, peer):
+        _, vectors = embed(engine, items, folder)
+        cosine = float((vectors * exact).sum(1).min())
+        report.check(
+            f"{engine.name}: smallest cosine of {len(items)} vectors to those of transformers in "
+            "float32",
+            cosine,
+            passed=cosine >= MIN_COSINE,
+        )
+
+
+def per_second(engine: Engine, inputs: list[Items], folder: Path) -> Callable[[int], float]:
+    return lambda run: len(inputs[run]) / embed(engine, inputs[run], folder)[0]
+
+
+def embed(engine: Engine, items: Items, folder: Path, **settings: bool) -> tuple[float, np.ndarray]:
+    """Return seconds and vectors."""
+    output = folder / f"{engine.name}.npy"
+    answer = engine.ask("embed", items=items, output=str(output), **settings)
+    return answer["seconds"], np.load(output)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

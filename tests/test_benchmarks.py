@@ -1,0 +1,131 @@
+"""The benchmarks run, agree with their peers and report what they found; their numbers are not
+judged here. `--quick` runs of the real scripts on the real weights, beside real peers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from visavis.checkpoints.load import NANO_FOLDER
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ENGINES = {
+    "decode": {"visavis", "llama.cpp", "transformers"},
+    "prefill": {"visavis", "llama.cpp", "transformers"},
+    "embed": {"visavis", "transformers"},
+    "load": {"visavis", "llama.cpp", "transformers"},
+}
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(sys, "argv", ["decode.py"])
+    return importlib.import_module("_harness")
+
+
+def report(harness: ModuleType, path: Path) -> Any:
+    options = harness.Options(
+        name="decode", threads=1, runs=3, quick=False, json=path, model="nano"
+    )
+    return harness.Report(options, "Decode")
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ENGINES)
+def test_quick_run_agrees_with_its_peers(
+    name: str, nano_files: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers", reason="needs transformers (visavis[bench])")
+    pytest.importorskip("xllamacpp", reason="needs the xllamacpp wheel (visavis[bench])")
+    if not NANO_FOLDER.is_dir() and name != "prefill":
+        pytest.skip("needs nano's own weights, which are not in this checkout")
+    path = tmp_path / "report.json"
+    command = [sys.executable, FOLDER / f"{name}.py", "--quick", "--threads", "1", "--json", path]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=900)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert {row["engine"] for row in result["rows"]} == ENGINES[name]
+    assert all(row["median"] > 0 for row in result["rows"])
+    assert result["parity"] and all(check["passed"] for check in result["parity"])
+    assert "Not a measurement" in ended.stdout
+
+
+def test_report_compares_medians_in_the_direction_of_the_unit(
+    harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = report(harness, tmp_path / "report.json")
+    speeds = {"visavis": [50.0, 90.0, 60.0], "peer": [30.0, 30.0, 10.0]}
+    found.add("speed", speeds, "tokens/s", ratios={"peer": 3})
+    found.add("time", {"visavis": [2.0], "peer": [1.0]}, "s", limit=1.5)
+    found.check("same", 0.0, passed=True)
+    assert found.finish() == 0
+    rows = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["rows"]
+    assert rows[0]["median"] == statistics.median(speeds["visavis"])
+    assert rows[1]["ratio"] == 2.0 and not rows[1]["met"]
+    assert rows[2]["limit"] == 1.5 and not rows[2]["met"]
+    assert rows[3]["ratio"] == 0.5 and rows[3]["met"]
+    printed = capsys.readouterr().out
+    assert "| 2.00× | ≥ 3×, missed |" in printed and "< 1.5 s, missed" in printed
+
+
+def test_failed_check_is_exit_status_1_and_named(
+    harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = report(harness, tmp_path / "report.json")
+    found.add("speed", {"visavis": [1.0]}, "tokens/s")
+    found.check("smallest cosine", 0.5, passed=False)
+    assert found.finish() == 1
+    assert "smallest cosine: 0.5 **failed**" in capsys.readouterr().out
+
+
+def test_runs_are_interleaved_and_numbered(harness: ModuleType) -> None:
+    order: list[tuple[str, int]] = []
+
+    def once(name: str, run: int) -> float:
+        order.append((name, run))
+        return float(run)
+
+    engines = {name: lambda run, n=name: once(n, run) for name in "AB"}
+    assert harness.interleaved(engines, 2) == {"A": [0.0, 1.0], "B": [0.0, 1.0]}
+    assert order == [("A", 0), ("B", 0), ("A", 1), ("B", 1)]
+
+
+def test_an_engine_that_fails_ends_the_run_with_its_traceback(harness: ModuleType) -> None:
+    options = harness.Options(name="load", threads=1, runs=1, quick=True, json=None, model="nano")
+    with (
+        harness.engines("_loaders.py", ["visavis"], options) as (engine,),
+        pytest.raises(SystemExit, match=r"(?s)visavis failed at 'load'.*UnknownNameError"),
+    ):
+        engine.ask("load", model="no-such-model", ids=[1])
+    assert engine.process.returncode == 0
+
+
+def test_table_replaces_what_stands_between_the_marks(
+    harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = report(harness, tmp_path / "report.json")
+    found.add("speed", {"visavis": [123.4]}, "tokens/s")
+    found.finish()
+    table = importlib.import_module("table")
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{table.BEGIN}\nold\n{table.END}\nbelow\n", encoding="utf-8")
+    monkeypatch.setattr(table, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["table.py", str(tmp_path / "report.json")])
+    for _ in range(2):  # again changes nothing
+        table.main()
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith("above\n") and text.endswith("\nbelow\n")
+        assert "| speed | visavis | 123 tokens/s |" in text and "old" not in text
+        assert text.count("### Decode") == 1
