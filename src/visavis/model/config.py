@@ -17,8 +17,9 @@ class RopeScaling:
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    original_context: int = 8192  # llama3: context the model was first trained with
-    factors: tuple[float, ...] = ()  # factors: one divisor per frequency (GGUF rope_freqs)
+    original_context: int = 8192  # llama3, factors: context the model was first trained with
+    factors: tuple[float, ...] = ()  # factors: one divisor per frequency (GGUF rope_freqs, Phi-3)
+    magnitude: float = 1.0  # what cosines and sines are multiplied by (Phi-3's longrope)
 
 
 @dataclass(frozen=True)

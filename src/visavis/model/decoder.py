@@ -80,13 +80,12 @@ class Block(nn.Module):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.config.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
             q = rotate(self.q_norm(q.float()).to(x.dtype), *rotary)
             k = rotate(self.k_norm(k.float()).to(x.dtype), *rotary)
         else:  # one rotation for queries and keys: they stand side by side
-            rotated = rotate(qkv[:, : heads + kv_heads], *rotary)
-            q, k = rotated[:, :heads], rotated[:, heads:]
-        v = qkv[:, heads + kv_heads :]  # [T, kv_heads, head_dim]
+            both, v = qkv.split((heads + kv_heads, kv_heads), 1)
+            q, k = rotate(both, *rotary).split((heads, kv_heads), 1)
         mixed = attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
         return self.out(mixed.reshape(x.shape[0], -1))  # [T, D]
 

@@ -22,6 +22,7 @@ class Rope:
         # on the CPU even when the model around it is built on the meta device
         exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
         self.frequencies = scaled(1.0 / config.rope_base**exponent, config.rope_scaling)
+        self.magnitude = config.rope_scaling.magnitude if config.rope_scaling else 1.0
         self.tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,7 @@ class Rope:
         if found is None or found[0].shape[0] < needed:
             size = 1 << max(9, math.ceil(math.log2(needed)))
             angles = torch.arange(size)[:, None] * self.frequencies  # [size, dim / 2]
-            cos, sin = signed_tables(angles)
+            cos, sin = signed_tables(angles, self.magnitude)
             found = (cos.to(device, dtype), sin.to(device, dtype))
             self.tables[device, dtype] = found
         return found
@@ -53,13 +54,13 @@ class Rope:
             torch.arange(len(self.sections)), torch.tensor(self.sections)
         ).to(positions.device)  # [dim / 2]: which axis each frequency follows
         angles = positions[axis].T * self.frequencies.to(positions.device)  # [T, dim / 2]
-        cos, sin = signed_tables(angles)
+        cos, sin = signed_tables(angles, self.magnitude)
         return cos.to(dtype), sin.to(dtype)
 
 
-def signed_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+def signed_tables(angles: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return cos [T, 1, dim] and sin [T, 1, dim] whose first half is negated."""
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
 
