@@ -343,12 +343,15 @@ class Model:
                     "it instead, or load a checkpoint whose profile names one of: "
                     f"{', '.join(sorted(TURNS))}."
                 )
-            bos, eos = (
-                self.tokenizer.id_to_token(number) if number is not None else ""
-                for number in (self.specials.bos_id, self.specials.eos_id)
+            self._template = ChatTemplate(
+                self.profile.jinja,
+                bos_token=self._token_text(self.specials.bos_id),
+                eos_token=self._token_text(self.specials.eos_id),
             )
-            self._template = ChatTemplate(self.profile.jinja, bos_token=bos, eos_token=eos)
         return self._template
+
+    def _token_text(self, number: int | None) -> str:
+        return "" if number is None else self.tokenizer.id_to_token(number) or ""
 
     def _instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
         """Join an instruction to the text of an item that is to be embedded."""

@@ -101,3 +101,27 @@ def test_boundaries_of_sequences() -> None:
     layout = Layout((3, 1, 4))
     assert layout.cu_seqlens(torch.device("cpu")).tolist() == [0, 3, 4, 8]
     assert layout.max_length == 4
+
+
+@pytest.mark.parametrize("lengths", [(5,), (7, 3, 1), (4, 4)])
+def test_training_attention_has_the_gradients_of_the_fused_kernel(lengths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    total = sum(lengths)
+    shapes = ((total, 6, 8), (total, 2, 8), (total, 2, 8))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    weights = torch.randn(total, 6, 8)
+    (attend(*inputs, Layout(lengths)) * weights).sum().backward()
+    found = [x.grad for x in inputs]
+
+    q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
+    pieces = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    outputs = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in piece), is_causal=True, enable_gqa=True
+        )[0].transpose(0, 1)
+        for piece in pieces
+    ]
+    (torch.cat(outputs) * weights).sum().backward()
+    for mine, theirs in zip(found, (q.grad, k.grad, v.grad), strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
