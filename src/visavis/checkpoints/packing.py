@@ -15,7 +15,7 @@ from visavis.checkpoints.gguf_llama import StoredPart, decoder_tensors
 from visavis.model.decoder import Decoder
 from visavis.model.quantized import GROUP, PackedLinear
 
-PACKABLE = {"Q4_0": 8, "Q4_1": 0, "Q5_0": 16, "Q5_1": 0, "Q8_0": 128}  # type: code of value 0
+PACKABLE = {"Q4_0": 8, "Q4_1": 0, "Q5_0": 16, "Q5_1": 0, "Q8_0": 128}  # code that means 0
 
 
 def pack_linears(decoder: Decoder, file: GGUFFile) -> None:
