@@ -6,28 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.parity.peers import assert_close, randomized
-from visavis.checkpoints.transformers import read, vlm_config, write
+from tests.parity.decoders import (
+    BASE,
+    assert_cached_equals_whole,
+    assert_packed_equals_singles,
+    assert_same_hidden_states,
+    ours_of,
+)
+from tests.parity.peers import randomized
+from visavis.checkpoints.transformers import read, write
+from visavis.checkpoints.transformers_config import vlm_config
 from visavis.errors import CheckpointError
-from visavis.model.attention import Layout
-from visavis.model.batch import PackedBatch
-from visavis.model.kv_cache import KVCache
 from visavis.model.vlm import VLM
 
 pytestmark = pytest.mark.parity
 
-BASE: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -52,57 +47,24 @@ VARIANTS = {
 def peer_and_ours(**changes: Any) -> tuple[LlamaForCausalLM, VLM]:
     peer = LlamaForCausalLM(LlamaConfig(**BASE | changes))
     randomized(peer)
-    config = peer.config.to_dict()
-    vlm = VLM(vlm_config(config))
-    vlm.load_state_dict(read(config, peer.state_dict(), where="the peer"))
-    return peer, vlm.eval()
-
-
-def stream(*sequences: Tensor) -> PackedBatch:
-    return PackedBatch(
-        token_ids=torch.cat(sequences),
-        positions=torch.cat([torch.arange(len(ids)) for ids in sequences]),
-        lengths=tuple(len(ids) for ids in sequences),
-    )
-
-
-def random_ids(length: int, seed: int = 1) -> Tensor:
-    return torch.randint(64, (length,), generator=torch.Generator().manual_seed(seed))
+    return peer, ours_of(peer)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 @torch.no_grad()
 def test_hidden_states_and_logits(changes: dict[str, Any]) -> None:
     peer, vlm = peer_and_ours(**changes)
-    ids = random_ids(70)
-    theirs = peer(ids[None], output_hidden_states=True)
-    assert len(theirs.hidden_states) == 4
-    ours = vlm(stream(ids), layers=range(4))
-    for layer, hidden in enumerate(theirs.hidden_states):
-        assert_close(ours[layer], hidden[0], f"hidden state {layer}")
-    assert_close(vlm.decoder.logits(ours[3]), theirs.logits[0], "logits")
+    assert_same_hidden_states(peer, vlm, length=70)
 
 
 @torch.no_grad()
 def test_packed_sequences_equal_the_peers_singles() -> None:
-    peer, vlm = peer_and_ours()
-    sequences = [random_ids(length, seed=length) for length in (1, 37, 5, 20)]
-    ours = vlm.decoder.logits(vlm(stream(*sequences))[-1]).split([1, 37, 5, 20])
-    for logits, ids in zip(ours, sequences, strict=True):
-        assert_close(logits, peer(ids[None]).logits[0], f"{len(ids)} tokens of a packed batch")
+    assert_packed_equals_singles(*peer_and_ours())
 
 
 @torch.no_grad()
 def test_decode_with_cache_equals_the_peers_without() -> None:
-    peer, vlm = peer_and_ours(rope_parameters=LLAMA3)
-    ids = random_ids(60)
-    cache = KVCache(vlm.config.decoder, dtype=torch.float32, capacity=8)
-    pieces = []
-    for chunk in ids.split([40, 1, 1, 7, 1, 10]):
-        positions = torch.arange(cache.length, cache.length + len(chunk))
-        x = vlm.decoder.embed_tokens(chunk)
-        pieces.append(vlm.decoder(x, positions, Layout((len(chunk),), (cache,)))[-1])
-    assert_close(vlm.decoder.logits(torch.cat(pieces)), peer(ids[None]).logits[0], "cached logits")
+    assert_cached_equals_whole(*peer_and_ours(rope_parameters=LLAMA3))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -124,7 +86,7 @@ def test_a_tied_head_that_differs_is_refused() -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("model_type", "mistral"),
+        ("model_type", "mamba"),
         ("hidden_act", "tanh"),
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
         ("rope_parameters", {"rope_type": "linear"}),

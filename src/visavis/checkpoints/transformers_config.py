@@ -1,0 +1,162 @@
+"""Whole models and vision towers of transformers: their config.json as our configs.
+
+Takes parsed JSON: opens no file and imports no transformers. Whatever a file leaves out stands at
+the library's default; a setting that no part of ours has is refused by name. Language models are
+in `transformers_decoders.py`, tensor names in `transformers_names.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from visavis.checkpoints.transformers_decoders import FAMILIES, decoder_config
+from visavis.checkpoints.transformers_settings import (
+    Json,
+    activation,
+    count,
+    num_layers,
+    number,
+    require,
+    section,
+    unknown_type,
+    without_nulls,
+)
+from visavis.model.config import ConnectorConfig, ViTConfig, VLMConfig
+
+VIT: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+}
+CLIP = VIT | {
+    "intermediate_size": 3072,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+SIGLIP = VIT | {
+    "intermediate_size": 3072,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+DINOV2 = VIT | {"mlp_ratio": 4, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+REGISTERS = DINOV2 | {"patch_size": 16, "num_register_tokens": 4}
+LLAVA_TOWER: dict[str, Any] = {  # of a llava whose vision_config names no model
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+TOWERS = {
+    "clip_vision_model": CLIP,
+    "siglip_vision_model": SIGLIP,
+    "dinov2": DINOV2,
+    "dinov2_with_registers": REGISTERS,
+}
+
+
+def vlm_config(config: Json) -> VLMConfig:
+    """Return the model that a config.json describes: a language model or a llava.
+
+    Raises:
+        CheckpointError: another type, or a setting that no part of ours has.
+    """
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in FAMILIES:
+        return VLMConfig(decoder=decoder_config(config))
+    if kind != "llava":
+        raise unknown_type(kind, (*FAMILIES, "llava"))
+    text, vision = parts(config)
+    tower, decoder = vit_config(vision), decoder_config(text)
+    layer = config.get("vision_feature_layer", -2)
+    select = config.get("vision_feature_select_strategy", "default")
+    one = isinstance(layer, int) and -tower.num_layers - 1 <= layer <= tower.num_layers
+    require("vision_feature_layer", layer, one, f"one number of {tower.num_layers} layers")
+    require("vision_feature_select_strategy", select, select in ("default", "full"), "one of two")
+    # "default" drops exactly the first token, whatever the tower is.
+    fits = select == "full" or tower.num_prefix_tokens == 1
+    require("vision_feature_select_strategy", select, fits, "'full' for this tower")
+    ids = {"image_token_id": 32000} | without_nulls(config)
+    image_token_id: Any = ids.get("image_token_index", ids["image_token_id"])
+    in_vocabulary = isinstance(image_token_id, int) and 0 <= image_token_id < decoder.vocab_size
+    require("image_token_index", image_token_id, in_vocabulary, f"0 to {decoder.vocab_size - 1}")
+    act = config.get("projector_hidden_act", "gelu")
+    require("projector_hidden_act", act, act == "gelu", "'gelu'")
+    bias = config.get("multimodal_projector_bias", True)
+    require("multimodal_projector_bias", bias, bias is True, "true")
+    return VLMConfig(
+        decoder=decoder,
+        tower=tower,
+        connector=ConnectorConfig("mlp", tower.width, decoder.width, depth=2),
+        image_token_id=image_token_id,
+        select_layer=layer,
+        select_feature="patch" if select == "default" else "class_patch",
+    )
+
+
+def vit_config(config: Json) -> ViTConfig:
+    """Return the tower that a vision config.json describes, alone or within a CLIP or SigLIP.
+
+    Raises:
+        CheckpointError: another type, or a setting that our tower has not.
+    """
+    config = vision_part(config)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in TOWERS:
+        raise unknown_type(kind, tuple(TOWERS))
+    config = TOWERS[kind] | without_nulls(config)
+    require("num_channels", (n := config.get("num_channels", 3)), n == 3, "3")
+    width, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
+    require("num_attention_heads", heads, width % heads == 0, f"a divisor of {width}")
+    image_size, patch_size = count(config, "image_size"), count(config, "patch_size")
+    require("patch_size", patch_size, patch_size <= image_size, "less than image_size")
+    fields: dict[str, Any] = {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "width": width,
+        "num_layers": num_layers(config),
+        "num_heads": heads,
+        "activation": activation(config),
+        "norm_eps": number(config, "layer_norm_eps"),
+    }
+    if kind == "clip_vision_model":
+        return ViTConfig(**fields, ffn_width=count(config, "intermediate_size"), pre_norm=True)
+    if kind == "siglip_vision_model":
+        ffn_width = count(config, "intermediate_size")
+        return ViTConfig(**fields, ffn_width=ffn_width, class_token=False, patch_bias=True)
+    require("qkv_bias", (bias := config.get("qkv_bias", True)), bias is True, "true")
+    ffn_width, gated = int(width * number(config, "mlp_ratio")), config.get("use_swiglu_ffn", False)
+    if gated:  # two thirds, in steps of 8, so that three matrices cost what two did
+        ffn_width, fields["activation"] = (int(ffn_width * 2 / 3) + 7) // 8 * 8, "silu"
+    return ViTConfig(
+        **fields,
+        ffn_width=ffn_width,
+        patch_bias=True,
+        layer_scale=True,
+        gated_ffn=gated,
+        num_registers=config.get("num_register_tokens", 0),
+        position_antialias=kind == "dinov2_with_registers",
+    )
+
+
+def parts(config: Json) -> tuple[Json, Json]:
+    """Return the text and vision configs of a llava, with what they take from the outer one."""
+    text = {"model_type": "llama"} | section(config, "text_config")
+    if config.get("tie_word_embeddings"):
+        text["tie_word_embeddings"] = True
+    vision = without_nulls(section(config, "vision_config"))
+    return text, vision if "model_type" in vision else LLAVA_TOWER | vision
+
+
+def vision_part(config: Json) -> Json:
+    """Return the vision config of a whole CLIP or SigLIP, or the config itself."""
+    kind = config.get("model_type")
+    if kind in ("clip", "siglip"):
+        vision = without_nulls(section(config, "vision_config"))
+        return {"model_type": f"{kind}_vision_model"} | vision
+    return config
