@@ -1,0 +1,1 @@
+"""Scores of a loaded model on held-out records. Knows metrics; trains nothing."""

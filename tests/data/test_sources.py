@@ -1,0 +1,77 @@
+"""Records: pairs out of tars, damaged shards named, every source readable where its data is."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from visavis.data.records import read_shards
+from visavis.data.sources import SOURCES, TRAINING_SOURCES, load_source
+from visavis.errors import TrainError, UnknownNameError
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as shard:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_pictures_and_fields_meet_whatever_their_order(tmp_path: Path) -> None:
+    members = {
+        "a.jpg": b"A",
+        "a.json": json.dumps({"x": 1}).encode(),
+        "b.json": json.dumps({"x": 2}).encode(),
+        "notes.txt": b"ignored",
+        "b.png": b"B",
+    }
+    shard = write_tar(tmp_path / "train-000.tar", members)
+    assert list(read_shards([shard])) == [("a", {"x": 1}, b"A"), ("b", {"x": 2}, b"B")]
+
+
+def test_a_record_without_its_picture_is_named(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "train-000.tar", {"lonely.json": b"{}"})
+    with pytest.raises(TrainError, match="'lonely'"):
+        list(read_shards([shard]))
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
+def test_a_damaged_shard_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    shard = tmp_path / "train-000.tar"
+    shard.write_bytes(content)
+    with pytest.raises(TrainError, match="cannot read"):
+        list(read_shards([shard]))
+
+
+def test_missing_data_and_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="--data"):
+        load_source("openclipart", tmp_path)
+    with pytest.raises(UnknownNameError, match="did you mean 'openclipart'"):
+        load_source("open-clipart", tmp_path)
+
+
+def test_easy_vqa_splits_do_not_meet(tmp_path: Path) -> None:
+    pytest.importorskip("easy_vqa")
+    train = load_source("easy-vqa", tmp_path)
+    test = load_source("easy-vqa/test", tmp_path)
+    assert (len(train), len(test)) == (4000, 1000)
+    assert sum(len(record.questions) for record in train + test) == 48_248
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith("easy")])
+def test_every_source_yields_what_training_needs(name: str, shared_data: Path) -> None:
+    records = load_source(name, shared_data)
+    assert len({record.key for record in records}) > 0.99 * len(records) > 0
+    assert all(record.image for record in records)
+    assert all(record.caption or record.questions for record in records)
+
+
+def test_names_of_training_sources_are_no_evaluation_splits() -> None:
+    assert {SOURCES[name][1] for name in TRAINING_SOURCES} == {"train"}
