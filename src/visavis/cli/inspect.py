@@ -47,7 +47,9 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     for title in ("profile", "tensor_types", "files"):
         if facts.get(title):
             typer.secho(title.replace("_", " "), bold=True)
-            print_columns([[f"  {key}", str(value)] for key, value in facts[title].items()])
+            # Templates hold line breaks: shown as \n, or the columns would break.
+            rows = [[f"  {key}", str(v).replace("\n", "\\n")] for key, v in facts[title].items()]
+            print_columns(rows)
 
 
 def _folder(path: Path) -> dict[str, Any]:
