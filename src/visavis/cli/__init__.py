@@ -19,6 +19,7 @@ from visavis.cli.embed import embed
 from visavis.cli.fetch import fetch
 from visavis.cli.index import index
 from visavis.cli.inspect import inspect
+from visavis.cli.train import train
 
 app = typer.Typer(
     name="visavis",
@@ -33,6 +34,7 @@ app.command()(demo)
 app.command()(chat)
 app.command()(embed)
 app.add_typer(index)
+app.command()(train)
 app.command()(inspect)
 app.command()(fetch)
 app.command()(doctor)
