@@ -59,14 +59,30 @@ def test_the_demo_indexes_searches_and_asks(tmp_path: Path) -> None:
     assert result.reply.usage.completion_tokens > 0
     with Image.open(result.sheet_path) as sheet:
         assert sheet.size[1] > len(result.searches) * TILE[1]
-    again = run_demo(tiny_model(), tmp_path, progress=False)
-    assert len(again.index) == len(SAMPLES)
-
-
-def test_another_model_gets_its_own_index(tmp_path: Path) -> None:
-    run_demo(tiny_model(0), tmp_path, progress=False)
-    run_demo(tiny_model(1), tmp_path, progress=False)
+    other = run_demo(tiny_model(1), tmp_path, progress=False)  # beside it, not instead of it
+    assert len(other.index) == len(result.index) == len(SAMPLES)
     assert len(list(tmp_path.glob("*.idx"))) == 2
+
+
+def test_nano_finds_what_is_asked_for(tmp_path: Path, nano_files: dict[str, Path]) -> None:
+    """By chance, one in six searches would have its picture among the first three."""
+    right = {
+        "a cat": "cat.png",
+        "a cup of coffee": "coffee.png",
+        "a rocket launch at night": "rocket-launch.jpg",
+        "an astronaut": "astronaut.png",
+        "a flower": "flower.jpg",
+        "old coins": "ancient-coins.png",
+        "stars and galaxies in space": "galaxies.jpg",
+    }
+    result = run_demo(visavis.load("nano"), tmp_path, progress=False)
+    found = {
+        search.query: [Path(hit.source).name for hit in search.hits[:3]]
+        for search in result.searches
+    }
+    num_right = sum(picture in found[query] for query, picture in right.items())
+    assert num_right >= 5, found
+    assert result.reply.text.strip()
 
 
 def test_a_text_only_model_is_refused(tmp_path: Path, nano_files: dict[str, Path]) -> None:

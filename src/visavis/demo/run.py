@@ -125,5 +125,5 @@ def _write_sheet(path: Path, index: Index, searches: Sequence[Search]) -> Path:
     subtitle = f"{len(index)} pictures · model {index.model.name} · cosine similarity, best first"
     sheet = draw_sheet("visavis: words and pictures in, pictures out", subtitle, rows)
     with write_atomically(path) as temporary:
-        sheet.save(temporary, "PNG", optimize=True)
+        sheet.save(temporary, "PNG")
     return path
