@@ -36,19 +36,21 @@ def resolve(name_or_path: str | Path) -> Path:
         return path
     raise UnknownNameError(
         f"no model is named {name!r} and no such file or folder exists: {suggest(name, NAMES)} "
-        "Otherwise give the path of a .gguf file or of a folder that visavis wrote."
+        "Otherwise give the path of a .gguf file, or of a folder that visavis or transformers "
+        "wrote."
     )
 
 
 def load_checkpoint(
     name_or_path: str | Path, *, precision: str = "auto", device: str = "auto"
 ) -> Loaded:
-    """Load a bundled name, a .gguf file or a folder in visavis' own layout.
+    """Load a bundled name, a .gguf file or a folder in visavis' or transformers' layout.
 
     Raises:
         UnknownNameError, FetchError: see `resolve`.
         CheckpointError: the files are damaged or of a kind not known.
     """
+    from visavis.checkpoints import transformers_folder
     from visavis.checkpoints.native import CONFIG_NAME, load_native
 
     path = resolve(name_or_path)
@@ -56,9 +58,13 @@ def load_checkpoint(
     if path.is_dir():
         if (path / CONFIG_NAME).is_file():
             return load_native(path, precision=precision, device=device)
+        if (path / transformers_folder.CONFIG_NAME).is_file():
+            return transformers_folder.load_transformers(path, precision=precision, device=device)
         found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{path} holds {found}, but no {CONFIG_NAME}; expected a folder that visavis wrote."
+            f"{path} holds {found}, but neither {CONFIG_NAME} nor "
+            f"{transformers_folder.CONFIG_NAME}; expected a folder that visavis or transformers "
+            "wrote. It may be an adapter, or a download that is not complete."
         )
     return load_gguf(path, precision=precision, device=device)
 

@@ -145,6 +145,20 @@ class ChatTemplate:
                 "Most templates expect an optional system message, then user and assistant in turn"
             ) from error
 
+    def takes_parts(self, image_text: str) -> bool:
+        """Return whether the template wants a message's content as a list of images and texts.
+
+        Templates of vision-language checkpoints do, and write `image_text` for an image; others
+        take one text. Found by trying, because nothing in a checkpoint says so.
+        """
+        content = [{"type": "image"}, {"type": "text", "text": "probe"}]
+        try:
+            rendered = self.render([{"role": "user", "content": content}])
+        except InputError:
+            return False
+        as_written = "'type'" in rendered  # the list itself, printed
+        return rendered.count(image_text) == 1 and "probe" in rendered and not as_written
+
 
 def encode_chat(
     prompt: Prompt,
@@ -158,7 +172,9 @@ def encode_chat(
 ) -> Encoded:
     """Encode turns with a jinja template; the ids are those of the whole rendered text.
 
-    Nothing is marked as learned: a jinja template does not say who wrote what.
+    Nothing is marked as learned: a jinja template does not say who wrote what. A template that
+    writes image placeholders itself is given parts, and bos is put in front if the model wants
+    one, as the processors of such checkpoints do.
 
     Args:
         tokens_per_image: how many placeholders each image of the prompt becomes, in order.
@@ -168,10 +184,17 @@ def encode_chat(
     """
     _check_images(prompt, tokens_per_image)
     marks = _Marks(prompt, specials)
-    messages = [{"role": m.role, "content": marks.content(m)} for m in prompt.messages]
+    placeholder = next(
+        (t for t, number in specials.by_text.items() if number == image_token_id), ""
+    )
+    takes_parts = bool(placeholder) and template.takes_parts(placeholder)
+    content = marks.parts if takes_parts else marks.content
+    messages = [{"role": m.role, "content": content(m)} for m in prompt.messages]
     rendered = template.render(messages, add_generation_prompt)
     encoded = Encoded()
     marks.encode(encoded, rendered, tokenizer, specials, image_token_id, tokens_per_image)
+    if takes_parts:
+        encoded = _expand(encoded, specials, image_token_id, tokens_per_image)
     return _all_images(encoded, tokens_per_image)
 
 
@@ -280,6 +303,21 @@ class _Marks:
                 text += part.text  # joined first: parts may complete a special text together
         return "".join([*pieces, self._protect(text)])
 
+    def parts(self, message: Message) -> list[dict[str, str]]:
+        """Return one message's images and texts, texts with marks in them."""
+        pieces: list[dict[str, str]] = []
+        text = ""
+        for part in (*message.parts, None):
+            if part is not None and not isinstance(part, Image):
+                text += part.text
+                continue
+            if text:
+                pieces.append({"type": "text", "text": self._protect(text)})
+            if part is not None:
+                pieces.append({"type": "image"})
+            text = ""
+        return pieces
+
     def encode(
         self,
         encoded: Encoded,
@@ -336,6 +374,25 @@ def _split_specials(text: str, specials: SpecialTokens) -> Iterator[tuple[str, i
         yield text[at : found.start()], specials.by_text[found[0]]
         at = found.end()
     yield text[at:], None
+
+
+def _expand(
+    flat: Encoded, specials: SpecialTokens, image_token_id: int, tokens_per_image: Sequence[int]
+) -> Encoded:
+    """Return ids in which each placeholder that a template wrote stands for a whole image."""
+    encoded = Encoded()
+    bos = specials.bos_id
+    if specials.add_bos and bos is not None and flat.token_ids[:1] != [bos]:
+        encoded.add([bos])
+    for token_id in flat.token_ids:
+        index = len(encoded.image_slots)
+        if token_id != image_token_id:
+            encoded.add([token_id])
+        elif index < len(tokens_per_image):
+            encoded.add_image(image_token_id, tokens_per_image[index])
+        else:
+            _misplaced(len(tokens_per_image), index + 1)
+    return encoded
 
 
 def _check_images(prompt: Prompt, tokens_per_image: Sequence[int]) -> None:

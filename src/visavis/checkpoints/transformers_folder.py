@@ -1,0 +1,157 @@
+"""A folder in transformers' layout, loaded whole: weights, tokenizer, chat template, processor.
+
+    config.json  model.safetensors (or shards, or pytorch_model.bin)  tokenizer.json
+    chat_template.jinja | chat_template.json | tokenizer_config.json
+    preprocessor_config.json | processor_config.json                  with vision only
+
+Each is read by the file that knows it; here they are found and checked against one another.
+Executes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
+from visavis.checkpoints.transformers import read
+from visavis.checkpoints.transformers_config import vlm_config
+from visavis.checkpoints.transformers_processor import processor_config
+from visavis.checkpoints.transformers_settings import Json
+from visavis.checkpoints.weight_files import (
+    MAX_JSON_BYTES,
+    check_values,
+    read_json,
+    read_tensors,
+    weight_files,
+)
+from visavis.errors import CheckpointError
+from visavis.model.config import VLMConfig
+from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.profile import PromptProfile
+from visavis.processing.tokenizer import SpecialTokens, load_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CONFIG_NAME = "config.json"
+
+
+def load_transformers(folder: Path, *, precision: str = "auto", device: str = "cpu") -> Loaded:
+    """Load a folder in transformers' layout.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, or the files do not belong together.
+    """
+    data = read_json(folder / CONFIG_NAME)
+    _refuse_others(data, folder)
+    config = vlm_config(data)
+    tokenizer, specials = load_tokenizer(folder)
+    specials = _check_tokenizer(tokenizer, specials, config, folder)
+    processor = _processor(config, folder)
+    files = weight_files(folder)
+    state = read(data, read_tensors(files), where=str(folder))
+    check_values(state, str(folder))
+    dtype = auto_dtype(precision, device)
+    template = _chat_template(folder)
+    identity = data | {"processor": processor.to_dict() if processor else None, "chat": template}
+    return Loaded(
+        name=folder.resolve().name,
+        vlm=build(config, state, dtype, device, where=str(folder)),
+        tokenizer=tokenizer,
+        specials=specials,
+        profile=PromptProfile(jinja=template),
+        processor=processor,
+        fingerprint=fingerprint([folder / "tokenizer.json", *files], identity),
+        files=[folder / CONFIG_NAME, *files],
+    )
+
+
+def _refuse_others(data: Json, folder: Path) -> None:
+    """Refuse folders whose config.json looks like transformers' but whose tensors are not."""
+    if "quantization_config" in data:
+        method = data["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(
+            f"{folder} is quantised by {method!r}, expected plain weights; use the unquantised "
+            "checkpoint or a GGUF file."
+        )
+    if "mm_vision_tower" in data:
+        raise CheckpointError(
+            f"{folder} is in the original layout of LLaVA (config.json names mm_vision_tower), "
+            "expected transformers' layout; use its conversion, whose tensors are named "
+            "language_model.… and vision_tower.…"
+        )
+
+
+def _check_tokenizer(
+    tokenizer: Tokenizer, specials: SpecialTokens, config: VLMConfig, folder: Path
+) -> SpecialTokens:
+    """Return the special tokens, the image placeholder among them."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.decoder.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {folder} knows the id {largest}, but the embeddings of its model "
+            f"have {config.decoder.vocab_size} rows; tokenizer.json belongs to another model."
+        )
+    if config.tower is None:
+        return specials
+    text = tokenizer.id_to_token(config.image_token_id)
+    if text is None:
+        raise CheckpointError(
+            f"the tokenizer of {folder} has no token {config.image_token_id}, which config.json "
+            "names as the image placeholder; tokenizer.json belongs to another model."
+        )
+    return replace(specials, by_text=specials.by_text | {text: config.image_token_id})
+
+
+def _processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
+    if config.tower is None:
+        return None
+    names = ("preprocessor_config.json", "processor_config.json")
+    found = [read_json(folder / name) for name in names if (folder / name).is_file()]
+    settings = [inner for data in found if (inner := _image_settings(data)) is not None]
+    if not settings:
+        raise CheckpointError(
+            f"{folder} says nowhere how pictures are resized and normalised; expected "
+            f"{' or '.join(names)} beside the weights, copy it from the model's source."
+        )
+    processor = processor_config(settings[0])
+    if processor.size != config.tower.image_size:
+        raise CheckpointError(
+            f"{folder} prepares pictures of {processor.size} pixels, but its vision tower takes "
+            f"{config.tower.image_size}; the processor's file belongs to another model."
+        )
+    return processor
+
+
+def _image_settings(data: Json) -> Json | None:
+    """Return the settings of the image processor in either file, if there are any."""
+    inner = data.get("image_processor", data)
+    named = isinstance(inner, dict) and (
+        "image_processor_type" in inner or "feature_extractor_type" in inner
+    )
+    return inner if named else None
+
+
+def _chat_template(folder: Path) -> str:
+    """Return the source of the chat template, empty if there is none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            with path.open(encoding="utf-8") as file:
+                return file.read(MAX_JSON_BYTES)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}; copy the folder again.") from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found: Any = read_json(folder / name).get("chat_template")
+            if isinstance(found, list):  # several by name
+                named = [one for one in found if isinstance(one, dict)]
+                found = next(
+                    (one.get("template") for one in named if one.get("name") == "default"), None
+                )
+            if isinstance(found, str):
+                return found
+    return ""

@@ -1,0 +1,108 @@
+"""A preprocessor_config.json of transformers as our `ImageProcessorConfig`.
+
+CLIP's, SigLIP's and LLaVA's processors: resize and centre crop, squash, or pad to a square. Takes
+parsed JSON; a step that ours does not do is refused by name. Touches no picture.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from visavis.checkpoints.transformers_settings import Json, count, require, without_nulls
+from visavis.errors import CheckpointError
+from visavis.processing.images import ImageProcessorConfig
+from visavis.registry import suggest
+
+CLIP: dict[str, Any] = {
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+}
+SIGLIP: dict[str, Any] = {
+    "size": {"height": 224, "width": 224},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 3,
+}
+DEFAULTS = {  # what the library's classes do when a file leaves a setting out
+    "CLIPImageProcessor": CLIP,
+    "LlavaImageProcessor": CLIP,
+    "SiglipImageProcessor": SIGLIP,
+}
+OLD_NAMES = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
+FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def processor_config(config: Json) -> ImageProcessorConfig:
+    """Return how pictures are sized and normalised.
+
+    Raises:
+        CheckpointError: another kind of processor, or a step that ours does not do.
+    """
+    found = config.get("image_processor_type", config.get("feature_extractor_type"))
+    kind = str(found).removesuffix("Fast").removesuffix("Pil")
+    kind = OLD_NAMES.get(kind, kind)
+    if kind not in DEFAULTS:
+        raise CheckpointError(
+            f"the image processor is a {found!r}, which is not read here: {suggest(kind, DEFAULTS)}"
+        )
+    config = DEFAULTS[kind] | without_nulls(config)
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        require(step, config.get(step), config.get(step, True) is True, "true")
+    factor = config.get("rescale_factor", 1 / 255)
+    in_unit = isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-6)
+    require("rescale_factor", factor, in_unit, "1/255")
+    resample = config["resample"]
+    known = isinstance(resample, int) and resample in FILTERS
+    require("resample", resample, known, "2 (bilinear) or 3 (bicubic)")
+    fields: dict[str, Any] = {
+        "mean": _three(config, "image_mean"),
+        "std": _three(config, "image_std"),
+        "resample": FILTERS[resample],
+    }
+    edge, squash = _size(config)
+    crop = _square(config, "crop_size") if config.get("do_center_crop") else edge
+    if config.get("do_pad"):
+        require("crop_size", crop, crop == edge, f"{edge}, the size after padding")
+        return ImageProcessorConfig(size=edge, resize="pad", **fields)
+    if squash:
+        require("crop_size", crop, crop == edge, f"{edge}, the size that is resized to")
+        return ImageProcessorConfig(size=edge, resize="squash", **fields)
+    require("do_center_crop", False, bool(config.get("do_center_crop")), "true with shortest_edge")
+    require("crop_size", crop, crop <= edge, f"at most {edge}, the shortest edge")
+    fraction = crop / edge
+    while math.floor(crop / fraction) < edge:  # rounding must not lose a pixel
+        fraction = math.nextafter(fraction, 0)
+    return ImageProcessorConfig(size=crop, resize="crop", crop_fraction=fraction, **fields)
+
+
+def _size(config: Json) -> tuple[int, bool]:
+    """Return the size that is resized to, and whether both edges become it."""
+    size = config["size"]
+    if isinstance(size, int):  # files of older versions
+        return count(config, "size"), not config.get("do_center_crop", False)
+    if isinstance(size, dict) and "shortest_edge" in size:
+        return count(size, "shortest_edge"), False
+    return _square(config, "size"), True
+
+
+def _square(config: Json, name: str) -> int:
+    value = config[name]
+    if isinstance(value, int):
+        return count(config, name)
+    same = isinstance(value, dict) and value.get("height") == value.get("width")
+    require(name, value, same, "a square: the same height and width")
+    return count(value, "height")
+
+
+def _three(config: Json, name: str) -> tuple[float, ...]:
+    value = config[name]
+    numbers = isinstance(value, list) and len(value) == 3
+    fits = numbers and all(isinstance(v, int | float) and 0 <= v <= 1 for v in value)
+    fits = fits and (name == "image_mean" or 0 not in value)
+    require(name, value, fits, "three numbers from 0 to 1, standard deviations above 0")
+    return tuple(map(float, value))

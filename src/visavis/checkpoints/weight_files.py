@@ -1,0 +1,169 @@
+"""Files of tensors by name: safetensors, or torch files that hold tensors only, whole or sharded.
+
+    model.safetensors | model.safetensors.index.json + shards | pytorch_model.bin | …index.json
+
+Every size is checked against the file before anything is allocated, nothing is unpickled beyond
+tensors, and no file outside the folder is opened. Knows no layout: what a name means is said
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from visavis.errors import CheckpointError
+
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
+INDEX = ".index.json"
+MAX_JSON_BYTES = 64 << 20
+MAX_LISTED = 5
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        CheckpointError: the file is absent, too large, not JSON or not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"{size} bytes, expected at most {MAX_JSON_BYTES}")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"holds a {type(data).__name__}, expected an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error}. The folder is incomplete or damaged; copy it again."
+        ) from error
+    return data
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a folder's tensors.
+
+    Raises:
+        CheckpointError: there are none, a shard is missing, or an index names other places.
+    """
+    for name in WHOLE:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / (name + INDEX)).is_file():
+            return _shards(folder / (name + INDEX))
+    found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        f"{folder} holds {found}, but no weights; expected {' or '.join(WHOLE)}, or an index "
+        f"(*{INDEX}) beside its shards. The download is incomplete, or this is an adapter."
+    )
+
+
+def read_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """Return the tensors of all files, memory-mapped.
+
+    Raises:
+        CheckpointError: a file is damaged, holds more than tensors, or repeats another's name.
+    """
+    tensors: dict[str, Tensor] = {}
+    owner: dict[str, Path] = {}
+    for path in files:
+        read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
+        for name, tensor in read(path):
+            if name in owner:
+                raise CheckpointError(
+                    f"{name} stands in {owner[name].name} and in {path.name} of {path.parent}, "
+                    "expected once; shards of two downloads are mixed, fetch the folder again."
+                )
+            owner[name], tensors[name] = path, tensor
+    return tensors
+
+
+def check_values(tensors: dict[str, Tensor], where: str) -> None:
+    """Refuse weights that are not plain numbers.
+
+    Raises:
+        CheckpointError: a tensor is of a quantised type, or holds NaN or infinite values.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{name} of {where} is {kind}, expected floating-point weights; it was quantised "
+                "by another library: use the unquantised checkpoint or a GGUF file."
+            )
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{name} of {where} holds NaN or infinite values, expected finite weights; the "
+                "file is damaged or its training diverged: fetch it again, compare its sha256."
+            )
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise CheckpointError(
+            f"{index} has no weight_map from tensors to files; copy the folder again."
+        )
+    shards = sorted(set(names.values()))
+    outside = [n for n in shards if n in ("", "..") or Path(n).name != n or "\\" in n]
+    if outside:
+        raise CheckpointError(
+            f"{index} names {outside[0]!r}, expected names of files beside it and no paths; such "
+            "an index may be hostile: do not use this checkpoint."
+        )
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing or not shards:
+        more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
+        raise CheckpointError(
+            f"{index.parent} lacks {', '.join(missing[:MAX_LISTED]) or 'all shards'}{more} of "
+            f"{len(shards)} shards that {index.name} names; fetch what is missing."
+        )
+    return [index.parent / name for name in shards]
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error}. The file is damaged or incomplete; copy it again."
+        ) from error
+
+
+def _read_torch(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors of a torch file. Nothing in it is decompressed, so nothing can swell."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its entries are compressed, torch stores them as they are.")
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"cannot read {path} as PyTorch weights: {reason} Expected a zip file (torch 1.6 or "
+            "newer) that holds tensors only; this one is damaged, or holds code that will not be "
+            "run. Fetch it again, best as safetensors."
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise CheckpointError(
+            f"{path} holds a {type(found).__name__} of more than tensors, expected tensors by "
+            "name; it may be a whole training state, save its model part alone."
+        )
+    size = path.stat().st_size
+    for name, tensor in found.items():
+        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > size:
+            raise CheckpointError(
+                f"{path}: {name} is larger than its file, expected its numbers one by one; the "
+                "file is damaged or hostile, fetch it again."
+            )
+        yield str(name), tensor.detach()
