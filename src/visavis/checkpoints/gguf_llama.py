@@ -1,9 +1,9 @@
-"""The `llama` architecture of GGUF: its metadata as a `DecoderConfig`, its tensors as ours.
+"""Language models in GGUF: metadata as a `DecoderConfig`, tensors as ours, both ways.
 
-One table names every tensor in both layouts and drives both directions. GGUF keeps rotary pairs
-side by side, we keep them half a head apart (as Hugging Face does), so rows of q and k move; our
-q, k, v and gate, up are fused by rows. Blocks run along rows, so all of this works on quantised
-bytes as well. Knows no other architecture and builds no model.
+Which tensors an architecture has is said in `gguf_architectures.py`; this file was named after
+the first of them. Where GGUF keeps rotary pairs side by side, rows of q and k move, because we
+keep them half a head apart (as Hugging Face does); our q, k, v and gate, up are fused by rows.
+Blocks run along rows, so all of this works on quantised bytes as well. Builds no model.
 """
 
 from __future__ import annotations
@@ -11,72 +11,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from visavis.checkpoints import gguf_quants
 from visavis.checkpoints.gguf import GGUFFile, TensorInfo
+from visavis.checkpoints.gguf_architectures import (
+    ARCHITECTURES,
+    LLAMA,
+    Architecture,
+    Layout,
+    rows,
+    shape_of,
+)
 from visavis.errors import CheckpointError
 from visavis.model.config import DecoderConfig, PerLayer, RopeScaling
 from visavis.registry import suggest
 
-ARCHITECTURES = ("llama",)
-Size = Literal["vocab", "width", "q", "kv", "ffn"]
-ROPE_FACTORS = "rope_freqs.weight"  # expected but no weight of ours: becomes config.rope_scaling
-
-
-@dataclass(frozen=True)
-class Part:
-    """One GGUF tensor, and whether its rows hold interleaved rotary pairs."""
-
-    name: str
-    shape: tuple[Size, ...]
-    rotary: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of ours and the GGUF tensors whose rows make it up, in order."""
-
-    ours: str
-    parts: tuple[Part, ...]
-    needs: Literal["always", "qkv_bias", "out_bias", "untied_head"] = "always"
-
-
-MODEL_ROWS = (
-    Row("decoder.embed.weight", (Part("token_embd.weight", ("vocab", "width")),)),
-    Row("decoder.norm.weight", (Part("output_norm.weight", ("width",)),)),
-    Row("decoder.head.weight", (Part("output.weight", ("vocab", "width")),), "untied_head"),
-)
-BLOCK_ROWS = (  # ours below decoder.blocks.<n>., theirs below blk.<n>.
-    Row("attn_norm.weight", (Part("attn_norm.weight", ("width",)),)),
-    Row(
-        "qkv.weight",
-        (
-            Part("attn_q.weight", ("q", "width"), rotary=True),
-            Part("attn_k.weight", ("kv", "width"), rotary=True),
-            Part("attn_v.weight", ("kv", "width")),
-        ),
-    ),
-    Row(
-        "qkv.bias",
-        (
-            Part("attn_q.bias", ("q",), rotary=True),
-            Part("attn_k.bias", ("kv",), rotary=True),
-            Part("attn_v.bias", ("kv",)),
-        ),
-        "qkv_bias",
-    ),
-    Row("out.weight", (Part("attn_output.weight", ("width", "q")),)),
-    Row("out.bias", (Part("attn_output.bias", ("width",)),), "out_bias"),
-    Row("ffn_norm.weight", (Part("ffn_norm.weight", ("width",)),)),
-    Row(
-        "up.weight",
-        (Part("ffn_gate.weight", ("ffn", "width")), Part("ffn_up.weight", ("ffn", "width"))),
-    ),
-    Row("down.weight", (Part("ffn_down.weight", ("width", "ffn")),)),
-)
+# Expected, but no weights of ours: they become config.rope_scaling.
+ROPE_FACTORS = "rope_freqs.weight"
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 
 
 @dataclass(frozen=True)
@@ -102,53 +57,60 @@ def decoder_config(file: GGUFFile) -> DecoderConfig:
     Raises:
         CheckpointError: another architecture, one part of a split file, or a missing key.
     """
-    metadata = _Metadata(file)
-    architecture = metadata.get("general.architecture", str)
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{file.path}: architecture {architecture!r}, expected one of "
-            f"{', '.join(ARCHITECTURES)}; {suggest(architecture, ARCHITECTURES)}"
-        )
-    if file.metadata.get("split.count", 1) not in (0, 1):
-        raise CheckpointError(
-            f"{file.path}: one of {file.metadata['split.count']} parts, expected a whole model; "
-            "join the parts with `llama-gguf-split --merge` first"
-        )
-    if file.metadata.get("llama.expert_count", 0):
-        raise CheckpointError(
-            f"{file.path}: a mixture of {file.metadata['llama.expert_count']} experts, expected "
-            "a dense model; mixtures of experts are not supported"
-        )
-    num_layers = metadata.get("llama.block_count", int)
-    width = metadata.get("llama.embedding_length", int)
-    num_heads = metadata.per_layer("llama.attention.head_count", num_layers)
-    num_kv_heads = metadata.per_layer("llama.attention.head_count_kv", num_layers, num_heads)
+    architecture, metadata = _architecture(file), _Metadata(file)
+    _refuse_variants(file, metadata)
+    num_layers = metadata.get("block_count", int)
+    width = metadata.get("embedding_length", int)
+    num_heads = metadata.per_layer("attention.head_count", num_layers)
+    num_kv_heads = metadata.per_layer("attention.head_count_kv", num_layers, num_heads)
     first_heads = num_heads[0] if isinstance(num_heads, tuple) else num_heads
-    head_dim = metadata.get("llama.attention.key_length", int, width // max(first_heads, 1))
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if metadata.get(key, int, head_dim) != head_dim:
-            raise CheckpointError(
-                f"{file.path}: {key} is {file.metadata[key]}, expected the head size {head_dim}; "
-                "the file was probably converted for another architecture"
-            )
-    embedding = file.tensors.get("token_embd.weight")
-    vocab_size = embedding.shape[0] if embedding else metadata.get("llama.vocab_size", int)
-    config = DecoderConfig(
-        vocab_size=vocab_size,
-        width=width,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        ffn_width=metadata.per_layer("llama.feed_forward_length", num_layers),
-        context_length=metadata.get("llama.context_length", int),
-        norm_eps=metadata.get("llama.attention.layer_norm_rms_epsilon", float),
-        rope_base=metadata.get("llama.rope.freq_base", float, 10000.0),
-        rope_scaling=_rope_scaling(file, metadata, head_dim),
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        out_bias="blk.0.attn_output.bias" in file.tensors,
-        tied_head="output.weight" not in file.tensors,
-    )
+    head_dim = metadata.get("attention.key_length", int, width // max(first_heads, 1))
+    if metadata.get("attention.value_length", int, head_dim) != head_dim:
+        raise CheckpointError(
+            f"{file.path}: keys of size {head_dim} and values of another, expected the same; the "
+            "file was probably converted for another architecture"
+        )
+    rotary_dim = metadata.get("rope.dimension_count", int, head_dim)
+    some = not architecture.rotary_pairs and 0 < rotary_dim <= head_dim and rotary_dim % 2 == 0
+    if rotary_dim != head_dim and not some:
+        raise CheckpointError(
+            f"{file.path}: {rotary_dim} of {head_dim} channels of a head rotate, expected "
+            f"{'all' if architecture.rotary_pairs else 'an even number'} of them; the file was "
+            "probably converted for another architecture"
+        )
+    tensors = file.tensors
+    embedding = tensors.get("token_embd.weight")
+    context_length = metadata.get("context_length", int)
+    scaling = _rope_scaling(file, metadata, rotary_dim, context_length)
+    if scaling is not None and SHORT_FACTORS in tensors:
+        context_length = min(context_length, scaling.original_context)
+    norm = architecture.switches.get("norm", "rms")
+    epsilon = "layer_norm_rms_epsilon" if norm == "rms" else "layer_norm_epsilon"
+    fields: dict[str, Any] = {
+        "vocab_size": embedding.shape[0] if embedding else metadata.get("vocab_size", int),
+        "width": width,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "ffn_width": metadata.per_layer("feed_forward_length", num_layers),
+        "context_length": context_length,
+        "norm_eps": metadata.get(f"attention.{epsilon}", float),
+        "rope_base": metadata.get("rope.freq_base", float, 10000.0),
+        "rope_fraction": rotary_dim / head_dim,
+        "rope_scaling": scaling,
+        "qkv_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
+        "out_bias": "blk.0.attn_output.bias" in tensors,
+        "ffn_bias": "blk.0.ffn_down.bias" in tensors,
+        "head_bias": "output.bias" in tensors,
+        "parallel_block": metadata.get("use_parallel_residual", bool, False),
+        "tied_head": "output.weight" not in tensors,
+    }
+    if architecture.windowed:
+        fields["sliding_window"] = metadata.get("attention.sliding_window", int, 0)
+    if architecture.scaled_embedding:
+        fields["embedding_scale"] = math.sqrt(max(width, 0))
+    config = DecoderConfig(**fields | architecture.switches)
     _check_sizes(file, config)
     return config
 
@@ -160,8 +122,9 @@ def decoder_tensors(file: GGUFFile) -> Iterator[tuple[str, list[StoredPart]]]:
         CheckpointError: tensors are missing, unexpected or of another shape; all are named.
     """
     config = decoder_config(file)
-    _check_tensors(file, config)
-    for ours, parts in _rows(config):
+    layout = _layout(file)
+    _check_tensors(file, config, layout)
+    for ours, parts in rows(config, layout):
         stored = []
         for part in parts:
             info = file.tensors[part.name]
@@ -200,45 +163,45 @@ def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def gguf_state(
-    state: Mapping[str, np.ndarray], config: DecoderConfig
+    state: Mapping[str, np.ndarray], config: DecoderConfig, layout: Layout = LLAMA
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield GGUF's tensors by GGUF's names from ours: the inverse of `decoder_state`."""
-    for ours, parts in _rows(config):
-        layer = int(parts[0].name.split(".")[1]) if parts[0].name.startswith("blk.") else 0
-        sizes = _sizes(config, layer)
-        ends = np.cumsum([sizes[part.shape[0]] for part in parts])[:-1]
-        for part, rows in zip(parts, np.split(state[ours], ends), strict=True):
-            yield part.name, _side_by_side(rows, config.head_dim) if part.rotary else rows
+    for ours, parts in rows(config, layout):
+        ends = np.cumsum([shape_of(part, config)[0] for part in parts])[:-1]
+        for part, split in zip(parts, np.split(state[ours], ends), strict=True):
+            yield part.name, _side_by_side(split, config.head_dim) if part.rotary else split
     if config.rope_scaling is not None and config.rope_scaling.kind == "factors":
         yield ROPE_FACTORS, np.array(config.rope_scaling.factors, np.float32)
 
 
-def _rows(config: DecoderConfig) -> Iterator[tuple[str, list[Part]]]:
-    """Yield the table's rows for one config, names in full."""
-    present = {
-        "always": True,
-        "qkv_bias": config.qkv_bias,
-        "out_bias": config.out_bias,
-        "untied_head": not config.tied_head,
-    }
-    for row in MODEL_ROWS:
-        if present[row.needs]:
-            yield row.ours, list(row.parts)
-    for layer in range(config.num_layers):
-        for row in BLOCK_ROWS:
-            if present[row.needs]:
-                parts = [Part(f"blk.{layer}.{p.name}", p.shape, p.rotary) for p in row.parts]
-                yield f"decoder.blocks.{layer}.{row.ours}", parts
+def _architecture(file: GGUFFile) -> Architecture:
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{file.path}: architecture {name!r}, expected one of "
+            f"{', '.join(ARCHITECTURES)}; {suggest(str(name), ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name]
 
 
-def _sizes(config: DecoderConfig, layer: int) -> dict[Size, int]:
-    return {
-        "vocab": config.vocab_size,
-        "width": config.width,
-        "q": config.per_layer(config.num_heads, layer) * config.head_dim,
-        "kv": config.per_layer(config.num_kv_heads, layer) * config.head_dim,
-        "ffn": config.per_layer(config.ffn_width, layer),
-    }
+def _layout(file: GGUFFile) -> Layout:
+    """Return how this file holds what its architecture leaves open."""
+    found = _architecture(file)
+    fused = "blk.0.attn_qkv.weight" in file.tensors if found.fused_qkv is None else found.fused_qkv
+    return Layout(found.rotary_pairs, fused, found.fused_up)
+
+
+def _refuse_variants(file: GGUFFile, metadata: _Metadata) -> None:
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(
+            f"{file.path}: one of {file.metadata['split.count']} parts, expected a whole model; "
+            "join the parts with `llama-gguf-split --merge` first"
+        )
+    if experts := metadata.get("expert_count", int, 0):
+        raise CheckpointError(
+            f"{file.path}: a mixture of {experts} experts, expected a dense model; mixtures of "
+            "experts are not supported"
+        )
 
 
 def _halves_apart(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -263,7 +226,8 @@ def _check_sizes(file: GGUFFile, config: DecoderConfig) -> None:
         for layer in layers
     )
     even_head = config.head_dim >= 2 and config.head_dim % 2 == 0
-    if not layers or not heads_fit or not even_head or not 0 < config.rope_base < math.inf:
+    rope_fits = 0 < config.rope_base < math.inf and config.sliding_window >= 0
+    if not layers or not heads_fit or not even_head or not rope_fits:
         raise CheckpointError(
             f"{file.path}: {config.num_layers} layers, {config.num_heads} heads of size "
             f"{config.head_dim}, {config.num_kv_heads} key-value heads and {len(file.tensors)} "
@@ -273,16 +237,14 @@ def _check_sizes(file: GGUFFile, config: DecoderConfig) -> None:
         )
 
 
-def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
-    wanted: dict[str, tuple[int, ...]] = {}
-    for _, parts in _rows(config):
-        for part in parts:
-            layer = int(part.name.split(".")[1]) if part.name.startswith("blk.") else 0
-            sizes = _sizes(config, layer)
-            wanted[part.name] = tuple(sizes[size] for size in part.shape)
+def _check_tensors(file: GGUFFile, config: DecoderConfig, layout: Layout) -> None:
+    wanted = {
+        part.name: shape_of(part, config) for _, parts in rows(config, layout) for part in parts
+    }
+    factors = (ROPE_FACTORS,) if ROPE_FACTORS in file.tensors else (SHORT_FACTORS, LONG_FACTORS)
     found: Mapping[str, TensorInfo] = file.tensors
     problems = [f"missing {name}" for name in wanted if name not in found]
-    problems += [f"unexpected {n}" for n in found if n not in wanted and n != ROPE_FACTORS]
+    problems += [f"unexpected {n}" for n in found if n not in wanted and n not in factors]
     problems += [
         f"{name} has shape {found[name].shape}, expected {shape}"
         for name, shape in wanted.items()
@@ -291,24 +253,35 @@ def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(
-            f"{file.path}: the tensors do not make the llama model that the metadata describes: "
+            f"{file.path}: the tensors do not make the model that the metadata describes: "
             f"{'; '.join(problems[:8])}{more}. The file is of a variant not known here or was "
             "converted wrongly; try a file of the same model from another source"
         )
 
 
-def _rope_scaling(file: GGUFFile, metadata: _Metadata, head_dim: int) -> RopeScaling | None:
+def _rope_scaling(
+    file: GGUFFile, metadata: _Metadata, rotary_dim: int, context_length: int
+) -> RopeScaling | None:
     if ROPE_FACTORS in file.tensors:
-        factors = file.dequantize(ROPE_FACTORS)
-        if factors.shape != (head_dim // 2,) or not (factors > 0).all():
-            raise CheckpointError(
-                f"{file.path}: {ROPE_FACTORS} has shape {factors.shape}, expected {head_dim // 2} "
-                "positive numbers, one per rotary frequency; the file was converted wrongly"
-            )
-        return RopeScaling("factors", factors=tuple(factors.tolist()))
-    kind = metadata.get("llama.rope.scaling.type", str, "")
-    factor = metadata.get("llama.rope.scale_linear", float, 1.0)  # the key of older files
-    factor = metadata.get("llama.rope.scaling.factor", float, factor)
+        return RopeScaling("factors", factors=_factors(file, ROPE_FACTORS, rotary_dim))
+    if SHORT_FACTORS in file.tensors:
+        # Phi-3's stretch: used within its first context, see `transformers_decoders.py`.
+        return RopeScaling(
+            "factors",
+            factors=_factors(file, SHORT_FACTORS, rotary_dim),
+            magnitude=metadata.get("rope.scaling.attn_factor", float, 1.0),
+            original_context=metadata.get(
+                "rope.scaling.original_context_length", int, context_length
+            ),
+        )
+    if LONG_FACTORS in file.tensors:
+        raise CheckpointError(
+            f"{file.path}: {LONG_FACTORS} without {SHORT_FACTORS}, expected both or none; the file "
+            "was converted wrongly"
+        )
+    kind = metadata.get("rope.scaling.type", str, "")
+    factor = metadata.get("rope.scale_linear", float, 1.0)  # the key of older files
+    factor = metadata.get("rope.scaling.factor", float, factor)
     if kind not in ("", "none", "linear") or not 0 < factor < math.inf:
         raise CheckpointError(
             f"{file.path}: rope scaling {kind!r} by {factor}, expected none or 'linear'; this way "
@@ -317,30 +290,43 @@ def _rope_scaling(file: GGUFFile, metadata: _Metadata, head_dim: int) -> RopeSca
     return RopeScaling("linear", factor=factor) if kind != "none" and factor != 1.0 else None
 
 
+def _factors(file: GGUFFile, name: str, rotary_dim: int) -> tuple[float, ...]:
+    factors = file.dequantize(name)
+    if factors.shape != (rotary_dim // 2,) or not (factors > 0).all():
+        raise CheckpointError(
+            f"{file.path}: {name} has shape {factors.shape}, expected {rotary_dim // 2} "
+            "positive numbers, one per rotary frequency; the file was converted wrongly"
+        )
+    return tuple(factors.tolist())
+
+
 class _Metadata:
-    """Typed look-ups whose errors name the key."""
+    """Typed look-ups below the architecture's name, whose errors name the key."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
+        self.prefix = file.metadata["general.architecture"]
 
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        key = f"{self.prefix}.{name}"
         value = self.file.metadata.get(key, default)
         if value is None:
             raise CheckpointError(
-                f"{self.file.path}: metadata lacks {key!r}, expected a llama model's; the file "
-                "is an adapter, a vocabulary or a damaged conversion; fetch the model itself"
+                f"{self.file.path}: metadata lacks {key!r}, expected a language model's; the "
+                "file is an adapter, a vocabulary or a damaged conversion; fetch the model itself"
             )
         if kind is float and isinstance(value, int):
             value = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise CheckpointError(
                 f"{self.file.path}: {key!r} is {value!r}, expected {kind.__name__}; the file was "
                 "converted wrongly; try one from another source"
             )
         return value
 
-    def per_layer(self, key: str, num_layers: int, default: PerLayer | None = None) -> PerLayer:
+    def per_layer(self, name: str, num_layers: int, default: PerLayer | None = None) -> PerLayer:
         """Return one number for all layers, or a tuple with one per layer."""
+        key = f"{self.prefix}.{name}"
         value = self.file.metadata.get(key, default)
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
             value = tuple(value.tolist())
@@ -351,5 +337,5 @@ class _Metadata:
                     f"each of {num_layers} layers; the metadata is damaged, fetch the file again"
                 )
             return value if len(set(value)) > 1 else value[0]
-        number: int = self.get(key, int, default)
+        number: int = self.get(name, int, default)
         return number

@@ -59,7 +59,8 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.rope_fraction) // 2 * 2
+        share = round(self.head_dim * self.rope_fraction, 6)  # 104 * (30 / 104) is 29.999…
+        return int(share) // 2 * 2
 
 
 @dataclass(frozen=True)
