@@ -16,6 +16,7 @@ from visavis.model.decoder import Decoder
 from visavis.model.quantized import GROUP, PackedLinear
 
 PACKABLE = {"Q4_0": 8, "Q4_1": 0, "Q5_0": 16, "Q5_1": 0, "Q8_0": 128}  # code that means 0
+ROWS = 16  # the packed kernel takes whole tiles of so many rows; odd vocabularies stay dense
 
 
 def pack_linears(decoder: Decoder, file: GGUFFile) -> None:
@@ -27,6 +28,8 @@ def pack_linears(decoder: Decoder, file: GGUFFile) -> None:
         linear = decoder.get_submodule(path) if not path.endswith("bias") else None
         packable = all(part.type in PACKABLE for part in stored)
         if not isinstance(linear, nn.Linear) or linear.bias is not None or not packable:
+            continue
+        if linear.out_features % ROWS:
             continue
         owner, _, attribute = path.rpartition(".")
         packed = PackedLinear(*_codes(stored), linear.weight.detach())
