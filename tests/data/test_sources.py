@@ -69,7 +69,7 @@ def test_easy_vqa_splits_do_not_meet(tmp_path: Path) -> None:
 def test_every_source_yields_what_training_needs(name: str, shared_data: Path) -> None:
     records = load_source(name, shared_data)
     assert len({record.key for record in records}) > 0.99 * len(records) > 0
-    assert all(record.image for record in records)
+    assert all(record.image for record in records) or name == "imagenet-classes"
     assert all(record.caption or record.questions for record in records)
 
 

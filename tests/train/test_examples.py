@@ -67,7 +67,7 @@ def test_texts_to_match_come_from_the_record() -> None:
 def test_sampler_resumes_exactly_and_misses_nothing() -> None:
     sampler = Sampler({"a": 5, "b": 3, "none": 0}, {"a": 1.0, "b": 1.0, "none": 1.0}, seed=0)
     first = [sampler.next() for _ in range(40)]
-    assert {item for item in first} == {("a", n) for n in range(5)} | {("b", n) for n in range(3)}
+    assert set(first) == {("a", n) for n in range(5)} | {("b", n) for n in range(3)}
     state = sampler.state()
     ahead = [sampler.next() for _ in range(20)]
     other = Sampler({"a": 5, "b": 3}, {"a": 1.0, "b": 1.0}, seed=9)

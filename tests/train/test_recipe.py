@@ -40,7 +40,7 @@ stages:
 
 def test_evaluation_data_cannot_be_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
-    stage = "{kind: head, name: h, sources: [openstax-figures/val, openstax]}"
+    stage = "{kind: words, name: w, sources: [openstax-figures/val, openstax]}"
     path.write_text(f"name: wrong\nstages:\n  - {stage}\n")
     with pytest.raises(TrainError, match="held out for evaluation") as caught:
         read_recipe(path)

@@ -93,6 +93,25 @@ def easy_vqa(root: Path, split: str) -> Iterator[Record]:
         yield Record(f"{split}/{number}", image, questions=tuple(pairs))
 
 
+def imagenet_classes(root: Path, split: str) -> Iterator[Record]:
+    """The names and definitions (WordNet) of the classes the tower was trained on; no pictures.
+
+    Training makes features for them from the tower's own classifier (`train/classes.py`).
+    """
+    lines = (Path(__file__).parent / "imagenet_classes.tsv").read_text(encoding="utf-8")
+    for number, line in enumerate(lines.splitlines()):
+        names, definition = line.split("\t")
+        name = names.split(",")[0].strip()
+        article = "an" if name[0].lower() in "aeiou" else "a"
+        yield Record(
+            f"class-{number}",
+            b"",
+            caption=f"a photo of {article} {name}",
+            also=(f"{names}: {definition}",),
+            label=name,
+        )
+
+
 SOURCES: dict[str, tuple[Callable[[Path, str], Iterator[Record]], str]] = {
     "openstax-figures": (openstax, "train"),
     "openstax-figures/val": (openstax, "val"),
@@ -103,6 +122,7 @@ SOURCES: dict[str, tuple[Callable[[Path, str], Iterator[Record]], str]] = {
     "grocery-store/test": (grocery, "test"),
     "vqa-rad": (vqa_rad, "train"),
     "nlvr": (nlvr, "train"),
+    "imagenet-classes": (imagenet_classes, "train"),
     "coco-mini/val": (coco_mini, "val"),
     "easy-vqa": (easy_vqa, "train"),
     "easy-vqa/test": (easy_vqa, "test"),

@@ -76,7 +76,7 @@ class TowerFeatures:
             )
             if flip:
                 pixels = pixels[..., ::-1].copy()
-            self._append([key for key, _ in chunk], self._compute(torch.from_numpy(pixels)))
+            self.put([key for key, _ in chunk], self._compute(torch.from_numpy(pixels)))
             report(len(chunk))
         return [self.rows[key] for key in keys]
 
@@ -90,7 +90,8 @@ class TowerFeatures:
             features = self.vlm.tower_features(pixels)
         return features.float().half().numpy()
 
-    def _append(self, keys: list[str], features: np.ndarray) -> None:
+    def put(self, keys: list[str], features: np.ndarray) -> None:
+        """Append rows [N, P, W], float16, under new keys."""
         with self.data_path.open("ab") as file:
             file.write(features.tobytes())
         with self.rows_path.open("a") as file:

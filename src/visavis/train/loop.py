@@ -89,7 +89,11 @@ def train_loop(
                 )
             loss.backward()
             meter.add(name, value, tokens)
-        norm = nn.utils.clip_grad_norm_(everything, MAX_GRADIENT_NORM)
+        # Apart: a connector's gradients are a hundred times those of adapters.
+        norms = {
+            name: float(nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM))
+            for name, parameters in groups.items()
+        }
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -99,7 +103,7 @@ def train_loop(
                 {
                     "step": step,
                     "rate": round(rate, 4),
-                    "norm": round(float(norm), 3),
+                    "norm": {name: round(norm, 3) for name, norm in norms.items()},
                     **meter.take(),
                 }
             )

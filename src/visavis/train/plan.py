@@ -13,7 +13,7 @@ from visavis.errors import TrainError, VisavisError
 from visavis.model.vlm import VLM
 from visavis.train.freeze import trainable_groups, trainable_table
 from visavis.train.lora import add_lora
-from visavis.train.recipe import PairStage, Recipe, sources_of
+from visavis.train.recipe import LoopStage, Recipe, sources_of
 from visavis.train.run import model_config
 
 
@@ -31,9 +31,9 @@ def plan_table(recipe: Recipe, data: Path) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("stage", "part", "parameters", "trained", "sources")]
     for stage in recipe.stages:
         sources = ", ".join(sources_of(stage))
-        if isinstance(stage, PairStage):
-            part = "connector" if stage.kind == "align" else "head"
-            module = vlm.connector if stage.kind == "align" else vlm.head
+        if not isinstance(stage, LoopStage):
+            part = "connector" if stage.kind == "words" else "head"
+            module = vlm.connector if stage.kind == "words" else vlm.head
             assert module is not None
             count = f"{sum(p.numel() for p in module.parameters()):,}"
             rows.append((stage.name, part, count, count, sources))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 class Progress:
@@ -27,7 +31,7 @@ class Progress:
             console=Console(stderr=True),
             disable=not show,
         )
-        self.tasks = {}
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Progress:
         self.bars.start()

@@ -26,9 +26,9 @@ class ConnectorRecipe(_Part):
     """See `model.config.ConnectorConfig`."""
 
     kind: Literal["linear", "mlp"] = "linear"
-    depth: int = Field(1, ge=1)
-    shuffle: int = Field(3, ge=1)  # 9 x 9 patches become 3 x 3 tokens
-    hidden_width: int = Field(0, ge=0)
+    depth: Annotated[int, Field(ge=1)] = 1
+    shuffle: Annotated[int, Field(ge=1)] = 3  # 9 x 9 patches become 3 x 3 tokens
+    hidden_width: Annotated[int, Field(ge=0)] = 0
     input_norm: bool = False
 
 
@@ -36,58 +36,64 @@ class HeadRecipe(_Part):
     """See `model.config.HeadConfig`."""
 
     layers: tuple[int, ...] = (0, 10, 16, 25)
-    dim: int = Field(256, ge=1)
+    dim: Annotated[int, Field(ge=1)] = 256
 
 
 class LoraRecipe(_Part):
     """Low-rank adapters on every linear of every decoder block."""
 
-    rank: int = Field(16, ge=1)
-    scale: float = Field(2.0, gt=0)
+    rank: Annotated[int, Field(ge=1)] = 16
+    scale: Annotated[float, Field(gt=0)] = 2.0
 
 
 Weight = Annotated[float, Field(gt=0)]
 
 
-class PairStage(_Part):
-    """Linear layers on frozen vectors (`train/pair.py`).
+class WordsStage(_Part):
+    """Start the connector so that image tokens resemble captions' words (`train/words.py`)."""
 
-    `align` starts the connector so that mean image tokens match frozen text states; `head` fits
-    the embedding head on the model as it then is.
-    """
-
-    kind: Literal["align", "head"]
+    kind: Literal["words"]
     name: str
     sources: tuple[str, ...]
-    epochs: int = Field(20, ge=1)
-    batch: int = Field(512, ge=2)
-    dropout: float = Field(0.3, ge=0, lt=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    logit_scale: float = Field(20.0, gt=0)
-    alpha: float = Field(0.0, ge=0)
-    flip: bool = False  # mirrored pictures are a second view
-    members: int = Field(1, ge=1)  # seeds whose layers are stacked; the head's dim is shared out
+
+
+class HeadStage(_Part):
+    """Fit the embedding head on the model as it then is (`train/pair.py`)."""
+
+    kind: Literal["head"]
+    name: str
+    sources: dict[str, Annotated[int, Field(ge=1)]]  # how often each source's pairs occur
+    epochs: Annotated[int, Field(ge=1)] = 20
+    batch: Annotated[int, Field(ge=2)] = 512
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    logit_scale: Annotated[float, Field(gt=0)] = 20.0
+    alpha: Annotated[float, Field(ge=0)] = 0.0
+    flip: bool = True  # mirrored pictures are a second view
+    members: Annotated[int, Field(ge=1)] = (
+        1  # seeds whose layers are stacked; the head's dim is shared out
+    )
 
 
 class Contrastive(_Part):
     """The contrastive share of a step."""
 
-    pairs: int = Field(96, ge=2)  # pictures (and texts) that meet in one loss
+    pairs: Annotated[int, Field(ge=2)] = 96  # pictures (and texts) that meet in one loss
     sources: dict[str, Weight]
-    weight: float = Field(1.0, gt=0)
-    logit_scale: float = Field(20.0, gt=0)
-    alpha: float = Field(0.0, ge=0)
-    max_text_tokens: int = Field(80, ge=8)
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    logit_scale: Annotated[float, Field(gt=0)] = 20.0
+    alpha: Annotated[float, Field(ge=0)] = 0.0
+    max_text_tokens: Annotated[int, Field(ge=8)] = 80
 
 
 class Generative(_Part):
     """The next-token share of a step."""
 
-    tokens: int = Field(1024, ge=64)  # tokens of one step, image tokens included
+    tokens: Annotated[int, Field(ge=64)] = 1024  # tokens of one step, image tokens included
     sources: dict[str, Weight]  # share of examples drawn from each source
-    weight: float = Field(1.0, gt=0)
-    questions_per_example: int = Field(3, ge=1)
-    max_caption_words: int = Field(45, ge=4)
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    questions_per_example: Annotated[int, Field(ge=1)] = 3
+    max_caption_words: Annotated[int, Field(ge=4)] = 45
 
 
 class LoopStage(_Part):
@@ -99,14 +105,15 @@ class LoopStage(_Part):
     generative: Generative | None = None
     contrastive: Contrastive | None = None
     trainable: tuple[Literal["connector", "lora", "head"], ...] = ("connector", "lora")
-    learning_rate: float = Field(5e-4, gt=0)  # of LoRA
-    connector_learning_rate: float = Field(5e-4, gt=0)  # of connector and head
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(20, ge=0)
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4  # of LoRA
+    connector_learning_rate: Annotated[float, Field(gt=0)] = 5e-4  # of connector and head
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
     flip: bool = True  # show some pictures mirrored (sources where left and right do not matter)
 
 
-Stage = Annotated[PairStage | LoopStage, Field(discriminator="kind")]
+AnyStage = WordsStage | HeadStage | LoopStage
+Stage = Annotated[AnyStage, Field(discriminator="kind")]
 
 
 class Recipe(_Part):
@@ -116,17 +123,18 @@ class Recipe(_Part):
     bundle: Literal["nano"] = "nano"
     seed: int = 0
     turns: str = "chatml-bare"
-    image_size: int = Field(260, ge=32)
+    image_size: Annotated[int, Field(ge=32)] = 260
     connector: ConnectorRecipe = ConnectorRecipe()
     head: HeadRecipe = HeadRecipe()
     lora: LoraRecipe = LoraRecipe()
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...]
 
     @field_validator("stages")
     @classmethod
-    def _names_and_sources(cls, stages: tuple[PairStage | LoopStage, ...]) -> object:
+    def _names_and_sources(cls, stages: tuple[AnyStage, ...]) -> object:
         names = [stage.name for stage in stages]
         problems = [f"two stages are named {n!r}" for n in sorted(set(names)) if names.count(n) > 1]
+        problems += [] if stages else ["there are no stages"]
         for stage in stages:
             if isinstance(stage, LoopStage) and not (stage.generative or stage.contrastive):
                 problems.append(f"stage {stage.name!r} has neither generative nor contrastive")
@@ -140,10 +148,10 @@ class Recipe(_Part):
         return stages
 
 
-def sources_of(stage: PairStage | LoopStage) -> tuple[str, ...]:
+def sources_of(stage: AnyStage) -> tuple[str, ...]:
     """Return the names of every source a stage reads."""
-    if isinstance(stage, PairStage):
-        return stage.sources
+    if not isinstance(stage, LoopStage):
+        return tuple(stage.sources)
     parts = [part for part in (stage.generative, stage.contrastive) if part is not None]
     return tuple(dict.fromkeys(name for part in parts for name in part.sources))
 

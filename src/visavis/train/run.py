@@ -14,13 +14,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from visavis.checkpoints import bundled, gguf_llama
@@ -30,28 +28,25 @@ from visavis.checkpoints.loaded import auto_dtype
 from visavis.checkpoints.native import save_native
 from visavis.data.records import Record
 from visavis.data.sources import load_source
-from visavis.files import write_atomically
 from visavis.model.config import ConnectorConfig, EfficientNetConfig, HeadConfig, VLMConfig
-from visavis.model.head import mean_per_sequence
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.pack import batches, pack
 from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import build_tokenizer, special_tokens
+from visavis.train.classes import class_grids, class_shifts
 from visavis.train.examples import Encoder, Example, chat_pairs
 from visavis.train.features import TowerFeatures
 from visavis.train.freeze import trainable_groups
+from visavis.train.frozen import run_frozen_stage
 from visavis.train.loop import LoopSettings, train_loop
 from visavis.train.lora import add_lora
-from visavis.train.pair import Pair, PairSettings, fit_pair, stack_pairs
-from visavis.train.recipe import Generative, LoopStage, PairStage, Recipe
+from visavis.train.recipe import Generative, LoopStage, Recipe, sources_of
 from visavis.train.tasks import Task
 from visavis.train.tasks.contrastive import ContrastiveTask, Matched
 from visavis.train.tasks.generative import GenerativeTask
 from visavis.train.tasks.joint import JointTask
 
-EMBED_BATCH_TOKENS = 2048
-PAIR_TEXT_TOKENS = 256
+CLASSES = "imagenet-classes"
 UNMIRRORED = frozenset({"vqa-rad", "nlvr", "easy-vqa"})  # left and right matter, or cost too much
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, a line
@@ -78,7 +73,9 @@ class Run:
         return self.records[name]
 
     def rows(self, name: str, *, flip: bool = False) -> list[int]:
-        """Return the feature rows of a source's pictures."""
+        """Return the feature rows of a source's pictures (of class names: made features)."""
+        if name == CLASSES:
+            return class_rows(self, variant=int(flip))
         images = [record.image for record in self.source(name)]
         done = 0
 
@@ -88,6 +85,21 @@ class Run:
             self.report(f"features of {name}", done, len(images), "")
 
         return self.features.add(images, flip=flip, report=tell)
+
+    def views(self, name: str, *, flip: bool) -> list[tuple[int, ...]]:
+        """Return the rows of each picture: plain, and mirrored where that is allowed."""
+        views = [self.rows(name)]
+        if flip and name not in UNMIRRORED:
+            views.append(self.rows(name, flip=True))
+        return list(zip(*views, strict=True))
+
+    def matched(self, name: str, *, flip: bool) -> list[Matched]:
+        """Return the records that have a caption; those of one caption are one group."""
+        return [
+            Matched(record, rows, group=record.label or record.caption.lower())
+            for record, rows in zip(self.source(name), self.views(name, flip=flip), strict=True)
+            if record.caption
+        ]
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to the log."""
@@ -110,10 +122,10 @@ def run_recipe(
     out.mkdir(parents=True, exist_ok=True)
     run = start(recipe, data, out, report)
     for stage in recipe.stages:
-        if isinstance(stage, PairStage):
-            run_pair_stage(run, stage)
-        else:
+        if isinstance(stage, LoopStage):
             run_loop_stage(run, stage)
+        else:
+            run_frozen_stage(run, stage)
         save_model(run)
     return out / "model"
 
@@ -167,12 +179,32 @@ def tower_processor(size: int) -> ImageProcessorConfig:
     )
 
 
+def class_rows(run: Run, variant: int) -> list[int]:
+    """Return rows of features made for each class name, over pictures of the recipe's sources."""
+    keys = [f"{record.key}-{variant}" for record in run.source(CLASSES)]
+    if any(key not in run.features.rows for key in keys):
+        named = dict.fromkeys(name for stage in run.recipe.stages for name in sources_of(stage))
+        pictures = [row for name in named if name != CLASSES for row in run.rows(name)]
+        _, classifier = load_efficientnet(bundled.fetch(run.recipe.bundle)["vision_tower"])
+        means = run.features.means(pictures)
+        generator = torch.Generator().manual_seed(run.recipe.seed + variant)
+        chosen = torch.randint(len(pictures), (len(keys),), generator=generator).tolist()
+        grids = class_grids(
+            class_shifts(classifier, means),
+            run.features[[pictures[number] for number in chosen]],
+            means.mean(0),
+            generator,
+        )
+        run.features.put(keys, grids.half().numpy())
+    return [run.features.rows[key] for key in keys]
+
+
 # ---- stages of gradient steps ----------------------------------------------------------------
 
 
 def run_loop_stage(run: Run, stage: LoopStage) -> None:
     """Take the stage's gradient steps."""
-    rates = {
+    rates: dict[str, float] = {
         part: stage.learning_rate if part == "lora" else stage.connector_learning_rate
         for part in stage.trainable
     }
@@ -207,7 +239,7 @@ def build_task(run: Run, stage: LoopStage) -> Task:
         )
     if stage.contrastive is not None:
         match = stage.contrastive
-        matched = {name: _matched(run, name, stage.flip) for name in match.sources}
+        matched = {name: run.matched(name, flip=stage.flip) for name in match.sources}
         parts.append(
             ContrastiveTask(
                 matched, match.sources, run.features, run.encoder, settings=match, seed=seed + 7
@@ -216,18 +248,10 @@ def build_task(run: Run, stage: LoopStage) -> Task:
     return parts[0] if len(parts) == 1 else JointTask(parts)
 
 
-def _views(run: Run, name: str, flip: bool) -> list[tuple[int, ...]]:
-    """Return the feature rows of each picture: plain, and mirrored where that is allowed."""
-    views = [run.rows(name)]
-    if flip and name not in UNMIRRORED:
-        views.append(run.rows(name, flip=True))
-    return list(zip(*views, strict=True))
-
-
 def _examples(run: Run, name: str, chat: Generative, flip: bool) -> list[list[Example]]:
     draw = random.Random(run.recipe.seed)
     examples = []
-    for record, rows in zip(run.source(name), _views(run, name, flip), strict=True):
+    for record, rows in zip(run.source(name), run.views(name, flip=flip), strict=True):
         for pairs in chat_pairs(
             record,
             draw,
@@ -237,142 +261,6 @@ def _examples(run: Run, name: str, chat: Generative, flip: bool) -> list[list[Ex
             encoded = run.encoder.conversation(pairs)
             examples.append([Example(encoded, row) for row in rows])
     return examples
-
-
-def _matched(run: Run, name: str, flip: bool) -> list[Matched]:
-    """Return the records that have a text; those of one text are one group."""
-    return [
-        Matched(record, rows, group=record.label or record.caption.lower())
-        for record, rows in zip(run.source(name), _views(run, name, flip), strict=True)
-        if record.caption
-    ]
-
-
-# ---- stages on frozen vectors ------------------------------------------------------------------
-
-
-def run_pair_stage(run: Run, stage: PairStage) -> None:
-    """Fit linear layers on frozen vectors and put them into the connector or the head."""
-    path = run.out / f"{stage.name}.safetensors"
-    if path.is_file():
-        pair = Pair(**load_file(path))
-    else:
-        pair = _fit(run, stage)
-        with write_atomically(path) as temporary:
-            save_file({key: value.contiguous() for key, value in vars(pair).items()}, temporary)
-    if stage.kind == "align":
-        start_connector(run.vlm, pair)
-    else:
-        assert run.vlm.head is not None
-        with torch.no_grad():
-            run.vlm.head.image.weight.copy_(pair.image_weight)
-            run.vlm.head.image.bias.copy_(pair.image_bias)
-            run.vlm.head.text.weight.copy_(pair.text_weight)
-            run.vlm.head.text.bias.copy_(pair.text_bias)
-
-
-def _fit(run: Run, stage: PairStage) -> Pair:
-    matched = [one for name in stage.sources for one in _matched(run, name, stage.flip)]
-    views = max(len(one.rows) for one in matched)
-    rows = [[one.rows[view % len(one.rows)] for one in matched] for view in range(views)]
-    if stage.kind == "align":
-        images = torch.stack([run.features.means(view) for view in rows])
-        assert run.vlm.config.connector is not None
-        dim = run.vlm.config.connector.out_width
-    else:
-        images = torch.stack([picture_states(run, view) for view in rows])
-        dim = run.recipe.head.dim
-    texts = [[one.record.caption for one in matched]]
-    texts.append([one.record.also[0] if one.record.also else one.record.caption for one in matched])
-    states = torch.stack([text_states(run, column) for column in texts])
-    names = {group: number for number, group in enumerate({one.group for one in matched})}
-    groups = torch.tensor([names[one.group] for one in matched])
-    pairs = [
-        fit_pair(
-            images,
-            states,
-            PairSettings(
-                dim=dim // stage.members,
-                epochs=stage.epochs,
-                batch=stage.batch,
-                learning_rate=stage.learning_rate,
-                dropout=stage.dropout,
-                logit_scale=stage.logit_scale,
-                alpha=stage.alpha,
-                seed=run.recipe.seed + member,
-            ),
-            groups=groups,
-        )
-        for member in range(stage.members)
-    ]
-    stacked = stack_pairs(pairs)
-    if stage.kind == "head":
-        return stacked
-    return as_tokens(stacked, images, run.vlm.decoder.embed.weight)
-
-
-def as_tokens(pair: Pair, images: Tensor, embeddings: Tensor) -> Pair:
-    """Return the pair with its image side shifted and scaled to the spread of token embeddings:
-    the decoder then meets image tokens it is used to in size.
-
-    Args:
-        images: mean features the pair was fitted on, [..., W].
-        embeddings: the decoder's token embeddings [vocab, D].
-    """
-    tokens = F.linear(images.flatten(0, -2), pair.image_weight, pair.image_bias)
-    scale = embeddings.float().std() / tokens.std(0).mean()
-    return replace(
-        pair,
-        image_weight=scale * pair.image_weight,
-        image_bias=scale * (pair.image_bias - tokens.mean(0)),
-    )
-
-
-@torch.no_grad()
-def start_connector(vlm: VLM, pair: Pair) -> None:
-    """Make the mean image token of a linear connector the pair's vector of the mean feature."""
-    assert vlm.connector is not None
-    layer = vlm.connector.layers[0]
-    folds = vlm.connector.config.shuffle**2
-    layer.weight.copy_((pair.image_weight / folds).repeat(1, folds))
-    layer.bias.copy_(pair.image_bias)
-
-
-@torch.inference_mode()
-def text_states(run: Run, texts: list[str]) -> Tensor:
-    """Return mean hidden states at the head's layers, [N, layers * D]."""
-    encoded = [run.encoder.text(text, PAIR_TEXT_TOKENS) for text in texts]
-    layers = run.recipe.head.layers
-    states = torch.empty(len(texts), len(layers) * run.vlm.config.decoder.width)
-    lengths = [len(one.token_ids) for one in encoded]
-    done = 0
-    for group in batches(lengths, EMBED_BATCH_TOKENS):
-        batch = pack([encoded[i] for i in group])
-        found = run.vlm(batch, layers)
-        hidden = torch.cat([found[layer] for layer in layers], -1)
-        everything = torch.ones(batch.num_tokens, dtype=torch.bool)
-        states[group] = mean_per_sequence(hidden, batch.lengths, everything)[0]
-        done += len(group)
-        run.report("text states", done, len(texts), "")
-    return states
-
-
-@torch.inference_mode()
-def picture_states(run: Run, rows: list[int]) -> Tensor:
-    """Return mean hidden states of pictures alone at the head's layers, [N, layers * D]."""
-    layers = run.recipe.head.layers
-    per_batch = max(1, EMBED_BATCH_TOKENS // run.encoder.tokens_per_image)
-    states = []
-    for start_row in range(0, len(rows), per_batch):
-        chunk = rows[start_row : start_row + per_batch]
-        batch = pack([run.encoder.picture()] * len(chunk))
-        batch.features = run.features[chunk]
-        found = run.vlm(batch, layers)
-        hidden = torch.cat([found[layer] for layer in layers], -1)
-        everything = torch.ones(batch.num_tokens, dtype=torch.bool)
-        states.append(mean_per_sequence(hidden, batch.lengths, everything)[0])
-        run.report("picture states", start_row + len(chunk), len(rows), "")
-    return torch.cat(states)
 
 
 # ---- the finished folder -----------------------------------------------------------------------
