@@ -246,23 +246,19 @@ class Model:
             logits=logits.cpu().numpy(),
         )
 
-    def image_tokens(self, images: Sequence[Image]) -> Tensor:
-        """Return what pictures become before the decoder, [N, P, D]; equal ones are computed once.
+    def see(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
+        """Return what pictures become before the decoder; equal ones are computed once.
 
         Decoding and resizing run in threads. Results are kept by content, within a byte budget.
+
+        Returns:
+            image tokens [N, P, D] and mean tower features [N, W].
         """
-        if not self.takes_images:
-            raise InputError(
-                f"{self.name} has no vision tower, but the prompt holds {len(images)} image(s). "
-                "Use a model with vision, such as 'nano', or send text only."
-            )
         assert self.processor is not None
         processor = self.processor
         keys = [content_hash(image) for image in images]
-        found = {key: self.image_cache.get(key) for key in keys}
-        missing = {
-            key: image for key, image in zip(keys, images, strict=True) if found[key] is None
-        }
+        found = {key: kept for key in keys if (kept := self.image_cache.get(key)) is not None}
+        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
         todo = list(missing.items())
         with ThreadPoolExecutor(max_workers=2) as pool:
             for first in range(0, len(todo), TOWER_BATCH):
@@ -272,19 +268,19 @@ class Model:
                 )
                 pixels = torch.from_numpy(np.stack(list(arrays))).to(self.device)
                 with torch.inference_mode():
-                    tokens = self.vlm.image_tokens(pixels)
-                for (key, _), token_rows in zip(chunk, tokens, strict=True):
-                    kept = token_rows.clone()
-                    self.image_cache.put(key, kept)
-                    found[key] = kept
-        return torch.stack([rows for key in keys if (rows := found[key]) is not None])
+                    tokens, means = self.vlm.see(pixels)
+                for (key, _), *kept in zip(chunk, tokens, means, strict=True):
+                    found[key] = tuple(tensor.clone() for tensor in kept)
+                    self.image_cache.put(key, found[key])
+        tokens, means = (torch.stack([found[key][part] for key in keys]) for part in (0, 1))
+        return tokens, means
 
     def _batch(self, pairs: Sequence[tuple[Prompt, Encoded]]) -> PackedBatch:
         """Pack encoded prompts and compute their image tokens."""
         batch = pack([encoded for _, encoded in pairs])
         images = [image for prompt, _ in pairs for image in prompt.images]
         if images:
-            batch.image_tokens = self.image_tokens(images)
+            batch.image_tokens, batch.image_means = self.see(images)
         return batch.to(self.device)
 
     def _encode_chat(self, prompt: Prompt) -> Encoded:

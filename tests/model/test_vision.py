@@ -82,7 +82,7 @@ def test_an_image_becomes_as_many_tokens_as_the_config_says(
         select_feature=select_feature,  # type: ignore[arg-type]
     )
     assert config.tokens_per_image == expected
-    tokens = VLM(config).image_tokens(torch.randn(2, 3, tower.image_size, tower.image_size))
+    tokens = VLM(config).see(torch.randn(2, 3, tower.image_size, tower.image_size))[0]
     assert tokens.shape == (2, expected, 32)
 
 

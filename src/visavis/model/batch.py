@@ -21,6 +21,7 @@ class PackedBatch:
         pixels: float [N, 3, size, size], the images in order of appearance; or
         features: float [N, P, W], the tower's features of those images, computed before; or
         image_tokens: float [N, P', D], the connector's output for them, computed before.
+        image_means: float [N, W], with `image_tokens`: the mean tower feature of each image.
         labels: int64 [T], the token each position should predict next, -100 where none is.
     """
 
@@ -31,6 +32,7 @@ class PackedBatch:
     pixels: Tensor | None = None
     features: Tensor | None = None
     image_tokens: Tensor | None = None
+    image_means: Tensor | None = None
     labels: Tensor | None = None
 
     @property

@@ -138,11 +138,13 @@ class HeadConfig:
 
     `layers` are hidden states by number: 0 is the input embeddings, n the output of block n;
     the last one passes the final norm. Means over text tokens and over image tokens are
-    projected apart and summed.
+    projected apart and summed. With `tower_width` the image projection also reads the mean tower
+    feature, of that width, which a narrow connector cannot pass on whole.
     """
 
     layers: tuple[int, ...]
     dim: int
+    tower_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
         fields["connector"] = ConnectorConfig(**fields["connector"])
     if fields.get("head") is not None:
         head = fields["head"]
-        fields["head"] = HeadConfig(layers=tuple(head["layers"]), dim=head["dim"])
+        fields["head"] = HeadConfig(**{**head, "layers": tuple(head["layers"])})
     return VLMConfig(**fields)
 
 

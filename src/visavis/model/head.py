@@ -2,8 +2,9 @@
 
     e = L2( Σ_kind W_kind · mean over that kind's tokens of [h_l1; h_l2; …] + b_kind )
 
-The kinds are text and image tokens. A sequence with both sums their two projections. Knows which
-rows belong to which sequence only through the indices it is given.
+The kinds are text and image tokens. A sequence with both sums their two projections. The image
+side may also read the mean feature of the vision tower. Knows which rows belong to which sequence
+only through the indices it is given.
 """
 
 from __future__ import annotations
@@ -23,21 +24,31 @@ class EmbeddingHead(nn.Module):
         super().__init__()
         self.config = config
         self.text = Linear(len(config.layers) * width, config.dim)
-        self.image = Linear(len(config.layers) * width, config.dim)
+        self.image = Linear(len(config.layers) * width + config.tower_width, config.dim)
 
-    def forward(self, hidden: Tensor, lengths: tuple[int, ...], is_image: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        lengths: tuple[int, ...],
+        is_image: Tensor,
+        tower_means: Tensor | None = None,
+    ) -> Tensor:
         """Return unit vectors, float32 [B, dim].
 
         Args:
             hidden: chosen layers side by side, [T, layers * D].
             lengths: tokens of each sequence.
             is_image: bool [T].
+            tower_means: mean tower feature of each sequence's images [B, tower_width], where the
+                config asks for it.
         """
-        total = hidden.new_zeros(len(lengths), self.config.dim)
-        for projection, chosen in ((self.text, ~is_image), (self.image, is_image)):
-            mean, present = mean_per_sequence(hidden, lengths, chosen)
-            total = total + projection(mean) * present
-        return F.normalize(total, dim=-1)
+        text, has_text = mean_per_sequence(hidden, lengths, ~is_image)
+        image, has_image = mean_per_sequence(hidden, lengths, is_image)
+        if self.config.tower_width:
+            if tower_means is None:  # text alone
+                tower_means = image.new_zeros(len(lengths), self.config.tower_width)
+            image = torch.cat((image, tower_means), 1)
+        return F.normalize(self.text(text) * has_text + self.image(image) * has_image, dim=-1)
 
 
 def mean_per_sequence(

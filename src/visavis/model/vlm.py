@@ -6,6 +6,7 @@ Composes the parts and nothing else: prompts, files, caches of features and samp
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -44,25 +45,32 @@ class VLM(nn.Module):
         assert self.tower is not None
         return select(self.tower(pixels, self.config.select_layer), self.config)
 
-    def image_tokens(self, pixels: Tensor) -> Tensor:
-        """Return the tokens that images [N, 3, S, S] become, [N, P', D]."""
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what images [N, 3, S, S] become: tokens [N, P', D], mean features [N, W]."""
         assert self.connector is not None
-        return self.connector(self.tower_features(pixels))
+        features = self.tower_features(pixels)
+        return self.connector(features), features.mean(1)
+
+    def resolve_images(self, batch: PackedBatch) -> PackedBatch:
+        """Return the batch with the tokens and mean features of its images computed."""
+        if batch.image_positions is None or batch.image_tokens is not None:
+            return batch
+        if batch.features is not None:
+            assert self.connector is not None
+            tokens, means = self.connector(batch.features), batch.features.mean(1)
+        else:
+            assert batch.pixels is not None
+            tokens, means = self.see(batch.pixels)
+        return replace(batch, image_tokens=tokens, image_means=means)
 
     def embed_inputs(self, batch: PackedBatch) -> Tensor:
         """Return the decoder's input [T, D]: token embeddings with image tokens spliced in."""
         x = self.decoder.embed_tokens(batch.token_ids)
+        batch = self.resolve_images(batch)
         if batch.image_positions is None:
             return x
-        if batch.image_tokens is not None:
-            image_tokens = batch.image_tokens
-        elif batch.features is not None:
-            assert self.connector is not None
-            image_tokens = self.connector(batch.features)
-        else:
-            assert batch.pixels is not None
-            image_tokens = self.image_tokens(batch.pixels)
-        return splice(x, image_tokens, batch.image_positions)
+        assert batch.image_tokens is not None
+        return splice(x, batch.image_tokens, batch.image_positions)
 
     def forward(
         self,
@@ -78,9 +86,26 @@ class VLM(nn.Module):
         """Return unit vectors, float32 [B, dim], through the embedding head."""
         assert self.head is not None and self.config.head is not None
         layers = self.config.head.layers
+        batch = self.resolve_images(batch)
         found = self(batch, layers)
         hidden = torch.cat([found[layer] for layer in layers], -1)  # [T, layers * D]
         is_image = torch.zeros(batch.num_tokens, dtype=torch.bool, device=hidden.device)
+        tower_means = None
         if batch.image_positions is not None:
             is_image[batch.image_positions] = True
-        return self.head(hidden, batch.lengths, is_image)
+            if self.config.head.tower_width:
+                tower_means = means_per_sequence(batch)
+        return self.head(hidden, batch.lengths, is_image, tower_means)
+
+
+def means_per_sequence(batch: PackedBatch) -> Tensor:
+    """Return the mean over each sequence's images of their mean features, [B, W]."""
+    assert batch.image_means is not None and batch.image_positions is not None
+    means = batch.image_means
+    firsts = batch.image_positions.view(len(means), -1)[
+        :, 0
+    ].contiguous()  # where each image starts
+    ends = torch.tensor(batch.lengths, device=means.device).cumsum(0)
+    owner = torch.bucketize(firsts, ends, right=True)
+    sums = means.new_zeros(len(ends), means.shape[1]).index_add(0, owner, means)
+    return sums / torch.bincount(owner, minlength=len(ends)).clamp(min=1)[:, None]

@@ -11,26 +11,30 @@ from torch import Tensor
 
 
 class FeatureCache:
-    """A bounded map from content hash to a tensor."""
+    """A bounded map from content hash to tensors."""
 
     def __init__(self, max_bytes: int = 128 * 2**20) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.entries: OrderedDict[str, Tensor] = OrderedDict()
+        self.entries: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
 
-    def get(self, key: str) -> Tensor | None:
-        """Return the tensor of a key and mark it as used, or None."""
+    def get(self, key: str) -> tuple[Tensor, ...] | None:
+        """Return the tensors of a key and mark it as used, or None."""
         if key not in self.entries:
             return None
         self.entries.move_to_end(key)
         return self.entries[key]
 
-    def put(self, key: str, value: Tensor) -> None:
-        """Keep a tensor; drop the least recently used ones that no longer fit."""
+    def put(self, key: str, value: tuple[Tensor, ...]) -> None:
+        """Keep tensors; drop the least recently used ones that no longer fit."""
         if key in self.entries:
-            self.num_bytes -= self.entries.pop(key).nbytes
+            self.num_bytes -= _num_bytes(self.entries.pop(key))
         self.entries[key] = value
-        self.num_bytes += value.nbytes
+        self.num_bytes += _num_bytes(value)
         while self.num_bytes > self.max_bytes and len(self.entries) > 1:
             _, dropped = self.entries.popitem(last=False)
-            self.num_bytes -= dropped.nbytes
+            self.num_bytes -= _num_bytes(dropped)
+
+
+def _num_bytes(tensors: tuple[Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
