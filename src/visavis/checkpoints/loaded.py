@@ -69,6 +69,8 @@ def build(
     """
     with torch.device("meta"):
         vlm = VLM(config).cast(dtype)
+    if vlm.tower is not None:
+        vlm.tower.to(dtype)
     if config.decoder.tied_head:
         state["decoder.head.weight"] = state.get("decoder.embed.weight", torch.empty(0))
     expected = vlm.state_dict()
@@ -90,6 +92,8 @@ def build(
     vlm.load_state_dict(state, assign=True)
     if config.decoder.tied_head:
         vlm.decoder.head.weight = vlm.decoder.embed.weight
+    if vlm.tower is not None:
+        vlm.tower.to(memory_format=torch.channels_last)
     return vlm.requires_grad_(False).eval()
 
 

@@ -41,9 +41,11 @@ class VLM(nn.Module):
         return self
 
     def tower_features(self, pixels: Tensor) -> Tensor:
-        """Return what the connector reads of images [N, 3, S, S]: [N, P, W]."""
+        """Return what the connector reads of images [N, 3, S, S]: float32 [N, P, W]."""
         assert self.tower is not None
-        return select(self.tower(pixels, self.config.select_layer), self.config)
+        dtype = next(self.tower.parameters()).dtype
+        pixels = pixels.to(dtype, memory_format=torch.channels_last)  # a third faster on the CPU
+        return select(self.tower(pixels, self.config.select_layer), self.config).float()
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return what images [N, 3, S, S] become: tokens [N, P', D], mean features [N, W]."""
