@@ -77,12 +77,12 @@ def write_tower(config: Json, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _vlm_table(config: Json, ours: VLMConfig) -> NameTable:
     """Return the names of a whole language model or llava."""
-    body = "model" if ours.tower is None else "language_model.model"
-    head = "lm_head" if ours.tower is None else "language_model.lm_head"
+    prefix = "" if ours.tower is None else "language_model."
+    head = f"{prefix}lm_head"
     # A buffer that old files carry; and a tied head is the embeddings once more.
     ignored = ("**.rotary_emb.inv_freq", *([f"{head}.weight"] if ours.decoder.tied_head else []))
     if ours.tower is None:
-        return NameTable(decoder_rows(config["model_type"], body, head), ignored=ignored)
+        return NameTable(decoder_rows(config["model_type"], prefix, head), ignored=ignored)
     text, vision = parts(config)
     tower = tower_table(vision, "vision_tower.")
     connector = [
@@ -92,12 +92,12 @@ def _vlm_table(config: Json, ours: VLMConfig) -> NameTable:
     ]
     newer = (
         ("lm_head.weight", f"{head}.weight"),
-        ("model.language_model.**", f"{body}.**"),
+        ("model.language_model.**", "language_model.model.**"),
         ("model.multi_modal_projector.**", "multi_modal_projector.**"),
         ("model.vision_tower.**", "vision_tower.**"),
     )
     return NameTable(
-        rows=(*decoder_rows(text["model_type"], body, head), *connector, *tower.rows),
+        rows=(*decoder_rows(text["model_type"], prefix, head), *connector, *tower.rows),
         aliases=(*newer, *tower.aliases),
         ignored=(*ignored, *tower.ignored),
     )

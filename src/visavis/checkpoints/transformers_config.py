@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from visavis.checkpoints.transformers_decoders import FAMILIES, decoder_config
+from visavis.checkpoints.transformers_decoders import KINDS, decoder_config
 from visavis.checkpoints.transformers_settings import (
     Json,
     activation,
@@ -67,10 +67,10 @@ def vlm_config(config: Json) -> VLMConfig:
         CheckpointError: another type, or a setting that no part of ours has.
     """
     kind = config.get("model_type")
-    if isinstance(kind, str) and kind in FAMILIES:
+    if kind in KINDS:
         return VLMConfig(decoder=decoder_config(config))
     if kind != "llava":
-        raise unknown_type(kind, (*FAMILIES, "llava"))
+        raise unknown_type(kind, (*KINDS, "llava"))
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     layer = config.get("vision_feature_layer", -2)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from visavis.checkpoints.transformers_openelm import openelm_config
 from visavis.checkpoints.transformers_settings import (
     Json,
     activation,
@@ -60,11 +61,13 @@ def decoder_config(config: Json) -> DecoderConfig:
     """Return the decoder that a config.json describes.
 
     Raises:
-        CheckpointError: a type that is not in `FAMILIES`, or a setting that our decoder has not.
+        CheckpointError: a type that is not in `KINDS`, or a setting that our decoder has not.
     """
     kind = config.get("model_type", "llama")
+    if kind == "openelm":
+        return openelm_config(config)
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise unknown_type(kind, tuple(FAMILIES))
+        raise unknown_type(kind, KINDS)
     family = FAMILIES[kind]
     given = {k: v for k, v in config.items() if v is not None or k in NULL_IS_NONE}
     config = COMMON | family.defaults | given
@@ -230,6 +233,7 @@ FAMILIES = {
         rotary_share=0.25,
     ),
 }
+KINDS = (*FAMILIES, "openelm")  # every model type that `decoder_config` reads
 
 
 # --- settings shared by families ------------------------------------------------------------------

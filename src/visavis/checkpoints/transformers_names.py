@@ -20,36 +20,61 @@ class DecoderNames:
     Several names under `qkv` or `up` are tensors that stand one below the other in ours.
     """
 
+    body: str = "model"
+    embed: str = "embed_tokens"
+    norm: str = "norm"
+    attention: str = "self_attn"
+    attn_norm: str = "input_layernorm"
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     out: str = "o_proj"
+    mlp: str = "mlp"
+    ffn_norm: str = "post_attention_layernorm"
     up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
-    norm: str = "norm"
 
 
 DECODER_NAMES = {  # by model type; all others are called as Llama's are
     "phi": DecoderNames(out="dense", up=("fc1",), down="fc2", norm="final_layernorm"),
     "phi3": DecoderNames(qkv=("qkv_proj",), up=("gate_up_proj",)),
+    "openelm": DecoderNames(
+        body="transformer",
+        embed="token_embeddings",
+        attention="attn",
+        attn_norm="attn_norm",
+        qkv=("qkv_proj",),
+        out="out_proj",
+        mlp="ffn",
+        ffn_norm="ffn_norm",
+        up=("proj_1",),
+        down="proj_2",
+    ),
 }
 
 
-def decoder_rows(kind: str, model: str, head: str) -> tuple[Row, ...]:
-    """Rows of a language model; `model` and `head` are where its body and output layer hang."""
+def decoder_rows(kind: str, prefix: str, head: str) -> tuple[Row, ...]:
+    """Rows of a language model; `prefix` (ends in a dot or is empty) and `head` are where its
+    body and its output layer hang."""
     names = DECODER_NAMES.get(kind, DecoderNames())
-    ours, theirs = "decoder.blocks.*", f"{model}.layers.*"
-    rows = [Row("decoder.embed.weight", (f"{model}.embed_tokens.weight",))]
+    body = f"{prefix}{names.body}"
+    ours, theirs = "decoder.blocks.*", f"{body}.layers.*"
+    attention, mlp = f"{theirs}.{names.attention}", f"{theirs}.{names.mlp}"
+    rows = [
+        Row("decoder.embed.weight", (f"{body}.{names.embed}.weight",)),
+        Row(f"{ours}.q_norm.weight", (f"{attention}.q_norm.weight",)),
+        Row(f"{ours}.k_norm.weight", (f"{attention}.k_norm.weight",)),
+    ]
     for tensor in ("weight", "bias"):
-        qkv = tuple(f"{theirs}.self_attn.{part}.{tensor}" for part in names.qkv)
-        up = tuple(f"{theirs}.mlp.{part}.{tensor}" for part in names.up)
+        qkv = tuple(f"{attention}.{part}.{tensor}" for part in names.qkv)
+        up = tuple(f"{mlp}.{part}.{tensor}" for part in names.up)
         rows += [
-            Row(f"decoder.norm.{tensor}", (f"{model}.{names.norm}.{tensor}",)),
+            Row(f"decoder.norm.{tensor}", (f"{body}.{names.norm}.{tensor}",)),
             Row(f"decoder.head.{tensor}", (f"{head}.{tensor}",)),
-            Row(f"{ours}.attn_norm.{tensor}", (f"{theirs}.input_layernorm.{tensor}",)),
-            Row(f"{ours}.ffn_norm.{tensor}", (f"{theirs}.post_attention_layernorm.{tensor}",)),
+            Row(f"{ours}.attn_norm.{tensor}", (f"{theirs}.{names.attn_norm}.{tensor}",)),
+            Row(f"{ours}.ffn_norm.{tensor}", (f"{theirs}.{names.ffn_norm}.{tensor}",)),
             Row(f"{ours}.qkv.{tensor}", qkv, ("q", "kv", "kv") if len(qkv) > 1 else ()),
-            Row(f"{ours}.out.{tensor}", (f"{theirs}.self_attn.{names.out}.{tensor}",)),
+            Row(f"{ours}.out.{tensor}", (f"{attention}.{names.out}.{tensor}",)),
             Row(f"{ours}.up.{tensor}", up, ("ffn", "ffn") if len(up) > 1 else ()),
-            Row(f"{ours}.down.{tensor}", (f"{theirs}.mlp.{names.down}.{tensor}",)),
+            Row(f"{ours}.down.{tensor}", (f"{mlp}.{names.down}.{tensor}",)),
         ]
     return tuple(rows)
 
