@@ -24,6 +24,7 @@ from visavis.errors import ContextLengthError, InputError
 from visavis.generate.engine import generate
 from visavis.generate.sampling import make_sampler
 from visavis.model.batch import PackedBatch
+from visavis.model.quantized import PackedLinear
 from visavis.processing.feature_cache import FeatureCache
 from visavis.processing.images import content_hash, decode_image, process_image
 from visavis.processing.pack import batches, pack
@@ -127,7 +128,9 @@ class Model:
         self._template: ChatTemplate | None = None
 
     def __repr__(self) -> str:
-        millions = sum(p.numel() for p in self.vlm.parameters()) / 1e6
+        dense = [m.dense for m in self.vlm.modules() if isinstance(m, PackedLinear)]
+        weights = {w.data_ptr(): w.numel() for w in (*self.vlm.parameters(), *dense)}
+        millions = sum(weights.values()) / 1e6
         return f"visavis.Model({self.name!r}, {millions:.0f} M parameters, {self.device})"
 
     @property

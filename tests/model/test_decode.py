@@ -77,6 +77,22 @@ def test_packed_product_is_the_dense_one(top_code: int) -> None:
     assert not torch.equal(dense, torch.zeros_like(dense))
 
 
+def test_a_low_rank_pair_is_added_to_the_integers() -> None:
+    torch.manual_seed(2)
+    plain = random_packed(torch.nn.Linear(64, 96, bias=False), 15)
+    low, high = torch.randn(4, 64).bfloat16() * 0.3, torch.randn(96, 4).bfloat16() * 0.3
+    merged = plain.dense.float() + high.float() @ low.float()
+    adapted = random_packed(torch.nn.Linear(64, 96, bias=False), 15)
+    adapted.packed, adapted.scales = plain.packed, plain.scales
+    adapted.low, adapted.high, adapted.dense = low, high, merged.bfloat16()
+    x = torch.randn(1, 64).bfloat16()
+    with packed_kernels():
+        found = adapted(x).float()
+    expected = torch.nn.functional.linear(x.float(), merged)
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+    assert (found - plain(x).float()).abs().max() > 0.1 * expected.abs().max()
+
+
 def test_other_switches_take_the_modules() -> None:
     for change in ({"norm": "layer"}, {"qk_norm": True}, {"sliding_window": 4}, {"gated": False}):
         assert not can_flatten(Decoder(replace(CONFIG, **change)))

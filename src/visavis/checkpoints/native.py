@@ -25,6 +25,7 @@ from visavis.checkpoints import bundled, gguf_llama
 from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.gguf import GGUFFile, open_gguf
 from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
+from visavis.checkpoints.packing import pack_linears
 from visavis.errors import CheckpointError
 from visavis.files import write_atomically
 from visavis.model.config import VLMConfig, to_dict, vlm_config_from_dict
@@ -81,6 +82,7 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
             "Upgrade visavis, or copy the folder again."
         ) from error
     dtype = auto_dtype(precision, device)
+    gguf = None
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CheckpointError(f"no .safetensors file in {folder}; copy the folder again.")
@@ -96,9 +98,13 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
     else:
         state = own
         tokenizer, specials = load_tokenizer(folder)
+    vlm = build(config, state, dtype, device, where=str(folder))
+    if gguf is not None and device == "cpu" and dtype == torch.bfloat16:
+        scale = float(data.get("lora_scale", 1.0))
+        pack_linears(vlm.decoder, gguf, low_rank_pairs(own, scale))
     return Loaded(
         name=data["name"],
-        vlm=build(config, state, dtype, device, where=str(folder)),
+        vlm=vlm,
         tokenizer=tokenizer,
         specials=specials,
         profile=profile,
@@ -152,6 +158,15 @@ def merge(
         state[f"{target}.weight"] = weight.float().addmm(
             own[other].float(), tensor.float(), alpha=lora_scale
         )
+
+
+def low_rank_pairs(own: dict[str, Tensor], scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return an adapter's pairs in bfloat16 by their linear's name, the scale in the second."""
+    names = [name.removesuffix(".lora_a") for name in own if name.endswith(".lora_a")]
+    return {
+        name: (own[f"{name}.lora_a"].bfloat16(), (scale * own[f"{name}.lora_b"].float()).bfloat16())
+        for name in names
+    }
 
 
 def save_native(

@@ -6,6 +6,9 @@ tensors stay dense. Knows stored parts and modules, not how either is computed w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import nn
@@ -19,21 +22,34 @@ PACKABLE = {"Q4_0": 8, "Q4_1": 0, "Q5_0": 16, "Q5_1": 0, "Q8_0": 128}  # code th
 ROWS = 16  # the packed kernel takes whole tiles of so many rows; odd vocabularies stay dense
 
 
-def pack_linears(decoder: Decoder, file: GGUFFile) -> None:
-    """Replace every bias-free linear of a bfloat16 decoder whose blocks can be packed."""
-    for name, stored in decoder_tensors(file):
+LowRank = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def pack_linears(decoder: Decoder, file: GGUFFile, low_rank: LowRank | None = None) -> None:
+    """Replace every bias-free linear of a bfloat16 decoder whose blocks can be packed.
+
+    Args:
+        low_rank: by a linear's name, a pair [r, in], [out, r] that is merged into the decoder's
+            weights but not into the file's blocks.
+    """
+    pairs = low_rank or {}
+
+    def pack(name: str, stored: list[StoredPart]) -> None:
         path = name.removeprefix("decoder.").removesuffix(".weight")
         if path == "embed" and decoder.config.tied_head:
             path = "head"
         linear = decoder.get_submodule(path) if not path.endswith("bias") else None
         packable = all(part.type in PACKABLE for part in stored)
         if not isinstance(linear, nn.Linear) or linear.bias is not None or not packable:
-            continue
+            return
         if linear.out_features % ROWS:
-            continue
+            return
         owner, _, attribute = path.rpartition(".")
-        packed = PackedLinear(*_codes(stored), linear.weight.detach())
+        packed = PackedLinear(*_codes(stored), linear.weight.detach(), pairs.get(f"decoder.{path}"))
         setattr(decoder.get_submodule(owner), attribute, packed)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(lambda item: pack(*item), decoder_tensors(file)))
 
 
 def _codes(stored: list[StoredPart]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

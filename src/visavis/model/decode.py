@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from visavis.model.config import DecoderConfig
 from visavis.model.decoder import ACTIVATIONS, Block, Decoder
 from visavis.model.kv_cache import KVCache
-from visavis.model.quantized import GROUP, PackedLinear
+from visavis.model.quantized import PackedLinear
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -96,10 +96,6 @@ class _Layer:
 def multiply(linear: nn.Module) -> Multiply:
     """Return a linear's product with its weights bound, packed where it is packed."""
     if isinstance(linear, PackedLinear):
-        packed, scales = linear.packed, linear.scales
-        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-        if linear.digits == 2:
-            return lambda x: kernel(torch.cat((x, x), 1), packed, GROUP, scales)
-        return lambda x: kernel(x, packed, GROUP, scales)
+        return linear.product()
     assert isinstance(linear, nn.Linear)
     return partial(F.linear, weight=linear.weight, bias=linear.bias)

@@ -9,7 +9,7 @@ vector must not depend on what else is in its batch. Knows codes and scales, not
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,19 +34,30 @@ class PackedLinear(nn.Module):
     """A linear layer without bias from group-wise integer codes.
 
     value = scale * code + minimum, codes 0 to 15. 8-bit codes are two 4-bit digits: the input is
-    read twice, once against each digit, so their group scales stay exact too.
+    read twice, once against each digit, so their group scales stay exact too. A low-rank pair is
+    added to the integers as it is, where merging would need more bits.
     """
 
     packed: Tensor
     scales: Tensor
     dense: Tensor
+    low: Tensor | None
+    high: Tensor | None
 
-    def __init__(self, codes: Tensor, scale: Tensor, minimum: Tensor, dense: Tensor) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        minimum: Tensor,
+        dense: Tensor,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """
         Args:
             codes: uint8 [out, in], 0 to 15, or 0 to 255.
             scale, minimum: float32 [out, in / 32].
-            dense: bfloat16 [out, in], the same weights for prefill and embedding.
+            dense: bfloat16 [out, in], the whole weight for prefill and embedding.
+            low_rank: [r, in] and [out, r], whose product `dense` holds beyond the codes.
         """
         super().__init__()
         self.digits = 1 + (int(codes.max()) > 15)
@@ -62,10 +73,27 @@ class PackedLinear(nn.Module):
             "scales", both.transpose(0, 1).contiguous().bfloat16(), persistent=False
         )
         self.register_buffer("dense", dense, persistent=False)
+        assert low_rank is None or self.digits == 1
+        low, high = low_rank if low_rank is not None else (None, None)
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # bfloat16 [T, in] -> [T, out]
         if not getattr(_regime, "packed", False):
             return F.linear(x, self.dense)
+        return self.product()(x)
+
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """Return the packed product as a function, with the weights bound."""
+        packed, scales, low, high = self.packed, self.scales, self.low, self.high
+        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+        def base(x: Tensor) -> Tensor:
+            return kernel(x, packed, GROUP, scales)
+
         if self.digits == 2:
-            x = torch.cat((x, x), 1)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.scales)
+            return lambda x: base(torch.cat((x, x), 1))
+        if low is None or high is None:
+            return base
+        down, up = low.T, high.T
+        return lambda x: torch.addmm(base(x), x @ down, up)
