@@ -91,7 +91,7 @@ def _print_result(result: DemoResult) -> None:
     for search in result.searches:
         cells = []
         for hit in search.hits[:3]:
-            cells += [title(hit.source), f"{hit.score:.2f}"]
+            cells += [title(hit.source), f"{hit.score:z.2f}"]
         table.add_row(search.label, *cells)
     # A pipe has no width: rich would assume 80 columns and cut names short.
     Console(width=None if sys.stdout.isatty() else 120).print(table)

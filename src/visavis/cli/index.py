@@ -110,7 +110,7 @@ def search(
     if as_json:
         print_json([{"score": round(h.score, 6), "source": h.source} for h in hits])
     elif hits:
-        print_columns([[f"{hit.score:.3f}", hit.source] for hit in hits])
+        print_columns([[f"{hit.score:z.3f}", hit.source] for hit in hits])
     else:
         say("no hits: the index holds nothing" + (f" like {source}" if source else ""))
 

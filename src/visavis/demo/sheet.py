@@ -80,7 +80,7 @@ def _draw_hit(
     name, score, picture = hit
     _paste(sheet, picture, (left, top), TILE)
     font = _font(15)
-    number = f"{score:.2f}"
+    number = f"{score:z.2f}"
     number_width = draw.textlength(number, font)
     baseline = top + TILE[1] + 7
     color = ACCENT if best else SOFT

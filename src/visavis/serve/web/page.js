@@ -70,7 +70,7 @@ function tile(item) {
   const line = element("span", "line");
   line.append(element("span", "name", item.name));
   if (item.score !== undefined) {
-    const score = element("span", "score", item.score.toFixed(2));
+    const score = element("span", "score", (Math.round(item.score * 100) / 100 + 0).toFixed(2));
     score.title = "Cosine similarity, from -1 to 1";
     line.append(score);
   }
