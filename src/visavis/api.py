@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,13 +263,21 @@ class Model:
         found = {key: kept for key in keys if (kept := self.image_cache.get(key)) is not None}
         missing = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
         todo = list(missing.items())
+        chunks = [todo[first : first + TOWER_BATCH] for first in range(0, len(todo), TOWER_BATCH)]
         with ThreadPoolExecutor(max_workers=2) as pool:
-            for first in range(0, len(todo), TOWER_BATCH):
-                chunk = todo[first : first + TOWER_BATCH]
-                arrays = pool.map(
-                    lambda pair: process_image(decode_image(pair[1]), processor), chunk
-                )
-                pixels = torch.from_numpy(np.stack(list(arrays))).to(self.device)
+
+            def prepare(number: int) -> list[Future[np.ndarray]]:
+                chunk = chunks[number] if number < len(chunks) else []
+                return [
+                    pool.submit(lambda one: process_image(decode_image(one), processor), image)
+                    for _, image in chunk
+                ]
+
+            waiting = prepare(0)
+            for number, chunk in enumerate(chunks):
+                arrays = [future.result() for future in waiting]
+                waiting = prepare(number + 1)  # decoded while the tower looks at this chunk
+                pixels = torch.from_numpy(np.stack(arrays)).to(self.device)
                 with torch.inference_mode():
                     tokens, means = self.vlm.see(pixels)
                 for (key, _), *kept in zip(chunk, tokens, means, strict=True):
