@@ -280,8 +280,8 @@ class Model:
                 pixels = torch.from_numpy(np.stack(arrays)).to(self.device)
                 with torch.inference_mode():
                     tokens, means = self.vlm.see(pixels)
-                for (key, _), *kept in zip(chunk, tokens, means, strict=True):
-                    found[key] = tuple(tensor.clone() for tensor in kept)
+                for (key, _), token_rows, mean in zip(chunk, tokens, means, strict=True):
+                    found[key] = (token_rows.clone(), mean.clone())
                     self.image_cache.put(key, found[key])
         tokens, means = (torch.stack([found[key][part] for key in keys]) for part in (0, 1))
         return tokens, means

@@ -93,7 +93,7 @@ def build(
     if config.decoder.tied_head:
         vlm.decoder.head.weight = vlm.decoder.embed.weight
     if vlm.tower is not None:
-        vlm.tower.to(memory_format=torch.channels_last)
+        vlm.tower = vlm.tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return vlm.requires_grad_(False).eval()
 
 
