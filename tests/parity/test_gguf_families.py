@@ -70,11 +70,12 @@ def write(
     peer: PreTrainedModel,
     extra: dict[str, np.ndarray] | None = None,
     quantised: bool = False,
+    tensors_per_file: int = 0,
 ) -> Path:
     """Write a peer as llama.cpp's converter does, perhaps with tensors of another variant."""
     kind, config = name.split(",")[0], peer.config
     ours = vlm_config(config.to_dict()).decoder
-    writer = gguf.GGUFWriter(path, kind)
+    writer = gguf.GGUFWriter(path, kind, split_max_tensors=tensors_per_file)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -198,6 +199,20 @@ def test_llama_cpp_says_the_same(name: str, tmp_path: Path) -> None:
     worst = max(abs(ours[token["id"]].item() - token["logprob"]) for token in found)
     print(f"{name}: log probabilities differ by {worst:.1e} from llama.cpp's")
     assert worst < 0.05  # its caches and matrix products are rounded to half precision
+
+
+@torch.no_grad()
+def test_a_split_model_is_one_model(tmp_path: Path) -> None:
+    peer = build_peer("qwen2")
+    write(tmp_path / "tiny.gguf", "qwen2", peer, tensors_per_file=10)
+    parts = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert len(parts) == 4
+    loaded = load_checkpoint(parts[0], precision="f32", device="cpu")
+    assert loaded.files == parts
+    ids = random_ids(20)
+    batch = pack([Encoded(ids.tolist(), [], [False] * len(ids))])
+    logits = loaded.vlm.decoder.logits(loaded.vlm(batch)[-1])
+    assert_close(logits, peer(ids[None]).logits[0], "a model in four files")
 
 
 @pytest.mark.parametrize("name", ["qwen2, tied", "phi2, fused", "phi3", "gemma", "stablelm"])

@@ -192,10 +192,11 @@ def _layout(file: GGUFFile) -> Layout:
 
 
 def _refuse_variants(file: GGUFFile, metadata: _Metadata) -> None:
-    if file.metadata.get("split.count", 1) not in (0, 1):
+    num_parts = file.metadata.get("split.count", 1)
+    if not isinstance(num_parts, int) or num_parts > 1:
         raise CheckpointError(
-            f"{file.path}: one of {file.metadata['split.count']} parts, expected a whole model; "
-            "join the parts with `llama-gguf-split --merge` first"
+            f"{file.path}: one of {num_parts} parts, expected a whole model; "
+            "open it with all its parts beside it, or join them with `llama-gguf-split --merge`"
         )
     if experts := metadata.get("expert_count", int, 0):
         raise CheckpointError(

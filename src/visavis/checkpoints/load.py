@@ -70,18 +70,19 @@ def load_checkpoint(
 
 
 def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Loaded:
-    """Load a language model from one GGUF file, with its tokenizer and chat template."""
+    """Load a language model from a GGUF file (and the other parts of a split one), with its
+    tokenizer and chat template."""
     import torch
 
     from visavis.checkpoints import gguf_llama
-    from visavis.checkpoints.gguf import open_gguf
+    from visavis.checkpoints.gguf_split import open_model
     from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
     from visavis.checkpoints.packing import pack_linears
     from visavis.model.config import VLMConfig
     from visavis.processing.profile import PromptProfile
     from visavis.processing.tokenizer import build_tokenizer, special_tokens
 
-    file = open_gguf(path)
+    file, paths = open_model(path)
     config = VLMConfig(decoder=gguf_llama.decoder_config(file))
     dtype = auto_dtype(precision, device)
     state = {}
@@ -98,8 +99,8 @@ def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Lo
         specials=special_tokens(file.metadata),
         profile=PromptProfile(jinja=str(file.metadata.get("tokenizer.chat_template", ""))),
         processor=None,
-        fingerprint=fingerprint([path], {"precision": str(dtype)}),
-        files=[path],
+        fingerprint=fingerprint(paths, {"precision": str(dtype)}),
+        files=paths,
     )
 
 
