@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from visavis.files import write_atomically
+from visavis.model.connector import pixel_shuffle
 from visavis.model.head import mean_per_sequence
 from visavis.processing.pack import batches, pack
-from visavis.train.pair import PairSettings, fit_pair, stack_pairs
+from visavis.train.carry import carry
+from visavis.train.pair import Pair, PairSettings, fit_pair, stack_pairs
 from visavis.train.recipe import HeadStage, WordsStage
 from visavis.train.words import fit_words, word_targets
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 MAX_TEXT_TOKENS = 256
+CARRY_EVERY = 8  # every so many pictures show where tokens vary
 
 
 def run_frozen_stage(run: Run, stage: WordsStage | HeadStage) -> None:
@@ -60,11 +63,12 @@ def fit_start(run: Run, stage: WordsStage) -> dict[str, Tensor]:
 
 
 def fit_head(run: Run, stage: HeadStage) -> dict[str, Tensor]:
-    """Return the embedding head under which pictures and captions of the sources agree."""
+    """Return the embedding head under which pictures and captions of the sources agree, and the
+    connector that carries the pictures' side to it (`train/carry.py`)."""
     pictures, texts, groups = [], [], []
     for name, times in stage.sources.items():
         matched = run.matched(name, flip=stage.flip)
-        views = [picture_states(run, [one.rows[view] for one in matched]) for view in (0, -1)]
+        views = [run.features.means([one.rows[view] for one in matched]) for view in (0, -1)]
         pictures += [torch.stack(views)] * times
         texts += [text_states(run, [one.record.caption for one in matched])] * times
         groups += [one.group for one in matched] * times
@@ -87,10 +91,28 @@ def fit_head(run: Run, stage: HeadStage) -> dict[str, Tensor]:
         )
         for member in range(stage.members)
     ]
-    pair = stack_pairs(pairs)
+    return carried_head(run, stack_pairs(pairs), stage)
+
+
+def carried_head(run: Run, pair: Pair, stage: HeadStage) -> dict[str, Tensor]:
+    """Return connector and head tensors that give the pair's vectors."""
+    connector = run.vlm.connector
+    assert connector is not None
+    rows = [row for name in stage.sources for row in run.rows(name)][::CARRY_EVERY]
+    folded = pixel_shuffle(run.features[rows], connector.config.shuffle).flatten(0, 1)
+    layer = connector.layers[0]
+    assert isinstance(layer, nn.Linear)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    carried = carry(weight, bias, folded, pair, room=stage.room)
+    dim, width = carried.head_weight.shape
+    image_weight = torch.zeros(dim, len(run.recipe.head.layers) * width)
+    at = run.recipe.head.layers.index(0) * width  # pictures are read at the input embeddings
+    image_weight[:, at : at + width] = carried.head_weight
     return {
-        "head.image.weight": pair.image_weight,
-        "head.image.bias": pair.image_bias,
+        "connector.layers.0.weight": carried.connector_weight,
+        "connector.layers.0.bias": carried.connector_bias,
+        "head.image.weight": image_weight,
+        "head.image.bias": carried.head_bias,
         "head.text.weight": pair.text_weight,
         "head.text.bias": pair.text_bias,
     }
@@ -113,21 +135,3 @@ def text_states(run: Run, texts: list[str]) -> Tensor:
         done += len(group)
         run.report("text states", done, len(texts), "")
     return states
-
-
-@torch.inference_mode()
-def picture_states(run: Run, rows: list[int]) -> Tensor:
-    """Return mean hidden states of pictures alone at the head's layers, [N, layers * D]."""
-    layers = run.recipe.head.layers
-    per_batch = max(1, BATCH_TOKENS // run.encoder.tokens_per_image)
-    states = []
-    for start_row in range(0, len(rows), per_batch):
-        chunk = rows[start_row : start_row + per_batch]
-        batch = pack([run.encoder.picture()] * len(chunk))
-        batch.features = run.features[chunk]
-        found = run.vlm(batch, layers)
-        hidden = torch.cat([found[layer] for layer in layers], -1)
-        everything = torch.ones(batch.num_tokens, dtype=torch.bool)
-        states.append(mean_per_sequence(hidden, batch.lengths, everything)[0])
-        run.report("picture states", start_row + len(chunk), len(rows), "")
-    return torch.cat(states)

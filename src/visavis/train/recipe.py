@@ -37,6 +37,7 @@ class HeadRecipe(_Part):
 
     layers: tuple[int, ...] = (0, 10, 16, 25)
     dim: Annotated[int, Field(ge=1)] = 256
+    tower: bool = False  # the image side also reads the mean tower feature
 
 
 class LoraRecipe(_Part):
@@ -70,9 +71,8 @@ class HeadStage(_Part):
     logit_scale: Annotated[float, Field(gt=0)] = 20.0
     alpha: Annotated[float, Field(ge=0)] = 0.0
     flip: bool = True  # mirrored pictures are a second view
-    members: Annotated[int, Field(ge=1)] = (
-        1  # seeds whose layers are stacked; the head's dim is shared out
-    )
+    members: Annotated[int, Field(ge=1)] = 1  # seeds stacked; they share the head's dim
+    room: Annotated[int, Field(ge=1)] = 256  # directions of image tokens that carry the map
 
 
 class Contrastive(_Part):

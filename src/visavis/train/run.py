@@ -167,7 +167,11 @@ def model_config(recipe: Recipe, gguf: GGUFFile) -> VLMConfig:
         connector=ConnectorConfig(
             in_width=tower.width, out_width=decoder.width, **recipe.connector.model_dump()
         ),
-        head=HeadConfig(layers=recipe.head.layers, dim=recipe.head.dim),
+        head=HeadConfig(
+            layers=recipe.head.layers,
+            dim=recipe.head.dim,
+            tower_width=tower.width if recipe.head.tower else 0,
+        ),
         image_token_id=specials.pad_id if specials.pad_id is not None else 0,
     )
 
