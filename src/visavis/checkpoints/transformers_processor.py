@@ -91,7 +91,7 @@ def _size(config: Json) -> tuple[int, bool]:
 
 
 def _square(config: Json, name: str) -> int:
-    value = config[name]
+    value: Any = config.get(name)
     if isinstance(value, int):
         return count(config, name)
     same = isinstance(value, dict) and value.get("height") == value.get("width")

@@ -10,7 +10,8 @@ from visavis.registry import suggest
 
 Json = Mapping[str, Any]
 
-MAX_NUMBER = 2**31  # no dimension of a real model is larger; absurd ones stop here
+MAX_COUNT = 2**27  # no dimension of a real model is larger; absurd ones stop here
+MAX_NUMBER = 2**40
 MAX_LAYERS = 1000  # a model is built layer by layer before any weight is seen
 
 # Names in config.json and in ours.
@@ -38,7 +39,7 @@ def require(name: str, value: object, fits: bool, expected: str) -> None:
     """
     if not fits:
         raise CheckpointError(
-            f"config.json sets {name} to {value!r}, expected {expected}; this variant is not "
+            f"the checkpoint's config sets {name} to {value!r}, expected {expected}; this variant is not "
             "supported, use a checkpoint without it"
         )
 
@@ -53,7 +54,7 @@ def section(config: Json, name: str) -> dict[str, Any]:
 def count(config: Json, name: str) -> int:
     """Return a setting that is a number of something."""
     value = config.get(name)
-    whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_NUMBER
+    whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_COUNT
     require(name, value, whole, "a positive whole number")
     return int(config[name])
 
@@ -67,9 +68,9 @@ def num_layers(config: Json) -> int:
 
 def number(config: Json, name: str) -> float:
     """Return a setting that is a positive number."""
-    value = config.get(name)
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MAX_NUMBER
-    require(name, value, fits, "a positive number")
+    value: Any = config.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(name, value, is_number and 0 < value < MAX_NUMBER, "a positive number")
     return float(config[name])
 
 
