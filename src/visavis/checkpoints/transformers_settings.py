@@ -39,8 +39,8 @@ def require(name: str, value: object, fits: bool, expected: str) -> None:
     """
     if not fits:
         raise CheckpointError(
-            f"the checkpoint's config sets {name} to {value!r}, expected {expected}; this variant is not "
-            "supported, use a checkpoint without it"
+            f"the checkpoint's config sets {name} to {value!r}, expected {expected}; this variant "
+            "is not supported, use a checkpoint without it"
         )
 
 
