@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -248,7 +250,7 @@ def test_weights_that_are_no_numbers(folder: Path) -> None:
 
 def test_large_half_precision_weights_are_finite() -> None:
     """Their sum is beyond float16, they are not."""
-    weight_files.check_values({"a": torch.full((300,), 60000.0).half()}, "here")
+    weight_files.check_values("a", torch.full((300,), 60000.0).half(), "here")
 
 
 def test_quantised_weights(folder: Path) -> None:
@@ -325,3 +327,36 @@ def test_older_spellings_of_processors() -> None:
     newer = CLIP | {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
     assert processor_config(older) == processor_config(newer)
     assert processor_config({"image_processor_type": "SiglipImageProcessorFast"}).resize == "squash"
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import visavis
+
+def kilobytes(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+visavis.load(sys.argv[1], precision="bf16", device="cpu")
+before = kilobytes("VmRSS")
+model = visavis.load(sys.argv[2], precision="bf16", device="cpu")
+peak = kilobytes("VmHWM")
+print((peak - before) * 1024, sum(p.nbytes for p in model.vlm.parameters()))
+"""
+ALLOCATOR = 64 << 20  # bytes that it holds back, whatever the size of the model
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loading_takes_the_memory_of_the_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Whatever the file's type: tensors are read, fused and rounded one by one."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
+    save_qwen2(tmp_path / "tiny")
+    save_qwen2(tmp_path / "large", dtype=dtype, **sizes)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "tiny"), str(tmp_path / "large")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    peak, weights = map(int, result.stdout.split())
+    print(f"peak memory: {peak / weights:.2f} times the weights, {weights >> 20} MiB")
+    assert peak < 1.15 * weights + ALLOCATOR

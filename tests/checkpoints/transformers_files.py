@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, processors
 from transformers import (
     CLIPVisionConfig,
@@ -79,11 +80,17 @@ def fast_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_qwen2(folder: Path, **options: Any) -> PreTrainedModel:
+def save_qwen2(
+    folder: Path,
+    *,
+    max_shard_size: str = "1GB",
+    dtype: torch.dtype = torch.float32,
+    **sizes: int,
+) -> PreTrainedModel:
     """Write a text-only model with tokenizer and chat template; return the peer."""
-    peer = Qwen2ForCausalLM(Qwen2Config(**TEXT))
+    peer = Qwen2ForCausalLM(Qwen2Config(**TEXT | sizes))
     randomized(peer)
-    peer.save_pretrained(folder, **options)
+    peer.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer = fast_tokenizer()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
@@ -97,7 +104,6 @@ def save_llava(
     image_processor: Any = None,
     *,
     select: str = "default",
-    **options: Any,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Write a LLaVA with its processor; return the peers."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -118,6 +124,6 @@ def save_llava(
     )
     peer = LlavaForConditionalGeneration(config)
     randomized(peer)
-    peer.save_pretrained(folder, **options)
+    peer.save_pretrained(folder)
     processor.save_pretrained(folder)
     return peer, processor

@@ -59,6 +59,15 @@ def has_bf16_instructions() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def blank(config: VLMConfig, dtype: torch.dtype) -> VLM:
+    """Return a model without numbers, each tensor of the type that it will run in."""
+    with torch.device("meta"):
+        vlm = VLM(config).cast(dtype)
+    if vlm.tower is not None:
+        vlm.tower.to(dtype)
+    return vlm
+
+
 def build(
     config: VLMConfig, state: dict[str, Tensor], dtype: torch.dtype, device: str, *, where: str
 ) -> VLM:
@@ -67,10 +76,7 @@ def build(
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
-        vlm = VLM(config).cast(dtype)
-    if vlm.tower is not None:
-        vlm.tower.to(dtype)
+    vlm = blank(config, dtype)
     if config.decoder.tied_head:
         state["decoder.head.weight"] = state.get("decoder.embed.weight", torch.empty(0))
     expected = vlm.state_dict()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from visavis.errors import CheckpointError
 
 MAX_LISTED = 6
 
+Convert = Callable[[str, Tensor], Tensor]  # our name and tensor -> the tensor to keep
 Sizes = Callable[[int], Mapping[str, int]]  # layer -> rows of each named part ("q", "kv", "ffn")
 
 
@@ -109,6 +110,7 @@ def to_ours(
     sizes: Sizes,
     *,
     where: str,
+    convert: Convert = lambda _, tensor: tensor,
 ) -> dict[str, Tensor]:
     """Return the tensors under our names, fused where ours are.
 
@@ -117,6 +119,7 @@ def to_ours(
         expected: name and shape of every tensor the model needs.
         sizes: rows of the parts of fused tensors, by layer.
         where: the file or folder, for messages.
+        convert: what is done to each tensor, or part of one that is fused, when it is read.
 
     Raises:
         CheckpointError: listing what is missing, unexpected, there twice or of another shape.
@@ -144,9 +147,10 @@ def to_ours(
         if ours in groups:
             if ours in state:
                 problems.append(f"{ours} and {groups[ours].names()[0]} are the same tensor")
-            state[ours] = groups[ours].fuse(tensors, shape, sizes, problems)
+            state[ours] = groups[ours].fuse(tensors, shape, sizes, problems, partial(convert, ours))
         elif ours in state:
             problems += _misshapen(ours, state[ours], shape)
+            state[ours] = convert(ours, state[ours])
         else:
             known = table.row_of(ours)
             absent = _Group(*known).names() if known else [ours]
@@ -173,6 +177,7 @@ class _Group:
         shape: tuple[int, ...],
         sizes: Sizes,
         problems: list[str],
+        convert: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Return our tensor; what keeps it from being made is added to `problems`."""
         known = sizes(int(self.stars[0]) if self.stars else 0)
@@ -186,7 +191,7 @@ class _Group:
             for _ in range(self.row.unit_axes):  # an axis that is not 1 stays and is refused
                 part = part.squeeze(0) if part.dim() > 1 else part
             wrong += _misshapen(name, part, (height, *shape[1:]))
-            parts.append(part)
+            parts.append(part if wrong else convert(part))
         problems += wrong
         if len(parts) == 1 or wrong:
             return parts[0]

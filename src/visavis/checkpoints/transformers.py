@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from visavis.checkpoints.names import NameTable, Row, Sizes, to_ours, to_theirs
+from visavis.checkpoints.names import Convert, NameTable, Row, Sizes, to_ours, to_theirs
 from visavis.checkpoints.transformers_config import parts, vit_config, vlm_config
 from visavis.checkpoints.transformers_names import decoder_rows, tower_table
 from visavis.checkpoints.transformers_settings import Json
@@ -20,8 +20,17 @@ from visavis.model.config import ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 
 
-def read(config: Json, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+def read(
+    config: Json,
+    tensors: Mapping[str, Tensor],
+    *,
+    where: str,
+    convert: Convert = lambda _, tensor: tensor,
+) -> dict[str, Tensor]:
     """Return the state of `VLM(vlm_config(config))` from tensors in transformers' layout.
+
+    Args:
+        convert: see `to_ours`.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape.
@@ -32,11 +41,13 @@ def read(config: Json, tensors: Mapping[str, Tensor], *, where: str) -> dict[str
     if ours.decoder.tied_head:
         del expected["decoder.head.weight"]
     table = _vlm_table(config, ours)
-    state = to_ours(tensors, table, expected, _vlm_sizes(ours), where=where)
+    state = to_ours(tensors, table, expected, _vlm_sizes(ours), where=where, convert=convert)
     if ours.decoder.tied_head:
         embeddings = state["decoder.head.weight"] = state["decoder.embed.weight"]
         for name in ("lm_head.weight", "language_model.lm_head.weight"):
-            if name in tensors and not torch.equal(tensors[name], embeddings):
+            if name not in tensors:
+                continue
+            if not torch.equal(tensors[name].to(embeddings.dtype), embeddings):
                 raise CheckpointError(
                     f"{where} holds a {name} of its own, but config.json ties it to the "
                     "embeddings; one of the two is wrong: set tie_word_embeddings to false to "

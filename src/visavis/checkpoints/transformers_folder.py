@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
+from torch import Tensor
+
+from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
 from visavis.checkpoints.transformers import read
 from visavis.checkpoints.transformers_config import vlm_config
 from visavis.checkpoints.transformers_processor import processor_config
@@ -51,9 +53,14 @@ def load_transformers(folder: Path, *, precision: str = "auto", device: str = "c
     specials = _check_tokenizer(tokenizer, specials, config, folder)
     processor = _processor(config, folder)
     files = weight_files(folder)
-    state = read(data, read_tensors(files), where=str(folder))
-    check_values(state, str(folder))
     dtype = auto_dtype(precision, device)
+    types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        check_values(name, tensor, str(folder))
+        return tensor.to(types[name])
+
+    state = read(data, read_tensors(files), where=str(folder), convert=convert)
     template = _chat_template(folder)
     identity = data | {"processor": processor.to_dict() if processor else None, "chat": template}
     return Loaded(

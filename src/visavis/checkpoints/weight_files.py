@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,7 +27,22 @@ WHOLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is
 INDEX = ".index.json"
 MAX_JSON_BYTES = 64 << 20
 MAX_LISTED = 5
+DTYPES = {  # names in safetensors
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Shape = tuple[int, ...]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -66,44 +83,63 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def read_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """Return the tensors of all files, memory-mapped.
+class TensorFiles(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for and not kept: a model is loaded within the
+    memory that it takes."""
+
+    def __init__(self, entries: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.entries = entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def read_tensors(files: list[Path]) -> TensorFiles:
+    """Return the tensors of all files.
 
     Raises:
         CheckpointError: a file is damaged, holds more than tensors, or repeats another's name.
     """
-    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Callable[[], Tensor]] = {}
     owner: dict[str, Path] = {}
     for path in files:
-        read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-        for name, tensor in read(path):
+        scan = _scan_safetensors if path.suffix == ".safetensors" else _scan_torch
+        for name, entry in scan(path):
             if name in owner:
                 raise CheckpointError(
                     f"{name} stands in {owner[name].name} and in {path.name} of {path.parent}, "
                     "expected once; shards of two downloads are mixed, fetch the folder again."
                 )
-            owner[name], tensors[name] = path, tensor
-    return tensors
+            owner[name], entries[name] = path, entry
+    return TensorFiles(entries)
 
 
-def check_values(tensors: dict[str, Tensor], where: str) -> None:
+def check_values(name: str, tensor: Tensor, where: str) -> None:
     """Refuse weights that are not plain numbers.
 
     Raises:
-        CheckpointError: a tensor is of a quantised type, or holds NaN or infinite values.
+        CheckpointError: the tensor is of a quantised type, or holds NaN or infinite values.
     """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{name} of {where} is {kind}, expected floating-point weights; it was quantised "
-                "by another library: use the unquantised checkpoint or a GGUF file."
-            )
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{name} of {where} holds NaN or infinite values, expected finite weights; the "
-                "file is damaged or its training diverged: fetch it again, compare its sha256."
-            )
+    if tensor.dtype not in FLOATS:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{name} of {where} is {kind}, expected floating-point weights; it was quantised "
+            "by another library: use the unquantised checkpoint or a GGUF file."
+        )
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{name} of {where} holds NaN or infinite values, expected finite weights; the "
+            "file is damaged or its training diverged: fetch it again, compare its sha256."
+        )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -129,19 +165,40 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in shards]
 
 
-def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _scan_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield how to read each tensor. The library checks the header: sizes, gaps and overlaps."""
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                yield name, file.get_tensor(name)
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            size = path.stat().st_size - 8 - length
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                if entry["dtype"] not in DTYPES or not 0 <= start <= end <= size:
+                    raise ValueError(f"{name} is of type {entry['dtype']}, bytes {start} to {end}")
+                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+                yield name, partial(_read, path, 8 + length + start, end - start, dtype, shape)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read {path}: {error}. The file is damaged or incomplete; copy it again."
         ) from error
 
 
-def _read_torch(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors of a torch file. Nothing in it is decompressed, so nothing can swell."""
+def _read(path: Path, offset: int, nbytes: int, dtype: torch.dtype, shape: Shape) -> Tensor:
+    """Return one tensor of a safetensors file."""
+    try:
+        content = np.fromfile(path, np.uint8, nbytes, offset=offset)
+        return torch.from_numpy(content).view(dtype).reshape(shape)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error}. The file changed while it was read; load it again."
+        ) from error
+
+
+def _scan_torch(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield the tensors of a torch file. Nothing in it is decompressed, so nothing can swell."""
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -166,4 +223,4 @@ def _read_torch(path: Path) -> Iterator[tuple[str, Tensor]]:
                 f"{path}: {name} is larger than its file, expected its numbers one by one; the "
                 "file is damaged or hostile, fetch it again."
             )
-        yield str(name), tensor.detach()
+        yield str(name), partial(Tensor.detach, tensor)
