@@ -29,13 +29,13 @@ from visavis.processing.feature_cache import FeatureCache
 from visavis.processing.images import content_hash, decode_image, process_image
 from visavis.processing.pack import batches, pack
 from visavis.processing.templates import (
-    TURNS,
     ChatTemplate,
     Encoded,
     encode_chat,
     encode_plain,
     encode_turns,
 )
+from visavis.processing.turns import TURNS
 from visavis.progress import track
 from visavis.prompt import Image, Prompt
 from visavis.registry import lookup

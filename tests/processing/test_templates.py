@@ -13,15 +13,14 @@ from tokenizers import Tokenizer
 from visavis.checkpoints.gguf import open_gguf
 from visavis.errors import CheckpointError, InputError
 from visavis.processing.templates import (
-    TURNS,
     ChatTemplate,
     Encoded,
-    TurnTemplate,
     encode_chat,
     encode_plain,
     encode_turns,
 )
 from visavis.processing.tokenizer import SpecialTokens, build_tokenizer, encode, special_tokens
+from visavis.processing.turns import TURNS, TurnTemplate
 from visavis.prompt import Image, Message, Prompt, Text
 
 IMAGE_ID = 16  # <empty_output>: never typed in these tests

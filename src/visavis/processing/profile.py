@@ -16,7 +16,7 @@ class PromptProfile:
     """How one checkpoint wants to be asked, and how it embeds.
 
     Args:
-        turns: name of a template in `templates.TURNS` for chat; empty: use `jinja`.
+        turns: name of a template in `turns.TURNS` for chat; empty: use `jinja`.
         jinja: a chat template's source; both empty: the checkpoint cannot chat.
         embed_prefix, embed_suffix: text around an item that is embedded.
         pooling: `head` is the trained embedding head, `last` the final hidden state of the last

@@ -1,7 +1,7 @@
 """From turns to token ids: chat templates, image placeholders, loss masks.
 
 Two kinds of template: a checkpoint's own jinja source, rendered in a sandbox, and turn templates,
-which are data here and also say which tokens are learned. What people type never becomes a special
+data in `turns.py` that also say which tokens are learned. What people type never becomes a special
 token, whatever it looks like. Knows how many tokens an image takes only because it is told; opens
 no image and runs no model.
 """
@@ -22,8 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from visavis.errors import CheckpointError, InputError
-from visavis.processing.tokenizer import SpecialTokens, encode
-from visavis.prompt import Image, Message, Prompt
+from visavis.processing.tokenizer import SpecialTokens, encode, encode_spans
+from visavis.processing.turns import TURNS, TurnTemplate
+from visavis.prompt import Image, Message, Prompt, Text
 
 # What running a template can raise: its own refusals, and mistakes of its author.
 _TEMPLATE_FAILURES = (
@@ -59,37 +60,6 @@ class Encoded:
         """Append one image's placeholders."""
         self.image_slots.append((len(self.token_ids), count))
         self.add([token_id] * count)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What stands around one role's text: `start`, the text, `end`, `after`.
-
-    An assistant's text and `end` are learned; `start` and `after` never are.
-    """
-
-    start: str
-    end: str
-    after: str = ""
-
-
-@dataclass(frozen=True)
-class TurnTemplate:
-    """A chat format as data. Special tokens are written as their texts."""
-
-    turns: dict[str, Turn]  # by role
-    before: str = ""  # once, at the very start
-
-
-TURNS = {
-    # ChatML without a default system turn: the fewest tokens around a question.
-    "chatml-bare": TurnTemplate(
-        {
-            role: Turn(f"<|im_start|>{role}\n", "<|im_end|>", "\n")
-            for role in ("system", "user", "assistant")
-        }
-    ),
-}
 
 
 class ChatTemplate:
@@ -236,39 +206,62 @@ def encode_turns(
     tokens_per_image: Sequence[int],
     add_generation_prompt: bool = True,
 ) -> Encoded:
-    """Encode turns with a turn template, piece by piece, so that the ids of a conversation are
-    the same in training and in use, and each learned token is known.
+    """Encode turns with a turn template, whose ids are the same in training and in use and which
+    says which of them are learned.
+
+    A learned token is one whose last character is learned. Beginning-of-sequence stands once, at
+    the very start, whatever images come between.
 
     Raises:
-        InputError: numbers of images differ, or the template has no such role.
+        InputError: numbers of images differ, or the template has no such role here.
     """
     _check_images(prompt, tokens_per_image)
-    marks = _Marks(prompt, specials)
+    marks = _Marks(prompt, specials, template.image_end)
+    pieces = list(_turn_pieces(prompt, template, marks))
+    if add_generation_prompt:
+        pieces.append((template.turns["assistant"].start, False))
+    if template.joined:
+        text = "".join(piece for piece, _ in pieces)
+        runs = [(text, [learned for piece, learned in pieces for _ in piece])]
+    else:
+        runs = [(piece, [learned] * len(piece)) for piece, learned in pieces]
     encoded = Encoded()
-
-    def add(text: str, learned: bool = False) -> None:
-        encoded.add(encode(tokenizer, specials, text) if text else [], learned)
-
     if specials.add_bos and specials.bos_id is not None:
         encoded.add([specials.bos_id])
-    add(template.before)
-    for message in prompt.messages:
-        if message.role not in template.turns:
+    for text, learned in runs:
+        marks.encode(encoded, text, tokenizer, specials, image_token_id, tokens_per_image, learned)
+    return _all_images(encoded, tokens_per_image)
+
+
+def _turn_pieces(
+    prompt: Prompt, template: TurnTemplate, marks: _Marks
+) -> Iterator[tuple[str, bool]]:
+    """Yield texts, with marks in them, and whether each is learned."""
+    yield template.before, False
+    messages = list(prompt.messages)
+    if template.system and (not messages or messages[0].role != "system"):
+        messages.insert(0, Message("system", (Text(template.system),)))
+    first_user = template.first_user
+    for number, message in enumerate(messages):
+        role = message.role
+        if role not in template.turns:
             raise InputError(
-                f"a message has the role {message.role!r}, expected one of "
+                f"a message has the role {role!r}, expected one of "
                 f"{', '.join(template.turns)}; this chat format has no other roles"
             )
-        turn, learned = template.turns[message.role], message.role == "assistant"
-        add(turn.start)
-        content = marks.content(message)
-        marks.encode(
-            encoded, content, tokenizer, specials, image_token_id, tokens_per_image, learned
-        )
-        add(turn.end, learned)
-        add(turn.after)
-    if add_generation_prompt:
-        add(template.turns["assistant"].start)
-    return _all_images(encoded, tokens_per_image)
+        if role == "system" and template.system and number:
+            raise InputError(
+                "a system message comes after others, expected it first; this chat format has one "
+                "system text, at its start"
+            )
+        turn = template.turns[role]
+        if role == "user" and first_user is not None:
+            turn, first_user = first_user, None
+        yield turn.start + turn.gap, False
+        learned = role == "assistant"
+        yield marks.content(message, with_text=not turn.images_only), learned
+        yield turn.end, learned
+        yield turn.after, False
 
 
 class _Marks:
@@ -278,8 +271,9 @@ class _Marks:
     whitespace, so templates that trim do not lose it.
     """
 
-    def __init__(self, prompt: Prompt, specials: SpecialTokens) -> None:
+    def __init__(self, prompt: Prompt, specials: SpecialTokens, image_end: str = "") -> None:
         self.specials = specials
+        self.image_end = image_end
         typed = "".join(
             part.text for m in prompt.messages for part in m.parts if not isinstance(part, Image)
         )
@@ -291,15 +285,16 @@ class _Marks:
         self.texts: list[str] = []  # special texts that were typed
         self.num_images = 0
 
-    def content(self, message: Message) -> str:
+    def content(self, message: Message, with_text: bool = True) -> str:
         """Return one message's text with marks in it."""
         pieces, text = [], ""
         for part in message.parts:
             if isinstance(part, Image):
-                pieces += [self._protect(text), self._mark("i", self.num_images)]
+                mark = self._mark("i", self.num_images)
+                pieces += [self._protect(text), mark + self.image_end]
                 self.num_images += 1
                 text = ""
-            else:
+            elif with_text:
                 text += part.text  # joined first: parts may complete a special text together
         return "".join([*pieces, self._protect(text)])
 
@@ -326,23 +321,41 @@ class _Marks:
         specials: SpecialTokens,
         image_token_id: int,
         tokens_per_image: Sequence[int],
-        learned: bool = False,
+        learned: Sequence[bool] = (),
     ) -> None:
         """Append a rendered text's ids: marks of images become placeholders, marks of typed
-        specials plain text, special texts that are left the template's own special tokens."""
-        for kind, value in self._split_images(rendered):
+        specials plain text, special texts that are left the template's own special tokens.
+
+        Args:
+            learned: for each character whether it is; empty: none.
+        """
+        for kind, value, at in self._split_images(rendered):
+            mask = learned[at : at + len(value)]
             if kind == "i":
                 index = int(value)
                 if index != len(encoded.image_slots):
                     _misplaced(index, len(encoded.image_slots))
                 encoded.add_image(image_token_id, tokens_per_image[index])
             elif not self.pattern.search(value):
-                encoded.add(encode(tokenizer, specials, value), learned)
+                _add_text(encoded, value, mask, tokenizer, specials)
             else:
-                for piece, special in _split_specials(value, specials):
-                    restored = self.pattern.sub(lambda found: self.texts[int(found[2])], piece)
-                    encoded.add(encode(tokenizer, specials, restored, parse_special=False), learned)
-                    encoded.add([] if special is None else [special], learned)
+                for piece, start, special in _split_specials(value, specials):
+                    text, kept = self._restore(piece, mask[start : start + len(piece)])
+                    _add_text(encoded, text, kept, tokenizer, specials, parse_special=False)
+                    if special is not None:
+                        encoded.add([special], any(mask[start + len(piece) :][:1]))
+
+    def _restore(self, text: str, mask: Sequence[bool]) -> tuple[str, Sequence[bool]]:
+        """Put typed special texts back, and stretch the mask over them."""
+        pieces: list[str] = []
+        kept: list[bool] = []
+        at = 0
+        for found in self.pattern.finditer(text):
+            typed = self.texts[int(found[2])]
+            pieces += [text[at : found.start()], typed]
+            kept += [*mask[at : found.start()], *list(mask[found.start() :][:1]) * len(typed)]
+            at = found.end()
+        return "".join([*pieces, text[at:]]), [*kept, *mask[at:]]
 
     def _protect(self, text: str) -> str:
         def mark(found: re.Match[str]) -> str:
@@ -354,26 +367,42 @@ class _Marks:
     def _mark(self, kind: str, number: int) -> str:
         return f"{self.opening}{kind}{number}{self.closing}"
 
-    def _split_images(self, rendered: str) -> Iterator[tuple[str, str]]:
-        """Yield ("text", piece) and ("i", number of an image), in order."""
+    def _split_images(self, rendered: str) -> Iterator[tuple[str, str, int]]:
+        """Yield ("text", piece, its start) and ("i", number of an image, its start), in order."""
         at = 0
         for found in self.pattern.finditer(rendered):
             if found[1] == "i":
                 if found.start() > at:
-                    yield "text", rendered[at : found.start()]
-                yield "i", found[2]
+                    yield "text", rendered[at : found.start()], at
+                yield "i", found[2], found.start()
                 at = found.end()
         if at < len(rendered):
-            yield "text", rendered[at:]
+            yield "text", rendered[at:], at
 
 
-def _split_specials(text: str, specials: SpecialTokens) -> Iterator[tuple[str, int | None]]:
-    """Yield pieces of text, each with the id of the special token that follows it, if any."""
+def _add_text(
+    encoded: Encoded,
+    text: str,
+    mask: Sequence[bool],
+    tokenizer: Tokenizer,
+    specials: SpecialTokens,
+    parse_special: bool = True,
+) -> None:
+    """Append a text's ids, learned where the mask says so of their last character."""
+    if not any(mask):
+        encoded.add(encode(tokenizer, specials, text, parse_special))
+        return
+    for number, (start, end) in encode_spans(tokenizer, specials, text, parse_special):
+        encoded.add([number], mask[min(max(start, end - 1), len(text) - 1)])
+
+
+def _split_specials(text: str, specials: SpecialTokens) -> Iterator[tuple[str, int, int | None]]:
+    """Yield pieces of text and their starts, each with the id of the special token after it."""
     at = 0
     for found in specials.pattern.finditer(text):
-        yield text[at : found.start()], specials.by_text[found[0]]
+        yield text[at : found.start()], at, specials.by_text[found[0]]
         at = found.end()
-    yield text[at:], None
+    yield text[at:], at, None
 
 
 def _expand(

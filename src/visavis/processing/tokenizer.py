@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from tokenizers import (
     AddedToken,
+    Encoding,
     Regex,
     Tokenizer,
     decoders,
@@ -159,10 +160,24 @@ def encode(
     Args:
         parse_special: turn special tokens' texts into their ids; if not, they are plain text.
     """
+    ids: list[int] = _encoding(tokenizer, specials, text, parse_special).ids
+    return ids
+
+
+def encode_spans(
+    tokenizer: Tokenizer, specials: SpecialTokens, text: str, parse_special: bool = True
+) -> list[tuple[int, tuple[int, int]]]:
+    """Return the ids of a text as `encode` does, each with the characters it stands for."""
+    found = _encoding(tokenizer, specials, text, parse_special)
+    return list(zip(found.ids, found.offsets, strict=True))
+
+
+def _encoding(
+    tokenizer: Tokenizer, specials: SpecialTokens, text: str, parse_special: bool
+) -> Encoding:
     if not parse_special and specials.pattern.search(text):
         tokenizer = _literal_twin(tokenizer)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 _TWINS: WeakKeyDictionary[Tokenizer, Tokenizer] = WeakKeyDictionary()

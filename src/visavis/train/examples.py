@@ -15,8 +15,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from visavis.data.records import Record
-from visavis.processing.templates import TURNS, Encoded, encode_plain, encode_turns
+from visavis.processing.templates import Encoded, encode_plain, encode_turns
 from visavis.processing.tokenizer import SpecialTokens
+from visavis.processing.turns import TURNS
 from visavis.prompt import Image, Message, Prompt, Text
 
 ASK_SHORT = (

@@ -1,0 +1,162 @@
+"""Chat formats as data: what stands around each role's text, and what is learned.
+
+The formats of LLaVA, LLaVA-NeXT, LLaVE and TinyLLaVA under their original names. Strings only:
+`templates.py` renders them to ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What stands around one role's text: `start`, `gap`, the text, `end`, `after`.
+
+    An assistant's text and `end` are learned, the rest never is. An answer that is to be generated
+    begins after `start`: `gap` is left to the model.
+
+    Args:
+        images_only: the role's texts are left out, as in LLaVA's first stage.
+    """
+
+    start: str
+    end: str
+    after: str = ""
+    gap: str = ""
+    images_only: bool = False
+
+
+@dataclass(frozen=True)
+class TurnTemplate:
+    """A chat format. Special tokens are written as their texts.
+
+    Args:
+        turns: by role; a role that is absent is refused.
+        before: once, at the very start.
+        system: the system message of a conversation that brings none; with one, a system message
+            may only come first.
+        first_user: the first user turn, where the system text stands inside it.
+        image_end: written after each image.
+        joined: all text up to the next image is encoded as one, as LLaVA does; if not, each text,
+            `start` and `end` is encoded by itself.
+    """
+
+    turns: dict[str, Turn]
+    before: str = ""
+    system: str = ""
+    first_user: Turn | None = None
+    image_end: str = ""
+    joined: bool = False
+
+
+ROLES = ("system", "user", "assistant")
+CURIOUS_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+CURIOUS_HUMAN = CURIOUS_USER.replace("user", "human")
+VISION_ASSISTANT = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+
+
+def _vicuna(system: str, eos: str) -> TurnTemplate:
+    return TurnTemplate(
+        {
+            "system": Turn("", " "),
+            "user": Turn("USER: ", " "),
+            "assistant": Turn("ASSISTANT:", eos, gap=" "),
+        },
+        system=system,
+        image_end="\n",
+        joined=True,
+    )
+
+
+def _chatml(system: str, after: str) -> TurnTemplate:
+    return TurnTemplate(
+        {role: Turn(f"<|im_start|>{role}\n", "<|im_end|>", after) for role in ROLES},
+        system=system,
+        image_end="\n",
+        joined=True,
+    )
+
+
+def _plain() -> TurnTemplate:
+    return TurnTemplate(
+        {"user": Turn("", "", images_only=True), "assistant": Turn("", "\n")}, joined=True
+    )
+
+
+MISTRAL = TurnTemplate(
+    {"user": Turn("[INST] ", " [/INST]"), "assistant": Turn("", " </s>", gap=" ")},
+    image_end="\n",
+    joined=True,
+)
+
+TURNS = {
+    # ChatML without a default system turn: the fewest tokens around a question.
+    "chatml-bare": TurnTemplate(
+        {role: Turn(f"<|im_start|>{role}\n", "<|im_end|>", "\n") for role in ROLES}
+    ),
+    # LLaVA 1.5, LLaVA 1.6 of Vicuna, and what LLaVA's own command line takes for them.
+    "vicuna_v1": _vicuna(CURIOUS_USER, "</s>"),
+    "llava_v1": _vicuna(CURIOUS_HUMAN, "</s>"),
+    # LLaVA of LLaMA-2, where the system text stands inside the first question.
+    "llava_llama_2": replace(
+        MISTRAL,
+        turns={
+            "system": Turn("[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
+            "user": Turn("<s>[INST] ", " [/INST]"),
+            "assistant": MISTRAL.turns["assistant"],
+        },
+        system=VISION_ASSISTANT,
+        first_user=Turn("", " [/INST]"),
+    ),
+    "llava_llama_3": TurnTemplate(
+        {
+            role: Turn(f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")
+            for role in ROLES
+        },
+        system=VISION_ASSISTANT,
+        image_end="\n",
+        joined=True,
+    ),
+    "mpt": _chatml(
+        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful "
+        "and honest answers.",
+        "",
+    ),
+    # LLaVA 1.6 of Hermes-Yi-34B and of Mistral.
+    "chatml_direct": _chatml("Answer the questions.", ""),
+    "mistral_instruct": MISTRAL,
+    # LLaVA-OneVision and LLaVE.
+    "qwen_1_5": _chatml("You are a helpful assistant.", "\n"),
+    "qwen_2_5": _chatml(
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "\n"
+    ),
+    "gemma_instruct": TurnTemplate(
+        {
+            "user": Turn("<start_of_turn>user\n", "<end_of_turn>", "\n"),
+            "assistant": Turn("<start_of_turn>model\n", "<end_of_turn>", "\n"),
+        },
+        image_end="\n",
+        joined=True,
+    ),
+    # TinyLLaVA, by the language model's family (its `llama` is vicuna_v1).
+    "tinyllava_phi": _vicuna(CURIOUS_USER, "<|endoftext|>"),
+    "tinyllava_gemma": _vicuna(CURIOUS_USER, "<eos>"),
+    "tinyllava_qwen2_base": _vicuna(CURIOUS_USER, "<|endoftext|>"),
+    "tinyllava_qwen2_instruct": _vicuna(CURIOUS_USER, "<|im_end|>"),
+    # First stage of LLaVA and TinyLLaVA: a picture and its caption, no words around them.
+    "plain": _plain(),
+}
+TURNS |= {  # other names of the same
+    "v1": TURNS["vicuna_v1"],
+    "mistral_direct": TURNS["chatml_direct"],
+    "qwen_2": TURNS["qwen_1_5"],
+    "tinyllava_llama": TURNS["vicuna_v1"],
+}
