@@ -150,3 +150,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
             checkpoint=tmp_path / "stage.pt",
             log=lambda line: None,
         )
+
+
+def test_blocks_below_lora_from_keep_their_states(tmp_path: Path) -> None:
+    """What the embedding head reads below stays the same while later blocks learn."""
+    vlm, _ = make_parts(tmp_path)
+    groups = trainable_groups(vlm, ("lora",), lora_from=1)
+    names = [name for name, p in vlm.named_parameters() if p.requires_grad]
+    assert names and all(".blocks.1." in name for name in names)
+    assert len(groups["lora"]) == len(names)

@@ -9,17 +9,21 @@ from torch import nn
 from visavis.model.vlm import VLM
 
 
-def trainable_groups(vlm: VLM, parts: Iterable[str]) -> dict[str, list[nn.Parameter]]:
+def trainable_groups(
+    vlm: VLM, parts: Iterable[str], *, lora_from: int = 0
+) -> dict[str, list[nn.Parameter]]:
     """Freeze everything but the named parts; return their parameters.
 
     Args:
         parts: of "connector", "head" and "lora".
+        lora_from: only adapters of this block and later ones; hidden states below stay.
     """
     vlm.requires_grad_(False)
     found: dict[str, list[nn.Parameter]] = {}
     for part in parts:
         if part == "lora":
-            named = [p for n, p in vlm.decoder.named_parameters() if ".lora_" in n]
+            blocks = vlm.decoder.blocks[lora_from:]
+            named = [p for n, p in blocks.named_parameters() if ".lora_" in n]
         else:
             named = list(getattr(vlm, part).parameters())
         for parameter in named:

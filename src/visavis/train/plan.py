@@ -38,7 +38,7 @@ def plan_table(recipe: Recipe, data: Path) -> list[tuple[str, ...]]:
             count = f"{sum(p.numel() for p in module.parameters()):,}"
             rows.append((stage.name, part, count, count, sources))
             continue
-        trainable_groups(vlm, stage.trainable)
+        trainable_groups(vlm, stage.trainable, lora_from=stage.lora_from)
         for part, total, trained in trainable_table(vlm):
             rows.append((stage.name, part, f"{total:,}", f"{trained:,}", sources))
             sources = ""

@@ -105,6 +105,7 @@ class LoopStage(_Part):
     generative: Generative | None = None
     contrastive: Contrastive | None = None
     trainable: tuple[Literal["connector", "lora", "head"], ...] = ("connector", "lora")
+    lora_from: Annotated[int, Field(ge=0)] = 0  # only adapters of this block and later ones
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4  # of LoRA
     connector_learning_rate: Annotated[float, Field(gt=0)] = 5e-4  # of connector and head
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -215,7 +215,7 @@ def run_loop_stage(run: Run, stage: LoopStage) -> None:
     train_loop(
         run.vlm,
         build_task(run, stage),
-        trainable_groups(run.vlm, stage.trainable),
+        trainable_groups(run.vlm, stage.trainable, lora_from=stage.lora_from),
         LoopSettings(
             steps=stage.steps,
             learning_rates=rates,
