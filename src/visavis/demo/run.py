@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from visavis.api import Model, Reply
 
 TEXT_QUERIES = (
-    "a cat",
     "a cup of coffee",
     "a rocket launch at night",
-    "an astronaut",
     "a flower",
-    "old coins",
+    "an astronaut",
     "stars and galaxies in space",
+    "old coins",
+    "a cat",
 )
 PICTURE_QUERY = "gravel.png"
 QUESTION = "What is in this picture?"
-ASKED_ABOUT = "cat.png"
+ASKED_ABOUT = "coffee.png"
 NUM_HITS = 4
 SHEET_NAME = "contact-sheet.png"
 
