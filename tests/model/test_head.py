@@ -7,7 +7,7 @@ from torch import Tensor
 
 from visavis.model.batch import PackedBatch
 from visavis.model.config import DecoderConfig, HeadConfig, VLMConfig
-from visavis.model.head import EmbeddingHead, mean_per_sequence
+from visavis.model.head import EmbeddingHead, mean_per_group
 from visavis.model.vlm import VLM
 
 LENGTHS = (3, 1, 5)
@@ -19,9 +19,15 @@ def hidden() -> Tensor:
     return torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
 
 
+def pooled(x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    owners = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))
+    text = mean_per_group(x[~IS_IMAGE], owners[~IS_IMAGE], 3)
+    return text, mean_per_group(x[IS_IMAGE], owners[IS_IMAGE], 3)
+
+
 def test_means_are_per_sequence_and_kind() -> None:
     x = hidden()
-    mean, present = mean_per_sequence(x, LENGTHS, IS_IMAGE)
+    _, (mean, present) = pooled(x)
     torch.testing.assert_close(mean[0], x[1:3].mean(0))
     torch.testing.assert_close(mean[2], x[4:].mean(0))
     assert not mean[1].any()
@@ -42,7 +48,7 @@ def test_equals_its_formula() -> None:
         ]
     )
     expected = expected / expected.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(head(x, LENGTHS, IS_IMAGE), expected)
+    torch.testing.assert_close(head(*pooled(x)), expected)
 
 
 @torch.no_grad()
@@ -55,6 +61,28 @@ def test_a_model_pools_the_layers_its_config_names() -> None:
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
     found = vlm(batch, (0, 2))
     chosen = torch.cat((found[0], found[2]), -1)
-    none = torch.zeros(9, dtype=torch.bool)
     assert vlm.head is not None
-    torch.testing.assert_close(vectors, vlm.head(chosen, LENGTHS, none))
+    text = mean_per_group(chosen, batch.owners, 3)
+    torch.testing.assert_close(vectors, vlm.head(text, (torch.zeros(3, 64), torch.zeros(3, 1))))
+
+
+@torch.no_grad()
+def test_selecting_sequences_keeps_their_images() -> None:
+    batch = PackedBatch(
+        token_ids=torch.arange(10),
+        positions=torch.tensor([0, 1, 2, 0, 1, 0, 1, 2, 3, 4]),
+        lengths=(3, 2, 5),
+        image_positions=torch.tensor([1, 2, 5, 6, 8, 9]),
+        image_tokens=torch.arange(3.0)[:, None, None].expand(3, 2, 4),
+        image_means=torch.arange(3.0)[:, None],
+    )
+    assert batch.image_owners.tolist() == [0, 2, 2]
+    last = batch.select(torch.tensor([False, True, True]))
+    assert last.token_ids.tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert last.lengths == (2, 5)
+    assert last.image_positions is not None and last.image_means is not None
+    assert last.image_positions.tolist() == [2, 3, 5, 6]
+    assert last.image_means[:, 0].tolist() == [1, 2]
+    middle = batch.select(torch.tensor([False, True, False]))
+    assert middle.positions.tolist() == [0, 1]
+    assert middle.image_positions is None and middle.image_tokens is None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visavis.errors import InputError
 from visavis.model.batch import PackedBatch
-from visavis.model.head import mean_per_sequence
+from visavis.model.head import mean_per_group
 from visavis.model.vlm import VLM
 
 
@@ -22,8 +22,7 @@ def embed_batch(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
         return vlm.embed(batch)
     hidden = vlm(batch)[-1]  # [T, D], after the final norm
     if pooling == "mean":
-        everything = torch.ones(batch.num_tokens, dtype=torch.bool, device=hidden.device)
-        pooled, _ = mean_per_sequence(hidden, batch.lengths, everything)
+        pooled, _ = mean_per_group(hidden, batch.owners, len(batch.lengths))
     else:
         last = torch.tensor(batch.lengths, device=hidden.device).cumsum(0) - 1
         pooled = hidden[last]

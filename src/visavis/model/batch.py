@@ -39,6 +39,53 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
+    @property
+    def owners(self) -> Tensor:
+        """Which sequence each token belongs to, int64 [T]."""
+        device = self.token_ids.device
+        counts = torch.tensor(self.lengths, device=device)
+        return torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
+
+    @property
+    def is_image(self) -> Tensor:
+        """Which tokens are image placeholders, bool [T]."""
+        mask = torch.zeros_like(self.token_ids, dtype=torch.bool)
+        if self.image_positions is not None:
+            mask[self.image_positions] = True
+        return mask
+
+    @property
+    def image_owners(self) -> Tensor:
+        """Which sequence each image belongs to, int64 [N]; needs `image_tokens`."""
+        if self.image_positions is None:
+            return self.token_ids.new_zeros(0)
+        assert self.image_tokens is not None
+        firsts = self.image_positions.view(len(self.image_tokens), -1)[:, 0]
+        return self.owners[firsts]
+
+    def select(self, kept: Tensor) -> PackedBatch:
+        """Return the batch of the sequences where `kept` (bool [B]) holds; needs `image_tokens`."""
+        tokens = kept[self.owners]  # bool [T]
+        lengths = [n for n, one in zip(self.lengths, kept.tolist(), strict=True) if one]
+        chosen = replace(
+            self,
+            token_ids=self.token_ids[tokens],
+            positions=self.positions[..., tokens],
+            lengths=tuple(lengths),
+        )
+        images = kept[self.image_owners]  # bool [N]
+        if not images.any():
+            return replace(chosen, image_positions=None, image_tokens=None, image_means=None)
+        assert self.image_positions is not None and self.image_tokens is not None
+        moved = tokens.cumsum(0) - 1  # where each kept token stands now
+        means = None if self.image_means is None else self.image_means[images]
+        return replace(
+            chosen,
+            image_positions=moved[self.image_positions[tokens[self.image_positions]]],
+            image_tokens=self.image_tokens[images],
+            image_means=means,
+        )
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with its tensors on a device."""
         moved: dict[str, Any] = {

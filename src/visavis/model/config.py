@@ -138,8 +138,9 @@ class HeadConfig:
 
     `layers` are hidden states by number: 0 is the input embeddings, n the output of block n;
     the last one passes the final norm. Means over text tokens and over image tokens are
-    projected apart and summed. With `tower_width` the image projection also reads the mean tower
-    feature, of that width, which a narrow connector cannot pass on whole.
+    projected apart and summed. With `tower_width` the image side reads the mean tower feature, of
+    that width, instead: a narrow connector that learned to speak does not pass all of it on, and
+    pictures alone need no pass through the decoder.
     """
 
     layers: tuple[int, ...]

@@ -17,7 +17,7 @@ from visavis.model.config import VLMConfig
 from visavis.model.connector import Connector
 from visavis.model.decoder import Decoder
 from visavis.model.fusion import select, splice
-from visavis.model.head import EmbeddingHead
+from visavis.model.head import EmbeddingHead, mean_per_group
 from visavis.model.kv_cache import KVCache
 from visavis.model.towers import build_tower
 
@@ -87,27 +87,32 @@ class VLM(nn.Module):
     def embed(self, batch: PackedBatch) -> Tensor:
         """Return unit vectors, float32 [B, dim], through the embedding head."""
         assert self.head is not None and self.config.head is not None
+        batch, num = self.resolve_images(batch), len(batch.lengths)
+        is_image, owners = batch.is_image, batch.owners
+        if not self.config.head.tower_width:
+            hidden = self.head_states(batch)
+            return self.head(
+                mean_per_group(hidden[~is_image], owners[~is_image], num),
+                mean_per_group(hidden[is_image], owners[is_image], num),
+            )
+        features = batch.image_means
+        if features is None:
+            features = torch.zeros(0, self.config.head.tower_width, device=owners.device)
+        has_text = torch.zeros(num, dtype=torch.bool, device=owners.device)
+        has_text[owners[~is_image]] = True
+        text = torch.zeros(num, self.head.text.in_features, device=owners.device)
+        if has_text.any():  # pictures alone do not pass the decoder
+            kept = batch.select(has_text)
+            chosen = ~kept.is_image
+            hidden = self.head_states(kept)[chosen]
+            means, _ = mean_per_group(hidden, kept.owners[chosen], len(kept.lengths))
+            text = text.index_copy(0, has_text.nonzero()[:, 0], means)
+        pooled = mean_per_group(features, batch.image_owners, num)
+        return self.head((text, has_text[:, None].float()), pooled)
+
+    def head_states(self, batch: PackedBatch) -> Tensor:
+        """Return the hidden states that the embedding head reads, side by side, [T, layers * D]."""
+        assert self.config.head is not None
         layers = self.config.head.layers
-        batch = self.resolve_images(batch)
         found = self(batch, layers)
-        hidden = torch.cat([found[layer] for layer in layers], -1)  # [T, layers * D]
-        is_image = torch.zeros(batch.num_tokens, dtype=torch.bool, device=hidden.device)
-        tower_means = None
-        if batch.image_positions is not None:
-            is_image[batch.image_positions] = True
-            if self.config.head.tower_width:
-                tower_means = means_per_sequence(batch)
-        return self.head(hidden, batch.lengths, is_image, tower_means)
-
-
-def means_per_sequence(batch: PackedBatch) -> Tensor:
-    """Return the mean over each sequence's images of their mean features, [B, W]."""
-    assert batch.image_means is not None and batch.image_positions is not None
-    means = batch.image_means
-    firsts = batch.image_positions.view(len(means), -1)[
-        :, 0
-    ].contiguous()  # where each image starts
-    ends = torch.tensor(batch.lengths, device=means.device).cumsum(0)
-    owner = torch.bucketize(firsts, ends, right=True)
-    sums = means.new_zeros(len(ends), means.shape[1]).index_add(0, owner, means)
-    return sums / torch.bincount(owner, minlength=len(ends)).clamp(min=1)[:, None]
+        return torch.cat([found[layer] for layer in layers], -1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visavis.files import write_atomically
 from visavis.model.connector import pixel_shuffle
-from visavis.model.head import mean_per_sequence
+from visavis.model.head import mean_per_group
 from visavis.processing.pack import batches, pack
 from visavis.train.carry import carry
 from visavis.train.pair import Pair, PairSettings, fit_pair, stack_pairs
@@ -130,8 +130,7 @@ def text_states(run: Run, texts: list[str]) -> Tensor:
         batch = pack([encoded[i] for i in group])
         found = run.vlm(batch, layers)
         hidden = torch.cat([found[layer] for layer in layers], -1)
-        everything = torch.ones(batch.num_tokens, dtype=torch.bool)
-        states[group] = mean_per_sequence(hidden, batch.lengths, everything)[0]
+        states[group] = mean_per_group(hidden, batch.owners, len(group))[0]
         done += len(group)
         run.report("text states", done, len(texts), "")
     return states
