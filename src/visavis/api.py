@@ -94,19 +94,38 @@ class Trace:
     logits: np.ndarray
 
 
-def load(name_or_path: str | Path, *, precision: str = "auto", device: str = "auto") -> Model:
+def load(
+    name_or_path: str | Path,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    turns: str = "",
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+) -> Model:
     """Load a model by bundled name (`nano`, `smollm2-135m`), folder or .gguf file.
 
     Args:
         precision: what matmuls compute in: "auto", "f32", "bf16" or "f16".
         device: "auto", "cpu" or "cuda".
+        turns: the chat format, by name, of a checkpoint that does not bring its own.
+        base: the language model that a folder without one was trained on.
+        vision_tower: the folder of a vision tower that the checkpoint names and does not hold.
 
     Raises:
-        UnknownNameError: no such name or path; the message lists the nearest names.
+        UnknownNameError: no such name, path or chat format; the message lists the nearest names.
         CheckpointError: the files are damaged or of an unknown kind.
         FetchError: bundled weights are not in the cache and cannot be fetched.
     """
-    return Model(load_checkpoint(name_or_path, precision=precision, device=device))
+    loaded = load_checkpoint(
+        name_or_path,
+        precision=precision,
+        device=device,
+        turns=turns,
+        base=base,
+        vision_tower=vision_tower,
+    )
+    return Model(loaded)
 
 
 class Model:
@@ -347,7 +366,7 @@ class Model:
             if not self.profile.jinja:
                 raise InputError(
                     f"{self.name} brings no chat template, so how to ask it is unknown. Embed with "
-                    "it instead, or load a checkpoint whose profile names one of: "
+                    "it instead, or name its format, visavis.load(…, turns='…'), one of: "
                     f"{', '.join(sorted(TURNS))}."
                 )
             self._template = ChatTemplate(

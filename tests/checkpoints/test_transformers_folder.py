@@ -266,7 +266,7 @@ def test_quantised_weights(folder: Path) -> None:
 
 def test_configs_that_belong_elsewhere(folder: Path) -> None:
     edit_json(folder / "config.json", mm_vision_tower="openai/clip-vit-large-patch14-336")
-    assert "original layout of LLaVA" in refusal(folder)
+    assert "LLaVA's original layout" in refusal(folder)
     edit_json(folder / "config.json", mm_vision_tower=None, model_type="mistrl")
     assert "did you mean 'mistral'" in refusal(folder)
     edit_json(folder / "config.json", model_type="qwen2", hidden_size=64)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visavis.checkpoints import bundled
-from visavis.errors import CheckpointError, UnknownNameError
-from visavis.registry import suggest
+from visavis.errors import CheckpointError, InputError, UnknownNameError
+from visavis.processing.turns import TURNS
+from visavis.registry import lookup, suggest
 
 if TYPE_CHECKING:
     from visavis.checkpoints.loaded import Loaded
@@ -36,37 +38,73 @@ def resolve(name_or_path: str | Path) -> Path:
         return path
     raise UnknownNameError(
         f"no model is named {name!r} and no such file or folder exists: {suggest(name, NAMES)} "
-        "Otherwise give the path of a .gguf file, or of a folder that visavis or transformers "
-        "wrote."
+        "Otherwise give the path of a .gguf file, or of a folder that visavis, transformers or "
+        "LLaVA wrote."
     )
 
 
 def load_checkpoint(
-    name_or_path: str | Path, *, precision: str = "auto", device: str = "auto"
+    name_or_path: str | Path,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    turns: str = "",
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
 ) -> Loaded:
-    """Load a bundled name, a .gguf file or a folder in visavis' or transformers' layout.
+    """Load a bundled name, a .gguf file or a folder in any layout that is read.
 
     Raises:
-        UnknownNameError, FetchError: see `resolve`.
+        UnknownNameError, FetchError: see `resolve`; or `turns` is no chat format.
         CheckpointError: the files are damaged or of a kind not known.
     """
-    from visavis.checkpoints import transformers_folder
-    from visavis.checkpoints.native import CONFIG_NAME, load_native
-
+    if turns:
+        lookup("turn template", turns, TURNS)
     path = resolve(name_or_path)
-    device = pick_device(device)
-    if path.is_dir():
-        if (path / CONFIG_NAME).is_file():
-            return load_native(path, precision=precision, device=device)
-        if (path / transformers_folder.CONFIG_NAME).is_file():
-            return transformers_folder.load_transformers(path, precision=precision, device=device)
-        found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
-        raise CheckpointError(
-            f"{path} holds {found}, but neither {CONFIG_NAME} nor "
-            f"{transformers_folder.CONFIG_NAME}; expected a folder that visavis or transformers "
-            "wrote. It may be an adapter, or a download that is not complete."
-        )
-    return load_gguf(path, precision=precision, device=device)
+    loaded = _load(
+        path,
+        precision=precision,
+        device=pick_device(device),
+        base=None if base is None else resolve(base),
+        vision_tower=None if vision_tower is None else resolve(vision_tower),
+    )
+    if turns:
+        loaded.profile = replace(loaded.profile, turns=turns)
+    return loaded
+
+
+def _load(
+    path: Path, *, precision: str, device: str, base: Path | None, vision_tower: Path | None
+) -> Loaded:
+    """Find out which layout the files are in, and load them."""
+    from visavis.checkpoints import llava, llava_folder, transformers_folder
+    from visavis.checkpoints.native import CONFIG_NAME, load_native
+    from visavis.checkpoints.weight_files import read_json
+
+    settings = {"precision": precision, "device": device}
+    config = path / transformers_folder.CONFIG_NAME
+    if config.is_file() and llava.is_llava(read_json(config)):
+        if base is not None and not llava_folder.is_first_stage(path):
+            raise _unused("base", path, "it is whole")
+        return llava_folder.load_llava(path, base=base, vision_tower=vision_tower, **settings)
+    for name, value in (("base", base), ("vision_tower", vision_tower)):
+        if value is not None:
+            raise _unused(name, path, "only LLaVA's original layout may lack parts")
+    if not path.is_dir():
+        return load_gguf(path, **settings)
+    if (path / CONFIG_NAME).is_file():
+        return load_native(path, **settings)
+    if config.is_file():
+        return transformers_folder.load_transformers(path, **settings)
+    found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        f"{path} holds {found}, but neither {CONFIG_NAME} nor {config.name}; expected a folder "
+        "that visavis, transformers or LLaVA wrote. It may be a download that is not complete."
+    )
+
+
+def _unused(name: str, path: Path, reason: str) -> InputError:
+    return InputError(f"{name} was given for {path}, which has no use for it: {reason}; leave it.")
 
 
 def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Loaded:

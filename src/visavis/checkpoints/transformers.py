@@ -36,11 +36,26 @@ def read(
         CheckpointError: tensors are missing, unexpected or of another shape.
     """
     ours = vlm_config(config)
+    return read_as(ours, _vlm_table(config, ours), tensors, where=where, convert=convert)
+
+
+def read_as(
+    ours: VLMConfig,
+    table: NameTable,
+    tensors: Mapping[str, Tensor],
+    *,
+    where: str,
+    convert: Convert = lambda _, tensor: tensor,
+) -> dict[str, Tensor]:
+    """Return the state of `VLM(ours)` from tensors whose names a table knows.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of another shape.
+    """
     with torch.device("meta"):
         expected = _shapes(VLM(ours).state_dict())
     if ours.decoder.tied_head:
         del expected["decoder.head.weight"]
-    table = _vlm_table(config, ours)
     state = to_ours(tensors, table, expected, _vlm_sizes(ours), where=where, convert=convert)
     if ours.decoder.tied_head:
         embeddings = state["decoder.head.weight"] = state["decoder.embed.weight"]

@@ -47,10 +47,11 @@ def load_transformers(folder: Path, *, precision: str = "auto", device: str = "c
         CheckpointError: a file is absent or damaged, or the files do not belong together.
     """
     data = read_json(folder / CONFIG_NAME)
-    _refuse_others(data, folder)
+    refuse_quantised(data, folder)
     config = vlm_config(data)
     tokenizer, specials = load_tokenizer(folder)
-    specials = _check_tokenizer(tokenizer, specials, config, folder)
+    check_vocabulary(tokenizer, config, folder)
+    specials = _with_placeholder(tokenizer, specials, config, folder)
     processor = _processor(config, folder)
     files = weight_files(folder)
     dtype = auto_dtype(precision, device)
@@ -61,7 +62,7 @@ def load_transformers(folder: Path, *, precision: str = "auto", device: str = "c
         return tensor.to(types[name])
 
     state = read(data, read_tensors(files), where=str(folder), convert=convert)
-    template = _chat_template(folder)
+    template = chat_template(folder)
     identity = data | {"processor": processor.to_dict() if processor else None, "chat": template}
     return Loaded(
         name=folder.resolve().name,
@@ -75,8 +76,12 @@ def load_transformers(folder: Path, *, precision: str = "auto", device: str = "c
     )
 
 
-def _refuse_others(data: Json, folder: Path) -> None:
-    """Refuse folders whose config.json looks like transformers' but whose tensors are not."""
+def refuse_quantised(data: Json, folder: Path) -> None:
+    """Refuse weights that another library quantised.
+
+    Raises:
+        CheckpointError: config.json says so.
+    """
     if "quantization_config" in data:
         method = data["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
@@ -84,24 +89,26 @@ def _refuse_others(data: Json, folder: Path) -> None:
             f"{folder} is quantised by {method!r}, expected plain weights; use the unquantised "
             "checkpoint or a GGUF file."
         )
-    if "mm_vision_tower" in data:
-        raise CheckpointError(
-            f"{folder} is in the original layout of LLaVA (config.json names mm_vision_tower), "
-            "expected transformers' layout; use its conversion, whose tensors are named "
-            "language_model.… and vision_tower.…"
-        )
 
 
-def _check_tokenizer(
-    tokenizer: Tokenizer, specials: SpecialTokens, config: VLMConfig, folder: Path
-) -> SpecialTokens:
-    """Return the special tokens, the image placeholder among them."""
+def check_vocabulary(tokenizer: Tokenizer, config: VLMConfig, folder: Path) -> None:
+    """Refuse a tokenizer that knows more ids than the model.
+
+    Raises:
+        CheckpointError: it does.
+    """
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.decoder.vocab_size:
         raise CheckpointError(
             f"the tokenizer of {folder} knows the id {largest}, but the embeddings of its model "
             f"have {config.decoder.vocab_size} rows; tokenizer.json belongs to another model."
         )
+
+
+def _with_placeholder(
+    tokenizer: Tokenizer, specials: SpecialTokens, config: VLMConfig, folder: Path
+) -> SpecialTokens:
+    """Return the special tokens, the image placeholder among them."""
     if config.tower is None:
         return specials
     text = tokenizer.id_to_token(config.image_token_id)
@@ -142,8 +149,12 @@ def _image_settings(data: Json) -> Json | None:
     return inner if named else None
 
 
-def _chat_template(folder: Path) -> str:
-    """Return the source of the chat template, empty if there is none."""
+def chat_template(folder: Path) -> str:
+    """Return the source of the chat template, empty if there is none.
+
+    Raises:
+        CheckpointError: its file cannot be read.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:

@@ -1,0 +1,212 @@
+"""A folder in LLaVA's original layout, loaded whole; its vision tower or base may lie elsewhere.
+
+    config.json  weights  tokenizer.json                       a checkpoint
+    config.json  mm_projector.bin                              a first stage: its base must be given
+    vision_tower/  or a folder that the caller or config.json names
+
+The tower's weights come from the checkpoint if it holds any (they may have been trained there),
+else from the tower's folder. Executes nothing and fetches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from visavis.checkpoints.llava import (
+    KNOWN_TOWERS,
+    TOWER_PREFIX,
+    is_llava,
+    name_table,
+    text_config,
+    turns_of,
+    vlm_config,
+)
+from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
+from visavis.checkpoints.transformers import read_as
+from visavis.checkpoints.transformers_config import vision_part
+from visavis.checkpoints.transformers_folder import (
+    CONFIG_NAME,
+    chat_template,
+    check_vocabulary,
+    refuse_quantised,
+)
+from visavis.checkpoints.transformers_names import tower_table
+from visavis.checkpoints.transformers_processor import processor_config
+from visavis.checkpoints.transformers_settings import Json, require
+from visavis.checkpoints.weight_files import (
+    TensorFiles,
+    check_values,
+    read_json,
+    read_tensors,
+    weight_files,
+)
+from visavis.errors import CheckpointError
+from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.profile import PromptProfile
+from visavis.processing.tokenizer import load_tokenizer
+
+PROJECTOR = "mm_projector.bin"
+PROCESSOR = "preprocessor_config.json"
+MAX_LISTED = 4
+
+
+def load_llava(
+    folder: Path,
+    *,
+    base: Path | None = None,
+    vision_tower: Path | None = None,
+    precision: str = "auto",
+    device: str = "cpu",
+) -> Loaded:
+    """Load a checkpoint, or a first stage's projector on its base.
+
+    Args:
+        base: the language model's folder, of a first stage.
+        vision_tower: the folder of the tower; for its weights too if the checkpoint has none.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, or the files do not belong together.
+    """
+    data = read_json(folder / CONFIG_NAME)
+    refuse_quantised(data, folder)
+    first_stage = is_first_stage(folder)
+    body = _base(folder, base) if first_stage else folder
+    text = read_json(body / CONFIG_NAME) if first_stage else text_config(data)
+    if first_stage and is_llava(text):
+        text = text_config(text)
+    refuse_quantised(text, body)
+    files = weight_files(body)
+    entries = dict(read_tensors(files).entries)
+    if first_stage:
+        files.append(folder / PROJECTOR)
+        entries |= _projector(folder / PROJECTOR)
+    tower = _tower_folder(folder, data, vision_tower)
+    vision = _vision_config(folder, data, tower)
+    if not any(name.startswith(TOWER_PREFIX) for name in entries):
+        tower_files = _tower_files(folder, data, tower)
+        files += tower_files
+        half = tower_table(vision)
+        for name, entry in read_tensors(tower_files).entries.items():
+            if not half.is_ignored(half.canonical(name)):
+                entries[TOWER_PREFIX + name] = entry
+    config = vlm_config(data, text, vision)
+    processor = _processor(folder, data, tower)
+    if processor.size != vision["image_size"]:
+        raise CheckpointError(
+            f"pictures for {folder} are prepared with {processor.size} pixels, but its vision "
+            f"tower takes {vision['image_size']}; {PROCESSOR} belongs to another tower."
+        )
+    words = folder if (folder / "tokenizer.json").is_file() else body
+    tokenizer, specials = load_tokenizer(words)
+    check_vocabulary(tokenizer, config, words)
+    dtype = auto_dtype(precision, device)
+    types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        check_values(name, tensor, str(folder))
+        return tensor.to(types[name])
+
+    table = name_table(text, vision, config)
+    state = read_as(config, table, TensorFiles(entries), where=str(folder), convert=convert)
+    # A first stage has seen captions only and has learned no format.
+    turns = "" if first_stage else turns_of(data, text)
+    jinja = "" if first_stage or turns else chat_template(folder)
+    identity = {"config": data, "text": text, "vision": vision, "processor": processor.to_dict()}
+    return Loaded(
+        name=folder.resolve().name,
+        vlm=build(config, state, dtype, device, where=str(folder)),
+        tokenizer=tokenizer,
+        specials=specials,
+        profile=PromptProfile(turns=turns, jinja=jinja),
+        processor=processor,
+        fingerprint=fingerprint([words / "tokenizer.json", *files], identity),
+        files=[folder / CONFIG_NAME, *files],
+    )
+
+
+def is_first_stage(folder: Path) -> bool:
+    """Return whether a folder holds a projector and no model."""
+    whole = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*"))
+    return (folder / PROJECTOR).is_file() and not whole
+
+
+def _base(folder: Path, base: Path | None) -> Path:
+    if base is None:
+        named = read_json(folder / CONFIG_NAME).get("_name_or_path")
+        raise CheckpointError(
+            f"{folder} holds a projector alone ({PROJECTOR}, LLaVA's first stage), expected its "
+            f"language model too{f' ({named})' if named else ''}; give that model's folder: "
+            "visavis.load(…, base='…')."
+        )
+    return base
+
+
+def _projector(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """Return how to read a projector's tensors; what stands before `mm_projector` varies."""
+    part = "mm_projector."
+    found = read_tensors([path]).entries
+    strange = [name for name in found if part not in name]
+    if strange or not found:
+        listed = ", ".join(strange[:MAX_LISTED]) or "nothing"
+        raise CheckpointError(
+            f"{path} holds {listed}, expected tensors of the projector only ({part}…); tokens or "
+            "a resampler that were trained with it are not read here."
+        )
+    return {f"model.{name[name.index(part) :]}": entry for name, entry in found.items()}
+
+
+def _tower_folder(folder: Path, data: Json, given: Path | None) -> Path | None:
+    """Return the vision tower's folder, if there is one on this machine."""
+    if given is not None:
+        if not (given / CONFIG_NAME).is_file():
+            raise CheckpointError(
+                f"the vision tower's folder {given} has no {CONFIG_NAME}; expected a CLIP or "
+                "SigLIP in transformers' layout."
+            )
+        return given
+    places = [folder / "vision_tower", folder / str(data["mm_vision_tower"])]
+    return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
+
+
+def _vision_config(folder: Path, data: Json, tower: Path | None) -> Json:
+    if tower is not None:
+        return vision_part(read_json(tower / CONFIG_NAME))
+    if data["mm_vision_tower"] in KNOWN_TOWERS:
+        return KNOWN_TOWERS[data["mm_vision_tower"]][0]
+    raise _no_tower(folder, data, "its settings")
+
+
+def _tower_files(folder: Path, data: Json, tower: Path | None) -> list[Path]:
+    if tower is None:
+        raise _no_tower(folder, data, "its weights")
+    return weight_files(tower)
+
+
+def _processor(folder: Path, data: Json, tower: Path | None) -> ImageProcessorConfig:
+    """Return how pictures are sized and normalised."""
+    places = [place / PROCESSOR for place in (folder, tower) if place is not None]
+    path = next((place for place in places if place.is_file()), None)
+    if path is not None:
+        processor = processor_config(read_json(path))
+    elif data["mm_vision_tower"] in KNOWN_TOWERS:
+        processor = processor_config(KNOWN_TOWERS[data["mm_vision_tower"]][1])
+    else:
+        raise _no_tower(folder, data, f"a {PROCESSOR}")
+    if data.get("image_aspect_ratio") != "pad":
+        return processor
+    whole = processor.crop_fraction == 1
+    require("crop_size", processor.size, whole, "the shortest edge, for padded pictures")
+    return replace(processor, resize="pad")
+
+
+def _no_tower(folder: Path, data: Json, lacking: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} lacks {lacking}: config.json names the vision tower "
+        f"{data['mm_vision_tower']!r}, which is not in the checkpoint and is no folder here. Fetch "
+        f"it, and put it into {folder / 'vision_tower'} or give it: "
+        "visavis.load(…, vision_tower='…')."
+    )
