@@ -1,0 +1,1 @@
+"""Training: one loop, objectives as tasks, a run as a small YAML file."""
