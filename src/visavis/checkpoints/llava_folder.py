@@ -10,12 +10,14 @@ else from the tower's folder. Executes nothing and fetches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from visavis.checkpoints.adapters import Adapter, merged
 from visavis.checkpoints.llava import (
     KNOWN_TOWERS,
     TOWER_PREFIX,
@@ -33,6 +35,7 @@ from visavis.checkpoints.transformers_folder import (
     chat_template,
     check_vocabulary,
     refuse_quantised,
+    words_folder,
 )
 from visavis.checkpoints.transformers_names import tower_table
 from visavis.checkpoints.transformers_processor import processor_config
@@ -58,14 +61,16 @@ def load_llava(
     folder: Path,
     *,
     base: Path | None = None,
+    adapters: Sequence[Adapter] = (),
     vision_tower: Path | None = None,
     precision: str = "auto",
     device: str = "cpu",
 ) -> Loaded:
-    """Load a checkpoint, or a first stage's projector on its base.
+    """Load a checkpoint, a first stage's projector on its base, or adapters on theirs.
 
     Args:
-        base: the language model's folder, of a first stage.
+        folder: what holds the layout's config.json.
+        base: the language model's folder, of a first stage or of adapters.
         vision_tower: the folder of the tower; for its weights too if the checkpoint has none.
 
     Raises:
@@ -74,16 +79,19 @@ def load_llava(
     data = read_json(folder / CONFIG_NAME)
     refuse_quantised(data, folder)
     first_stage = is_first_stage(folder)
-    body = _base(folder, base) if first_stage else folder
-    text = read_json(body / CONFIG_NAME) if first_stage else text_config(data)
-    if first_stage and is_llava(text):
-        text = text_config(text)
+    body = _base(folder, base) if first_stage else base or folder
+    text = read_json(body / CONFIG_NAME)
     refuse_quantised(text, body)
+    if is_llava(text):
+        text = text_config(text)
     files = weight_files(body)
     entries = dict(read_tensors(files).entries)
     if first_stage:
         files.append(folder / PROJECTOR)
         entries |= _projector(folder / PROJECTOR)
+    files += [file for adapter in adapters for file in adapter.files]
+    # The names of this layout have one spelling.
+    entries = dict(merged(TensorFiles(entries), adapters, str).entries)
     tower = _tower_folder(folder, data, vision_tower)
     vision = _vision_config(folder, data, tower)
     if not any(name.startswith(TOWER_PREFIX) for name in entries):
@@ -100,7 +108,7 @@ def load_llava(
             f"pictures for {folder} are prepared with {processor.size} pixels, but its vision "
             f"tower takes {vision['image_size']}; {PROCESSOR} belongs to another tower."
         )
-    words = folder if (folder / "tokenizer.json").is_file() else body
+    words = folder if (folder / "tokenizer.json").is_file() else words_folder(adapters, body)
     tokenizer, specials = load_tokenizer(words)
     check_vocabulary(tokenizer, config, words)
     dtype = auto_dtype(precision, device)
@@ -115,9 +123,16 @@ def load_llava(
     # A first stage has seen captions only and has learned no format.
     turns = "" if first_stage else turns_of(data, text)
     jinja = "" if first_stage or turns else chat_template(folder)
-    identity = {"config": data, "text": text, "vision": vision, "processor": processor.to_dict()}
+    identity: dict[str, Any] = {
+        "config": data,
+        "text": text,
+        "vision": vision,
+        "processor": processor.to_dict(),
+    }
+    identity["adapters"] = [adapter.config for adapter in adapters]
+    top = adapters[-1].folder if adapters else folder
     return Loaded(
-        name=folder.resolve().name,
+        name=top.resolve().name,
         vlm=build(config, state, dtype, device, where=str(folder)),
         tokenizer=tokenizer,
         specials=specials,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from visavis.checkpoints import bundled
 from visavis.errors import CheckpointError, InputError, UnknownNameError
@@ -77,19 +77,21 @@ def _load(
     path: Path, *, precision: str, device: str, base: Path | None, vision_tower: Path | None
 ) -> Loaded:
     """Find out which layout the files are in, and load them."""
-    from visavis.checkpoints import llava, llava_folder, transformers_folder
+    from visavis.checkpoints import adapters, llava, llava_folder, transformers_folder
     from visavis.checkpoints.native import CONFIG_NAME, load_native
     from visavis.checkpoints.weight_files import read_json
 
-    settings = {"precision": precision, "device": device}
+    settings: dict[str, Any] = {"precision": precision, "device": device}
     config = path / transformers_folder.CONFIG_NAME
+    if adapters.is_adapter(path):
+        return _load_adapter(path, base, vision_tower, settings)
     if config.is_file() and llava.is_llava(read_json(config)):
         if base is not None and not llava_folder.is_first_stage(path):
             raise _unused("base", path, "it is whole")
         return llava_folder.load_llava(path, base=base, vision_tower=vision_tower, **settings)
     for name, value in (("base", base), ("vision_tower", vision_tower)):
         if value is not None:
-            raise _unused(name, path, "only LLaVA's original layout may lack parts")
+            raise _unused(name, path, "only adapters and LLaVA's original layout may lack parts")
     if not path.is_dir():
         return load_gguf(path, **settings)
     if (path / CONFIG_NAME).is_file():
@@ -99,8 +101,33 @@ def _load(
     found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
     raise CheckpointError(
         f"{path} holds {found}, but neither {CONFIG_NAME} nor {config.name}; expected a folder "
-        "that visavis, transformers or LLaVA wrote. It may be a download that is not complete."
+        "that visavis, transformers, PEFT or LLaVA wrote. The download may not be complete."
     )
+
+
+def _load_adapter(
+    path: Path, base: Path | None, vision_tower: Path | None, settings: dict[str, Any]
+) -> Loaded:
+    """Load an adapter, merged into the model that it stands on."""
+    from visavis.checkpoints import llava, llava_folder, transformers_folder
+    from visavis.checkpoints.adapters import adapter_chain
+    from visavis.checkpoints.weight_files import read_json
+
+    chain, base = adapter_chain(path, base)
+    if not (base / transformers_folder.CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{path} is an adapter on {base}, which has no {transformers_folder.CONFIG_NAME}; "
+            "expected a folder in transformers' or LLaVA's original layout as its base."
+        )
+    for folder in (path, base):  # LLaVA's adapters bring its config, their base may be text only
+        config = folder / transformers_folder.CONFIG_NAME
+        if config.is_file() and llava.is_llava(read_json(config)):
+            return llava_folder.load_llava(
+                folder, base=base, adapters=chain, vision_tower=vision_tower, **settings
+            )
+    if vision_tower is not None:
+        raise _unused("vision_tower", path, "its base is not in LLaVA's original layout")
+    return transformers_folder.load_transformers(base, adapters=chain, **settings)
 
 
 def _unused(name: str, path: Path, reason: str) -> InputError:

@@ -36,7 +36,7 @@ def read(
         CheckpointError: tensors are missing, unexpected or of another shape.
     """
     ours = vlm_config(config)
-    return read_as(ours, _vlm_table(config, ours), tensors, where=where, convert=convert)
+    return read_as(ours, vlm_table(config, ours), tensors, where=where, convert=convert)
 
 
 def read_as(
@@ -77,7 +77,7 @@ def write(config: Json, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept = dict(state)
     if ours.decoder.tied_head:
         kept.pop("decoder.head.weight", None)
-    return to_theirs(kept, _vlm_table(config, ours), _vlm_sizes(ours))
+    return to_theirs(kept, vlm_table(config, ours), _vlm_sizes(ours))
 
 
 def read_tower(config: Json, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def write_tower(config: Json, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return to_theirs(named, tower_table(config), _tower_sizes(vit_config(config)))
 
 
-def _vlm_table(config: Json, ours: VLMConfig) -> NameTable:
+def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
     """Return the names of a whole language model or llava."""
     prefix = "" if ours.tower is None else "language_model."
     head = f"{prefix}lm_head"

@@ -10,14 +10,16 @@ Executes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from visavis.checkpoints.adapters import Adapter, merged
 from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
-from visavis.checkpoints.transformers import read
+from visavis.checkpoints.transformers import read, vlm_table
 from visavis.checkpoints.transformers_config import vlm_config
 from visavis.checkpoints.transformers_processor import processor_config
 from visavis.checkpoints.transformers_settings import Json
@@ -40,8 +42,14 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 
 
-def load_transformers(folder: Path, *, precision: str = "auto", device: str = "cpu") -> Loaded:
-    """Load a folder in transformers' layout.
+def load_transformers(
+    folder: Path,
+    *,
+    adapters: Sequence[Adapter] = (),
+    precision: str = "auto",
+    device: str = "cpu",
+) -> Loaded:
+    """Load a folder in transformers' layout, with adapters merged into it.
 
     Raises:
         CheckpointError: a file is absent or damaged, or the files do not belong together.
@@ -49,31 +57,42 @@ def load_transformers(folder: Path, *, precision: str = "auto", device: str = "c
     data = read_json(folder / CONFIG_NAME)
     refuse_quantised(data, folder)
     config = vlm_config(data)
-    tokenizer, specials = load_tokenizer(folder)
-    check_vocabulary(tokenizer, config, folder)
-    specials = _with_placeholder(tokenizer, specials, config, folder)
+    top = adapters[-1].folder if adapters else folder
+    words = words_folder(adapters, folder)
+    tokenizer, specials = load_tokenizer(words)
+    check_vocabulary(tokenizer, config, words)
+    specials = _with_placeholder(tokenizer, specials, config, words)
     processor = _processor(config, folder)
     files = weight_files(folder)
+    tensors = merged(read_tensors(files), adapters, vlm_table(data, config).canonical)
+    files += [file for adapter in adapters for file in adapter.files]
     dtype = auto_dtype(precision, device)
     types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
 
     def convert(name: str, tensor: Tensor) -> Tensor:
-        check_values(name, tensor, str(folder))
+        check_values(name, tensor, str(top))
         return tensor.to(types[name])
 
-    state = read(data, read_tensors(files), where=str(folder), convert=convert)
-    template = chat_template(folder)
+    state = read(data, tensors, where=str(top), convert=convert)
+    template = chat_template(words)
     identity = data | {"processor": processor.to_dict() if processor else None, "chat": template}
+    identity["adapters"] = [adapter.config for adapter in adapters]
     return Loaded(
-        name=folder.resolve().name,
-        vlm=build(config, state, dtype, device, where=str(folder)),
+        name=top.resolve().name,
+        vlm=build(config, state, dtype, device, where=str(top)),
         tokenizer=tokenizer,
         specials=specials,
         profile=PromptProfile(jinja=template),
         processor=processor,
-        fingerprint=fingerprint([folder / "tokenizer.json", *files], identity),
+        fingerprint=fingerprint([words / "tokenizer.json", *files], identity),
         files=[folder / CONFIG_NAME, *files],
     )
+
+
+def words_folder(adapters: Sequence[Adapter], folder: Path) -> Path:
+    """Return the folder that has the tokenizer: the outermost adapter's that brings one."""
+    places = [*(adapter.folder for adapter in reversed(adapters)), folder]
+    return next((place for place in places if (place / "tokenizer.json").is_file()), folder)
 
 
 def refuse_quantised(data: Json, folder: Path) -> None:

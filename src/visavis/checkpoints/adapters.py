@@ -1,0 +1,248 @@
+"""LoRA adapters in PEFT's layout, merged into the tensors of their base while these are read.
+
+    adapter_config.json   r, alpha, rank-stabilised or not, DoRA or not
+    adapter_model.safetensors | .bin      <module>.lora_A.weight [r, in], .lora_B.weight [out, r]
+    non_lora_trainables.bin               LLaVA's: whole tensors that were trained beside
+
+An adapter may stand on another adapter. Works on names of the base's own layout, so every layout
+that is read by name can be a base; knows none of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from visavis.checkpoints.transformers_settings import number, require, section, without_nulls
+from visavis.checkpoints.weight_files import TensorFiles, read_json, read_tensors
+from visavis.errors import CheckpointError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there is read
+TRAINED_BESIDE = "non_lora_trainables.bin"
+LORA = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:\.weight)?")
+MAX_CHAIN = 8
+MAX_LISTED = 4
+# Settings that change what is merged, and the value at which they do not.
+PLAIN: dict[str, Any] = {
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "lora_bias": False,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to one matrix [out, in]: `scale * b @ a`; with DoRA its rows then get the
+    lengths `magnitude`."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scale: float
+    magnitude: Tensor | None = None  # [out]
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """Return the matrix with the adapter in it, float32."""
+        whole = weight.float() + self.scale * (self.b.float() @ self.a.float())
+        if self.magnitude is None:
+            return whole
+        lengths = whole.norm(dim=1)
+        return whole * (self.magnitude.float().flatten() / lengths)[:, None]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter folder, read.
+
+    Attributes:
+        low_rank: by the name of the matrix, as the base's layout may spell it.
+        replaced: tensors that are replaced or added whole.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    low_rank: dict[str, LowRank]
+    replaced: dict[str, Callable[[], Tensor]]
+    files: list[Path]
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_NAME).is_file()
+
+
+def adapter_chain(folder: Path, base: Path | None) -> tuple[list[Adapter], Path]:
+    """Return an adapter with those it stands on, the innermost first, and the model below.
+
+    Args:
+        base: the model or adapter below; None: the folder that adapter_config.json names.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, or the base is not on this machine.
+    """
+    chain: list[Adapter] = []
+    while is_adapter(folder):
+        if len(chain) == MAX_CHAIN:
+            raise CheckpointError(
+                f"more than {MAX_CHAIN} adapters stand on one another, the last of them {folder}; "
+                "expected a model below: its base may name itself, give it with base='…'."
+            )
+        chain.append(read_adapter(folder))
+        folder, base = base or _named_base(folder), None
+    return chain[::-1], folder
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read one adapter folder.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, or a kind of adapter that is not read here.
+    """
+    config = {**PLAIN, **without_nulls(read_json(folder / CONFIG_NAME))}
+    kind = config.get("peft_type")
+    require("peft_type", kind, kind == "LORA", "'LORA'")
+    for name, plain in PLAIN.items():
+        require(name, config[name], config[name] == plain, f"{plain!r}")
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(
+            f"{folder} has {CONFIG_NAME} but no weights; expected {' or '.join(WEIGHTS)}, fetch "
+            "the folder again."
+        )
+    parts: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Callable[[], Tensor]] = {}
+    files = [path]
+    for name, entry in read_tensors([path]).entries.items():
+        name = name.removeprefix("base_model.model.")
+        if found := LORA.fullmatch(name):
+            parts.setdefault(found[1], {})[found[2]] = entry()
+        else:
+            replaced[name.replace(".base_layer.", ".")] = entry
+    if (folder / TRAINED_BESIDE).is_file():
+        files.append(folder / TRAINED_BESIDE)
+        replaced |= _trained_beside(folder / TRAINED_BESIDE)
+    strange = [name for name in replaced if ".lora_" in name or ".modules_to_save." in name]
+    if strange:
+        raise CheckpointError(
+            f"{path} holds {', '.join(strange[:MAX_LISTED])}, expected pairs of lora_A and lora_B "
+            "of linear layers; adapters of embeddings and convolutions are not read here."
+        )
+    low_rank = {
+        f"{module}.weight": _low_rank(module, found, config, path)
+        for module, found in parts.items()
+    }
+    return Adapter(folder, config, low_rank, replaced, files)
+
+
+def merged(
+    tensors: TensorFiles, adapters: Sequence[Adapter], canonical: Callable[[str], str]
+) -> TensorFiles:
+    """Return the base's tensors with adapters merged, each when it is read.
+
+    Args:
+        canonical: a name of the base's layout in one of its spellings.
+
+    Raises:
+        CheckpointError: an adapter changes what the base has not, or of another shape.
+    """
+    entries = dict(tensors.entries)
+    for adapter in adapters:
+        names = {canonical(name): name for name in entries}
+        for name, entry in adapter.replaced.items():
+            entries[names.get(canonical(name), name)] = entry
+        names = {canonical(name): name for name in entries}
+        absent = [name for name in adapter.low_rank if canonical(name) not in names]
+        if absent:
+            raise CheckpointError(
+                f"{adapter.folder} changes {', '.join(absent[:MAX_LISTED])}, which its base has "
+                "not; it was trained on another model, give that one with base='…'."
+            )
+        for name, pair in adapter.low_rank.items():
+            there = names[canonical(name)]
+            entries[there] = partial(_merge, there, entries[there], pair, adapter.folder)
+    return TensorFiles(entries)
+
+
+def _merge(name: str, entry: Callable[[], Tensor], pair: LowRank, folder: Path) -> Tensor:
+    weight = entry()
+    fits = (pair.b.shape[0], pair.a.shape[1])
+    if tuple(weight.shape) != fits:
+        raise CheckpointError(
+            f"{folder} changes {name} of shape {fits}, but its base has {tuple(weight.shape)}; it "
+            "was trained on another model, give that one with base='…'."
+        )
+    return pair.merge(weight)
+
+
+def _named_base(folder: Path) -> Path:
+    """Return the base that an adapter names, if it is a folder of this machine."""
+    named = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
+    places = [folder / str(named), Path(str(named))] if named else []
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder} is an adapter of {named!r}, which is no folder here; fetch that model and "
+            "give its folder: visavis.load(…, base='…')."
+        )
+    return found
+
+
+def _low_rank(
+    module: str, found: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
+) -> LowRank:
+    """Return what is added to one matrix, its scale from the config."""
+    a, b = found.get("lora_A.weight"), found.get("lora_B.weight")
+    magnitude = found.get("lora_magnitude_vector")
+    whole = a is not None and b is not None and a.dim() == b.dim() == 2
+    if a is None or b is None or not whole or not 0 < len(a) == b.shape[1]:
+        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in found.items())
+        raise CheckpointError(
+            f"{path}: {module} has {shapes}, expected lora_A [r, in] and lora_B [out, r]; the "
+            "file is damaged, or the layer is not a linear one."
+        )
+    if bool(config.get("use_dora")) != (magnitude is not None) or (
+        magnitude is not None and magnitude.numel() != len(b)
+    ):
+        raise CheckpointError(
+            f"{path}: {module} has {'a' if magnitude is not None else 'no'} magnitude vector of "
+            f"{len(b)} rows, but {CONFIG_NAME} sets use_dora to {config.get('use_dora', False)}; "
+            "the two belong to different adapters, fetch them again."
+        )
+    rank = len(a)
+    patterns = section(config, "alpha_pattern")
+    alpha = next((patterns[p] for p in patterns if _covers(p, module)), None)
+    alpha = number(
+        {"lora_alpha": config.get("lora_alpha", 8) if alpha is None else alpha}, "lora_alpha"
+    )
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    expected = next(
+        (r for p, r in section(config, "rank_pattern").items() if _covers(p, module)),
+        config.get("r", 8),
+    )
+    require("r", expected, expected == rank, f"{rank}, the rank of {module}")
+    return LowRank(a, b, scale, magnitude)
+
+
+def _covers(pattern: str, module: str) -> bool:
+    """Return whether a pattern of PEFT names a module: a dotted end of it, or all of it after ^."""
+    plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    require("a pattern of ranks", pattern, bool(re.fullmatch(r"[\w.]+", plain)), "a plain name")
+    return module == plain or (pattern[0] != "^" and module.endswith(f".{plain}"))
+
+
+def _trained_beside(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """Return LLaVA's tensors that were trained whole, by the names of its layout."""
+    found = read_tensors([path]).entries
+    names = {name: name.removeprefix("base_model.") for name in found}
+    if any(name.startswith("model.model.") for name in names.values()):
+        names = {name: short.removeprefix("model.") for name, short in names.items()}
+    return {names[name]: entry for name, entry in found.items()}
