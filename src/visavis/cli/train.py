@@ -24,8 +24,8 @@ def train(
 
     [bold]Examples[/bold]
 
-      visavis train recipes/nano.yaml --data ../shared/data -o out/
-      visavis train recipes/nano.yaml --data ../shared/data --dry-run
+      visavis train recipes/nano.yaml --data DATA -o out/
+      visavis train recipes/nano.yaml --data DATA --dry-run
     """
     from visavis.train.recipe import read_recipe
 

@@ -1,7 +1,7 @@
 """Scores of a model on the held-out sets, as JSON on stdout.
 
-    python -m visavis.evaluate nano --data ../shared/data > scores.json
-    python -m visavis.evaluate nano --data ../shared/data --only easy-vqa --questions 1000
+    python -m visavis.evaluate nano --data DATA > scores.json
+    python -m visavis.evaluate nano --data DATA --only easy-vqa --questions 1000
 
 Knows which metric belongs to which set; the metrics are in the files beside it.
 """

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from visavis.files import write_atomically
-from visavis.model.connector import pixel_shuffle
 from visavis.model.head import mean_per_group
 from visavis.processing.pack import batches, pack
-from visavis.train.carry import carry
-from visavis.train.pair import Pair, PairSettings, fit_pair, stack_pairs
+from visavis.train.pair import PairSettings, fit_pair, stack_pairs
 from visavis.train.recipe import HeadStage, WordsStage
 from visavis.train.words import fit_words, word_targets
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 MAX_TEXT_TOKENS = 256
-CARRY_EVERY = 8  # every so many pictures show where tokens vary
 
 
 def run_frozen_stage(run: Run, stage: WordsStage | HeadStage) -> None:
@@ -63,8 +60,7 @@ def fit_start(run: Run, stage: WordsStage) -> dict[str, Tensor]:
 
 
 def fit_head(run: Run, stage: HeadStage) -> dict[str, Tensor]:
-    """Return the embedding head under which pictures and captions of the sources agree, and the
-    connector that carries the pictures' side to it (`train/carry.py`)."""
+    """Return the embedding head under which pictures and captions of the sources agree."""
     pictures, texts, groups = [], [], []
     for name, times in stage.sources.items():
         matched = run.matched(name, flip=stage.flip)
@@ -91,28 +87,10 @@ def fit_head(run: Run, stage: HeadStage) -> dict[str, Tensor]:
         )
         for member in range(stage.members)
     ]
-    return carried_head(run, stack_pairs(pairs), stage)
-
-
-def carried_head(run: Run, pair: Pair, stage: HeadStage) -> dict[str, Tensor]:
-    """Return connector and head tensors that give the pair's vectors."""
-    connector = run.vlm.connector
-    assert connector is not None
-    rows = [row for name in stage.sources for row in run.rows(name)][::CARRY_EVERY]
-    folded = pixel_shuffle(run.features[rows], connector.config.shuffle).flatten(0, 1)
-    layer = connector.layers[0]
-    assert isinstance(layer, nn.Linear)
-    weight, bias = layer.weight.detach(), layer.bias.detach()
-    carried = carry(weight, bias, folded, pair, room=stage.room)
-    dim, width = carried.head_weight.shape
-    image_weight = torch.zeros(dim, len(run.recipe.head.layers) * width)
-    at = run.recipe.head.layers.index(0) * width  # pictures are read at the input embeddings
-    image_weight[:, at : at + width] = carried.head_weight
+    pair = stack_pairs(pairs)
     return {
-        "connector.layers.0.weight": carried.connector_weight,
-        "connector.layers.0.bias": carried.connector_bias,
-        "head.image.weight": image_weight,
-        "head.image.bias": carried.head_bias,
+        "head.image.weight": pair.image_weight,
+        "head.image.bias": pair.image_bias,
         "head.text.weight": pair.text_weight,
         "head.text.bias": pair.text_bias,
     }

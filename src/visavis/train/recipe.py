@@ -1,6 +1,6 @@
 """What one training run is: a small YAML file, validated whole before any weight is loaded.
 
-    visavis train recipes/nano.yaml --data ../shared/data -o out/
+    visavis train recipes/nano.yaml --data DATA -o out/
 
 Knows names and numbers; builds nothing.
 """
@@ -37,7 +37,6 @@ class HeadRecipe(_Part):
 
     layers: tuple[int, ...] = (0, 10, 16, 25)
     dim: Annotated[int, Field(ge=1)] = 256
-    tower: bool = False  # the image side also reads the mean tower feature
 
 
 class LoraRecipe(_Part):
@@ -72,7 +71,6 @@ class HeadStage(_Part):
     alpha: Annotated[float, Field(ge=0)] = 0.0
     flip: bool = True  # mirrored pictures are a second view
     members: Annotated[int, Field(ge=1)] = 1  # seeds stacked; they share the head's dim
-    room: Annotated[int, Field(ge=1)] = 256  # directions of image tokens that carry the map
 
 
 class Contrastive(_Part):

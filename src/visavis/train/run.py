@@ -170,7 +170,7 @@ def model_config(recipe: Recipe, gguf: GGUFFile) -> VLMConfig:
         head=HeadConfig(
             layers=recipe.head.layers,
             dim=recipe.head.dim,
-            tower_width=tower.width if recipe.head.tower else 0,
+            tower_width=tower.width,
         ),
         image_token_id=specials.pad_id if specials.pad_id is not None else 0,
     )
