@@ -88,7 +88,10 @@ class Transformers:
         model = self.models[torch.float32 if exact else torch.bfloat16]
         started = time.perf_counter()
         encoded = [self._encode(item) for item in items]
-        order = sorted(range(len(items)), key=lambda i: len(encoded[i][0]))
+        # pictures alone need no decoder, so they are batched by themselves
+        order = sorted(
+            range(len(items)), key=lambda i: (bool(items[i].get("text")), len(encoded[i][0]))
+        )
         vectors: Any = [None] * len(items)
         for first in range(0, len(order), BATCH):
             chosen = order[first : first + BATCH]
@@ -131,11 +134,17 @@ class Transformers:
             if start >= 0:
                 is_image[row, start : start + self.settings["tokens_per_image"]] = True
         inputs = model.embed_tokens(ids)
+        seen = None
         if is_image.any():
             opened = [Image.open(item["image"]).convert("RGB") for item in items if "image" in item]
             pixels = self.processor(opened, return_tensors="pt")["pixel_values"]
-            tokens = self.connector(_features(self.tower, pixels))
-            inputs[is_image] = tokens.flatten(0, 1).to(inputs.dtype)
+            features = _features(self.tower, pixels)
+            inputs[is_image] = self.connector(features).flatten(0, 1).to(inputs.dtype)
+            seen = torch.zeros(len(ids), features.shape[-1])
+            seen[is_image.any(1)] = features.mean(1)
+        reads_tower = bool(self.head and self.head.config.tower_width)
+        if reads_tower and not any(item.get("text") for item in items):
+            return F.normalize(self.head.image(seen), dim=-1)
         hidden = model(
             inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True
         ).hidden_states
@@ -151,6 +160,10 @@ class Transformers:
         ):
             count = chosen.sum(1, keepdim=True)
             mean = (found * chosen[..., None]).sum(1) / count.clamp(min=1)
+            if layer is self.head.image and reads_tower:
+                if seen is None:
+                    continue
+                mean = seen
             total = total + layer(mean) * (count > 0)
         return F.normalize(total, dim=-1)
 
