@@ -71,7 +71,7 @@ def test_a_missing_tower_is_named(tmp_path: Path) -> None:
     save_original(tmp_path, peer, with_tower=False, mm_vision_tower="someone/tower")
     assert "lacks its settings" in (message := refusal(tmp_path))
     assert "someone/tower" in message and "vision_tower=" in message
-    edit_config(tmp_path, mm_vision_tower="openai/clip-vit-large-patch14")
+    edit_config(tmp_path, mm_vision_tower="openai/clip-vit-large-patch14", mm_hidden_size=1024)
     assert "lacks its weights" in refusal(tmp_path)
     assert "has no config.json" in refusal(tmp_path, vision_tower=tmp_path.parent)
 

@@ -193,7 +193,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "another kind": (lambda f: edit(f, peft_type="IA3"), "sets peft_type to 'IA3'"),
     "another rank": (lambda f: edit(f, r=8), "sets r to 8, expected 4"),
     "transposed": (lambda f: edit(f, fan_in_fan_out=True), "sets fan_in_fan_out to True"),
-    "dora without lengths": (lambda f: edit(f, use_dora=True), "no magnitude vector"),
+    "dora without lengths": (lambda f: edit(f, use_dora=True), "has no row lengths"),
     "a pattern of regular expressions": (
         lambda f: edit(f, alpha_pattern={"(a+)+$": 3}),
         "expected a plain name",
@@ -260,6 +260,15 @@ def test_a_base_that_is_not_here(pair: tuple[Path, Path], tmp_path: Path) -> Non
         load(folder, base=tmp_path)
     with pytest.raises(InputError, match="vision_tower was given"):
         load(folder, base=pair[0], vision_tower=tmp_path)
+
+
+def test_a_quantised_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base = copied(pair[0], tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is torch\.int8 in its base"):
+        load(pair[1], base=base)
 
 
 def test_the_adapters_own_tokenizer_goes_first(pair: tuple[Path, Path], tmp_path: Path) -> None:

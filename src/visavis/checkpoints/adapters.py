@@ -18,10 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from visavis.checkpoints.transformers_settings import number, require, section, without_nulls
-from visavis.checkpoints.weight_files import TensorFiles, read_json, read_tensors
+from visavis.checkpoints.weight_files import (
+    FLOATS,
+    StoredTensor,
+    TensorFiles,
+    read_headers,
+    read_json,
+)
 from visavis.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -46,18 +53,22 @@ class LowRank:
     """What is added to one matrix [out, in]: `scale * b @ a`; with DoRA its rows then get the
     lengths `magnitude`."""
 
-    a: Tensor  # [r, in]
-    b: Tensor  # [out, r]
+    a: StoredTensor  # [r, in]
+    b: StoredTensor  # [out, r]
     scale: float
-    magnitude: Tensor | None = None  # [out]
+    magnitude: StoredTensor | None = None  # [out]
 
-    def merge(self, weight: Tensor) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    def merge(self, weight: StoredTensor) -> Tensor:
         """Return the matrix with the adapter in it, float32."""
-        whole = weight.float() + self.scale * (self.b.float() @ self.a.float())
+        whole = weight().float() + self.scale * (self.b().float() @ self.a().float())
         if self.magnitude is None:
             return whole
         lengths = whole.norm(dim=1)
-        return whole * (self.magnitude.float().flatten() / lengths)[:, None]
+        return whole * (self.magnitude().float().flatten() / lengths)[:, None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Adapter:
     folder: Path
     config: dict[str, Any]
     low_rank: dict[str, LowRank]
-    replaced: dict[str, Callable[[], Tensor]]
+    replaced: dict[str, StoredTensor]
     files: list[Path]
 
 
@@ -118,15 +129,15 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder} has {CONFIG_NAME} but no weights; expected {' or '.join(WEIGHTS)}, fetch "
             "the folder again."
         )
-    parts: dict[str, dict[str, Tensor]] = {}
-    replaced: dict[str, Callable[[], Tensor]] = {}
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    replaced: dict[str, StoredTensor] = {}
     files = [path]
-    for name, entry in read_tensors([path]).entries.items():
+    for name, stored in read_headers([path]).items():
         name = name.removeprefix("base_model.model.")
         if found := LORA.fullmatch(name):
-            parts.setdefault(found[1], {})[found[2]] = entry()
+            parts.setdefault(found[1], {})[found[2]] = stored
         else:
-            replaced[name.replace(".base_layer.", ".")] = entry
+            replaced[name.replace(".base_layer.", ".")] = stored
     if (folder / TRAINED_BESIDE).is_file():
         files.append(folder / TRAINED_BESIDE)
         replaced |= _trained_beside(folder / TRAINED_BESIDE)
@@ -168,19 +179,20 @@ def merged(
             )
         for name, pair in adapter.low_rank.items():
             there = names[canonical(name)]
-            entries[there] = partial(_merge, there, entries[there], pair, adapter.folder)
+            stored = entries[there]
+            if stored.shape != pair.shape:
+                raise CheckpointError(
+                    f"{adapter.folder} changes {there} of shape {pair.shape}, but its base has "
+                    f"{stored.shape}; it was trained on another model, give that one with base='…'."
+                )
+            if stored.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{there}, which {adapter.folder} changes, is {stored.dtype} in its base, "
+                    "expected floating-point weights; use the unquantised base."
+                )
+            read = partial(pair.merge, stored)
+            entries[there] = StoredTensor(torch.float32, stored.shape, read)
     return TensorFiles(entries)
-
-
-def _merge(name: str, entry: Callable[[], Tensor], pair: LowRank, folder: Path) -> Tensor:
-    weight = entry()
-    fits = (pair.b.shape[0], pair.a.shape[1])
-    if tuple(weight.shape) != fits:
-        raise CheckpointError(
-            f"{folder} changes {name} of shape {fits}, but its base has {tuple(weight.shape)}; it "
-            "was trained on another model, give that one with base='…'."
-        )
-    return pair.merge(weight)
 
 
 def _named_base(folder: Path) -> Path:
@@ -197,27 +209,27 @@ def _named_base(folder: Path) -> Path:
 
 
 def _low_rank(
-    module: str, found: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
+    module: str, found: Mapping[str, StoredTensor], config: Mapping[str, Any], path: Path
 ) -> LowRank:
     """Return what is added to one matrix, its scale from the config."""
     a, b = found.get("lora_A.weight"), found.get("lora_B.weight")
     magnitude = found.get("lora_magnitude_vector")
-    whole = a is not None and b is not None and a.dim() == b.dim() == 2
-    if a is None or b is None or not whole or not 0 < len(a) == b.shape[1]:
-        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in found.items())
+    fit = a is not None and b is not None and len(a.shape) == len(b.shape) == 2
+    if a is None or b is None or not fit or not 0 < a.shape[0] == b.shape[1]:
+        shapes = ", ".join(f"{part} {stored.shape}" for part, stored in found.items())
         raise CheckpointError(
             f"{path}: {module} has {shapes}, expected lora_A [r, in] and lora_B [out, r]; the "
             "file is damaged, or the layer is not a linear one."
         )
-    if bool(config.get("use_dora")) != (magnitude is not None) or (
-        magnitude is not None and magnitude.numel() != len(b)
-    ):
+    lengths = 0 if magnitude is None else math.prod(magnitude.shape)
+    if lengths != (b.shape[0] if config.get("use_dora") else 0):
         raise CheckpointError(
-            f"{path}: {module} has {'a' if magnitude is not None else 'no'} magnitude vector of "
-            f"{len(b)} rows, but {CONFIG_NAME} sets use_dora to {config.get('use_dora', False)}; "
-            "the two belong to different adapters, fetch them again."
+            f"{path}: {module} has {lengths or 'no'} row lengths (lora_magnitude_vector) for "
+            f"{b.shape[0]} rows, but {CONFIG_NAME} sets use_dora to "
+            f"{config.get('use_dora', False)}; the two belong to different adapters, fetch them "
+            "again."
         )
-    rank = len(a)
+    rank = a.shape[0]
     patterns = section(config, "alpha_pattern")
     alpha = next((patterns[p] for p in patterns if _covers(p, module)), None)
     alpha = number(
@@ -239,9 +251,9 @@ def _covers(pattern: str, module: str) -> bool:
     return module == plain or (pattern[0] != "^" and module.endswith(f".{plain}"))
 
 
-def _trained_beside(path: Path) -> dict[str, Callable[[], Tensor]]:
+def _trained_beside(path: Path) -> dict[str, StoredTensor]:
     """Return LLaVA's tensors that were trained whole, by the names of its layout."""
-    found = read_tensors([path]).entries
+    found = read_headers([path])
     names = {name: name.removeprefix("base_model.") for name in found}
     if any(name.startswith("model.model.") for name in names.values()):
         names = {name: short.removeprefix("model.") for name, short in names.items()}

@@ -10,8 +10,8 @@ else from the tower's folder. Executes nothing and fetches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from visavis.checkpoints.llava import (
     vlm_config,
 )
 from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
+from visavis.checkpoints.names import NameTable
 from visavis.checkpoints.transformers import read_as
 from visavis.checkpoints.transformers_config import vision_part
 from visavis.checkpoints.transformers_folder import (
@@ -41,13 +42,15 @@ from visavis.checkpoints.transformers_names import tower_table
 from visavis.checkpoints.transformers_processor import processor_config
 from visavis.checkpoints.transformers_settings import Json, require
 from visavis.checkpoints.weight_files import (
+    StoredTensor,
     TensorFiles,
     check_values,
+    read_headers,
     read_json,
-    read_tensors,
     weight_files,
 )
 from visavis.errors import CheckpointError
+from visavis.model.config import VLMConfig
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import load_tokenizer
@@ -76,38 +79,11 @@ def load_llava(
     Raises:
         CheckpointError: a file is absent or damaged, or the files do not belong together.
     """
-    data = read_json(folder / CONFIG_NAME)
-    refuse_quantised(data, folder)
-    first_stage = is_first_stage(folder)
-    body = _base(folder, base) if first_stage else base or folder
-    text = read_json(body / CONFIG_NAME)
-    refuse_quantised(text, body)
-    if is_llava(text):
-        text = text_config(text)
-    files = weight_files(body)
-    entries = dict(read_tensors(files).entries)
-    if first_stage:
-        files.append(folder / PROJECTOR)
-        entries |= _projector(folder / PROJECTOR)
-    files += [file for adapter in adapters for file in adapter.files]
-    # The names of this layout have one spelling.
-    entries = dict(merged(TensorFiles(entries), adapters, str).entries)
-    tower = _tower_folder(folder, data, vision_tower)
-    vision = _vision_config(folder, data, tower)
-    if not any(name.startswith(TOWER_PREFIX) for name in entries):
-        tower_files = _tower_files(folder, data, tower)
-        files += tower_files
-        half = tower_table(vision)
-        for name, entry in read_tensors(tower_files).entries.items():
-            if not half.is_ignored(half.canonical(name)):
-                entries[TOWER_PREFIX + name] = entry
-    config = vlm_config(data, text, vision)
-    processor = _processor(folder, data, tower)
-    if processor.size != vision["image_size"]:
-        raise CheckpointError(
-            f"pictures for {folder} are prepared with {processor.size} pixels, but its vision "
-            f"tower takes {vision['image_size']}; {PROCESSOR} belongs to another tower."
-        )
+    found = open_llava(folder, base=base, adapters=adapters, vision_tower=vision_tower)
+    if found.lacking is not None:
+        raise found.lacking
+    data, config, processor = found.data, found.config, found.processor
+    body = base or folder
     words = folder if (folder / "tokenizer.json").is_file() else words_folder(adapters, body)
     tokenizer, specials = load_tokenizer(words)
     check_vocabulary(tokenizer, config, words)
@@ -118,28 +94,107 @@ def load_llava(
         check_values(name, tensor, str(folder))
         return tensor.to(types[name])
 
-    table = name_table(text, vision, config)
-    state = read_as(config, table, TensorFiles(entries), where=str(folder), convert=convert)
-    # A first stage has seen captions only and has learned no format.
-    turns = "" if first_stage else turns_of(data, text)
-    jinja = "" if first_stage or turns else chat_template(folder)
-    identity: dict[str, Any] = {
-        "config": data,
-        "text": text,
-        "vision": vision,
-        "processor": processor.to_dict(),
-    }
-    identity["adapters"] = [adapter.config for adapter in adapters]
+    state = read_as(config, found.table, found.tensors, where=str(folder), convert=convert)
+    jinja = "" if found.first_stage or found.turns else chat_template(folder)
+    identity: dict[str, Any] = {"config": data, "text": found.text, "vision": found.vision}
+    identity |= {"processor": processor.to_dict(), "adapters": [one.config for one in adapters]}
     top = adapters[-1].folder if adapters else folder
     return Loaded(
         name=top.resolve().name,
         vlm=build(config, state, dtype, device, where=str(folder)),
         tokenizer=tokenizer,
         specials=specials,
-        profile=PromptProfile(turns=turns, jinja=jinja),
+        profile=PromptProfile(turns=found.turns, jinja=jinja),
         processor=processor,
-        fingerprint=fingerprint([words / "tokenizer.json", *files], identity),
-        files=[folder / CONFIG_NAME, *files],
+        fingerprint=fingerprint([words / "tokenizer.json", *found.files], identity),
+        files=[folder / CONFIG_NAME, *found.files],
+    )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A folder with all its parts found and no tensor read.
+
+    Attributes:
+        tensors: by the layout's names, wherever they lie.
+        turns: the chat format that the config settles; empty for a first stage, which has seen
+            captions only.
+        lacking: why the folder cannot be loaded as it is.
+    """
+
+    data: Json
+    text: Json
+    vision: Json
+    config: VLMConfig
+    processor: ImageProcessorConfig
+    tensors: TensorFiles
+    table: NameTable
+    files: list[Path]
+    first_stage: bool
+    turns: str
+    lacking: CheckpointError | None
+
+
+def open_llava(
+    folder: Path,
+    *,
+    base: Path | None = None,
+    adapters: Sequence[Adapter] = (),
+    vision_tower: Path | None = None,
+) -> Opened:
+    """Find the parts of a model; see `load_llava`.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, or the files do not belong together.
+    """
+    data = read_json(folder / CONFIG_NAME)
+    refuse_quantised(data, folder)
+    first_stage = is_first_stage(folder)
+    body = _base(folder, base) if first_stage else base or folder
+    text = read_json(body / CONFIG_NAME)
+    refuse_quantised(text, body)
+    if is_llava(text):
+        text = text_config(text)
+    files = weight_files(body)
+    entries = read_headers(files)
+    if first_stage:
+        files.append(folder / PROJECTOR)
+        entries |= _projector(folder / PROJECTOR)
+    files += [file for adapter in adapters for file in adapter.files]
+    # The names of this layout have one spelling.
+    entries = dict(merged(TensorFiles(entries), adapters, str).entries)
+    tower = _tower_folder(folder, data, vision_tower)
+    vision = _vision_config(folder, data, tower)
+    lacking = None
+    has_tower = any(name.startswith(TOWER_PREFIX) for name in entries)
+    if not has_tower and tower is None:
+        lacking = _no_tower(folder, data, "its weights")
+    elif not has_tower and tower is not None:
+        tower_files = weight_files(tower)
+        files += tower_files
+        half = tower_table(vision)
+        for name, entry in read_headers(tower_files).items():
+            if not half.is_ignored(half.canonical(name)):
+                entries[TOWER_PREFIX + name] = entry
+    config = vlm_config(data, text, vision)
+    processor = _processor(folder, data, tower)
+    if processor.size != vision["image_size"]:
+        raise CheckpointError(
+            f"pictures for {folder} are prepared with {processor.size} pixels, but its vision "
+            f"tower takes {vision['image_size']}; {PROCESSOR} belongs to another tower."
+        )
+    return Opened(
+        data=data,
+        text=text,
+        vision=vision,
+        config=config,
+        processor=processor,
+        tensors=TensorFiles(entries),
+        table=name_table(text, vision, config),
+        files=files,
+        first_stage=first_stage,
+        turns="" if first_stage else turns_of(data, text),
+        lacking=lacking,
     )
 
 
@@ -160,10 +215,10 @@ def _base(folder: Path, base: Path | None) -> Path:
     return base
 
 
-def _projector(path: Path) -> dict[str, Callable[[], Tensor]]:
+def _projector(path: Path) -> dict[str, StoredTensor]:
     """Return how to read a projector's tensors; what stands before `mm_projector` varies."""
     part = "mm_projector."
-    found = read_tensors([path]).entries
+    found = read_headers([path])
     strange = [name for name in found if part not in name]
     if strange or not found:
         listed = ", ".join(strange[:MAX_LISTED]) or "nothing"
@@ -193,12 +248,6 @@ def _vision_config(folder: Path, data: Json, tower: Path | None) -> Json:
     if data["mm_vision_tower"] in KNOWN_TOWERS:
         return KNOWN_TOWERS[data["mm_vision_tower"]][0]
     raise _no_tower(folder, data, "its settings")
-
-
-def _tower_files(folder: Path, data: Json, tower: Path | None) -> list[Path]:
-    if tower is None:
-        raise _no_tower(folder, data, "its weights")
-    return weight_files(tower)
 
 
 def _processor(folder: Path, data: Json, tower: Path | None) -> ImageProcessorConfig:

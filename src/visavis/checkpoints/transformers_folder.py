@@ -62,7 +62,7 @@ def load_transformers(
     tokenizer, specials = load_tokenizer(words)
     check_vocabulary(tokenizer, config, words)
     specials = _with_placeholder(tokenizer, specials, config, words)
-    processor = _processor(config, folder)
+    processor = image_processor(config, folder)
     files = weight_files(folder)
     tensors = merged(read_tensors(files), adapters, vlm_table(data, config).canonical)
     files += [file for adapter in adapters for file in adapter.files]
@@ -139,7 +139,12 @@ def _with_placeholder(
     return replace(specials, by_text=specials.by_text | {text: config.image_token_id})
 
 
-def _processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
+def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
+    """Return how pictures are sized and normalised, if the model takes any.
+
+    Raises:
+        CheckpointError: no file says it, or one does that belongs to another tower.
+    """
     if config.tower is None:
         return None
     names = ("preprocessor_config.json", "processor_config.json")

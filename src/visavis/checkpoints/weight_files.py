@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,23 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: what its header says, and the tensor itself when called."""
+
+    dtype: torch.dtype
+    shape: Shape
+    read: Callable[[], Tensor]
+
+    def __call__(self) -> Tensor:
+        return self.read()
+
+
 class TensorFiles(Mapping[str, Tensor]):
     """Tensors by name, each read when it is asked for and not kept: a model is loaded within the
     memory that it takes."""
 
-    def __init__(self, entries: Mapping[str, Callable[[], Tensor]]) -> None:
+    def __init__(self, entries: Mapping[str, StoredTensor]) -> None:
         self.entries = entries
 
     def __getitem__(self, name: str) -> Tensor:
@@ -107,20 +120,29 @@ def read_tensors(files: list[Path]) -> TensorFiles:
     """Return the tensors of all files.
 
     Raises:
+        CheckpointError: see `read_headers`.
+    """
+    return TensorFiles(read_headers(files))
+
+
+def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
+    """Return what the headers of all files say; no tensor is read.
+
+    Raises:
         CheckpointError: a file is damaged, holds more than tensors, or repeats another's name.
     """
-    entries: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, StoredTensor] = {}
     owner: dict[str, Path] = {}
     for path in files:
         scan = _scan_safetensors if path.suffix == ".safetensors" else _scan_torch
-        for name, entry in scan(path):
+        for name, stored in scan(path):
             if name in owner:
                 raise CheckpointError(
                     f"{name} stands in {owner[name].name} and in {path.name} of {path.parent}, "
                     "expected once; shards of two downloads are mixed, fetch the folder again."
                 )
-            owner[name], entries[name] = path, entry
-    return TensorFiles(entries)
+            owner[name], found[name] = path, stored
+    return found
 
 
 def check_values(name: str, tensor: Tensor, where: str) -> None:
@@ -165,7 +187,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in shards]
 
 
-def _scan_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def _scan_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     """Yield how to read each tensor. The library checks the header: sizes, gaps and overlaps."""
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:
@@ -179,7 +201,8 @@ def _scan_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
                 if entry["dtype"] not in DTYPES or not 0 <= start <= end <= size:
                     raise ValueError(f"{name} is of type {entry['dtype']}, bytes {start} to {end}")
                 dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-                yield name, partial(_read, path, 8 + length + start, end - start, dtype, shape)
+                read = partial(_read, path, 8 + length + start, end - start, dtype, shape)
+                yield name, StoredTensor(dtype, shape, read)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read {path}: {error}. The file is damaged or incomplete; copy it again."
@@ -197,7 +220,7 @@ def _read(path: Path, offset: int, nbytes: int, dtype: torch.dtype, shape: Shape
         ) from error
 
 
-def _scan_torch(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def _scan_torch(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the tensors of a torch file. Nothing in it is decompressed, so nothing can swell."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -223,4 +246,5 @@ def _scan_torch(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
                 f"{path}: {name} is larger than its file, expected its numbers one by one; the "
                 "file is damaged or hostile, fetch it again."
             )
-        yield str(name), partial(Tensor.detach, tensor)
+        shape = tuple(tensor.shape)
+        yield str(name), StoredTensor(tensor.dtype, shape, partial(Tensor.detach, tensor))

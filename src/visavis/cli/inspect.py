@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,14 @@ from visavis.cli.console import (
     human_bytes,
     print_columns,
     print_json,
+    say,
 )
 
 if TYPE_CHECKING:
+    from visavis.checkpoints.names import NameTable
+    from visavis.checkpoints.weight_files import TensorFiles
     from visavis.model.config import VLMConfig
+    from visavis.processing.images import ImageProcessorConfig
 
 
 def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
@@ -32,7 +37,7 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     from visavis.checkpoints.load import resolve
 
     path = resolve(model)
-    facts = _folder(path) if path.is_dir() else _gguf(path)
+    facts = _facts(path)
     if as_json:
         print_json(facts)
         return
@@ -44,12 +49,29 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     ]
     total = sum(part["parameters"] for part in facts["parts"])
     print_columns([*rows, ["  in all", f"{total / 1e6:.1f} M", "parameters"]])
-    for title in ("profile", "tensor_types", "files"):
+    for title in ("profile", "pictures", "tensor_types", "files"):
         if facts.get(title):
             typer.secho(title.replace("_", " "), bold=True)
             # Templates hold line breaks: shown as \n, or the columns would break.
             rows = [[f"  {key}", str(v).replace("\n", "\\n")] for key, v in facts[title].items()]
             print_columns(rows)
+    for problem in facts.get("problems", []):
+        say(f"problem: {problem}")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Return what the headers of a checkpoint say, whichever layout it is in."""
+    from visavis.checkpoints import adapters, llava, native, transformers_folder
+    from visavis.checkpoints.weight_files import read_json
+
+    config = path / transformers_folder.CONFIG_NAME
+    if not path.is_dir():
+        return _gguf(path)
+    if adapters.is_adapter(path):
+        return _adapter(path)
+    if (path / native.CONFIG_NAME).is_file() or not config.is_file():
+        return _folder(path)
+    return _llava(path) if llava.is_llava(read_json(config)) else _transformers(path)
 
 
 def _folder(path: Path) -> dict[str, Any]:
@@ -79,26 +101,165 @@ def _folder(path: Path) -> dict[str, Any]:
     }
 
 
+def _transformers(path: Path) -> dict[str, Any]:
+    from visavis.checkpoints.transformers import vlm_table
+    from visavis.checkpoints.transformers_config import vlm_config
+    from visavis.checkpoints.transformers_folder import (
+        CONFIG_NAME,
+        chat_template,
+        image_processor,
+        refuse_quantised,
+    )
+    from visavis.checkpoints.weight_files import read_json, read_tensors, weight_files
+
+    data = read_json(path / CONFIG_NAME)
+    refuse_quantised(data, path)
+    config, files = vlm_config(data), weight_files(path)
+    tensors = read_tensors(files)
+    return {
+        "name": path.resolve().name,
+        "layout": "transformers",
+        "path": str(path),
+        "parts": _parts(config),
+        "profile": {
+            "architecture": data["model_type"],
+            "chat template": "in the folder" if chat_template(path) else "none",
+        },
+        "pictures": _pictures(image_processor(config, path)),
+        "tensor_types": _types(tensors),
+        "files": _sizes([path / CONFIG_NAME, *files], path),
+        "problems": _problems(config, vlm_table(data, config), tensors, path),
+    }
+
+
+def _llava(path: Path) -> dict[str, Any]:
+    from visavis.checkpoints.llava_folder import open_llava
+    from visavis.checkpoints.transformers_folder import CONFIG_NAME, chat_template
+
+    found = open_llava(path)
+    template = "in the folder" if chat_template(path) else "none, name one of visavis' turns"
+    return {
+        "name": path.resolve().name,
+        "layout": "LLaVA, original",
+        "path": str(path),
+        "parts": _parts(found.config),
+        "profile": {
+            "architecture": found.text["model_type"],
+            "vision tower": found.data["mm_vision_tower"],
+            "chat template": found.turns or template,
+        },
+        "pictures": _pictures(found.processor),
+        "tensor_types": _types(found.tensors),
+        "files": _sizes([path / CONFIG_NAME, *found.files], path),
+        "problems": [str(found.lacking)]
+        if found.lacking
+        else _problems(found.config, found.table, found.tensors, path),
+    }
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    from visavis.checkpoints.adapters import CONFIG_NAME, read_adapter
+
+    adapter = read_adapter(path)
+    pairs = adapter.low_rank.values()
+    ranks = ", ".join(map(str, sorted({pair.a.shape[0] for pair in pairs})))
+    added = [
+        math.prod(one.shape) for p in pairs for one in (p.a, p.b, p.magnitude) if one is not None
+    ]
+    whole = [math.prod(stored.shape) for stored in adapter.replaced.values()]
+    return {
+        "name": path.resolve().name,
+        "layout": "LoRA adapter",
+        "path": str(path),
+        "parts": [
+            {
+                "part": "adapter",
+                "parameters": sum(added) + sum(whole),
+                "details": f"rank {ranks} on {len(pairs)} matrices, {len(whole)} tensors whole",
+            }
+        ],
+        "profile": {
+            "base": adapter.config.get("base_model_name_or_path", "not named"),
+            "kind": "DoRA" if adapter.config.get("use_dora") else "LoRA",
+        },
+        "files": _sizes([path / CONFIG_NAME, *adapter.files], path),
+    }
+
+
 def _gguf(path: Path) -> dict[str, Any]:
     from visavis.checkpoints import gguf_llama
-    from visavis.checkpoints.gguf import open_gguf
+    from visavis.checkpoints.gguf_split import open_model
     from visavis.model.config import VLMConfig
 
-    file = open_gguf(path)
+    file, paths = open_model(path)
     types = Counter(str(getattr(t.type, "name", t.type)) for t in file.tensors.values())
     has_template = "tokenizer.chat_template" in file.metadata
     return {
         "name": str(file.metadata.get("general.name", path.stem)),
-        "layout": "GGUF",
+        "layout": "GGUF" if len(paths) == 1 else f"GGUF in {len(paths)} files",
         "path": str(path),
         "parts": _parts(VLMConfig(decoder=gguf_llama.decoder_config(file))),
         "profile": {
             "architecture": file.metadata.get("general.architecture", "unknown"),
             "chat template": "in the file" if has_template else "none",
         },
-        "tensor_types": {name: f"{number} tensors" for name, number in types.most_common()},
-        "files": {path.name: human_bytes(path.stat().st_size)},
+        "tensor_types": _counted(types),
+        "files": _sizes(paths, path.parent),
     }
+
+
+def _problems(config: VLMConfig, table: NameTable, tensors: TensorFiles, path: Path) -> list[str]:
+    """Return what keeps the tensors from fitting the config, found by names and shapes alone."""
+    import torch
+
+    from visavis.checkpoints.transformers import read_as
+    from visavis.errors import CheckpointError
+
+    shapes = {
+        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        for name, stored in tensors.entries.items()
+    }
+    if config.decoder.tied_head:  # a head of its own is compared by value when it is loaded
+        shapes = {name: t for name, t in shapes.items() if not name.endswith("lm_head.weight")}
+    try:
+        read_as(config, table, shapes, where=str(path))
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def _pictures(processor: ImageProcessorConfig | None) -> dict[str, str]:
+    if processor is None:
+        return {}
+    ways = {
+        "squash": "squeezed to a square",
+        "crop": "shortest edge resized, middle cut out",
+        "pad": "padded to a square with the mean colour",
+    }
+    return {
+        "size": f"{processor.size} px, {ways[processor.resize]}",
+        "resample": processor.resample,
+        "mean": ", ".join(f"{value:.4g}" for value in processor.mean),
+        "std": ", ".join(f"{value:.4g}" for value in processor.std),
+    }
+
+
+def _types(tensors: TensorFiles) -> dict[str, str]:
+    kinds = (str(stored.dtype).removeprefix("torch.") for stored in tensors.entries.values())
+    return _counted(Counter(kinds))
+
+
+def _counted(types: Counter[str]) -> dict[str, str]:
+    return {name: f"{number} tensors" for name, number in types.most_common()}
+
+
+def _sizes(files: list[Path], folder: Path) -> dict[str, str]:
+    """Return sizes by path, relative where the file lies within the checkpoint."""
+    inside = {
+        file: file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
+        for file in files
+    }
+    return {name: human_bytes(file.stat().st_size) for file, name in inside.items()}
 
 
 def _parts(config: VLMConfig) -> list[dict[str, Any]]:

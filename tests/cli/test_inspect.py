@@ -1,0 +1,116 @@
+"""`visavis inspect`: every layout from its headers, what does not fit named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
+from tests.checkpoints.test_gguf_split import write_split
+from tests.checkpoints.transformers_files import save_llava, save_qwen2
+from tests.cli.conftest import Run
+from visavis.checkpoints import weight_files
+from visavis.checkpoints.gguf_llama import decoder_state
+from visavis.checkpoints.gguf_split import open_model
+
+
+def facts(run: Run, path: Path) -> dict[str, Any]:
+    result = run("inspect", path, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def parameters(whole: dict[str, Any]) -> dict[str, int]:
+    return {part["part"]: part["parameters"] for part in whole["parts"]}
+
+
+@pytest.fixture(autouse=True)
+def _headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of a safetensors file is read."""
+
+    def refuse(*_: object) -> torch.Tensor:
+        raise AssertionError("inspect read a tensor")
+
+    monkeypatch.setattr(weight_files, "_read", refuse)
+
+
+def count(peer: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in peer.parameters())
+
+
+def test_a_transformers_folder(run: Run, tmp_path: Path) -> None:
+    peer, _ = save_llava(tmp_path)
+    whole = facts(run, tmp_path)
+    assert sum(parameters(whole).values()) == count(peer)
+    assert whole["layout"] == "transformers" and whole["problems"] == []
+    assert whole["tensor_types"] == {"float32": f"{len(peer.state_dict())} tensors"}
+    assert whole["pictures"]["size"] == "32 px, shortest edge resized, middle cut out"
+    shown = run("inspect", tmp_path).stdout
+    assert "vision tower" in shown and "model.safetensors" in shown and "in the folder" in shown
+
+
+def test_shards_and_a_language_model_alone(run: Run, tmp_path: Path) -> None:
+    peer = save_qwen2(tmp_path, max_shard_size="40KB", dtype=torch.bfloat16)
+    whole = facts(run, tmp_path)
+    assert parameters(whole) == {"language model": count(peer)}
+    assert list(whole["tensor_types"]) == ["bfloat16"] and whole["pictures"] == {}
+    assert sum(name.endswith(".safetensors") for name in whole["files"]) > 1
+
+
+def test_what_does_not_fit_is_named(run: Run, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["model.extra"] = torch.ones(3)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (problem,) = facts(run, tmp_path)["problems"]
+    assert "missing model.norm.weight" in problem and "unexpected model.extra" in problem
+    shown = run("inspect", tmp_path)
+    assert shown.exit_code == 0 and "problem: the tensors of" in shown.stderr
+
+
+def test_an_original_llava(run: Run, tmp_path: Path) -> None:
+    peer = tiny_peer()
+    save_original(tmp_path, peer, with_tower=False)
+    save_tower(tmp_path / "vision_tower", peer)
+    whole = facts(run, tmp_path)
+    assert sum(parameters(whole).values()) == count(peer)
+    assert whole["profile"]["chat template"] == "vicuna_v1" and whole["problems"] == []
+    assert whole["pictures"]["size"] == "32 px, padded to a square with the mean colour"
+    assert {"model.safetensors", "vision_tower/model.safetensors"} <= whole["files"].keys()
+
+
+def test_an_original_llava_without_its_tower(run: Run, tmp_path: Path) -> None:
+    named = "openai/clip-vit-large-patch14-336"
+    save_original(
+        tmp_path, tiny_peer(), with_tower=False, mm_vision_tower=named, mm_hidden_size=1024
+    )
+    whole = facts(run, tmp_path)
+    assert parameters(whole)["vision tower"] > 3e8
+    (problem,) = whole["problems"]
+    assert "lacks its weights" in problem and named in problem
+
+
+def test_an_adapter(run: Run, tmp_path: Path) -> None:
+    pair = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{name}.weight": torch.ones(*shape)
+        for name, shape in (("A", (4, 32)), ("B", (32, 4)))
+    }
+    save_file(pair, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "a/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    whole = facts(run, tmp_path)
+    assert parameters(whole) == {"adapter": 256} and whole["profile"]["base"] == "a/base"
+
+
+def test_a_split_gguf(run: Run, tmp_path: Path) -> None:
+    paths = write_split(tmp_path)
+    whole = facts(run, paths[1])
+    assert whole["layout"] == "GGUF in 3 files" and list(whole["files"]) == [p.name for p in paths]
+    arrays = dict(decoder_state(open_model(paths[0])[0])).values()
+    assert parameters(whole) == {"language model": sum(array.size for array in arrays)}
