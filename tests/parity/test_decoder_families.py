@@ -128,7 +128,7 @@ def test_names_come_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_what_a_config_leaves_out_is_the_librarys_default(kind: str) -> None:
+def test_what_a_config_leaves_out_is_the_default_of_the_library(kind: str) -> None:
     library = CLASSES[kind][0]().to_dict()
     assert vlm_config({"model_type": kind}) == vlm_config(library)
 

@@ -97,7 +97,7 @@ def test_settings_we_do_not_have_are_refused(setting: str, value: object) -> Non
         vlm_config({"model_type": "llama"} | BASE | {setting: value})
 
 
-def test_what_a_config_leaves_out_is_the_librarys_default() -> None:
+def test_what_a_config_leaves_out_is_the_default_of_the_library() -> None:
     """Hub files of LLaVA 1.5 name little more than the model type of their Vicuna."""
     assert vlm_config({"model_type": "llama"}) == vlm_config(LlamaConfig().to_dict())
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
