@@ -40,7 +40,7 @@ from visavis.progress import track
 from visavis.prompt import Image, Prompt
 from visavis.registry import lookup
 
-TOWER_BATCH = 8  # images per forward of the vision tower: bounds its memory
+TOWER_BATCH = 4  # images per forward of the vision tower: larger ones fall out of the cache
 DEFAULT_BATCH_TOKENS = 2048
 
 
