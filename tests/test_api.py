@@ -208,6 +208,8 @@ def test_the_head_may_read_the_tower(tmp_path: Path) -> None:
         (lambda m: m.embed([""]), InputError, "empty"),
         (lambda m: m.embed(["x"], dim=0), InputError, "dim"),
         (lambda m: m.embed(["x"], dim=10_000), InputError, "dim"),
+        (lambda m: m.embed(["x"], dim=-1), InputError, "dim"),
+        (lambda m: m.embed(["x"], dim=10**12), InputError, "dim"),
         (lambda m: m.embed([{"image": "https://a.example/x.png"}]), InputError, "download"),
     ],
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.loaded import Loaded
-from visavis.embed.encoder import cut, embed_batch, embedding_dim
+from visavis.embed.encoder import cut, embed_batch, embedding_dim, kept_dim
 from visavis.errors import ContextLengthError, InputError
 from visavis.generate.engine import generate
 from visavis.generate.sampling import make_sampler
@@ -227,13 +227,13 @@ class Model:
             InputError, ImageError: an item cannot be used; the message names it.
             ContextLengthError: an item is longer than the model's context.
         """
+        dim = kept_dim(dim, self.embedding_dim)
         listed = list(items) if isinstance(items, list | tuple | np.ndarray) else [items]
         if isinstance(items, np.ndarray) and items.ndim in (2, 3):
             listed = [items]
         prompts = [self._instructed(Prompt.of(item), instruction) for item in listed]
         encoded = [self._encode_item(prompt) for prompt in prompts]
-        dim_kept = self.embedding_dim if dim is None else dim
-        vectors = np.empty((len(prompts), dim_kept), np.float32)
+        vectors = np.empty((len(prompts), dim), np.float32)
         lengths = [len(one.token_ids) for one in encoded]
         groups = list(batches(lengths, batch_tokens or DEFAULT_BATCH_TOKENS))
         for group in track(groups, "embedding", weights=[len(g) for g in groups], show=progress):

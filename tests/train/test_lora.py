@@ -1,6 +1,8 @@
-"""Adapters: nothing changes when added; merged, saved and loaded equal unmerged."""
+"""Adapters: nothing changes when added; merged on load equals unmerged."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from visavis.checkpoints.native import merge
 from visavis.errors import TrainError
 from visavis.model.batch import PackedBatch
 from visavis.model.vlm import VLM
-from visavis.train.lora import LoRALinear, add_lora, merge_lora
+from visavis.train.lora import add_lora
 
 
 def make_batch() -> PackedBatch:
@@ -30,7 +32,7 @@ def test_added_adapters_change_nothing_until_trained() -> None:
     assert not torch.allclose(vlm(batch)[-1], before)
 
 
-def test_merged_equals_unmerged_both_ways() -> None:
+def test_merged_on_load_equals_unmerged() -> None:
     torch.manual_seed(0)
     vlm, batch = VLM(tiny_config()).requires_grad_(False), make_batch()
     base = {name: tensor.clone() for name, tensor in vlm.state_dict().items()}
@@ -38,12 +40,6 @@ def test_merged_equals_unmerged_both_ways() -> None:
         torch.nn.init.normal_(linear.lora_b, std=0.1)
     unmerged = vlm(batch)[-1]
     own = {name: t.clone() for name, t in vlm.state_dict().items() if ".lora_" in name}
-    merge_lora(vlm.decoder)
-    assert not any(isinstance(module, LoRALinear) for module in vlm.modules())
-    assert torch.allclose(vlm(batch)[-1], unmerged, atol=1e-5)
-
-    from pathlib import Path
-
     loaded = VLM(tiny_config())
     merge(base, own, 2.0, Path("adapter"))
     loaded.load_state_dict(base)

@@ -37,17 +37,21 @@ def embedding_dim(vlm: VLM, pooling: str) -> int:
     return vlm.config.decoder.width
 
 
-def cut(vectors: Tensor, dim: int | None) -> Tensor:
-    """Keep the first `dim` numbers and normalise again (Matryoshka, Kusupati et al. 2022).
+def kept_dim(dim: int | None, whole: int) -> int:
+    """Return how many numbers of a vector are kept; None keeps all.
 
     Raises:
         InputError: `dim` is not between 1 and the vectors' length.
     """
-    if dim is None or dim == vectors.shape[1]:
-        return vectors
-    if not 1 <= dim <= vectors.shape[1]:
+    if dim is None:
+        return whole
+    if not 1 <= dim <= whole:
         raise InputError(
-            f"dim is {dim}, but this model's vectors have {vectors.shape[1]} numbers; "
-            f"choose 1 to {vectors.shape[1]}."
+            f"dim is {dim}, but this model's vectors have {whole} numbers; choose 1 to {whole}."
         )
-    return F.normalize(vectors[:, :dim], dim=-1)
+    return dim
+
+
+def cut(vectors: Tensor, dim: int) -> Tensor:
+    """Keep the first `dim` numbers and normalise again (Matryoshka, Kusupati et al. 2022)."""
+    return vectors if dim == vectors.shape[1] else F.normalize(vectors[:, :dim], dim=-1)

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the decoder's linears (Hu et al. 2021): add, save, merge.
+"""Low-rank adapters on the decoder's linears (Hu et al. 2021), added for training; merged on load.
 
 Each adapted linear computes W x + scale * B A x with W frozen. Tensors are named
 `<linear>.lora_a` [r, in] and `<linear>.lora_b` [out, r], as `checkpoints/native.py` reads them.
@@ -58,18 +58,3 @@ def add_lora(
             setattr(block, target, adapted)
             added.append(adapted)
     return added
-
-
-@torch.no_grad()
-def merge_lora(decoder: Decoder) -> None:
-    """Fold every adapter into its weight, in place, and put plain linears back."""
-    for block in decoder.blocks:
-        for name, module in list(block.named_children()):
-            if isinstance(module, LoRALinear):
-                plain = nn.Linear(module.in_features, module.out_features, bias=False)
-                merged = module.weight.float().addmm(
-                    module.lora_b, module.lora_a, alpha=module.scale
-                )
-                plain.weight = nn.Parameter(merged.to(module.weight.dtype), requires_grad=False)
-                plain.bias = module.bias
-                setattr(block, name, plain)
