@@ -18,7 +18,7 @@ def export(model: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
     import visavis
-    from visavis.checkpoints.transformers import write
+    from visavis.checkpoints.transformers.layout import write
     from visavis.model.config import to_dict
 
     exact = visavis.load(model, precision="f32", device="cpu")

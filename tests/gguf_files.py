@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from visavis.checkpoints.gguf_llama import gguf_state
+from visavis.checkpoints.gguf.decoder import gguf_state
 from visavis.model.config import DecoderConfig
 
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.gguf_files import llama_metadata, random_state, tiny_config, write_gguf
-from visavis.checkpoints.gguf import open_gguf
-from visavis.checkpoints.gguf_llama import decoder_config, decoder_state, gguf_state
+from visavis.checkpoints.gguf.decoder import decoder_config, decoder_state, gguf_state
+from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.errors import CheckpointError
 from visavis.processing.tokenizer import build_tokenizer, special_tokens
 

@@ -12,7 +12,7 @@ import torch
 import visavis
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.fakes import picture
-from visavis.checkpoints.llava import KNOWN_TOWERS, text_config, vlm_config
+from visavis.checkpoints.llava.layout import KNOWN_TOWERS, text_config, vlm_config
 from visavis.errors import CheckpointError, InputError
 
 

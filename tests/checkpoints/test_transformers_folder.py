@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import visavis
 from tests.checkpoints.transformers_files import CHATML, save_llava, save_qwen2
 from visavis.checkpoints import weight_files
-from visavis.checkpoints.transformers_processor import processor_config
+from visavis.checkpoints.transformers.processor import processor_config
 from visavis.errors import CheckpointError, InputError
 
 PROMPT = [1, 5, 9, 200]

@@ -15,8 +15,8 @@ from tests.checkpoints.test_gguf_split import write_split
 from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.cli.conftest import Run
 from visavis.checkpoints import weight_files
-from visavis.checkpoints.gguf_llama import decoder_state
-from visavis.checkpoints.gguf_split import open_model
+from visavis.checkpoints.gguf.decoder import decoder_state
+from visavis.checkpoints.gguf.split import open_model
 
 
 def facts(run: Run, path: Path) -> dict[str, Any]:

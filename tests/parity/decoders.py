@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.parity.peers import assert_close
-from visavis.checkpoints.transformers import read
-from visavis.checkpoints.transformers_config import vlm_config
+from visavis.checkpoints.transformers.config import vlm_config
+from visavis.checkpoints.transformers.layout import read
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
 from visavis.model.kv_cache import KVCache

@@ -18,10 +18,10 @@ from tests.llamacpp import llama_cpp
 from tests.parity.decoders import BASE, random_ids
 from tests.parity.peers import assert_close, randomized
 from tests.parity.test_decoder_families import CLASSES, LONGROPE, SPECIALS
-from visavis.checkpoints.gguf import open_gguf
-from visavis.checkpoints.gguf_llama import decoder_config
+from visavis.checkpoints.gguf.decoder import decoder_config
+from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.transformers_config import vlm_config
+from visavis.checkpoints.transformers.config import vlm_config
 from visavis.errors import CheckpointError
 from visavis.model.quantized import PackedLinear, packed_kernels
 from visavis.processing.pack import pack

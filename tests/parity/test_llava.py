@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from tests.parity.peers import assert_close, randomized
-from visavis.checkpoints.transformers import read, write
-from visavis.checkpoints.transformers_config import vlm_config
+from visavis.checkpoints.transformers.config import vlm_config
+from visavis.checkpoints.transformers.layout import read, write
 from visavis.errors import CheckpointError
 from visavis.model.batch import PackedBatch
 from visavis.model.vlm import VLM

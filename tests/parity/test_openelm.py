@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tests.parity.decoders import random_ids, stream
 from tests.parity.peers import assert_close
-from visavis.checkpoints.transformers import read, write
-from visavis.checkpoints.transformers_config import vlm_config
+from visavis.checkpoints.transformers.config import vlm_config
+from visavis.checkpoints.transformers.layout import read, write
 from visavis.errors import CheckpointError
 from visavis.model.attention import Layout
 from visavis.model.config import DecoderConfig

@@ -16,7 +16,7 @@ import pytest
 import visavis
 from tests.gguf_files import write_gguf
 from tests.llamacpp import LlamaCpp, llama_cpp
-from visavis.checkpoints.gguf import open_gguf
+from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.generate.engine import generate
 from visavis.generate.sampling import make_sampler
 from visavis.processing.pack import pack

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from tests.parity.peers import assert_close, randomized
-from visavis.checkpoints.transformers import read_tower, write_tower
-from visavis.checkpoints.transformers_config import vit_config
+from visavis.checkpoints.transformers.config import vit_config
+from visavis.checkpoints.transformers.layout import read_tower, write_tower
 from visavis.model.towers.vit import ViT
 
 pytestmark = pytest.mark.parity

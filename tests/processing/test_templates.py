@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from visavis.checkpoints.gguf import open_gguf
+from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.errors import CheckpointError, InputError
 from visavis.processing.templates import (
     ChatTemplate,

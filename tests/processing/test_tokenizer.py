@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tests.gguf_files import tiny_config, write_llama
 from tests.llamacpp import llama_cpp
 from tests.texts import FRAGMENTS, texts
-from visavis.checkpoints.gguf import open_gguf
+from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.errors import CheckpointError
 from visavis.processing.tokenizer import (
     PRE_TOKENIZERS,

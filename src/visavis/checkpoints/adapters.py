@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visavis.checkpoints.transformers_settings import number, require, section, without_nulls
+from visavis.checkpoints.transformers.settings import number, require, section, without_nulls
 from visavis.checkpoints.weight_files import (
     FLOATS,
     StoredTensor,

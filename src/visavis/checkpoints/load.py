@@ -77,15 +77,18 @@ def _load(
     path: Path, *, precision: str, device: str, base: Path | None, vision_tower: Path | None
 ) -> Loaded:
     """Find out which layout the files are in, and load them."""
-    from visavis.checkpoints import adapters, llava, llava_folder, transformers_folder
+    from visavis.checkpoints import adapters
+    from visavis.checkpoints.llava import folder as llava_folder
+    from visavis.checkpoints.llava.layout import is_llava
     from visavis.checkpoints.native import CONFIG_NAME, load_native
+    from visavis.checkpoints.transformers import folder as transformers_folder
     from visavis.checkpoints.weight_files import read_json
 
     settings: dict[str, Any] = {"precision": precision, "device": device}
     config = path / transformers_folder.CONFIG_NAME
     if adapters.is_adapter(path):
         return _load_adapter(path, base, vision_tower, settings)
-    if config.is_file() and llava.is_llava(read_json(config)):
+    if config.is_file() and is_llava(read_json(config)):
         if base is not None and not llava_folder.is_first_stage(path):
             raise _unused("base", path, "it is whole")
         return llava_folder.load_llava(path, base=base, vision_tower=vision_tower, **settings)
@@ -109,8 +112,10 @@ def _load_adapter(
     path: Path, base: Path | None, vision_tower: Path | None, settings: dict[str, Any]
 ) -> Loaded:
     """Load an adapter, merged into the model that it stands on."""
-    from visavis.checkpoints import llava, llava_folder, transformers_folder
     from visavis.checkpoints.adapters import adapter_chain
+    from visavis.checkpoints.llava import folder as llava_folder
+    from visavis.checkpoints.llava.layout import is_llava
+    from visavis.checkpoints.transformers import folder as transformers_folder
     from visavis.checkpoints.weight_files import read_json
 
     chain, base = adapter_chain(path, base)
@@ -121,7 +126,7 @@ def _load_adapter(
         )
     for folder in (path, base):  # LLaVA's adapters bring its config, their base may be text only
         config = folder / transformers_folder.CONFIG_NAME
-        if config.is_file() and llava.is_llava(read_json(config)):
+        if config.is_file() and is_llava(read_json(config)):
             return llava_folder.load_llava(
                 folder, base=base, adapters=chain, vision_tower=vision_tower, **settings
             )
@@ -139,8 +144,8 @@ def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Lo
     tokenizer and chat template."""
     import torch
 
-    from visavis.checkpoints import gguf_llama
-    from visavis.checkpoints.gguf_split import open_model
+    from visavis.checkpoints.gguf import decoder as gguf_decoder
+    from visavis.checkpoints.gguf.split import open_model
     from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
     from visavis.checkpoints.packing import pack_linears
     from visavis.model.config import VLMConfig
@@ -148,10 +153,10 @@ def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Lo
     from visavis.processing.tokenizer import build_tokenizer, special_tokens
 
     file, paths = open_model(path)
-    config = VLMConfig(decoder=gguf_llama.decoder_config(file))
+    config = VLMConfig(decoder=gguf_decoder.decoder_config(file))
     dtype = auto_dtype(precision, device)
     state = {}
-    for name, array in gguf_llama.decoder_state(file):
+    for name, array in gguf_decoder.decoder_state(file):
         tensor = torch.from_numpy(array)
         state[name] = tensor if tensor.dim() == 1 else tensor.to(dtype)
     vlm = build(config, state, dtype, device, where=str(path))

@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from visavis.checkpoints import bundled, gguf_llama
+from visavis.checkpoints import bundled
 from visavis.checkpoints.efficientnet import load_efficientnet
-from visavis.checkpoints.gguf import GGUFFile, open_gguf
+from visavis.checkpoints.gguf import decoder as gguf_decoder
+from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
 from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
 from visavis.checkpoints.packing import pack_linears
 from visavis.errors import CheckpointError
@@ -123,7 +124,7 @@ def base_state(
 ) -> dict[str, Tensor]:
     """Return the base's tensors; decoder linears that no LoRA touches come in `dtype` at once."""
     state = {}
-    for name, array in gguf_llama.decoder_state(file):
+    for name, array in gguf_decoder.decoder_state(file):
         tensor = torch.from_numpy(array)
         adapted = name.removesuffix(".weight") + ".lora_a" in own
         is_norm = tensor.dim() == 1

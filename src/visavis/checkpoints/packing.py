@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from visavis.checkpoints.gguf import GGUFFile
-from visavis.checkpoints.gguf_llama import StoredPart, decoder_tensors
+from visavis.checkpoints.gguf.decoder import StoredPart, decoder_tensors
+from visavis.checkpoints.gguf.reader import GGUFFile
 from visavis.model.decoder import Decoder
 from visavis.model.quantized import GROUP, PackedLinear
 

@@ -61,7 +61,9 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
 
 def _facts(path: Path) -> dict[str, Any]:
     """Return what the headers of a checkpoint say, whichever layout it is in."""
-    from visavis.checkpoints import adapters, llava, native, transformers_folder
+    from visavis.checkpoints import adapters, native
+    from visavis.checkpoints.llava.layout import is_llava
+    from visavis.checkpoints.transformers import folder as transformers_folder
     from visavis.checkpoints.weight_files import read_json
 
     config = path / transformers_folder.CONFIG_NAME
@@ -71,7 +73,7 @@ def _facts(path: Path) -> dict[str, Any]:
         return _adapter(path)
     if (path / native.CONFIG_NAME).is_file() or not config.is_file():
         return _folder(path)
-    return _llava(path) if llava.is_llava(read_json(config)) else _transformers(path)
+    return _llava(path) if is_llava(read_json(config)) else _transformers(path)
 
 
 def _folder(path: Path) -> dict[str, Any]:
@@ -102,14 +104,14 @@ def _folder(path: Path) -> dict[str, Any]:
 
 
 def _transformers(path: Path) -> dict[str, Any]:
-    from visavis.checkpoints.transformers import vlm_table
-    from visavis.checkpoints.transformers_config import vlm_config
-    from visavis.checkpoints.transformers_folder import (
+    from visavis.checkpoints.transformers.config import vlm_config
+    from visavis.checkpoints.transformers.folder import (
         CONFIG_NAME,
         chat_template,
         image_processor,
         refuse_quantised,
     )
+    from visavis.checkpoints.transformers.layout import vlm_table
     from visavis.checkpoints.weight_files import read_json, read_tensors, weight_files
 
     data = read_json(path / CONFIG_NAME)
@@ -133,8 +135,8 @@ def _transformers(path: Path) -> dict[str, Any]:
 
 
 def _llava(path: Path) -> dict[str, Any]:
-    from visavis.checkpoints.llava_folder import open_llava
-    from visavis.checkpoints.transformers_folder import CONFIG_NAME, chat_template
+    from visavis.checkpoints.llava.folder import open_llava
+    from visavis.checkpoints.transformers.folder import CONFIG_NAME, chat_template
 
     found = open_llava(path)
     template = "in the folder" if chat_template(path) else "none, name one of visavis' turns"
@@ -187,8 +189,8 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    from visavis.checkpoints import gguf_llama
-    from visavis.checkpoints.gguf_split import open_model
+    from visavis.checkpoints.gguf import decoder as gguf_decoder
+    from visavis.checkpoints.gguf.split import open_model
     from visavis.model.config import VLMConfig
 
     file, paths = open_model(path)
@@ -198,7 +200,7 @@ def _gguf(path: Path) -> dict[str, Any]:
         "name": str(file.metadata.get("general.name", path.stem)),
         "layout": "GGUF" if len(paths) == 1 else f"GGUF in {len(paths)} files",
         "path": str(path),
-        "parts": _parts(VLMConfig(decoder=gguf_llama.decoder_config(file))),
+        "parts": _parts(VLMConfig(decoder=gguf_decoder.decoder_config(file))),
         "profile": {
             "architecture": file.metadata.get("general.architecture", "unknown"),
             "chat template": "in the file" if has_template else "none",
@@ -212,7 +214,7 @@ def _problems(config: VLMConfig, table: NameTable, tensors: TensorFiles, path: P
     """Return what keeps the tensors from fitting the config, found by names and shapes alone."""
     import torch
 
-    from visavis.checkpoints.transformers import read_as
+    from visavis.checkpoints.transformers.layout import read_as
     from visavis.errors import CheckpointError
 
     shapes = {

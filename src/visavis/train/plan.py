@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from visavis.checkpoints import bundled
-from visavis.checkpoints.gguf import open_gguf
+from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.data.sources import SOURCES
 from visavis.errors import TrainError, VisavisError
 from visavis.model.vlm import VLM

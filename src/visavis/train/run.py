@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visavis.checkpoints import bundled, gguf_llama
+from visavis.checkpoints import bundled
 from visavis.checkpoints.efficientnet import load_efficientnet
-from visavis.checkpoints.gguf import GGUFFile, open_gguf
+from visavis.checkpoints.gguf import decoder as gguf_decoder
+from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
 from visavis.checkpoints.loaded import auto_dtype
 from visavis.checkpoints.native import save_native
 from visavis.data.records import Record
@@ -140,7 +141,7 @@ def start(recipe: Recipe, data: Path, out: Path, report: Report) -> Run:
     vlm = VLM(config)
     tower, _ = load_efficientnet(base["vision_tower"])
     state = {f"tower.{name}": tensor for name, tensor in tower.items()}
-    for name, array in gguf_llama.decoder_state(gguf):
+    for name, array in gguf_decoder.decoder_state(gguf):
         state[name] = torch.from_numpy(array)
     state["decoder.head.weight"] = state["decoder.embed.weight"]
     missing, unexpected = vlm.load_state_dict(state, strict=False)
@@ -158,7 +159,7 @@ def start(recipe: Recipe, data: Path, out: Path, report: Report) -> Run:
 
 def model_config(recipe: Recipe, gguf: GGUFFile) -> VLMConfig:
     """Return the whole model's config: the base's decoder, the recipe's connector and head."""
-    decoder = gguf_llama.decoder_config(gguf)
+    decoder = gguf_decoder.decoder_config(gguf)
     tower = EfficientNetConfig(variant=2, image_size=recipe.image_size)
     specials = special_tokens(gguf.metadata)
     return VLMConfig(

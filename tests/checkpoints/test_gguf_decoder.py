@@ -16,13 +16,13 @@ from tests.gguf_files import (
     write_gguf,
     write_llama,
 )
-from visavis.checkpoints.gguf import open_gguf
-from visavis.checkpoints.gguf_llama import (
+from visavis.checkpoints.gguf.decoder import (
     decoder_config,
     decoder_state,
     decoder_tensors,
     gguf_state,
 )
+from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.errors import CheckpointError
 from visavis.model.config import DecoderConfig, RopeScaling, VLMConfig
 from visavis.model.vlm import VLM

@@ -2,7 +2,7 @@
 
 GGUF names tensors alike in all of them; they differ in which there are, in whether q, k, v (and
 gate, up) are one tensor, and in how rotary pairs lie. One generator of rows serves both
-directions. Knows no bytes and no metadata keys (see `gguf_llama.py`).
+directions. Knows no bytes and no metadata keys (see `decoder.py`).
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
 Takes parsed JSON: opens no file and imports no transformers. Whatever a file leaves out stands at
 the library's default; a setting that no part of ours has is refused by name. Language models are
-in `transformers_decoders.py`, tensor names in `transformers_names.py`.
+in `decoders.py`, tensor names in `names.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from visavis.checkpoints.transformers_decoders import KINDS, decoder_config
-from visavis.checkpoints.transformers_settings import (
+from visavis.checkpoints.transformers.decoders import KINDS, decoder_config
+from visavis.checkpoints.transformers.settings import (
     Json,
     activation,
     count,

@@ -1,8 +1,7 @@
 """Language models in GGUF: metadata as a `DecoderConfig`, tensors as ours, both ways.
 
-Which tensors an architecture has is said in `gguf_architectures.py`; this file was named after
-the first of them. Where GGUF keeps rotary pairs side by side, rows of q and k move, because we
-keep them half a head apart (as Hugging Face does); our q, k, v and gate, up are fused by rows.
+Which tensors an architecture has is said in `architectures.py`. Where GGUF keeps rotary pairs
+side by side, rows of q and k move, because we keep them half a head apart (as Hugging Face does); our q, k, v and gate, up are fused by rows.
 Blocks run along rows, so all of this works on quantised bytes as well. Builds no model.
 """
 
@@ -15,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from visavis.checkpoints import gguf_quants
-from visavis.checkpoints.gguf import GGUFFile, TensorInfo
-from visavis.checkpoints.gguf_architectures import (
+from visavis.checkpoints.gguf import quants
+from visavis.checkpoints.gguf.architectures import (
     ARCHITECTURES,
     LLAMA,
     Architecture,
@@ -25,6 +23,7 @@ from visavis.checkpoints.gguf_architectures import (
     rows,
     shape_of,
 )
+from visavis.checkpoints.gguf.reader import GGUFFile, TensorInfo
 from visavis.errors import CheckpointError
 from visavis.model.config import DecoderConfig, PerLayer, RopeScaling
 from visavis.registry import suggest
@@ -44,11 +43,11 @@ class StoredPart:
 
     def dequantize(self, out: np.ndarray) -> None:
         """Write float32 values to `out`, contiguous and of `shape`."""
-        gguf_quants.dequantize(self.raw.reshape(-1), self.type, self.shape, out)
+        quants.dequantize(self.raw.reshape(-1), self.type, self.shape, out)
 
-    def parts(self) -> gguf_quants.Parts:
+    def parts(self) -> quants.Parts:
         """Return codes, scales and minimums; only for quantised types."""
-        return gguf_quants.parts(self.raw.reshape(-1), self.type, self.shape)
+        return quants.parts(self.raw.reshape(-1), self.type, self.shape)
 
 
 def decoder_config(file: GGUFFile) -> DecoderConfig:
@@ -143,7 +142,7 @@ def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
             are not finite.
     """
     for info in file.tensors.values():
-        if info.type not in gguf_quants.SUPPORTED:
+        if info.type not in quants.SUPPORTED:
             file.dequantize(info.name)  # raises, naming the tensor and the types that can be
     for ours, stored in decoder_tensors(file):
         num_rows = sum(part.shape[0] for part in stored)
@@ -266,7 +265,7 @@ def _rope_scaling(
     if ROPE_FACTORS in file.tensors:
         return RopeScaling("factors", factors=_factors(file, ROPE_FACTORS, rotary_dim))
     if SHORT_FACTORS in file.tensors:
-        # Phi-3's stretch: used within its first context, see `transformers_decoders.py`.
+        # Phi-3's stretch: used within its first context, see `transformers/decoders.py`.
         return RopeScaling(
             "factors",
             factors=_factors(file, SHORT_FACTORS, rotary_dim),

@@ -1,7 +1,7 @@
 """Tensor names of transformers: rows of every language model and vision tower we read.
 
 Both generations of names are read: that of the files on the hub and that of modules since 4.52;
-the hub's is written. Knows no settings (see `transformers_config.py`) and holds no tensor.
+the hub's is written. Knows no settings (see `config.py`) and holds no tensor.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from visavis.checkpoints.names import NameTable, Row
-from visavis.checkpoints.transformers_config import vision_part
-from visavis.checkpoints.transformers_settings import Json
+from visavis.checkpoints.transformers.config import vision_part
+from visavis.checkpoints.transformers.settings import Json
 
 
 @dataclass(frozen=True)

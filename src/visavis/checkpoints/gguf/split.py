@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from visavis.checkpoints.gguf import GGUFFile, TensorInfo, open_gguf
+from visavis.checkpoints.gguf.reader import GGUFFile, TensorInfo, open_gguf
 from visavis.errors import CheckpointError
 
 NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)

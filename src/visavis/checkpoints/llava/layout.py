@@ -2,7 +2,7 @@
 
 One config.json holds the language model's settings and `mm_…` ones; tensors are called
 `model.layers…`, `model.mm_projector…`, `model.vision_tower.vision_tower.vision_model…`. Takes
-parsed JSON and opens no file (see `llava_folder.py`).
+parsed JSON and opens no file (see `folder.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from visavis.checkpoints.names import NameTable, Row
-from visavis.checkpoints.transformers_config import CLIP, LLAVA_TOWER, SIGLIP, vit_config
-from visavis.checkpoints.transformers_decoders import decoder_config
-from visavis.checkpoints.transformers_names import decoder_rows, tower_table
-from visavis.checkpoints.transformers_settings import Json, require, without_nulls
+from visavis.checkpoints.transformers.config import CLIP, LLAVA_TOWER, SIGLIP, vit_config
+from visavis.checkpoints.transformers.decoders import decoder_config
+from visavis.checkpoints.transformers.names import decoder_rows, tower_table
+from visavis.checkpoints.transformers.settings import Json, require, without_nulls
 from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, VLMConfig
 

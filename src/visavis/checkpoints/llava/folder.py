@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from visavis.checkpoints.adapters import Adapter, merged
-from visavis.checkpoints.llava import (
+from visavis.checkpoints.llava.layout import (
     KNOWN_TOWERS,
     TOWER_PREFIX,
     is_llava,
@@ -29,18 +29,18 @@ from visavis.checkpoints.llava import (
 )
 from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
 from visavis.checkpoints.names import NameTable
-from visavis.checkpoints.transformers import read_as
-from visavis.checkpoints.transformers_config import vision_part
-from visavis.checkpoints.transformers_folder import (
+from visavis.checkpoints.transformers.config import vision_part
+from visavis.checkpoints.transformers.folder import (
     CONFIG_NAME,
     chat_template,
     check_vocabulary,
     refuse_quantised,
     words_folder,
 )
-from visavis.checkpoints.transformers_names import tower_table
-from visavis.checkpoints.transformers_processor import processor_config
-from visavis.checkpoints.transformers_settings import Json, require
+from visavis.checkpoints.transformers.layout import read_as
+from visavis.checkpoints.transformers.names import tower_table
+from visavis.checkpoints.transformers.processor import processor_config
+from visavis.checkpoints.transformers.settings import Json, require
 from visavis.checkpoints.weight_files import (
     StoredTensor,
     TensorFiles,

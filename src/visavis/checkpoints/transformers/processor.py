@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from visavis.checkpoints.transformers_settings import Json, count, require, without_nulls
+from visavis.checkpoints.transformers.settings import Json, count, require, without_nulls
 from visavis.errors import CheckpointError
 from visavis.processing.images import ImageProcessorConfig
 from visavis.registry import suggest

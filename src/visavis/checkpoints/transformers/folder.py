@@ -19,10 +19,10 @@ from torch import Tensor
 
 from visavis.checkpoints.adapters import Adapter, merged
 from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
-from visavis.checkpoints.transformers import read, vlm_table
-from visavis.checkpoints.transformers_config import vlm_config
-from visavis.checkpoints.transformers_processor import processor_config
-from visavis.checkpoints.transformers_settings import Json
+from visavis.checkpoints.transformers.config import vlm_config
+from visavis.checkpoints.transformers.layout import read, vlm_table
+from visavis.checkpoints.transformers.processor import processor_config
+from visavis.checkpoints.transformers.settings import Json
 from visavis.checkpoints.weight_files import (
     MAX_JSON_BYTES,
     check_values,

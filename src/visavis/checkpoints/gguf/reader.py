@@ -2,8 +2,8 @@
 
 Every size in the file is checked against the file's own size before anything is allocated or
 sliced, so a damaged or hostile file ends in a `CheckpointError` and never in a large allocation.
-Knows the container; deliberately does not know what any key or tensor means (gguf_llama.py,
-processing/tokenizer.py) nor how blocks are dequantised (gguf_quants.py).
+Knows the container; deliberately does not know what any key or tensor means (decoder.py,
+processing/tokenizer.py) nor how blocks are dequantised (quants.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from visavis.checkpoints import gguf_quants
+from visavis.checkpoints.gguf import quants
 from visavis.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -86,13 +86,13 @@ class GGUFFile:
             CheckpointError: its type cannot be dequantised.
         """
         info = self.tensors[name]
-        if info.type not in gguf_quants.SUPPORTED:
+        if info.type not in quants.SUPPORTED:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} is of type {info.type}, expected one of "
-                f"{', '.join(gguf_quants.SUPPORTED)}; use a file quantised as one of these, "
+                f"{', '.join(quants.SUPPORTED)}; use a file quantised as one of these, "
                 "such as Q4_K_M or Q8_0"
             )
-        return gguf_quants.dequantize(self.raw(name), info.type, info.shape)
+        return quants.dequantize(self.raw(name), info.type, info.shape)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -237,9 +237,9 @@ class _Reader:
         for name, shape, number, offset in entries:
             if name in tensors:
                 self._fail(f"tensor {name!r} occurs twice", "each name once")
-            if number not in gguf_quants.TYPES:
+            if number not in quants.TYPES:
                 self._fail(f"tensor {name!r} has type number {number}", "a known GGML type")
-            kind = gguf_quants.TYPES[number]
+            kind = quants.TYPES[number]
             nbytes = self._num_bytes(name, shape, kind)
             if offset % alignment:
                 self._fail(f"tensor {name!r} lies at offset {offset}", f"a multiple of {alignment}")
@@ -252,7 +252,7 @@ class _Reader:
                 self._fail(f"tensors {before.name!r} and {after.name!r} overlap", "separate ones")
         return tensors
 
-    def _num_bytes(self, name: str, shape: tuple[int, ...], kind: gguf_quants.BlockType) -> int:
+    def _num_bytes(self, name: str, shape: tuple[int, ...], kind: quants.BlockType) -> int:
         count = 1
         for dim in shape:
             count *= dim  # Python integers: no overflow

@@ -1,7 +1,7 @@
 """OpenELM's config.json as a `DecoderConfig`: heads and feed-forward widths grow layer by layer.
 
 transformers has no class for it; names and formulas are those of Apple's files. Knows no tensor
-names (see `transformers_names.py`).
+names (see `names.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from visavis.checkpoints.transformers_settings import (
+from visavis.checkpoints.transformers.settings import (
     Json,
     activation,
     count,

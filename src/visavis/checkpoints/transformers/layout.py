@@ -1,7 +1,7 @@
 """Checkpoints in the layout of Hugging Face transformers: its tensors as ours, and back.
 
 Language models, CLIP, SigLIP and DINOv2 vision towers, and LLaVA made of them. Takes parsed JSON
-and tensors by name: opens no file (see `transformers_folder.py`) and imports no transformers.
+and tensors by name: opens no file (see `folder.py`) and imports no transformers.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from visavis.checkpoints.names import Convert, NameTable, Row, Sizes, to_ours, to_theirs
-from visavis.checkpoints.transformers_config import parts, vit_config, vlm_config
-from visavis.checkpoints.transformers_names import decoder_rows, tower_table
-from visavis.checkpoints.transformers_settings import Json
+from visavis.checkpoints.transformers.config import parts, vit_config, vlm_config
+from visavis.checkpoints.transformers.names import decoder_rows, tower_table
+from visavis.checkpoints.transformers.settings import Json
 from visavis.errors import CheckpointError
 from visavis.model.config import ViTConfig, VLMConfig
 from visavis.model.vlm import VLM

@@ -2,7 +2,7 @@
 
 One entry of `FAMILIES` per model type: the library's defaults, which files rely on by leaving
 settings out, and the switches of our decoder that the family turns. Knows no tensor names (see
-`transformers_names.py`).
+`names.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from visavis.checkpoints.transformers_openelm import openelm_config
-from visavis.checkpoints.transformers_settings import (
+from visavis.checkpoints.transformers.openelm import openelm_config
+from visavis.checkpoints.transformers.settings import (
     Json,
     activation,
     count,

@@ -1,0 +1,1 @@
+"""Folders in LLaVA's original layout."""
