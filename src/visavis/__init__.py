@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from visavis.api import Model, Reply, Trace, load
     from visavis.errors import VisavisError
     from visavis.index import Hit, Index
-    from visavis.prompt import Image, Message, Prompt, Text
+    from visavis.prompt import Document, Image, Message, Prompt, Text, Video
 
 __version__ = "0.1.0"
 __all__ = [
+    "Document",
     "Hit",
     "Image",
     "Index",
@@ -29,6 +30,7 @@ __all__ = [
     "Reply",
     "Text",
     "Trace",
+    "Video",
     "VisavisError",
     "load",
 ]
@@ -37,7 +39,7 @@ _HOMES = {
     "visavis.api": ("Model", "Reply", "Trace", "load"),
     "visavis.errors": ("VisavisError",),
     "visavis.index": ("Hit", "Index"),
-    "visavis.prompt": ("Image", "Message", "Prompt", "Text"),
+    "visavis.prompt": ("Document", "Image", "Message", "Prompt", "Text", "Video"),
 }
 
 

@@ -1,9 +1,9 @@
-"""What a user may say to a model: text, pictures, and turns of both, in one frozen type.
+"""What a user may say to a model: text, pictures, videos, documents, and turns of them.
 
 `Prompt.of` and `Prompt.chat` turn every accepted input (str, path, PIL image, numpy array, dict,
 OpenAI content or messages) into a `Prompt`; everything behind them sees nothing else. This module
 decides what a value *means*. It never opens a file or the network, and knows neither templates nor
-tokens; pictures are read later, by `processing/images.py`.
+tokens; pictures, videos and documents are read later, by `processing/{images,video,documents}.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
 ITEM_TYPES = (
-    "str, pathlib.Path, PIL image, numpy array, dict(text=, image=), OpenAI content list, "
-    "OpenAI messages, visavis Text, Image, Message or Prompt"
+    "str, pathlib.Path, PIL image, numpy array, dict(text=, image=, video=, document=), OpenAI "
+    "content list, OpenAI messages, visavis Text, Image, Video, Document, Message or Prompt"
 )
 IMAGE_TYPES = "a path, a data: URI, PIL image, numpy array, bytes or visavis.Image"
-MAX_DATA_URI_BYTES = 64 * 2**20  # decoded size of one picture inside a message
+VIDEO_TYPES = "a path, a data: URI, bytes or a list of pictures in order"
+DOCUMENT_TYPES = "a path or data: URI of a PDF, or its bytes"
+MAX_DATA_URI_BYTES = 64 * 2**20  # decoded size of one picture, video or document in a message
+_OPENAI_TYPES = "'text', 'image_url', 'video_url', 'video' or 'file'"
 _URL_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")  # 2+ letters: "C:/x.png" is a path
 
 
@@ -53,25 +56,33 @@ class Text:
             ) from None
 
 
+@dataclass(frozen=True)
+class Page:
+    """One page of a PDF, not yet rendered: what the `Image`s of a `Document` hold."""
+
+    document: Path | bytes
+    number: int  # from 1
+
+
 @dataclass(frozen=True, eq=False)
 class Image:
     """A picture, not yet read. A `str` is taken as a file path or a `data:` URI and replaced by
-    the `Path` or the bytes it stands for. Two are equal if they name the same file, hold the
-    same bytes, or hold the same image object."""
+    the `Path` or the bytes it stands for. Two are equal if they name the same file or page, hold
+    the same bytes, or hold the same image object."""
 
-    source: Path | PILImage | np.ndarray | bytes | str
+    source: Path | PILImage | np.ndarray | bytes | str | Page
 
     def __post_init__(self) -> None:
         source = self.source
         if isinstance(source, str):
-            object.__setattr__(self, "source", _image_from_str(source))
-        elif not isinstance(source, (Path, bytes)) and not _is_pixels(source):
+            object.__setattr__(self, "source", _path_or_bytes(source, "image", IMAGE_TYPES))
+        elif not isinstance(source, (Path, bytes, Page)) and not _is_pixels(source):
             raise InputError(
                 f"image is {_type_name(source)}, expected {IMAGE_TYPES}{_array_hint(source)}"
             )
 
-    def _key(self) -> Path | bytes | int:
-        return self.source if isinstance(self.source, (Path, bytes)) else id(self.source)
+    def _key(self) -> Path | bytes | Page | int:
+        return self.source if isinstance(self.source, (Path, bytes, Page)) else id(self.source)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Image) and self._key() == other._key()
@@ -80,7 +91,54 @@ class Image:
         return hash(self._key())
 
 
-Part: TypeAlias = Text | Image
+@dataclass(frozen=True)
+class Video:
+    """A video, not yet read: a file, its bytes, a folder of frames, or the frames as pictures.
+    A `str` is taken as a path or a `data:` URI. `frames` asks for another number of frames than
+    the model's own."""
+
+    source: Path | bytes | str | tuple[Image, ...]
+    frames: int | None = None
+
+    def __post_init__(self) -> None:
+        source = self.source
+        if isinstance(source, str):
+            object.__setattr__(self, "source", _path_or_bytes(source, "video", VIDEO_TYPES))
+        elif isinstance(source, (list, tuple)):
+            if not source:
+                raise InputError("video is an empty list, expected its frames as pictures")
+            object.__setattr__(self, "source", tuple(map(_image, source)))
+        elif not isinstance(source, (Path, bytes)):
+            raise InputError(f"video is {_type_name(source)}, expected {VIDEO_TYPES}")
+        if self.frames is not None:
+            _check_count("frames of a video", self.frames)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A PDF, not yet read; a model sees its pages as pictures (`processing/documents.py`). A
+    `str` is taken as a path or a `data:` URI. `pages` counts from 1; None means all of them."""
+
+    source: Path | bytes | str
+    pages: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        source = self.source
+        if isinstance(source, str):
+            object.__setattr__(self, "source", _path_or_bytes(source, "document", DOCUMENT_TYPES))
+        elif not isinstance(source, (Path, bytes)):
+            raise InputError(f"document is {_type_name(source)}, expected {DOCUMENT_TYPES}")
+        if self.pages is not None:
+            if not isinstance(self.pages, (list, tuple, range)) or not self.pages:
+                raise InputError(f"pages are {self.pages!r}, expected numbers from 1, as (1, 3)")
+            for number in self.pages:
+                _check_count("page number", number)
+            object.__setattr__(self, "pages", tuple(self.pages))
+
+
+Visual: TypeAlias = Image | Video | Document
+Part: TypeAlias = Text | Visual
+_VISUALS = (Image, Video, Document)
 
 
 @dataclass(frozen=True)
@@ -93,21 +151,22 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise InputError(f"message role is {self.role!r}, expected one of {', '.join(ROLES)}")
-        parts = (self.parts,) if isinstance(self.parts, (str, Text, Image)) else self.parts
+        parts = (self.parts,) if isinstance(self.parts, (str, Text, *_VISUALS)) else self.parts
+        expected = "Text, Image, Video or Document"
         if not isinstance(parts, Sequence) or isinstance(parts, bytes):
             raise InputError(
-                f"message parts are {_type_name(parts)}, expected a tuple of Text and Image"
+                f"message parts are {_type_name(parts)}, expected a tuple of {expected}"
             )
         parts = tuple(Text(part) if isinstance(part, str) else part for part in parts)
         for part in parts:
-            if not isinstance(part, (Text, Image)):
-                raise InputError(f"message part is {_type_name(part)}, expected Text or Image")
+            if not isinstance(part, (Text, *_VISUALS)):
+                raise InputError(f"message part is {_type_name(part)}, expected {expected}")
         object.__setattr__(self, "parts", parts)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The turns a model is given. Every user turn holds some text or a picture."""
+    """The turns a model is given. Every user turn holds some text or something to look at."""
 
     messages: tuple[Message, ...]
 
@@ -123,7 +182,7 @@ class Prompt:
                 raise InputError(f"messages hold {_type_name(message)}, expected Message")
             if message.role == "user" and not _has_content(message.parts):
                 raise InputError(
-                    "empty text and no image: a user message needs at least one of them; "
+                    "empty text and no image, video or document: a user message needs one; "
                     "an empty line or field in your data is the likely cause"
                 )
         if all(message.role == "system" for message in messages):
@@ -139,6 +198,12 @@ class Prompt:
         return tuple(p for m in self.messages for p in m.parts if isinstance(p, Image))
 
     @property
+    def visuals(self) -> tuple[Image | Video, ...]:
+        """Every picture and video, in order; documents count once `documents.expand` has turned
+        them into pictures."""
+        return tuple(p for m in self.messages for p in m.parts if isinstance(p, (Image, Video)))
+
+    @property
     def text(self) -> str:
         """Every piece of text, in order, joined by newlines: for previews, not for a model."""
         return "\n".join(p.text for m in self.messages for p in m.parts if isinstance(p, Text))
@@ -151,6 +216,7 @@ class Prompt:
             "a cat"                                  ->  user: Text
             Path("cat.jpg")                          ->  user: Image
             {"image": "cat.jpg", "text": "who?"}     ->  user: Image, Text (in the dict's order)
+            {"video": "a.mp4"}, {"document": "a.pdf"}  ->  user: Video; user: Document
             [{"type": "text", "text": "who?"}, {"type": "image_url", "image_url": {"url": "…"}}]
             [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, …]
 
@@ -163,6 +229,8 @@ class Prompt:
             return cls((item,))
         if isinstance(item, (str, Text)):
             return cls((Message("user", (item if isinstance(item, Text) else Text(item),)),))
+        if isinstance(item, (Video, Document)):
+            return cls((Message("user", (item,)),))
         if isinstance(item, (Path, Image)) or _is_pixels(item):
             return cls((Message("user", (_image(item),)),))
         if isinstance(item, Mapping):
@@ -197,41 +265,53 @@ class Prompt:
         Args:
             text: the question; may be empty when there is an image.
             images: pictures as paths (str or Path), data: URIs, PIL images, arrays, bytes; a
-                single one need not be in a list.
+                single one need not be in a list. `Video`s and `Document`s may stand among them.
             history: earlier turns, as `Message` or OpenAI-style dicts.
         """
         if isinstance(history, (str, bytes, Mapping, Message)):
             raise InputError(
                 f"history is {_type_name(history)}, expected a list of Message or OpenAI messages"
             )
-        last = Message("user", (*_images(images), Text(text)))
+        last = Message("user", (*_visuals(images), Text(text)))
         return cls((*map(_message, history), last))
 
 
 def _has_content(parts: Iterable[Part]) -> bool:
-    return any(isinstance(part, Image) or part.text.strip() for part in parts)
+    return any(not isinstance(part, Text) or part.text.strip() for part in parts)
 
 
 def _dict_parts(item: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Parts of dict(text=, image=), in the order of its keys; None means absent."""
-    unknown = [key for key in item if key not in ("text", "image")]
+    """Parts of dict(text=, image=, video=, document=), in the order of its keys; None means
+    absent. A list of images is several, a list given as a video is its frames."""
+    kinds: dict[str, Callable[[Any], list[Part]]] = {
+        "text": lambda value: [Text(value)],
+        "image": lambda value: [_image(part) for part in _listed(value)],
+        "video": lambda value: [value if isinstance(value, Video) else Video(value)],
+        "document": lambda value: [value if isinstance(value, Document) else Document(value)],
+    }
+    unknown = [key for key in item if key not in kinds]
     if unknown:
         raise InputError(
-            f"item has the keys {', '.join(map(repr, item))}, expected 'text' and 'image' (one "
-            f"picture or a list), or OpenAI's 'role' or 'type'; rename or remove {unknown[0]!r}"
+            f"item has the keys {', '.join(map(repr, item))}, expected 'text', 'image' (one "
+            "picture or a list), 'video' and 'document', or OpenAI's 'role' or 'type'; rename or "
+            f"remove {unknown[0]!r}"
         )
-    parts: list[Part] = []
-    for key, value in item.items():
-        if value is not None:
-            parts += [Text(value)] if key == "text" else _images(value)
-    return tuple(parts)
+    return tuple(
+        part for key, value in item.items() if value is not None for part in kinds[key](value)
+    )
 
 
-def _images(value: Any) -> list[Image]:
-    one = isinstance(value, (str, bytes, Path, Image)) or _is_pixels(value)
-    if (not one and not isinstance(value, Iterable)) or isinstance(value, Mapping):
+def _visuals(value: Any) -> list[Visual]:
+    return [part if isinstance(part, _VISUALS) else Image(part) for part in _listed(value)]
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    """`value` as a list, if it is one picture and no list of them."""
+    if isinstance(value, (str, bytes, Path, *_VISUALS)) or _is_pixels(value):
+        return [value]
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
         raise InputError(f"image is {_type_name(value)}, expected {IMAGE_TYPES}, or a list of them")
-    return [_image(source) for source in ([value] if one else value)]
+    return value
 
 
 def _image(source: Any) -> Image:
@@ -264,64 +344,79 @@ def _openai_message(item: Mapping[str, Any]) -> Message:
 def _openai_part(part: Any) -> Part:
     """One entry of an OpenAI content list. `detail` of an image is accepted: every model here
     has one way of sizing its pictures, kept with its weights."""
-    if isinstance(part, (Text, Image)):
+    if isinstance(part, (Text, *_VISUALS)):
         return part
     if not isinstance(part, Mapping) or "type" not in part:
         raise InputError(
-            f"content part is {_type_name(part)}, expected a dict with 'type': 'text' or "
-            "'image_url'; several items belong in separate calls or in a list given to embed()"
+            f"content part is {_type_name(part)}, expected a dict with 'type': {_OPENAI_TYPES}; "
+            "several items belong in separate calls or in a list given to embed()"
         )
-    if part["type"] == "text":
+    kind = part["type"]
+    if kind == "text":
         return Text(part.get("text"))  # type: ignore[arg-type]  # Text names a wrong type
-    if part["type"] == "image_url":
-        url = part.get("image_url")
-        url = url.get("url") if isinstance(url, Mapping) else url
-        if not isinstance(url, str):
-            raise InputError(f"image_url is {_type_name(url)}, expected a data: URI")
-        _refuse_remote(url)
-        if not url.lower().startswith("data:"):  # messages may come from afar: no local files
-            raise InputError(
-                f"image_url is {_short(url)!r}, expected a data: URI such as "
-                "data:image/png;base64,…; for a file use dict(image=path) or visavis.Image(path)"
-            )
-        return Image(url)
-    raise InputError(f"content part type is {part['type']!r}, expected 'text' or 'image_url'")
+    if kind == "image_url":
+        return Image(_sent(part, kind, "url", "image/png"))
+    if kind == "video" and isinstance(part.get(kind), (list, tuple)):  # Qwen's form: its frames
+        return Video(tuple(Image(_sent({kind: url}, kind, "", "image/png")) for url in part[kind]))
+    if kind in ("video_url", "video"):
+        return Video(_sent(part, kind, "url", "video/mp4"))
+    if kind == "file":
+        return Document(_sent(part, kind, "file_data", "application/pdf"))
+    raise InputError(f"content part type is {kind!r}, expected {_OPENAI_TYPES}")
 
 
-def _image_from_str(text: str) -> Path | bytes:
-    _refuse_remote(text)
+def _sent(part: Mapping[str, Any], kind: str, key: str, media_type: str) -> str:
+    """The data: URI in a part of a message, which may come from afar: no local files."""
+    url = part.get(kind)
+    url = url.get(key) if isinstance(url, Mapping) else url
+    if not isinstance(url, str):
+        raise InputError(f"{kind} is {_type_name(url)}, expected a data: URI")
+    name = {"image_url": "image", "file": "document"}.get(kind, "video")
+    _refuse_remote(url, name, "a data: URI")
+    if not url.lower().startswith("data:"):
+        raise InputError(
+            f"{kind} is {_short(url)!r}, expected a data: URI such as data:{media_type};base64,…; "
+            f"for a file use dict({name}=path) or visavis.{name.capitalize()}(path)"
+        )
+    return url
+
+
+def _path_or_bytes(text: str, what: str, expected: str) -> Path | bytes:
+    _refuse_remote(text, what, expected)
     if text.lower().startswith("data:"):
-        return _decode_data_uri(text)
+        return _decode_data_uri(text, "application/pdf" if what == "document" else f"{what}/")
     if not text.strip():
-        raise InputError("image is an empty str, expected a file path or a data: URI")
+        raise InputError(f"{what} is an empty str, expected a file path or a data: URI")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # "~name" of nobody
-        raise InputError(f"image path {_short(text)!r} cannot be used: {error}") from None
+        raise InputError(f"{what} path {_short(text)!r} cannot be used: {error}") from None
 
 
-def _refuse_remote(text: str) -> None:
+def _refuse_remote(text: str, what: str, expected: str) -> None:
     scheme = _URL_SCHEME.match(text)
     if scheme:
+        noun = "picture" if what == "image" else what
         raise InputError(
-            f"image is the {scheme[1].lower()} URL {_short(text)!r}, expected {IMAGE_TYPES}; "
-            "visavis opens no URLs: download the picture first and pass its path"
+            f"{what} is the {scheme[1].lower()} URL {_short(text)!r}, expected {expected}; "
+            f"visavis opens no URLs: download the {noun} first and pass its path"
         )
 
 
-def _decode_data_uri(uri: str) -> bytes:
+def _decode_data_uri(uri: str, media: str) -> bytes:
     header, comma, payload = uri.partition(",")
     media_type, *parameters = header[len("data:") :].lower().split(";")
+    expected = media + "<kind>" if media.endswith("/") else media
     if not comma or "base64" not in (parameter.strip() for parameter in parameters):
         raise InputError(
-            f"data: URI starts {_short(header)!r}, expected data:image/<kind>;base64,<data>"
+            f"data: URI starts {_short(header)!r}, expected data:{expected};base64,<data>"
         )
-    if media_type and not media_type.startswith("image/"):
-        raise InputError(f"data: URI holds {_short(media_type)!r}, expected image/<kind>")
+    if media_type and not media_type.startswith(media):
+        raise InputError(f"data: URI holds {_short(media_type)!r}, expected {expected}")
     if len(payload) > MAX_DATA_URI_BYTES * 4 // 3 + 4:
         raise InputError(
             f"data: URI of about {len(payload) * 3 // 4 / 2**20:.0f} MiB, expected at most "
-            f"{MAX_DATA_URI_BYTES // 2**20} MiB; make the picture smaller"
+            f"{MAX_DATA_URI_BYTES // 2**20} MiB; make it smaller or pass it as a file"
         )
     try:
         return base64.b64decode(payload, validate=True)
@@ -330,6 +425,11 @@ def _decode_data_uri(uri: str) -> bytes:
             f"data: URI is not valid base64 ({error}); it was probably cut or contains line "
             "breaks: encode the file again with base64.b64encode"
         ) from None
+
+
+def _check_count(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{what}: {value!r}, expected an int of at least 1")
 
 
 def _is_pixels(value: Any) -> bool:

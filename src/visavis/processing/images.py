@@ -28,7 +28,7 @@ from PIL import Image as pil
 from PIL import UnidentifiedImageError
 
 from visavis.errors import ImageError, InputError
-from visavis.prompt import Image
+from visavis.prompt import Image, Page
 from visavis.registry import suggest
 
 MAX_PIXELS = 64_000_000  # read from the header, before anything is decoded
@@ -132,7 +132,7 @@ def content_hash(image: Any) -> str:
 
 def _source(image: Any) -> Path | pil.Image | np.ndarray | bytes:
     source = (image if isinstance(image, Image) else Image(image)).source
-    assert not isinstance(source, str)  # Image has replaced it
+    assert not isinstance(source, (str, Page))  # Image has replaced a str
     return source
 
 
