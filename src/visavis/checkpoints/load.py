@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,24 @@ NANO_FOLDER = Path(__file__).parent / "nano"
 NAMES = {
     "nano": "SmolLM2-135M-Instruct + EfficientNet-Lite2: chats and embeds, works offline",
     "smollm2-135m": "SmolLM2-135M-Instruct alone (the GGUF file nano is built on), text only",
+}
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What loads a layout: `function(path, *, precision, device, ...)`, given those of `base`,
+    `adapters` and `vision_tower` that it takes and that are there."""
+
+    function: str  # module and function below visavis.checkpoints, imported when needed
+    takes: tuple[str, ...] = ()
+
+
+LOADERS = {  # by kinds of `detect.py`
+    "native": Loader("native:load_native"),
+    "gguf": Loader("gguf.model:load_gguf"),
+    "transformers": Loader("transformers.folder:load_transformers", ("adapters",)),
+    "llava_original": Loader("llava.folder:load_llava", ("adapters", "vision_tower")),
+    "llava_first_stage": Loader("llava.folder:load_llava", ("base", "vision_tower")),
 }
 
 
@@ -77,101 +96,41 @@ def _load(
     path: Path, *, precision: str, device: str, base: Path | None, vision_tower: Path | None
 ) -> Loaded:
     """Find out which layout the files are in, and load them."""
-    from visavis.checkpoints import adapters
-    from visavis.checkpoints.llava import folder as llava_folder
-    from visavis.checkpoints.llava.layout import is_llava
-    from visavis.checkpoints.native import CONFIG_NAME, load_native
-    from visavis.checkpoints.transformers import folder as transformers_folder
-    from visavis.checkpoints.weight_files import read_json
-
-    settings: dict[str, Any] = {"precision": precision, "device": device}
-    config = path / transformers_folder.CONFIG_NAME
-    if adapters.is_adapter(path):
-        return _load_adapter(path, base, vision_tower, settings)
-    if config.is_file() and is_llava(read_json(config)):
-        if base is not None and not llava_folder.is_first_stage(path):
-            raise _unused("base", path, "it is whole")
-        return llava_folder.load_llava(path, base=base, vision_tower=vision_tower, **settings)
-    for name, value in (("base", base), ("vision_tower", vision_tower)):
-        if value is not None:
-            raise _unused(name, path, "only adapters and LLaVA's original layout may lack parts")
-    if not path.is_dir():
-        return load_gguf(path, **settings)
-    if (path / CONFIG_NAME).is_file():
-        return load_native(path, **settings)
-    if config.is_file():
-        return transformers_folder.load_transformers(path, **settings)
-    found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"{path} holds {found}, but neither {CONFIG_NAME} nor {config.name}; expected a folder "
-        "that visavis, transformers, PEFT or LLaVA wrote. The download may not be complete."
-    )
-
-
-def _load_adapter(
-    path: Path, base: Path | None, vision_tower: Path | None, settings: dict[str, Any]
-) -> Loaded:
-    """Load an adapter, merged into the model that it stands on."""
     from visavis.checkpoints.adapters import adapter_chain
-    from visavis.checkpoints.llava import folder as llava_folder
+    from visavis.checkpoints.detect import CONFIG, KINDS, detect, detect_config
     from visavis.checkpoints.llava.layout import is_llava
-    from visavis.checkpoints.transformers import folder as transformers_folder
     from visavis.checkpoints.weight_files import read_json
 
-    chain, base = adapter_chain(path, base)
-    if not (base / transformers_folder.CONFIG_NAME).is_file():
-        raise CheckpointError(
-            f"{path} is an adapter on {base}, which has no {transformers_folder.CONFIG_NAME}; "
-            "expected a folder in transformers' or LLaVA's original layout as its base."
-        )
-    for folder in (path, base):  # LLaVA's adapters bring its config, their base may be text only
-        config = folder / transformers_folder.CONFIG_NAME
-        if config.is_file() and is_llava(read_json(config)):
-            return llava_folder.load_llava(
-                folder, base=base, adapters=chain, vision_tower=vision_tower, **settings
+    layout = detect(path)
+    parts: dict[str, Any] = {"base": base, "vision_tower": vision_tower}
+    if layout.kind == "adapter":
+        parts["adapters"], base = adapter_chain(path, base)
+        if not (base / CONFIG).is_file():
+            raise CheckpointError(
+                f"{path} is an adapter on {base}, which has no {CONFIG}; expected a folder in "
+                "transformers' or LLaVA's original layout as its base."
             )
-    if vision_tower is not None:
-        raise _unused("vision_tower", path, "its base is not in LLaVA's original layout")
-    return transformers_folder.load_transformers(base, adapters=chain, **settings)
-
-
-def _unused(name: str, path: Path, reason: str) -> InputError:
-    return InputError(f"{name} was given for {path}, which has no use for it: {reason}; leave it.")
-
-
-def load_gguf(path: Path, *, precision: str = "auto", device: str = "cpu") -> Loaded:
-    """Load a language model from a GGUF file (and the other parts of a split one), with its
-    tokenizer and chat template."""
-    import torch
-
-    from visavis.checkpoints.gguf import decoder as gguf_decoder
-    from visavis.checkpoints.gguf.split import open_model
-    from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
-    from visavis.checkpoints.packing import pack_linears
-    from visavis.model.config import VLMConfig
-    from visavis.processing.profile import PromptProfile
-    from visavis.processing.tokenizer import build_tokenizer, special_tokens
-
-    file, paths = open_model(path)
-    config = VLMConfig(decoder=gguf_decoder.decoder_config(file))
-    dtype = auto_dtype(precision, device)
-    state = {}
-    for name, array in gguf_decoder.decoder_state(file):
-        tensor = torch.from_numpy(array)
-        state[name] = tensor if tensor.dim() == 1 else tensor.to(dtype)
-    vlm = build(config, state, dtype, device, where=str(path))
-    if device == "cpu" and dtype == torch.bfloat16:
-        pack_linears(vlm.decoder, file)
-    return Loaded(
-        name=str(file.metadata.get("general.name", path.stem)),
-        vlm=vlm,
-        tokenizer=build_tokenizer(file.metadata),
-        specials=special_tokens(file.metadata),
-        profile=PromptProfile(jinja=str(file.metadata.get("tokenizer.chat_template", ""))),
-        processor=None,
-        fingerprint=fingerprint(paths, {"precision": str(dtype)}),
-        files=paths,
-    )
+        # LLaVA's adapters bring its config: their base may be the language model alone.
+        whole = (path / CONFIG).is_file() and is_llava(read_json(path / CONFIG))
+        layout = detect_config(path if whole else base)
+        parts["base"] = base if whole else None
+    loader = LOADERS.get(layout.kind)
+    if loader is None:
+        raise CheckpointError(
+            f"{path} is in the layout {layout.title} ({layout.why}), which is not read yet; "
+            f"expected one of {', '.join(KINDS[kind] for kind in LOADERS)}."
+        )
+    given = {name: value for name, value in parts.items() if value is not None}
+    takes = {*loader.takes, "base"} if "adapters" in given else {*loader.takes}
+    if unused := given.keys() - takes:
+        raise InputError(
+            f"{unused.pop()} was given for {path}, which has no use for it: it is whole "
+            f"({layout.title}: {layout.why}); leave it."
+        )
+    module, _, function = loader.function.partition(":")
+    load = getattr(import_module(f"visavis.checkpoints.{module}"), function)
+    loaded: Loaded = load(layout.path, precision=precision, device=device, **given)
+    return loaded
 
 
 def pick_device(device: str) -> str:

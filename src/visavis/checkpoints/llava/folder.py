@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from visavis.checkpoints.adapters import Adapter, merged
+from visavis.checkpoints.detect import PROJECTOR, is_first_stage
 from visavis.checkpoints.llava.layout import (
     KNOWN_TOWERS,
     TOWER_PREFIX,
@@ -55,7 +56,6 @@ from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import load_tokenizer
 
-PROJECTOR = "mm_projector.bin"
 PROCESSOR = "preprocessor_config.json"
 MAX_LISTED = 4
 
@@ -196,12 +196,6 @@ def open_llava(
         turns="" if first_stage else turns_of(data, text),
         lacking=lacking,
     )
-
-
-def is_first_stage(folder: Path) -> bool:
-    """Return whether a folder holds a projector and no model."""
-    whole = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*"))
-    return (folder / PROJECTOR).is_file() and not whole
 
 
 def _base(folder: Path, base: Path | None) -> Path:
