@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.loaded import Loaded
@@ -24,9 +23,12 @@ from visavis.errors import ContextLengthError, InputError
 from visavis.generate.engine import generate
 from visavis.generate.sampling import make_sampler
 from visavis.model.batch import PackedBatch
+from visavis.model.fusion import count_tokens
 from visavis.model.quantized import PackedLinear
+from visavis.model.visual import Shape, Visual
+from visavis.model.vlm import TOWER_BATCH, Seen
 from visavis.processing.feature_cache import FeatureCache
-from visavis.processing.images import content_hash, decode_image, process_image
+from visavis.processing.images import content_hash
 from visavis.processing.pack import batches, pack
 from visavis.processing.templates import (
     ChatTemplate,
@@ -36,11 +38,11 @@ from visavis.processing.templates import (
     encode_turns,
 )
 from visavis.processing.turns import TURNS
+from visavis.processing.visuals import pixels_of, shape_of, sized_by_company
 from visavis.progress import track
-from visavis.prompt import Image, Prompt
+from visavis.prompt import Image, Prompt, Video
 from visavis.registry import lookup
 
-TOWER_BATCH = 4  # images per forward of the vision tower: larger ones fall out of the cache
 DEFAULT_BATCH_TOKENS = 2048
 
 
@@ -268,49 +270,63 @@ class Model:
             logits=logits.cpu().numpy(),
         )
 
-    def see(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
-        """Return what pictures become before the decoder; equal ones are computed once.
+    def see(self, visuals: Sequence[Image | Video], alone: Sequence[bool]) -> list[Seen]:
+        """Return what pictures and videos become before the decoder; equal ones once.
 
         Decoding and resizing run in threads. Results are kept by content, within a byte budget.
 
+        Args:
+            alone: of each whether it is its prompt's only one, which some models tile more finely.
+
         Returns:
-            image tokens [N, P, D] and mean tower features [N, W].
+            image tokens [n, D] and mean tower feature [W] of each.
         """
         assert self.processor is not None
         processor = self.processor
-        keys = [content_hash(image) for image in images]
-        found = {key: kept for key in keys if (kept := self.image_cache.get(key)) is not None}
-        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
+        pairs = list(zip(visuals, alone, strict=True))
+        keys = [f"{content_hash(visual)}:{single}" for visual, single in pairs]
+        found: dict[str, Seen] = {}
+        missing = {}
+        for key, pair in zip(keys, pairs, strict=True):
+            if (kept := self.image_cache.get(key)) is not None:
+                found[key] = (kept[0], kept[1])
+            else:
+                missing[key] = pair
         todo = list(missing.items())
         chunks = [todo[first : first + TOWER_BATCH] for first in range(0, len(todo), TOWER_BATCH)]
         with ThreadPoolExecutor(max_workers=2) as pool:
 
-            def prepare(number: int) -> list[Future[np.ndarray]]:
+            def prepare(number: int) -> list[Future[tuple[np.ndarray, Shape]]]:
                 chunk = chunks[number] if number < len(chunks) else []
                 return [
-                    pool.submit(lambda one: process_image(decode_image(one), processor), image)
-                    for _, image in chunk
+                    pool.submit(pixels_of, visual, processor, single)
+                    for _, (visual, single) in chunk
                 ]
 
             waiting = prepare(0)
             for number, chunk in enumerate(chunks):
-                arrays = [future.result() for future in waiting]
+                ready = [future.result() for future in waiting]
                 waiting = prepare(number + 1)  # decoded while the tower looks at this chunk
-                pixels = torch.from_numpy(np.stack(arrays)).to(self.device)
+                pixels = [torch.from_numpy(array).to(self.device) for array, _ in ready]
                 with torch.inference_mode():
-                    tokens, means = self.vlm.see(pixels)
-                for (key, _), token_rows, mean in zip(chunk, tokens, means, strict=True):
-                    found[key] = (token_rows.clone(), mean.clone())
+                    seen = self.vlm.see(
+                        [Visual(one, shape) for one, (_, shape) in zip(pixels, ready, strict=True)]
+                    )
+                for (key, _), (tokens, mean) in zip(chunk, seen, strict=True):
+                    found[key] = (tokens.clone(), mean.clone())
                     self.image_cache.put(key, found[key])
-        tokens, means = (torch.stack([found[key][part] for key in keys]) for part in (0, 1))
-        return tokens, means
+        return [found[key] for key in keys]
 
     def _batch(self, pairs: Sequence[tuple[Prompt, Encoded]]) -> PackedBatch:
         """Pack encoded prompts and compute their image tokens."""
         batch = pack([encoded for _, encoded in pairs])
-        images = [image for prompt, _ in pairs for image in prompt.images]
-        if images:
-            batch.image_tokens, batch.image_means = self.see(images)
+        visuals = [visual for prompt, _ in pairs for visual in prompt.visuals]
+        if visuals:
+            alone = [self._alone(prompt) for prompt, _ in pairs for _ in prompt.visuals]
+            seen = self.see(visuals, alone)
+            batch.image_tokens = torch.cat([tokens for tokens, _ in seen])
+            batch.image_counts = tuple(len(tokens) for tokens, _ in seen)
+            batch.image_means = torch.stack([mean for _, mean in seen])
         return batch.to(self.device)
 
     def _encode_chat(self, prompt: Prompt) -> Encoded:
@@ -338,16 +354,23 @@ class Model:
         return self._check_length(encoded)
 
     def _encode_settings(self, prompt: Prompt) -> dict[str, Any]:
-        config = self.vlm.config
+        config, processor = self.vlm.config, self.processor
+        alone = self._alone(prompt)
+        shapes = [shape_of(one, processor, alone) for one in prompt.visuals if processor]
         return {
             "image_token_id": config.image_token_id,
-            "tokens_per_image": [config.tokens_per_image] * len(prompt.images),
+            "video_token_id": config.video_token_id,
+            "tokens_per_image": [count_tokens(config, shape) for shape in shapes],
         }
 
+    def _alone(self, prompt: Prompt) -> bool:
+        """Return whether a prompt's pictures are sized as if each were its only one."""
+        return len(prompt.visuals) == 1 or not sized_by_company(self.processor)
+
     def _check_images(self, prompt: Prompt) -> None:
-        if prompt.images and not self.takes_images:
+        if prompt.visuals and not self.takes_images:
             raise InputError(
-                f"{self.name} has no vision tower, but the prompt holds {len(prompt.images)} "
+                f"{self.name} has no vision tower, but the prompt holds {len(prompt.visuals)} "
                 "image(s). Use a model with vision, such as 'nano', or send text only."
             )
 

@@ -73,7 +73,8 @@ def test_selecting_sequences_keeps_their_images() -> None:
         positions=torch.tensor([0, 1, 2, 0, 1, 0, 1, 2, 3, 4]),
         lengths=(3, 2, 5),
         image_positions=torch.tensor([1, 2, 5, 6, 8, 9]),
-        image_tokens=torch.arange(3.0)[:, None, None].expand(3, 2, 4),
+        image_tokens=torch.arange(3.0).repeat_interleave(2)[:, None].expand(6, 4),
+        image_counts=(2, 2, 2),
         image_means=torch.arange(3.0)[:, None],
     )
     assert batch.image_owners.tolist() == [0, 2, 2]

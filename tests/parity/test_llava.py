@@ -22,6 +22,7 @@ from visavis.checkpoints.transformers.config import vlm_config
 from visavis.checkpoints.transformers.layout import read, write
 from visavis.errors import CheckpointError
 from visavis.model.batch import PackedBatch
+from visavis.model.visual import Visual
 from visavis.model.vlm import VLM
 
 pytestmark = pytest.mark.parity
@@ -86,7 +87,7 @@ def pack(sequences: list[Tensor], pixels: Tensor) -> PackedBatch:
         positions=torch.cat([torch.arange(len(ids)) for ids in sequences]),
         lengths=tuple(len(ids) for ids in sequences),
         image_positions=(token_ids == IMAGE).nonzero()[:, 0],
-        pixels=pixels,
+        visuals=tuple(Visual(one[None]) for one in pixels),
     )
 
 
@@ -104,7 +105,9 @@ def test_logits_with_images_in_the_middle_of_text(changes: dict[str, Any]) -> No
     ours = vlm.decoder.logits(vlm(pack([ids], pixels))[-1])
     theirs = peer(input_ids=ids[None], pixel_values=pixels).logits[0]
     assert_close(ours, theirs, "logits with three images")
-    assert_close(vlm.see(pixels)[0], torch.stack(peer_image_tokens(peer, pixels)), "tokens")
+    seen = vlm.see([Visual(one[None]) for one in pixels])
+    tokens = torch.stack([tokens for tokens, _ in seen])
+    assert_close(tokens, torch.stack(peer_image_tokens(peer, pixels)), "tokens")
 
 
 def peer_image_tokens(peer: LlavaForConditionalGeneration, pixels: Tensor) -> list[Tensor]:
@@ -137,10 +140,10 @@ def test_features_and_image_tokens_may_come_from_before() -> None:
     batch = pack([prompt(vlm, [1], "image", [5], "image", [7])], pixels)
     expected = vlm(batch)[-1]
     features = vlm.tower_features(pixels)
-    batch.pixels, batch.features = None, features
+    batch.visuals, batch.features = (), features
     assert torch.equal(vlm(batch)[-1], expected)
     assert vlm.connector is not None
-    batch.features, batch.image_tokens = None, vlm.connector(features)
+    batch.features, batch.image_tokens = None, vlm.connector(features).flatten(0, 1)
     assert torch.equal(vlm(batch)[-1], expected)
 
 

@@ -40,12 +40,14 @@ def generate(
     )
     logits = _prefill(vlm, batch, cache)
     flat = FlatStep(decoder, cache) if can_flatten(decoder) else None
+    # With M-RoPE an image takes fewer positions than tokens.
+    ahead = int(batch.positions.max()) + 1 - batch.num_tokens
     for _ in range(max_new_tokens - 1):
         token = sample(logits)
         if token in stop_ids:
             return
         yield token
-        logits = _step(decoder, token, cache, flat)
+        logits = _step(decoder, token, cache, flat, ahead)
     token = sample(logits)
     if token not in stop_ids:
         yield token
@@ -59,13 +61,19 @@ def _prefill(vlm: VLM, batch: PackedBatch, cache: KVCache) -> Tensor:
 
 
 @torch.inference_mode()
-def _step(decoder: Decoder, token: int, cache: KVCache, flat: FlatStep | None) -> Tensor:
-    """Extend the sequence by one token; return the scores of the next, float32 [vocab]."""
+def _step(
+    decoder: Decoder, token: int, cache: KVCache, flat: FlatStep | None, ahead: int
+) -> Tensor:
+    """Extend the sequence by one token; return the scores of the next, float32 [vocab].
+
+    Args:
+        ahead: by how much the token's position exceeds the number of tokens before it.
+    """
     if flat is not None:
         return flat(token)
     device = cache.keys[0].device
     x = decoder.embed_tokens(torch.tensor([token], device=device))
-    positions = torch.tensor([cache.length], device=device)
+    positions = torch.tensor([cache.length + ahead], device=device)
     with packed_kernels():
         hidden = decoder(x, positions, Layout((1,), (cache,)))[-1]
         return decoder.logits(hidden)[0]

@@ -25,7 +25,7 @@ from visavis.errors import InputError, StoreError, VisavisError
 from visavis.index.store import Row, Stamp, Store, StoredItem
 from visavis.processing.images import content_hash, decode_image, find_images
 from visavis.progress import track
-from visavis.prompt import Image, Prompt
+from visavis.prompt import Prompt, Text
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -327,9 +327,9 @@ def _hash_parts(prompt: Prompt) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for message in prompt.messages:
         for part in message.parts:
-            is_image = isinstance(part, Image)
-            value = content_hash(part) if isinstance(part, Image) else part.text
-            kind = f"{message.role} {'image' if is_image else 'text'} {len(value)} "
+            is_text = isinstance(part, Text)
+            value = part.text if isinstance(part, Text) else content_hash(part)
+            kind = f"{message.role} {'text' if is_text else 'image'} {len(value)} "
             digest.update((kind + value).encode())
     return digest.hexdigest()
 

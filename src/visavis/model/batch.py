@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visavis.model.visual import Visual
+
 
 @dataclass
 class PackedBatch:
@@ -18,10 +20,11 @@ class PackedBatch:
         positions: int64 [T] (or [3, T] for M-RoPE), counted within each sequence.
         lengths: tokens of each sequence; they sum to T.
         image_positions: int64 [S], where in the stream image tokens go, in order.
-        pixels: float [N, 3, size, size], the images in order of appearance; or
-        features: float [N, P, W], the tower's features of those images, computed before; or
-        image_tokens: float [N, P', D], the connector's output for them, computed before.
-        image_means: float [N, W], with `image_tokens`: the mean tower feature of each image.
+        visuals: the N images and videos in order of appearance; or
+        features: float [N, P, W], the tower's features of N images, computed before; or
+        image_tokens: float [S, D], what all of them become, computed before, with
+        image_counts: how many of those belong to each, and
+        image_means: float [N, W], the mean tower feature of each.
         labels: int64 [T], the token each position should predict next, -100 where none is.
     """
 
@@ -29,9 +32,10 @@ class PackedBatch:
     positions: Tensor
     lengths: tuple[int, ...]
     image_positions: Tensor | None = None
-    pixels: Tensor | None = None
+    visuals: tuple[Visual, ...] = ()
     features: Tensor | None = None
     image_tokens: Tensor | None = None
+    image_counts: tuple[int, ...] = ()
     image_means: Tensor | None = None
     labels: Tensor | None = None
 
@@ -59,9 +63,9 @@ class PackedBatch:
         """Which sequence each image belongs to, int64 [N]; needs `image_tokens`."""
         if self.image_positions is None:
             return self.token_ids.new_zeros(0)
-        assert self.image_tokens is not None
-        firsts = self.image_positions.view(len(self.image_tokens), -1)[:, 0]
-        return self.owners[firsts]
+        assert self.image_counts
+        firsts = torch.tensor((0, *self.image_counts[:-1]), device=self.token_ids.device).cumsum(0)
+        return self.owners[self.image_positions[firsts]]
 
     def select(self, kept: Tensor) -> PackedBatch:
         """Return the batch of the sequences where `kept` (bool [B]) holds; needs `image_tokens`."""
@@ -75,14 +79,18 @@ class PackedBatch:
         )
         images = kept[self.image_owners]  # bool [N]
         if not images.any():
-            return replace(chosen, image_positions=None, image_tokens=None, image_means=None)
+            nothing: dict[str, Any] = dict.fromkeys(("image_positions", "image_tokens"))
+            return replace(chosen, **nothing, image_counts=(), image_means=None)
         assert self.image_positions is not None and self.image_tokens is not None
         moved = tokens.cumsum(0) - 1  # where each kept token stands now
         means = None if self.image_means is None else self.image_means[images]
+        rows = tokens[self.image_positions]  # bool [S]
+        counts = zip(self.image_counts, images.tolist(), strict=True)
         return replace(
             chosen,
-            image_positions=moved[self.image_positions[tokens[self.image_positions]]],
-            image_tokens=self.image_tokens[images],
+            image_positions=moved[self.image_positions[rows]],
+            image_tokens=self.image_tokens[rows],
+            image_counts=tuple(n for n, one in counts if one),
             image_means=means,
         )
 
@@ -93,4 +101,5 @@ class PackedBatch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
+        moved["visuals"] = tuple(Visual(one.pixels.to(device), one.shape) for one in self.visuals)
         return replace(self, **moved)

@@ -133,6 +133,34 @@ class ConnectorConfig:
 
 
 @dataclass(frozen=True)
+class MergeConfig:
+    """How the tokens of an image's views, or of a video's frames, become one run of tokens.
+
+    `flat` lays view after view. `spatial` (LLaVA 1.6) puts the tiles of a picture back together
+    after the base view. `hd` is Phi-3.5-vision's, see `hd.py`.
+
+    Args:
+        unpad: cut off what padded the picture to its canvas.
+        newline: a learned vector ends each row of tiles, or a lone base view.
+        max_tiles: shrink pictures whose tokens outnumber those of so many tiles (anyres_max_N).
+        round_unpad: round the unpadded size to seven places before cutting, as transformers does.
+        video_newline: where the learned vector stands in a video: at its end, after each row,
+            after each frame, or nowhere.
+        video_pool: side of the square of a frame's tokens that become one.
+        video_pool_mode: how they do; `bilinear` rounds the smaller side up, the others down.
+    """
+
+    kind: Literal["flat", "spatial", "hd"] = "flat"
+    unpad: bool = False
+    newline: bool = False
+    max_tiles: int = 0
+    round_unpad: bool = False
+    video_newline: Literal["one_token", "grid", "frame", "no_token"] = "one_token"
+    video_pool: int = 1
+    video_pool_mode: Literal["bilinear", "average", "max"] = "bilinear"
+
+
+@dataclass(frozen=True)
 class HeadConfig:
     """An optional projection from pooled hidden states to the embedding space.
 
@@ -150,7 +178,10 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """A whole model. `select_layer` counts hidden states of the tower from the end (-1 = last)."""
+    """A whole model. `select_layer` counts hidden states of the tower from the end (-1 = last).
+
+    `video_token_id` is the placeholder of videos where it differs from that of images.
+    """
 
     decoder: DecoderConfig
     tower: TowerConfig | None = None
@@ -159,9 +190,12 @@ class VLMConfig:
     image_token_id: int = -1
     select_layer: int = -1
     select_feature: Literal["patch", "class_patch"] = "patch"
+    merge: MergeConfig = MergeConfig()
+    video_token_id: int = -1
 
     @property
     def tokens_per_image(self) -> int:
+        """Tokens of one view of a tower of one resolution, before views are put together."""
         if self.tower is None or self.connector is None:
             return 0
         side = -(-self.tower.grid // self.connector.shuffle)
@@ -195,6 +229,8 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
     if fields.get("head") is not None:
         head = fields["head"]
         fields["head"] = HeadConfig(**{**head, "layers": tuple(head["layers"])})
+    if "merge" in fields:
+        fields["merge"] = MergeConfig(**fields["merge"])
     return VLMConfig(**fields)
 
 

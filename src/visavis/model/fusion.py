@@ -1,28 +1,149 @@
 """Where an image becomes tokens.
 
-    pixels [N, 3, S, S]
-      └─ vision tower ──► features [N, prefix + P, W]     which hidden state: `select_layer`
-           └─ select ───► [N, P, W]                        drop the class token or keep it
-                └─ connector ──► image tokens [N, P', D]
-                     └─ splice ──► written over the placeholders of the packed stream [T, D]
+    pixels [V, 3, S, S], the views of an image or the frames of a video
+      └─ vision tower ──► features [V, prefix + P, W]     which hidden state: `select_layer`
+           └─ select ───► [V, P, W]                        drop the class token or keep it
+                └─ connector ──► tokens of each view [V, P', D]
+                     └─ arrange ───► image tokens [n, D]   put the views together
+                          └─ splice ──► written over the placeholders of the packed stream [T, D]
 
-The number of placeholders is decided where text becomes tokens (`processing/templates.py`); here
-they are only counted, and a mismatch is an error: scattering anyway would shift every later image.
+How many placeholders an image gets follows from numbers alone (`count_tokens`), where text becomes
+tokens; here they are counted again, and a mismatch is an error: scattering anyway would shift every
+later image.
 """
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visavis.errors import InputError
-from visavis.model.config import ViTConfig, VLMConfig
+from visavis.model.config import MergeConfig, ViTConfig, VLMConfig
+from visavis.model.visual import Shape
 
 
 def select(hidden: Tensor, config: VLMConfig) -> Tensor:
-    """Return the features a connector reads, [N, P, W], of a tower's hidden state."""
+    """Return the features a connector reads, [V, P, W], of a tower's hidden state."""
     if isinstance(config.tower, ViTConfig) and config.select_feature == "patch":
         return hidden[:, config.tower.num_prefix_tokens :]
     return hidden
+
+
+def count_tokens(config: VLMConfig, shape: Shape) -> int:
+    """Return how many tokens an image or video of this shape becomes."""
+    merge, per_view = config.merge, config.tokens_per_image
+    if merge.kind == "flat":
+        return shape.views * per_view
+    side = round(per_view**0.5)
+    if shape.video:
+        pooled = pooled_side(side, merge)
+        each = pooled * pooled
+        if merge.video_newline == "grid":
+            each += pooled
+        elif merge.video_newline == "frame":
+            each += 1
+        return shape.frames * each + (merge.video_newline == "one_token")
+    if not shape.rows:
+        return per_view + merge.newline
+    _, _, height, width = picture_area(shape, side, merge)
+    height, width = shrunk(height, width, side, merge)
+    return per_view + height * (width + merge.newline)
+
+
+def arrange(tokens: Tensor, shape: Shape, merge: MergeConfig, newline: Tensor | None) -> Tensor:
+    """Return the run of tokens [n, D] that the views' tokens [V, P, D] become.
+
+    Args:
+        newline: the learned vector [D], where the config has one.
+    """
+    if merge.kind == "flat":
+        return tokens.flatten(0, 1)
+    side = round(tokens.shape[1] ** 0.5)
+    if shape.video:
+        return _arrange_frames(tokens.unflatten(1, (side, side)), merge, newline)
+    base = tokens[0]  # [P, D]
+    if not shape.rows:
+        return base if newline is None else torch.cat((base, newline[None].to(base.dtype)))
+    whole = tokens[1:].view(shape.rows, shape.columns, side, side, -1)
+    whole = whole.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # [rows * s, columns * s, D]
+    top, left, height, width = picture_area(shape, side, merge)
+    whole = whole[top : top + height, left : left + width]
+    smaller = shrunk(height, width, side, merge)
+    if smaller != (height, width):
+        whole = resize(whole[None], smaller)[0]
+    if newline is not None:
+        whole = _end_rows(whole[None], newline)[0]
+    return torch.cat((base, whole.flatten(0, 1)))
+
+
+def picture_area(shape: Shape, side: int, merge: MergeConfig) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of the picture in its tiles' tokens, padding cut off.
+
+    The same margin is cut at both ends, so the result may be one row higher than the picture.
+    """
+    rows, columns = shape.rows * side, shape.columns * side
+    if not merge.unpad:
+        return 0, 0, rows, columns
+    width, height = shape.size
+
+    def whole(x: float) -> int:
+        return int(round(x, 7)) if merge.round_unpad else int(x)
+
+    if width / height > columns / rows:
+        margin = (rows - whole(height * (columns / width))) // 2
+        return margin, 0, rows - 2 * margin, columns
+    margin = (columns - whole(width * (rows / height))) // 2
+    return 0, margin, rows, columns - 2 * margin
+
+
+def shrunk(height: int, width: int, side: int, merge: MergeConfig) -> tuple[int, int]:
+    """Return the size that a picture of so many tokens is brought to (anyres_max_N)."""
+    if not merge.max_tiles:
+        return height, width
+    times = (height * width / (merge.max_tiles * side * side)) ** 0.5
+    return (int(height // times), int(width // times)) if times > 1.1 else (height, width)
+
+
+def pooled_side(side: int, merge: MergeConfig) -> int:
+    """Return the side of a frame's tokens after pooling."""
+    if merge.video_pool_mode == "bilinear":
+        return -(-side // merge.video_pool)
+    return side // merge.video_pool
+
+
+def resize(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return tokens [N, h, w, D] on another grid, bilinear, computed in float32."""
+    image = tokens.permute(0, 3, 1, 2).float()
+    image = F.interpolate(image, size, mode="bilinear", align_corners=False)
+    return image.permute(0, 2, 3, 1).to(tokens.dtype)
+
+
+def _arrange_frames(frames: Tensor, merge: MergeConfig, newline: Tensor | None) -> Tensor:
+    """Pool frames [N, s, s, D], put newlines in, and lay all in one run [n, D]."""
+    stride = merge.video_pool
+    if stride > 1 and merge.video_pool_mode == "bilinear":
+        side = pooled_side(frames.shape[1], merge)
+        frames = resize(frames, (side, side))
+    elif stride > 1:
+        pool = F.avg_pool2d if merge.video_pool_mode == "average" else F.max_pool2d
+        frames = pool(frames.permute(0, 3, 1, 2), stride).permute(0, 2, 3, 1)
+    if newline is not None and merge.video_newline == "grid":
+        frames = _end_rows(frames, newline)
+    run = frames.flatten(1, 2)  # [N, n, D]
+    if newline is None or merge.video_newline in ("grid", "no_token"):
+        return run.flatten(0, 1)
+    end = newline.to(run.dtype)
+    if merge.video_newline == "frame":
+        run = torch.cat((run, end.expand(len(run), 1, -1)), 1)
+        return run.flatten(0, 1)
+    return torch.cat((run.flatten(0, 1), end[None]))
+
+
+def _end_rows(tokens: Tensor, newline: Tensor) -> Tensor:
+    """Put a learned vector [D] at the end of each row of [N, h, w, D]."""
+    column = newline.to(tokens.dtype).expand(*tokens.shape[:2], 1, -1)
+    return torch.cat((tokens, column), 2)
 
 
 def splice(embeddings: Tensor, image_tokens: Tensor, image_positions: Tensor) -> Tensor:
@@ -30,17 +151,16 @@ def splice(embeddings: Tensor, image_tokens: Tensor, image_positions: Tensor) ->
 
     Args:
         embeddings: token embeddings of the packed stream [T, D].
-        image_tokens: [N, P, D], images in order of appearance.
+        image_tokens: [S, D], those of all images in order of appearance.
         image_positions: int64 [S], where placeholders stand in the stream, ascending.
 
     Raises:
-        InputError: S is not N x P.
+        InputError: the numbers differ.
     """
-    rows = image_tokens.flatten(0, 1)  # [N * P, D]
-    if len(rows) != len(image_positions):
+    if len(image_tokens) != len(image_positions):
         raise InputError(
-            f"the prompt holds {len(image_positions)} image placeholders but {len(image_tokens)} "
-            f"images give {len(rows)} image tokens; each image needs as many placeholders as it "
-            "has tokens. Build prompts with visavis.Prompt, which counts them."
+            f"the prompt holds {len(image_positions)} image placeholders but its images give "
+            f"{len(image_tokens)} image tokens; each image needs as many placeholders as it has "
+            "tokens. Build prompts with visavis.Prompt, which counts them."
         )
-    return embeddings.index_copy(0, image_positions, rows.to(embeddings.dtype))
+    return embeddings.index_copy(0, image_positions, image_tokens.to(embeddings.dtype))

@@ -5,7 +5,7 @@ Composes the parts and nothing else: prompts, files, caches of features and samp
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,10 +16,15 @@ from visavis.model.batch import PackedBatch
 from visavis.model.config import VLMConfig
 from visavis.model.connector import Connector
 from visavis.model.decoder import Decoder
-from visavis.model.fusion import select, splice
+from visavis.model.fusion import arrange, select, splice
 from visavis.model.head import EmbeddingHead, mean_per_group
 from visavis.model.kv_cache import KVCache
 from visavis.model.towers import build_tower
+from visavis.model.visual import Shape, Visual
+
+TOWER_BATCH = 4  # views per forward of the vision tower on the CPU
+
+Seen = tuple[Tensor, Tensor]  # tokens [n, D] and mean feature [W] of one image or video
 
 
 class VLM(nn.Module):
@@ -32,6 +37,8 @@ class VLM(nn.Module):
         self.tower = build_tower(config.tower) if config.tower else None
         self.connector = Connector(config.connector) if config.connector else None
         self.head = EmbeddingHead(config.head, config.decoder.width) if config.head else None
+        newline = config.merge.newline
+        self.image_newline = nn.Parameter(torch.zeros(config.decoder.width)) if newline else None
 
     def cast(self, dtype: torch.dtype) -> VLM:
         """Set what the decoder's matmuls compute in; all else stays float32."""
@@ -41,29 +48,45 @@ class VLM(nn.Module):
         return self
 
     def tower_features(self, pixels: Tensor) -> Tensor:
-        """Return what the connector reads of images [N, 3, S, S]: float32 [N, P, W]."""
+        """Return what the connector reads of views [V, 3, S, S]: float32 [V, P, W]."""
         assert self.tower is not None
         dtype = next(self.tower.parameters()).dtype
         pixels = pixels.to(dtype, memory_format=torch.channels_last)  # a third faster on the CPU
         return select(self.tower(pixels, self.config.select_layer), self.config).float()
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what images [N, 3, S, S] become: tokens [N, P', D], mean features [N, W]."""
+    def see(self, visuals: Sequence[Visual]) -> list[Seen]:
+        """Return what images and videos become: their tokens and mean features."""
+        views = torch.cat([visual.pixels for visual in visuals])
+        # on the CPU larger batches fall out of the cache
+        chunks = views.split(TOWER_BATCH) if views.device.type == "cpu" else (views,)
+        features = torch.cat([self.tower_features(chunk) for chunk in chunks])
+        return self.connect(features, [visual.shape for visual in visuals])
+
+    def connect(self, features: Tensor, shapes: Sequence[Shape]) -> list[Seen]:
+        """Return what images become, of the features [V, P, W] of all their views."""
         assert self.connector is not None
-        features = self.tower_features(pixels)
-        return self.connector(features), features.mean(1)
+        views = [shape.views for shape in shapes]
+        tokens = self.connector(features).split(views)
+        merge, newline = self.config.merge, self.image_newline
+        return [
+            (arrange(own, shape, merge, newline), seen.mean((0, 1)))
+            for own, seen, shape in zip(tokens, features.split(views), shapes, strict=True)
+        ]
 
     def resolve_images(self, batch: PackedBatch) -> PackedBatch:
         """Return the batch with the tokens and mean features of its images computed."""
         if batch.image_positions is None or batch.image_tokens is not None:
             return batch
-        if batch.features is not None:
-            assert self.connector is not None
-            tokens, means = self.connector(batch.features), batch.features.mean(1)
+        if batch.features is not None:  # each image is one view
+            seen = self.connect(batch.features, [Shape()] * len(batch.features))
         else:
-            assert batch.pixels is not None
-            tokens, means = self.see(batch.pixels)
-        return replace(batch, image_tokens=tokens, image_means=means)
+            seen = self.see(batch.visuals)
+        return replace(
+            batch,
+            image_tokens=torch.cat([tokens for tokens, _ in seen]),
+            image_counts=tuple(len(tokens) for tokens, _ in seen),
+            image_means=torch.stack([mean for _, mean in seen]),
+        )
 
     def embed_inputs(self, batch: PackedBatch) -> Tensor:
         """Return the decoder's input [T, D]: token embeddings with image tokens spliced in."""

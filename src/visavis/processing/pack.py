@@ -31,10 +31,23 @@ def pack(items: Sequence[Encoded], *, start: int = 0) -> PackedBatch:
         offset += length
     return PackedBatch(
         token_ids=torch.tensor([token for item in items for token in item.token_ids]),
-        positions=torch.cat([torch.arange(start, start + length) for length in lengths]),
+        positions=_positions(items, start),
         lengths=lengths,
         image_positions=torch.tensor(image_positions) if image_positions else None,
     )
+
+
+def _positions(items: Sequence[Encoded], start: int) -> torch.Tensor:
+    """Return positions within each sequence, [T], or [3, T] if any counts along three axes."""
+    rows = [
+        torch.arange(start, start + len(item.token_ids))
+        if item.positions is None
+        else item.positions + start
+        for item in items
+    ]
+    if any(row.dim() == 2 for row in rows):
+        rows = [row.expand(3, -1) for row in rows]
+    return torch.cat(rows, -1)
 
 
 def next_token_labels(items: Sequence[Encoded]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -24,7 +24,10 @@ from tokenizers import Tokenizer
 from visavis.errors import CheckpointError, InputError
 from visavis.processing.tokenizer import SpecialTokens, encode, encode_spans
 from visavis.processing.turns import TURNS, TurnTemplate
-from visavis.prompt import Image, Message, Prompt, Text
+from visavis.prompt import Image, Message, Prompt, Text, Video
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What running a template can raise: its own refusals, and mistakes of its author.
 _TEMPLATE_FAILURES = (
@@ -38,6 +41,9 @@ _TEMPLATE_FAILURES = (
 )
 
 
+_Placeholders = tuple[int, int]  # token id of an image or video, and how many it becomes
+
+
 @dataclass
 class Encoded:
     """One sequence of ids.
@@ -45,11 +51,13 @@ class Encoded:
     Attributes:
         image_slots: (start, length) of each image's placeholders, in the order of the images.
         loss_mask: which tokens are learned from; all False where a template cannot say.
+        positions: for M-RoPE, int64 [3, T] (see `mrope.py`); None: 0, 1, 2, …
     """
 
     token_ids: list[int] = field(default_factory=list)
     image_slots: list[tuple[int, int]] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
+    positions: Tensor | None = None
 
     def add(self, ids: Sequence[int], learned: bool = False) -> None:
         """Append ids."""
@@ -138,6 +146,7 @@ def encode_chat(
     *,
     image_token_id: int,
     tokens_per_image: Sequence[int],
+    video_token_id: int = -1,
     add_generation_prompt: bool = True,
 ) -> Encoded:
     """Encode turns with a jinja template; the ids are those of the whole rendered text.
@@ -152,20 +161,19 @@ def encode_chat(
     Raises:
         InputError: numbers of images differ, or the template refuses the messages.
     """
-    _check_images(prompt, tokens_per_image)
+    visuals = _placeholders(prompt, image_token_id, video_token_id, tokens_per_image)
     marks = _Marks(prompt, specials)
-    placeholder = next(
-        (t for t, number in specials.by_text.items() if number == image_token_id), ""
-    )
+    text_of = {number: text for text, number in specials.by_text.items()}
+    placeholder = text_of.get(image_token_id, "")
     takes_parts = bool(placeholder) and template.takes_parts(placeholder)
     content = marks.parts if takes_parts else marks.content
     messages = [{"role": m.role, "content": content(m)} for m in prompt.messages]
     rendered = template.render(messages, add_generation_prompt)
     encoded = Encoded()
-    marks.encode(encoded, rendered, tokenizer, specials, image_token_id, tokens_per_image)
+    marks.encode(encoded, rendered, tokenizer, specials, visuals)
     if takes_parts:
-        encoded = _expand(encoded, specials, image_token_id, tokens_per_image)
-    return _all_images(encoded, tokens_per_image)
+        encoded = _expand(encoded, specials, visuals)
+    return _all_images(encoded, visuals)
 
 
 def encode_plain(
@@ -175,6 +183,7 @@ def encode_plain(
     *,
     image_token_id: int,
     tokens_per_image: Sequence[int],
+    video_token_id: int = -1,
     prefix: str = "",
     suffix: str = "",
 ) -> Encoded:
@@ -186,14 +195,14 @@ def encode_plain(
     Raises:
         InputError: numbers of images differ.
     """
-    _check_images(prompt, tokens_per_image)
+    visuals = _placeholders(prompt, image_token_id, video_token_id, tokens_per_image)
     marks = _Marks(prompt, specials)
     text = prefix + "\n".join(map(marks.content, prompt.messages)) + suffix
     encoded = Encoded()
     if specials.add_bos and specials.bos_id is not None:
         encoded.add([specials.bos_id])
-    marks.encode(encoded, text, tokenizer, specials, image_token_id, tokens_per_image)
-    return _all_images(encoded, tokens_per_image)
+    marks.encode(encoded, text, tokenizer, specials, visuals)
+    return _all_images(encoded, visuals)
 
 
 def encode_turns(
@@ -204,6 +213,7 @@ def encode_turns(
     *,
     image_token_id: int,
     tokens_per_image: Sequence[int],
+    video_token_id: int = -1,
     add_generation_prompt: bool = True,
 ) -> Encoded:
     """Encode turns with a turn template, whose ids are the same in training and in use and which
@@ -215,7 +225,7 @@ def encode_turns(
     Raises:
         InputError: numbers of images differ, or the template has no such role here.
     """
-    _check_images(prompt, tokens_per_image)
+    visuals = _placeholders(prompt, image_token_id, video_token_id, tokens_per_image)
     marks = _Marks(prompt, specials, template.image_end)
     pieces = list(_turn_pieces(prompt, template, marks))
     if add_generation_prompt:
@@ -229,8 +239,8 @@ def encode_turns(
     if specials.add_bos and specials.bos_id is not None:
         encoded.add([specials.bos_id])
     for text, learned in runs:
-        marks.encode(encoded, text, tokenizer, specials, image_token_id, tokens_per_image, learned)
-    return _all_images(encoded, tokens_per_image)
+        marks.encode(encoded, text, tokenizer, specials, visuals, learned)
+    return _all_images(encoded, visuals)
 
 
 def _turn_pieces(
@@ -275,7 +285,7 @@ class _Marks:
         self.specials = specials
         self.image_end = image_end
         typed = "".join(
-            part.text for m in prompt.messages for part in m.parts if not isinstance(part, Image)
+            part.text for m in prompt.messages for part in m.parts if isinstance(part, Text)
         )
         number = 0
         while f"\U000f0000{number}:" in typed:
@@ -289,12 +299,12 @@ class _Marks:
         """Return one message's text with marks in it."""
         pieces, text = [], ""
         for part in message.parts:
-            if isinstance(part, Image):
+            if isinstance(part, Image | Video):
                 mark = self._mark("i", self.num_images)
                 pieces += [self._protect(text), mark + self.image_end]
                 self.num_images += 1
                 text = ""
-            elif with_text:
+            elif with_text and isinstance(part, Text):
                 text += part.text  # joined first: parts may complete a special text together
         return "".join([*pieces, self._protect(text)])
 
@@ -303,13 +313,13 @@ class _Marks:
         pieces: list[dict[str, str]] = []
         text = ""
         for part in (*message.parts, None):
-            if part is not None and not isinstance(part, Image):
+            if isinstance(part, Text):
                 text += part.text
                 continue
             if text:
                 pieces.append({"type": "text", "text": self._protect(text)})
             if part is not None:
-                pieces.append({"type": "image"})
+                pieces.append({"type": "video" if isinstance(part, Video) else "image"})
             text = ""
         return pieces
 
@@ -319,8 +329,7 @@ class _Marks:
         rendered: str,
         tokenizer: Tokenizer,
         specials: SpecialTokens,
-        image_token_id: int,
-        tokens_per_image: Sequence[int],
+        visuals: Sequence[_Placeholders],
         learned: Sequence[bool] = (),
     ) -> None:
         """Append a rendered text's ids: marks of images become placeholders, marks of typed
@@ -335,7 +344,7 @@ class _Marks:
                 index = int(value)
                 if index != len(encoded.image_slots):
                     _misplaced(index, len(encoded.image_slots))
-                encoded.add_image(image_token_id, tokens_per_image[index])
+                encoded.add_image(*visuals[index])
             elif not self.pattern.search(value):
                 _add_text(encoded, value, mask, tokenizer, specials)
             else:
@@ -405,36 +414,44 @@ def _split_specials(text: str, specials: SpecialTokens) -> Iterator[tuple[str, i
     yield text[at:], at, None
 
 
-def _expand(
-    flat: Encoded, specials: SpecialTokens, image_token_id: int, tokens_per_image: Sequence[int]
-) -> Encoded:
+def _expand(flat: Encoded, specials: SpecialTokens, visuals: Sequence[_Placeholders]) -> Encoded:
     """Return ids in which each placeholder that a template wrote stands for a whole image."""
     encoded = Encoded()
     bos = specials.bos_id
     if specials.add_bos and bos is not None and flat.token_ids[:1] != [bos]:
         encoded.add([bos])
+    placeholders = {token_id for token_id, _ in visuals}
     for token_id in flat.token_ids:
         index = len(encoded.image_slots)
-        if token_id != image_token_id:
+        if token_id not in placeholders:
             encoded.add([token_id])
-        elif index < len(tokens_per_image):
-            encoded.add_image(image_token_id, tokens_per_image[index])
+        elif index < len(visuals) and visuals[index][0] == token_id:
+            encoded.add_image(*visuals[index])
         else:
-            _misplaced(len(tokens_per_image), index + 1)
+            _misplaced(len(visuals), index + 1)
     return encoded
 
 
-def _check_images(prompt: Prompt, tokens_per_image: Sequence[int]) -> None:
-    if len(prompt.images) != len(tokens_per_image):
+def _placeholders(
+    prompt: Prompt, image_token_id: int, video_token_id: int, counts: Sequence[int]
+) -> list[_Placeholders]:
+    """Return what stands for each image and video, in order."""
+    visuals = prompt.visuals
+    if len(visuals) != len(counts):
         raise InputError(
-            f"the messages hold {len(prompt.images)} images but sizes of {len(tokens_per_image)} "
-            "were given; expected one size per image, in order"
+            f"the messages hold {len(visuals)} images but sizes of {len(counts)} were given; "
+            "expected one size per image, in order"
         )
+    apart = video_token_id >= 0  # from images
+    return [
+        (video_token_id if apart and isinstance(one, Video) else image_token_id, count)
+        for one, count in zip(visuals, counts, strict=True)
+    ]
 
 
-def _all_images(encoded: Encoded, tokens_per_image: Sequence[int]) -> Encoded:
-    if len(encoded.image_slots) != len(tokens_per_image):
-        _misplaced(len(tokens_per_image), len(encoded.image_slots))
+def _all_images(encoded: Encoded, visuals: Sequence[_Placeholders]) -> Encoded:
+    if len(encoded.image_slots) != len(visuals):
+        _misplaced(len(visuals), len(encoded.image_slots))
     return encoded
 
 
