@@ -38,12 +38,9 @@ def count_tokens(config: VLMConfig, shape: Shape) -> int:
     side = round(per_view**0.5)
     if shape.video:
         pooled = pooled_side(side, merge)
-        each = pooled * pooled
-        if merge.video_newline == "grid":
-            each += pooled
-        elif merge.video_newline == "frame":
-            each += 1
-        return shape.frames * each + (merge.video_newline == "one_token")
+        where = merge.video_newline if merge.newline else "no_token"
+        each = pooled * pooled + {"grid": pooled, "frame": 1}.get(where, 0)
+        return shape.frames * each + (where == "one_token")
     if not shape.rows:
         return per_view + merge.newline
     _, _, height, width = picture_area(shape, side, merge)
