@@ -185,7 +185,7 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
         ("projector_hidden_act", "relu"),
         ("multimodal_projector_bias", False),
         ("vision_feature_select_strategy", "cls"),
-        ("model_type", "llava_next"),
+        ("model_type", "video_llava"),
     ],
 )
 def test_settings_we_do_not_have_are_refused(setting: str, value: object) -> None:

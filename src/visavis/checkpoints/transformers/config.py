@@ -7,6 +7,8 @@ in `decoders.py`, tensor names in `names.py`.
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from visavis.checkpoints.transformers.decoders import KINDS, decoder_config
@@ -21,7 +23,7 @@ from visavis.checkpoints.transformers.settings import (
     unknown_type,
     without_nulls,
 )
-from visavis.model.config import ConnectorConfig, ViTConfig, VLMConfig
+from visavis.model.config import ConnectorConfig, MergeConfig, ViTConfig, VLMConfig
 
 VIT: dict[str, Any] = {
     "hidden_size": 768,
@@ -43,13 +45,22 @@ SIGLIP = VIT | {
 }
 DINOV2 = VIT | {"mlp_ratio": 4, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
 REGISTERS = DINOV2 | {"patch_size": 16, "num_register_tokens": 4}
-LLAVA_TOWER: dict[str, Any] = {  # of a llava whose vision_config names no model
+LLAVA_TOWER: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "image_size": 336,
+    "patch_size": 14,
+}
+ONEVISION_TOWER: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
     "patch_size": 14,
 }
 TOWERS = {
@@ -60,8 +71,49 @@ TOWERS = {
 }
 
 
+@dataclass(frozen=True)
+class Llava:
+    """A model type made of a vision tower and a language model, and what its files leave out.
+
+    Args:
+        text: model type of a text_config that names none.
+        vision: settings of a vision_config that names no model type.
+        settings: of the whole.
+    """
+
+    text: str
+    vision: dict[str, Any]
+    settings: dict[str, Any]
+
+
+CLIP_BASED = Llava(
+    "llama",
+    LLAVA_TOWER,
+    {
+        "image_token_id": 32000,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    },
+)
+LLAVAS = {
+    "llava": CLIP_BASED,
+    "llava_next": CLIP_BASED,
+    "llava_onevision": Llava(
+        "qwen2",
+        ONEVISION_TOWER,
+        {
+            "image_token_id": 151646,
+            "video_token_id": 151647,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_9",
+        },
+    ),
+}
+
+
 def vlm_config(config: Json) -> VLMConfig:
-    """Return the model that a config.json describes: a language model or a llava.
+    """Return the model that a config.json describes: a language model or one of `LLAVAS`.
 
     Raises:
         CheckpointError: another type, or a setting that no part of ours has.
@@ -69,22 +121,20 @@ def vlm_config(config: Json) -> VLMConfig:
     kind = config.get("model_type")
     if kind in KINDS:
         return VLMConfig(decoder=decoder_config(config))
-    if kind != "llava":
-        raise unknown_type(kind, (*KINDS, "llava"))
+    if not isinstance(kind, str) or kind not in LLAVAS:
+        raise unknown_type(kind, (*KINDS, *LLAVAS))
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
-    layer = config.get("vision_feature_layer", -2)
-    select = config.get("vision_feature_select_strategy", "default")
+    config = LLAVAS[kind].settings | without_nulls(config)
+    layer, select = config["vision_feature_layer"], config["vision_feature_select_strategy"]
     one = isinstance(layer, int) and -tower.num_layers - 1 <= layer <= tower.num_layers
     require("vision_feature_layer", layer, one, f"one number of {tower.num_layers} layers")
     require("vision_feature_select_strategy", select, select in ("default", "full"), "one of two")
-    # "default" drops exactly the first token, whatever the tower is.
+    # "default" drops exactly the first token, whatever the tower is; tiles need a square of them.
     fits = select == "full" or tower.num_prefix_tokens == 1
     require("vision_feature_select_strategy", select, fits, "'full' for this tower")
-    ids = {"image_token_id": 32000} | without_nulls(config)
-    image_token_id: Any = ids.get("image_token_index", ids["image_token_id"])
-    in_vocabulary = isinstance(image_token_id, int) and 0 <= image_token_id < decoder.vocab_size
-    require("image_token_index", image_token_id, in_vocabulary, f"0 to {decoder.vocab_size - 1}")
+    fits = select == "default" or tower.num_prefix_tokens == 0 or kind == "llava"
+    require("vision_feature_select_strategy", select, fits, "'default' for this tower")
     act = config.get("projector_hidden_act", "gelu")
     require("projector_hidden_act", act, act == "gelu", "'gelu'")
     bias = config.get("multimodal_projector_bias", True)
@@ -93,9 +143,42 @@ def vlm_config(config: Json) -> VLMConfig:
         decoder=decoder,
         tower=tower,
         connector=ConnectorConfig("mlp", tower.width, decoder.width, depth=2),
-        image_token_id=image_token_id,
+        image_token_id=_placeholder(config, "image", decoder.vocab_size),
+        video_token_id=(
+            _placeholder(config, "video", decoder.vocab_size) if "video_token_id" in config else -1
+        ),
         select_layer=layer,
         select_feature="patch" if select == "default" else "class_patch",
+        merge=_merge(kind, config),
+    )
+
+
+def _placeholder(config: Json, visual: str, vocab_size: int) -> int:
+    """Return the id that stands for an image or a video."""
+    name = f"{visual}_token_index"
+    found: Any = config.get(name, config[f"{visual}_token_id"])
+    in_vocabulary = isinstance(found, int) and 0 <= found < vocab_size
+    require(name, found, in_vocabulary, f"0 to {vocab_size - 1}")
+    return int(found)
+
+
+def _merge(kind: str, config: Json) -> MergeConfig:
+    """Return how the library puts an image's views or a video's frames together."""
+    if kind == "llava":
+        return MergeConfig()
+    if kind == "llava_next":
+        return MergeConfig("spatial", unpad=True, newline=True, round_unpad=True)
+    aspect = config["vision_aspect_ratio"]
+    found = re.fullmatch("anyres_max_([1-9][0-9]{0,3})", str(aspect))
+    require("vision_aspect_ratio", aspect, bool(found), "'anyres_max_' and a number")
+    assert found is not None
+    return MergeConfig(
+        "spatial",
+        unpad=True,
+        newline=True,
+        round_unpad=True,
+        max_tiles=int(found[1]),
+        video_pool=2,
     )
 
 
@@ -146,11 +229,12 @@ def vit_config(config: Json) -> ViTConfig:
 
 def parts(config: Json) -> tuple[Json, Json]:
     """Return the text and vision configs of a llava, with what they take from the outer one."""
-    text = {"model_type": "llama"} | section(config, "text_config")
+    defaults = LLAVAS[config["model_type"]]
+    text = {"model_type": defaults.text} | section(config, "text_config")
     if config.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True
     vision = without_nulls(section(config, "vision_config"))
-    return text, vision if "model_type" in vision else LLAVA_TOWER | vision
+    return text, vision if "model_type" in vision else defaults.vision | vision
 
 
 def vision_part(config: Json) -> Json:

@@ -31,7 +31,7 @@ from visavis.checkpoints.weight_files import (
     weight_files,
 )
 from visavis.errors import CheckpointError
-from visavis.model.config import VLMConfig
+from visavis.model.config import ViTConfig, VLMConfig
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import SpecialTokens, load_tokenizer
@@ -156,7 +156,7 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
             f"{' or '.join(names)} beside the weights, copy it from the model's source."
         )
     processor = processor_config(settings[0])
-    if processor.size != config.tower.image_size:
+    if isinstance(config.tower, ViTConfig) and processor.size != config.tower.image_size:
         raise CheckpointError(
             f"{folder} prepares pictures of {processor.size} pixels, but its vision tower takes "
             f"{config.tower.image_size}; the processor's file belongs to another model."

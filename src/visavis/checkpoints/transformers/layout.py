@@ -1,7 +1,7 @@
 """Checkpoints in the layout of Hugging Face transformers: its tensors as ours, and back.
 
-Language models, CLIP, SigLIP and DINOv2 vision towers, and LLaVA made of them. Takes parsed JSON
-and tensors by name: opens no file (see `folder.py`) and imports no transformers.
+Language models, CLIP, SigLIP and DINOv2 vision towers, and the LLaVAs made of them. Takes parsed
+JSON and tensors by name: opens no file (see `folder.py`) and imports no transformers.
 """
 
 from __future__ import annotations
@@ -121,9 +121,11 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
         ("model.language_model.**", "language_model.model.**"),
         ("model.multi_modal_projector.**", "multi_modal_projector.**"),
         ("model.vision_tower.**", "vision_tower.**"),
+        ("model.image_newline", "image_newline"),
     )
+    newline = Row("image_newline", ("image_newline",))
     return NameTable(
-        rows=(*decoder_rows(text["model_type"], prefix, head), *connector, *tower.rows),
+        rows=(*decoder_rows(text["model_type"], prefix, head), *connector, newline, *tower.rows),
         aliases=(*newer, *tower.aliases),
         ignored=(*ignored, *tower.ignored),
     )
