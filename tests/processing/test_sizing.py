@@ -42,7 +42,7 @@ def test_crop_equals_clip(size, resample):
     peer = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 56},
         crop_size={"height": 56, "width": 56},
-        resample=images._FILTERS[resample],
+        resample=images.FILTERS[resample],
     )
     picture = scene(*size)
     theirs = peer(picture, return_tensors="np")["pixel_values"][0]
@@ -97,7 +97,7 @@ def test_pad_equals_the_square_formula(width, height, size, resample):
     picture, side = scene(width, height), max(width, height)
     square = pil.new("RGB", (side, side), (122, 116, 104))
     square.paste(picture, ((side - width) // 2, (side - height) // 2))
-    expected = np.asarray(square.resize((size, size), images._FILTERS[resample]))
+    expected = np.asarray(square.resize((size, size), images.FILTERS[resample]))
     assert np.array_equal(np.asarray(resize_image(picture, config)), expected)
 
 

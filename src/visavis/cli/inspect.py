@@ -268,6 +268,7 @@ def _parts(config: VLMConfig) -> list[dict[str, Any]]:
     """Count each part's parameters on torch's meta device, which holds no numbers."""
     import torch
 
+    from visavis.model.config import Qwen2VLTowerConfig
     from visavis.model.vlm import VLM
 
     with torch.device("meta"):
@@ -279,9 +280,12 @@ def _parts(config: VLMConfig) -> list[dict[str, Any]]:
             f"context {decoder.context_length}"
         )
     }
-    if config.tower:
+    if isinstance(config.tower, Qwen2VLTowerConfig):
+        side = config.tower.patch_size * config.tower.merge
+        details["tower"] = f"{config.tower.kind}, any size"
+        details["connector"] = f"a token for {side} x {side} px"
+    elif config.tower and config.connector:
         details["tower"] = f"{config.tower.kind}, {config.tower.image_size} px"
-    if config.connector:
         details["connector"] = (
             f"{config.connector.kind}, {config.tokens_per_image} tokens per picture"
         )

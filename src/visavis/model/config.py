@@ -111,7 +111,33 @@ class EfficientNetConfig:
         return 1280
 
 
-TowerConfig = ViTConfig | EfficientNetConfig
+@dataclass(frozen=True)
+class Qwen2VLTowerConfig:
+    """Qwen2-VL's tower of any resolution: patches of two frames, rotary positions."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    ffn_width: int
+    patch_size: int = 14
+    temporal_size: int = 2  # frames in a patch
+    merge: int = 2  # side of the square of patches that become one token
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
+    norm_eps: float = 1e-6
+    kind: Literal["qwen2_vl"] = "qwen2_vl"
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in one patch."""
+        return 3 * self.temporal_size * self.patch_size**2
+
+
+TowerConfig = ViTConfig | EfficientNetConfig | Qwen2VLTowerConfig
+TOWERS: dict[str, type[TowerConfig]] = {
+    "vit": ViTConfig,
+    "efficientnet_lite": EfficientNetConfig,
+    "qwen2_vl": Qwen2VLTowerConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -198,6 +224,7 @@ class VLMConfig:
         """Tokens of one view of a tower of one resolution, before views are put together."""
         if self.tower is None or self.connector is None:
             return 0
+        assert not isinstance(self.tower, Qwen2VLTowerConfig), "it depends on the image"
         side = -(-self.tower.grid // self.connector.shuffle)
         extra = (
             self.tower.num_prefix_tokens
@@ -222,8 +249,7 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
     fields["decoder"] = decoder_config_from_dict(fields["decoder"])
     tower = fields.get("tower")
     if tower is not None:
-        kind = {"vit": ViTConfig, "efficientnet_lite": EfficientNetConfig}[tower["kind"]]
-        fields["tower"] = kind(**tower)
+        fields["tower"] = TOWERS[tower["kind"]](**tower)
     if fields.get("connector") is not None:
         fields["connector"] = ConnectorConfig(**fields["connector"])
     if fields.get("head") is not None:

@@ -28,6 +28,7 @@ from PIL import Image as pil
 from PIL import UnidentifiedImageError
 
 from visavis.errors import ImageError, InputError
+from visavis.processing.patches import PatchesConfig
 from visavis.prompt import Image, Page
 from visavis.registry import suggest
 
@@ -73,9 +74,9 @@ _UPRIGHT: dict[int, pil.Transpose] = {
 _EXIF_ORIENTATION = 0x0112
 _open_lock = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
-Resize: TypeAlias = Literal["squash", "crop", "pad"]
+Resize: TypeAlias = Literal["squash", "crop", "pad", "patches"]
 Resample: TypeAlias = Literal["bicubic", "bilinear"]
-_FILTERS = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
+FILTERS = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
 _EXTREME_ASPECT = 16  # beyond it, cropping bounds its memory instead of resizing everything
 
 
@@ -295,12 +296,15 @@ def _from_array(array: np.ndarray, name: str) -> pil.Image:
 class ImageProcessorConfig:
     """How a vision tower wants its pictures; saved with the weights."""
 
-    size: int  # pixels, side of the square the tower sees
-    resize: Resize  # squash: ignore aspect | crop: centre square | pad: to a square, mean colour
+    size: int  # pixels, side of the square the tower sees; with patches, of what makes one token
+    # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
+    # size, see patches.py
+    resize: Resize
     mean: tuple[float, float, float]  # RGB, of values in 0..1
     std: tuple[float, float, float]
     resample: Resample = "bicubic"
     crop_fraction: float = 1.0  # crop only: shortest edge becomes floor(size / crop_fraction)
+    patches: PatchesConfig | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -319,6 +323,10 @@ class ImageProcessorConfig:
             problems.append(f"crop_fraction is {self.crop_fraction}, expected above 0, at most 1")
         elif self.crop_fraction != 1 and self.resize != "crop":
             problems.append(f"crop_fraction has no effect with resize={self.resize!r}")
+        if (self.resize == "patches") != (self.patches is not None):
+            problems.append(f"resize={self.resize!r}, but patches are {self.patches}")
+        elif self.patches is not None and self.size != self.patches.factor:
+            problems.append(f"size is {self.size}, but a token {self.patches.factor} pixels")
         if problems:
             raise InputError(f"image processor config: {'; '.join(problems)}")
 
@@ -338,16 +346,23 @@ class ImageProcessorConfig:
         missing = [name for name in ("size", "resize", "mean", "std") if name not in values]
         if missing:
             raise InputError(f"image processor config: {', '.join(missing)} missing")
-        tuples = {name: tuple(map(float, values[name])) for name in ("mean", "std")}
+        tuples: dict[str, Any] = {n: tuple(map(float, values[n])) for n in ("mean", "std")}
+        patches = values.get("patches")
+        if patches is not None:
+            tuples["patches"] = PatchesConfig.from_dict(patches)
         return cls(**{**values, **tuples})
 
 
 def process_image(image: pil.Image, config: ImageProcessorConfig) -> np.ndarray:
     """Return what the tower takes, float32 [3, size, size], from a decoded (RGB) image."""
-    pixels = np.asarray(resize_image(image, config))  # [S, S, 3] uint8
+    return normalise(np.asarray(resize_image(image, config)), config)
+
+
+def normalise(pixels: np.ndarray, config: ImageProcessorConfig) -> np.ndarray:
+    """Return 8-bit RGB pixels [H, W, 3] normalised, float32 [3, H, W]."""
     levels = np.arange(256)[:, None] / 255
     table = ((levels - np.array(config.mean)) / np.array(config.std)).astype(np.float32)  # [256, 3]
-    return np.stack([table[pixels[:, :, c], c] for c in range(3)])  # [3, S, S]
+    return np.stack([table[pixels[:, :, c], c] for c in range(3)])
 
 
 def resize_image(image: pil.Image, config: ImageProcessorConfig) -> pil.Image:
@@ -357,12 +372,12 @@ def resize_image(image: pil.Image, config: ImageProcessorConfig) -> pil.Image:
         return _resize_and_crop(image, config)
     if config.resize == "pad" and image.width != image.height:
         return _pad_and_resize(image, config)
-    return image.resize((config.size, config.size), _FILTERS[config.resample])
+    return image.resize((config.size, config.size), FILTERS[config.resample])
 
 
 def _resize_and_crop(image: pil.Image, config: ImageProcessorConfig) -> pil.Image:
     """Resize the shortest edge to `edge`, then cut the centre square."""
-    size, resample = config.size, _FILTERS[config.resample]
+    size, resample = config.size, FILTERS[config.resample]
     edge = floor(size / config.crop_fraction)
     short = min(image.size)
     width, height = (int(edge * side / short) for side in image.size)
@@ -383,7 +398,7 @@ def _pad_and_resize(image: pil.Image, config: ImageProcessorConfig) -> pil.Image
     if height > width and height * height > MAX_PIXELS:  # y before x: a few grey levels at edges
         flipped = _pad_and_resize(image.transpose(pil.Transpose.TRANSPOSE), config)
         return flipped.transpose(pil.Transpose.TRANSPOSE)
-    size, side, resample = config.size, max(width, height), _FILTERS[config.resample]
+    size, side, resample = config.size, max(width, height), FILTERS[config.resample]
     colour = tuple(int(channel * 255) for channel in config.mean)
     if width < side:
         band = pil.new("RGB", (side, height), colour)

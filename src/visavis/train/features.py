@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visavis.model.config import Qwen2VLTowerConfig
 from visavis.model.vlm import VLM
 from visavis.processing.images import (
     ImageProcessorConfig,
@@ -33,6 +34,7 @@ class TowerFeatures:
 
     def __init__(self, folder: Path, vlm: VLM, processor: ImageProcessorConfig) -> None:
         assert vlm.config.tower is not None and vlm.tower is not None
+        assert not isinstance(vlm.config.tower, Qwen2VLTowerConfig), "its features vary in number"
         self.vlm, self.processor = vlm, processor
         self.shape = (vlm.config.tower.grid**2, vlm.config.tower.width)  # P, W
         self.folder = folder / tower_digest(vlm, processor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from visavis.model.config import EfficientNetConfig, TowerConfig
+from visavis.model.config import EfficientNetConfig, Qwen2VLTowerConfig, TowerConfig
 
 
 def build_tower(config: TowerConfig) -> nn.Module:
@@ -13,6 +13,10 @@ def build_tower(config: TowerConfig) -> nn.Module:
         from visavis.model.towers.efficientnet import EfficientNetLite
 
         return EfficientNetLite(config)
+    if isinstance(config, Qwen2VLTowerConfig):
+        from visavis.model.towers.qwen2_vl import Qwen2VLTower
+
+        return Qwen2VLTower(config)
     from visavis.model.towers.vit import ViT
 
     return ViT(config)

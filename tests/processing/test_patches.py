@@ -1,0 +1,118 @@
+"""Smart resize and patches: against transformers' own processor, and what it lacks against the
+formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
+
+from visavis.errors import ImageError, InputError
+from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.patches import (
+    PatchesConfig,
+    image_patches,
+    image_shape,
+    resized,
+    video_patches,
+    video_shape,
+)
+
+CLIP: dict[str, Any] = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+SIZES = [(56, 56), (20, 30), (10, 1000), (14, 14), (42, 70), (200, 1), (13, 2600), (640, 480)]
+BOUNDS = [(3136, 1003520), (3136, 12845056), (784, 30000), (60000, 90000)]
+
+
+def processor(**settings: Any) -> ImageProcessorConfig:
+    return ImageProcessorConfig(28, "patches", **CLIP, patches=PatchesConfig(**settings))
+
+
+def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_pictures_equal_transformers(size: tuple[int, int], bounds: tuple[int, int]) -> None:
+    least, most = bounds
+    peer = Qwen2VLImageProcessorPil(size={"shortest_edge": least, "longest_edge": most})
+    theirs = peer(images=[noise(size)], return_tensors="np")
+    config = processor(min_pixels=least, max_pixels=most)
+    ours, shape = image_patches(noise(size), config)
+    assert (1, shape.rows, shape.columns) == tuple(theirs["image_grid_thw"][0])
+    assert ours.dtype == np.float32 and ours.shape == theirs["pixel_values"].shape
+    one_level = 1 / 255 / max(CLIP["std"])
+    assert abs(ours - theirs["pixel_values"]).max() < one_level / 1000
+    assert config.patches is not None
+    assert image_shape(size, config.patches) == shape
+
+
+def test_sizes_equal_transformers() -> None:
+    config = PatchesConfig()
+    for width, height in np.random.default_rng(1).integers(1, 4000, (3000, 2)).tolist():
+        if max(width, height) <= 200 * min(width, height):
+            assert resized((width, height), config)[::-1] == smart_resize(height, width)
+
+
+def test_extreme_pictures() -> None:
+    with pytest.raises(ImageError, match="2010 x 10 pixels is too long and narrow"):
+        resized((2010, 10), PatchesConfig())
+    square = PatchesConfig(extreme="square")
+    assert resized((6000, 29), square) == (980, 980)
+    assert resized((2010, 10), square) == resized((27, 500), square) == (56, 56)
+    assert resized((27, 500), square, video=True) == (504, 504)
+    assert resized((640, 480), square) == resized((640, 480), PatchesConfig())
+
+
+def test_a_video_is_pairs_of_frames() -> None:
+    """Each pair equals the picture's patches with its second frame replaced; odd ends repeat."""
+    config = processor()
+    frames = [noise((64, 60), seed) for seed in range(3)]
+    ours, shape = video_patches(frames, config)
+    assert (shape.frames, shape.rows, shape.columns, shape.video) == (2, 4, 4, True)
+    singles = [image_patches(frame, config)[0].reshape(16, 3, 2, -1) for frame in frames]
+    first, second = ours.reshape(2, 16, 3, 2, -1)
+    assert np.array_equal(first[:, :, 0], singles[0][:, :, 0])
+    assert np.array_equal(first[:, :, 1], singles[1][:, :, 0])
+    assert np.array_equal(second, singles[2])
+    assert config.patches is not None
+    assert video_shape(3, (64, 60), config.patches) == shape
+
+
+def test_a_videos_frames_have_bounds_of_their_own() -> None:
+    config = processor(video_min_pixels=784, video_max_pixels=3136)
+    frames = [noise((640, 480)), noise((320, 250))]  # the first says what size
+    _, shape = video_patches(frames, config)
+    assert (shape.rows, shape.columns) == (2, 4)
+    assert image_patches(frames[0], config)[1].rows == 34
+
+
+def test_settings() -> None:
+    config = processor(extreme="square", video_max_pixels=5000)
+    assert ImageProcessorConfig.from_dict(config.to_dict()) == config
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"patch": 0}, "patch is 0, expected a whole number from 1 on"),
+        ({"min_pixels": 9, "max_pixels": 8}, "at least 9 and at most 8 pixels"),
+        ({"extreme": "crop"}, "expected refuse or square"),
+    ]
+    for settings, message in wrong:
+        with pytest.raises(InputError, match=message):
+            PatchesConfig(**settings)
+    with pytest.raises(InputError, match="unknown key 'pach'"):
+        PatchesConfig.from_dict({"pach": 3})
+    with pytest.raises(InputError, match="size is 32, but a token 28 pixels"):
+        ImageProcessorConfig(32, "patches", **CLIP, patches=PatchesConfig())
+    with pytest.raises(InputError, match="resize='squash', but patches are PatchesConfig"):
+        ImageProcessorConfig(28, "squash", **CLIP, patches=PatchesConfig())
+    with pytest.raises(InputError, match="resize='patches', but patches are None"):
+        ImageProcessorConfig(28, "patches", **CLIP)
