@@ -20,6 +20,7 @@ from torch import Tensor
 
 from visavis.errors import InputError
 from visavis.model.config import MergeConfig, ViTConfig, VLMConfig
+from visavis.model.hd import arrange_hd, count_hd
 from visavis.model.visual import Shape
 
 
@@ -36,6 +37,8 @@ def count_tokens(config: VLMConfig, shape: Shape) -> int:
     if merge.kind == "flat":
         return shape.views * per_view
     side = round(per_view**0.5)
+    if merge.kind == "hd":
+        return count_hd(side, shape)
     if shape.video:
         pooled = pooled_side(side, merge)
         where = merge.video_newline if merge.newline else "no_token"
@@ -52,11 +55,14 @@ def arrange(tokens: Tensor, shape: Shape, merge: MergeConfig, newline: Tensor | 
     """Return the run of tokens [n, D] that the views' tokens [V, P, D] become.
 
     Args:
-        newline: the learned vector [D], where the config has one.
+        newline: the learned vector [D], where the config has one; of `hd` both, [2, D].
     """
     if merge.kind == "flat":
         return tokens.flatten(0, 1)
     side = round(tokens.shape[1] ** 0.5)
+    if merge.kind == "hd":
+        assert newline is not None
+        return arrange_hd(tokens.unflatten(1, (side, side)), shape, newline)
     if shape.video:
         return _arrange_frames(tokens.unflatten(1, (side, side)), merge, newline)
     base = tokens[0]  # [P, D]

@@ -17,6 +17,7 @@ from visavis.model.config import VLMConfig
 from visavis.model.connector import Connector
 from visavis.model.decoder import Decoder
 from visavis.model.fusion import arrange, select, splice
+from visavis.model.hd import Separators
 from visavis.model.head import EmbeddingHead, mean_per_group
 from visavis.model.kv_cache import KVCache
 from visavis.model.towers import build_tower
@@ -39,6 +40,8 @@ class VLM(nn.Module):
         self.head = EmbeddingHead(config.head, config.decoder.width) if config.head else None
         newline = config.merge.newline
         self.image_newline = nn.Parameter(torch.zeros(config.decoder.width)) if newline else None
+        hd = config.connector if config.merge.kind == "hd" else None
+        self.separators = Separators(hd.in_width * hd.shuffle**2) if hd else None
 
     def cast(self, dtype: torch.dtype) -> VLM:
         """Set what the decoder's matmuls compute in; all else stays float32."""
@@ -68,6 +71,8 @@ class VLM(nn.Module):
         views = [shape.views for shape in shapes]
         tokens = self.connector(features).split(views)
         merge, newline = self.config.merge, self.image_newline
+        if self.separators is not None:
+            newline = self.connector.layers(self.separators())  # [2, D]
         return [
             (arrange(own, shape, merge, newline), seen.mean((0, 1)))
             for own, seen, shape in zip(tokens, features.split(views), shapes, strict=True)
