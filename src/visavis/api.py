@@ -331,10 +331,17 @@ class Model:
 
     def _encode_chat(self, prompt: Prompt) -> Encoded:
         self._check_images(prompt)
-        settings = self._encode_settings(prompt)
-        if self.profile.turns:
-            turns = lookup("turn template", self.profile.turns, TURNS)
-            encoded = encode_turns(prompt, turns, self.tokenizer, self.specials, **settings)
+        settings, profile = self._encode_settings(prompt), self.profile
+        if profile.turns:
+            encoded = encode_turns(
+                prompt,
+                lookup("turn template", profile.turns, TURNS),
+                self.tokenizer,
+                self.specials,
+                image_start=profile.image_start,
+                image_end=profile.image_end,
+                **settings,
+            )
         else:
             encoded = encode_chat(
                 prompt, self._chat_template(), self.tokenizer, self.specials, **settings
@@ -343,12 +350,15 @@ class Model:
 
     def _encode_item(self, prompt: Prompt) -> Encoded:
         self._check_images(prompt)
+        profile = self.profile
         encoded = encode_plain(
             prompt,
             self.tokenizer,
             self.specials,
-            prefix=self.profile.embed_prefix,
-            suffix=self.profile.embed_suffix,
+            prefix=profile.embed_prefix,
+            suffix=profile.embed_suffix,
+            image_start=profile.image_start,
+            image_end=profile.image_end + profile.embed_image_end,
             **self._encode_settings(prompt),
         )
         return self._check_length(encoded)

@@ -18,7 +18,10 @@ class PromptProfile:
     Args:
         turns: name of a template in `turns.TURNS` for chat; empty: use `jinja`.
         jinja: a chat template's source; both empty: the checkpoint cannot chat.
+        image_start, image_end: special tokens around each image's own (LLaVA 1.0's
+            mm_use_im_start_end), within what `turns` writes there.
         embed_prefix, embed_suffix: text around an item that is embedded.
+        embed_image_end: text after each of its images.
         pooling: `head` is the trained embedding head, `last` the final hidden state of the last
             token, `mean` the mean of final hidden states; all are L2-normalised.
         instruction_form: how an instruction and a text are joined; both fields must occur.
@@ -26,8 +29,11 @@ class PromptProfile:
 
     turns: str = ""
     jinja: str = ""
+    image_start: str = ""
+    image_end: str = ""
     embed_prefix: str = ""
     embed_suffix: str = ""
+    embed_image_end: str = ""
     pooling: Literal["head", "last", "mean"] = "last"
     instruction_form: str = "{instruction}\n{text}"
 

@@ -186,17 +186,20 @@ def encode_plain(
     video_token_id: int = -1,
     prefix: str = "",
     suffix: str = "",
+    image_start: str = "",
+    image_end: str = "",
 ) -> Encoded:
     """Encode a prompt without turns, for embedding: bos if the model wants one, then
     `prefix`, the messages' parts in order (messages apart by a newline), `suffix`.
 
-    `prefix` and `suffix` may hold special tokens' texts; the prompt may not.
+    What stands around it all and around each image may hold special tokens' texts; the prompt
+    may not.
 
     Raises:
         InputError: numbers of images differ.
     """
     visuals = _placeholders(prompt, image_token_id, video_token_id, tokens_per_image)
-    marks = _Marks(prompt, specials)
+    marks = _Marks(prompt, specials, image_start, image_end)
     text = prefix + "\n".join(map(marks.content, prompt.messages)) + suffix
     encoded = Encoded()
     if specials.add_bos and specials.bos_id is not None:
@@ -215,6 +218,8 @@ def encode_turns(
     tokens_per_image: Sequence[int],
     video_token_id: int = -1,
     add_generation_prompt: bool = True,
+    image_start: str = "",
+    image_end: str = "",
 ) -> Encoded:
     """Encode turns with a turn template, whose ids are the same in training and in use and which
     says which of them are learned.
@@ -222,11 +227,15 @@ def encode_turns(
     A learned token is one whose last character is learned. Beginning-of-sequence stands once, at
     the very start, whatever images come between.
 
+    Args:
+        image_start, image_end: around each image, within what the template writes there.
+
     Raises:
         InputError: numbers of images differ, or the template has no such role here.
     """
     visuals = _placeholders(prompt, image_token_id, video_token_id, tokens_per_image)
-    marks = _Marks(prompt, specials, template.image_end)
+    image_start, image_end = template.image_start + image_start, image_end + template.image_end
+    marks = _Marks(prompt, specials, image_start, image_end)
     pieces = list(_turn_pieces(prompt, template, marks))
     if add_generation_prompt:
         pieces.append((template.turns["assistant"].start, False))
@@ -281,9 +290,11 @@ class _Marks:
     whitespace, so templates that trim do not lose it.
     """
 
-    def __init__(self, prompt: Prompt, specials: SpecialTokens, image_end: str = "") -> None:
+    def __init__(
+        self, prompt: Prompt, specials: SpecialTokens, image_start: str = "", image_end: str = ""
+    ) -> None:
         self.specials = specials
-        self.image_end = image_end
+        self.image_start, self.image_end = image_start, image_end
         typed = "".join(
             part.text for m in prompt.messages for part in m.parts if isinstance(part, Text)
         )
@@ -301,7 +312,7 @@ class _Marks:
         for part in message.parts:
             if isinstance(part, Image | Video):
                 mark = self._mark("i", self.num_images)
-                pieces += [self._protect(text), mark + self.image_end]
+                pieces += [self._protect(text), self.image_start + mark + self.image_end]
                 self.num_images += 1
                 text = ""
             elif with_text and isinstance(part, Text):

@@ -37,7 +37,7 @@ class TurnTemplate:
         system: the system message of a conversation that brings none; with one, a system message
             may only come first.
         first_user: the first user turn, where the system text stands inside it.
-        image_end: written after each image.
+        image_start, image_end: written around each image.
         joined: all text up to the next image is encoded as one, as LLaVA does; if not, each text,
             `start` and `end` is encoded by itself.
     """
@@ -46,6 +46,7 @@ class TurnTemplate:
     before: str = ""
     system: str = ""
     first_user: Turn | None = None
+    image_start: str = ""
     image_end: str = ""
     joined: bool = False
 
