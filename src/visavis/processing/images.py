@@ -28,6 +28,7 @@ from PIL import Image as pil
 from PIL import UnidentifiedImageError
 
 from visavis.errors import ImageError, InputError
+from visavis.processing.hd import HDConfig
 from visavis.processing.patches import PatchesConfig
 from visavis.prompt import Image, Page
 from visavis.registry import suggest
@@ -74,7 +75,7 @@ _UPRIGHT: dict[int, pil.Transpose] = {
 _EXIF_ORIENTATION = 0x0112
 _open_lock = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
-Resize: TypeAlias = Literal["squash", "crop", "pad", "patches"]
+Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd"]
 Resample: TypeAlias = Literal["bicubic", "bilinear"]
 FILTERS = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
 _EXTREME_ASPECT = 16  # beyond it, cropping bounds its memory instead of resizing everything
@@ -298,13 +299,14 @@ class ImageProcessorConfig:
 
     size: int  # pixels, side of the square the tower sees; with patches, of what makes one token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
-    # size, see patches.py
+    # size, see patches.py | hd: tiles, see hd.py
     resize: Resize
     mean: tuple[float, float, float]  # RGB, of values in 0..1
     std: tuple[float, float, float]
     resample: Resample = "bicubic"
     crop_fraction: float = 1.0  # crop only: shortest edge becomes floor(size / crop_fraction)
     patches: PatchesConfig | None = None
+    hd: HDConfig | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -327,6 +329,8 @@ class ImageProcessorConfig:
             problems.append(f"resize={self.resize!r}, but patches are {self.patches}")
         elif self.patches is not None and self.size != self.patches.factor:
             problems.append(f"size is {self.size}, but a token {self.patches.factor} pixels")
+        if (self.resize == "hd") != (self.hd is not None):
+            problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
         if problems:
             raise InputError(f"image processor config: {'; '.join(problems)}")
 
@@ -350,6 +354,8 @@ class ImageProcessorConfig:
         patches = values.get("patches")
         if patches is not None:
             tuples["patches"] = PatchesConfig.from_dict(patches)
+        if values.get("hd") is not None:
+            tuples["hd"] = HDConfig.from_dict(values["hd"])
         return cls(**{**values, **tuples})
 
 
