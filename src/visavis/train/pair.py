@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visavis.train.tasks.contrastive import hardness_weighted_infonce
+from visavis.train.objectives import Contrast, contrastive_loss
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def fit_pair(
             excluded = None
             if groups is not None:
                 excluded = groups[chosen][:, None] == groups[chosen][None]
-            loss = hardness_weighted_infonce(
+            loss = contrastive_loss(
                 F.normalize(text_layer(y), dim=-1),
                 F.normalize(image_layer(x), dim=-1),
-                logit_scale=settings.logit_scale,
-                alpha=settings.alpha,
+                Contrast(symmetric=True, alpha=settings.alpha),
+                scale=settings.logit_scale,
                 excluded=excluded,
             )
             rate = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / total))

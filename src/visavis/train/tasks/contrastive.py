@@ -1,9 +1,6 @@
-"""Symmetric InfoNCE with hardness weighting (LLaVE): matching text and picture attract.
+"""Matching text and picture attract: the loss of `objectives.py` on drawn records.
 
-    z_ij = k s_ij + [i != j] a sg(s_ij)        L = mean of both directions' cross entropy
-
-`k` is the logit scale, `a` the hardness weight, `sg` stop-gradient. Knows neither the loop nor
-where pairs come from beyond the pool it is given.
+Knows neither the loop nor where pairs come from beyond the pool it is given.
 """
 
 from __future__ import annotations
@@ -14,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visavis.model.vlm import VLM
 from visavis.processing.pack import pack
 from visavis.train.examples import Encoder, Sampler, text_to_match
+from visavis.train.objectives import Contrast, contrastive_loss
 
 if TYPE_CHECKING:
     from visavis.data.records import Record
@@ -37,33 +34,6 @@ class Matched:
     record: Record
     rows: tuple[int, ...]
     group: str
-
-
-def hardness_weighted_infonce(
-    queries: Tensor,  # [N, D], unit rows
-    targets: Tensor,  # [N, D], unit rows
-    *,
-    logit_scale: float = 50.0,
-    alpha: float = 9.0,
-    excluded: Tensor | None = None,  # bool [N, N]: pairs that are no negatives
-) -> Tensor:
-    """Return the symmetric loss; float32 whatever the inputs are."""
-    similarity = queries.float() @ targets.float().T  # [N, N]
-    return loss_of_similarities(
-        similarity, logit_scale=logit_scale, alpha=alpha, excluded=excluded
-    ).mean()
-
-
-def loss_of_similarities(
-    similarity: Tensor, *, logit_scale: float, alpha: float, excluded: Tensor | None = None
-) -> Tensor:
-    """Return the losses of both directions, [2]: rows to columns, columns to rows."""
-    off_diagonal = 1.0 - torch.eye(len(similarity), device=similarity.device)
-    logits = logit_scale * similarity + alpha * off_diagonal * similarity.detach()
-    if excluded is not None:
-        logits = logits.masked_fill(excluded & off_diagonal.bool(), -torch.inf)
-    rows = torch.arange(len(similarity), device=similarity.device)
-    return torch.stack([F.cross_entropy(logits, rows), F.cross_entropy(logits.T, rows)])
 
 
 class ContrastiveTask:
@@ -97,11 +67,11 @@ class ContrastiveTask:
         device = vlm.decoder.embed.weight.device
         owner = {key: n for n, key in enumerate({one.group for one in chosen})}
         groups = torch.tensor([owner[one.group] for one in chosen], device=device)
-        loss = hardness_weighted_infonce(
+        loss = contrastive_loss(
             vlm.embed(text_batch.to(device)),
             vlm.embed(picture_batch.to(device)),
-            logit_scale=self.settings.logit_scale,
-            alpha=self.settings.alpha,
+            Contrast(symmetric=True, alpha=self.settings.alpha),
+            scale=self.settings.logit_scale,
             excluded=groups[:, None] == groups[None],
         )
         tokens = text_batch.num_tokens + picture_batch.num_tokens

@@ -1,0 +1,84 @@
+"""Exact gradients of a loss over a batch that does not fit in memory (GradCache, Gao et al. 2021).
+
+    1. encode chunk by chunk without gradients, keeping each chunk's random state
+    2. the loss over all vectors, and its gradient with respect to them
+    3. encode each chunk again with that random state, and go back from its share of the gradient
+
+Chunks are whatever `encode` takes; if it reads pictures from disk, no more than one chunk of them
+is ever in memory. Knows no model and no objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Chunk = TypeVar("Chunk")
+
+
+def cached_backward(
+    chunks: Sequence[Chunk],
+    encode: Callable[[Chunk], Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    *,
+    no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+    factor: float = 1.0,
+) -> Tensor:
+    """Add the gradients of `loss_of(all vectors)` to the parameters; return the loss, detached.
+
+    Args:
+        encode: a chunk's vectors [n, D], the same every time but for random numbers.
+        loss_of: a scalar of the vectors of all chunks [N, D], in their order.
+        no_sync: entered around every backward pass but the last, so that devices exchange
+            gradients once.
+        factor: what gradients are multiplied by (where devices average what should be summed).
+    """
+    states, parts = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            states.append(RandomState())
+            parts.append(encode(chunk))
+    vectors = torch.cat(parts).requires_grad_()
+    loss = loss_of(vectors)
+    loss.backward()
+    assert vectors.grad is not None
+    gradients = (vectors.grad * factor).split([len(part) for part in parts])
+    after = RandomState()
+    for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
+        state.restore()
+        last = number == len(chunks) - 1
+        with nullcontext() if last else no_sync():
+            encode(chunk).backward(gradient)
+    after.restore()
+    return loss.detach()
+
+
+def token_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Return indices in order, cut into chunks of at most `budget` tokens (at least one item)."""
+    chunks: list[list[int]] = []
+    used = budget + 1
+    for index, length in enumerate(lengths):
+        if used + length > budget:
+            chunks.append([])
+            used = 0
+        chunks[-1].append(index)
+        used += length
+    return chunks
+
+
+class RandomState:
+    """The random numbers that dropout would draw next, on every device in use."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Draw the same numbers again from here on."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
