@@ -86,7 +86,7 @@ def rest(config: dict[str, Any], folder: str) -> tuple[Any, ...]:
     from safetensors.torch import load_file
 
     from visavis.model.config import EfficientNetConfig, vlm_config_from_dict
-    from visavis.model.connector import Connector
+    from visavis.model.connectors import build_connector
     from visavis.model.head import EmbeddingHead
     from visavis.model.towers import build_tower
 
@@ -94,7 +94,7 @@ def rest(config: dict[str, Any], folder: str) -> tuple[Any, ...]:
     assert described.tower is None or isinstance(described.tower, EfficientNetConfig)
     parts = {
         "tower": build_tower(described.tower) if described.tower else None,
-        "connector": Connector(described.connector) if described.connector else None,
+        "connector": build_connector(described.connector) if described.connector else None,
         "head": EmbeddingHead(described.head, described.decoder.width) if described.head else None,
     }
     state = load_file(f"{folder}/rest.safetensors")

@@ -15,7 +15,7 @@ from visavis.model.config import (
     ViTConfig,
     VLMConfig,
 )
-from visavis.model.connector import Connector, pixel_shuffle
+from visavis.model.connectors.mlp import MLP, pixel_shuffle
 from visavis.model.fusion import splice
 from visavis.model.visual import Visual
 from visavis.model.vlm import VLM
@@ -97,8 +97,8 @@ def test_patches_leave_class_and_register_tokens_behind() -> None:
 
 
 def test_a_linear_connector_has_one_layer_and_an_mlp_gelu_between() -> None:
-    assert len(Connector(ConnectorConfig("linear", 4, 6)).layers) == 1
-    mlp = Connector(ConnectorConfig("mlp", 4, 6, depth=3, hidden_width=5))
+    assert len(MLP(ConnectorConfig("linear", 4, 6)).layers) == 1
+    mlp = MLP(ConnectorConfig("mlp", 4, 6, depth=3, hidden_width=5))
     shapes = [tuple(p.shape) for p in mlp.parameters() if p.dim() == 2]
     assert shapes == [(5, 4), (5, 5), (6, 5)]
     assert [type(layer).__name__ for layer in mlp.layers] == ["Linear", "GELU"] * 2 + ["Linear"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visavis.errors import CheckpointError
-from visavis.model.config import ViTConfig, VLMConfig
+from visavis.model.config import MixtureConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 from visavis.registry import lookup
 
@@ -63,7 +63,7 @@ def blank(config: VLMConfig, dtype: torch.dtype) -> VLM:
     """Return a model without numbers, each tensor of the type that it will run in."""
     with torch.device("meta"):
         vlm = VLM(config).cast(dtype)
-    if isinstance(config.tower, ViTConfig):  # convolutions lose too much in half precision
+    if isinstance(config.tower, ViTConfig | MixtureConfig):  # convolutions lose too much in half precision
         assert vlm.tower is not None
         vlm.tower.to(dtype)
     return vlm

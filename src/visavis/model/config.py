@@ -132,30 +132,58 @@ class Qwen2VLTowerConfig:
         return 3 * self.temporal_size * self.patch_size**2
 
 
-TowerConfig = ViTConfig | EfficientNetConfig | Qwen2VLTowerConfig
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Two ViTs on the same pixels, their features side by side in the channels (TinyLLaVA)."""
+
+    first: ViTConfig
+    second: ViTConfig
+    kind: Literal["mixture"] = "mixture"
+
+    @property
+    def image_size(self) -> int:
+        return self.first.image_size
+
+    @property
+    def grid(self) -> int:
+        return self.first.grid
+
+    @property
+    def width(self) -> int:
+        return self.first.width + self.second.width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.first.num_prefix_tokens
+
+
+TowerConfig = ViTConfig | EfficientNetConfig | Qwen2VLTowerConfig | MixtureConfig
 TOWERS: dict[str, type[TowerConfig]] = {
     "vit": ViTConfig,
     "efficientnet_lite": EfficientNetConfig,
     "qwen2_vl": Qwen2VLTowerConfig,
+    "mixture": MixtureConfig,
 }
 
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """From tower features to the decoder's width.
+    """From tower features to the decoder's width; the kinds are those of `connectors.CONNECTORS`.
 
     `linear` is one layer; `mlp` is LLaVA's mlpNx_gelu with `depth` layers. `shuffle` > 1 first
     folds shuffle x shuffle neighbouring patches into channels (pixel shuffle), cutting the number
-    of image tokens by its square.
+    of image tokens by its square. `mixture` has an MLP for each half of a mixture tower;
+    `resampler` and `qformer` have `depth` blocks.
     """
 
-    kind: Literal["linear", "mlp"]
+    kind: str
     in_width: int
     out_width: int
     depth: int = 1
     shuffle: int = 1
-    hidden_width: int = 0  # 0: out_width, as in LLaVA
-    input_norm: bool = False  # a layer norm on the (folded) tower features
+    hidden_width: int = 0  # mlp: 0 is out_width, as in LLaVA; qformer: its width, 64 a head
+    input_norm: bool = False  # mlp: a layer norm on the (folded) tower features
+    num_queries: int = 0  # resampler, qformer: learned queries, each an image token
 
 
 @dataclass(frozen=True)
@@ -207,6 +235,8 @@ class VLMConfig:
     """A whole model. `select_layer` counts hidden states of the tower from the end (-1 = last).
 
     `video_token_id` is the placeholder of videos where it differs from that of images.
+    `drop_first_token` leaves out a patch, the upper left one, of towers without class token: what
+    TinyLLaVA's models of SigLIP were trained with (docs/quirks.md), and no new model should.
     """
 
     decoder: DecoderConfig
@@ -218,6 +248,7 @@ class VLMConfig:
     select_feature: Literal["patch", "class_patch"] = "patch"
     merge: MergeConfig = MergeConfig()
     video_token_id: int = -1
+    drop_first_token: bool = False
 
     @property
     def tokens_per_image(self) -> int:
@@ -225,13 +256,13 @@ class VLMConfig:
         if self.tower is None or self.connector is None:
             return 0
         assert not isinstance(self.tower, Qwen2VLTowerConfig), "it depends on the image"
-        side = -(-self.tower.grid // self.connector.shuffle)
-        extra = (
-            self.tower.num_prefix_tokens
-            if isinstance(self.tower, ViTConfig) and self.select_feature == "class_patch"
-            else 0
-        )
-        return side * side + extra
+        from visavis.model.connectors import connector_tokens  # they are built from this file
+
+        tower = self.tower
+        num_features = tower.grid**2 - self.drop_first_token
+        if isinstance(tower, ViTConfig | MixtureConfig) and self.select_feature == "class_patch":
+            num_features += tower.num_prefix_tokens
+        return connector_tokens(self.connector, num_features)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -249,7 +280,8 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
     fields["decoder"] = decoder_config_from_dict(fields["decoder"])
     tower = fields.get("tower")
     if tower is not None:
-        fields["tower"] = TOWERS[tower["kind"]](**tower)
+        parts = {n: ViTConfig(**tower[n]) for n in ("first", "second") if n in tower}  # mixture
+        fields["tower"] = TOWERS[tower["kind"]](**{**tower, **parts})
     if fields.get("connector") is not None:
         fields["connector"] = ConnectorConfig(**fields["connector"])
     if fields.get("head") is not None:

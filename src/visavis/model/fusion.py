@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visavis.errors import InputError
-from visavis.model.config import MergeConfig, ViTConfig, VLMConfig
+from visavis.model.config import MergeConfig, MixtureConfig, ViTConfig, VLMConfig
 from visavis.model.hd import arrange_hd, count_hd
 from visavis.model.visual import Shape
 
 
 def select(hidden: Tensor, config: VLMConfig) -> Tensor:
     """Return the features a connector reads, [V, P, W], of a tower's hidden state."""
-    if isinstance(config.tower, ViTConfig) and config.select_feature == "patch":
-        return hidden[:, config.tower.num_prefix_tokens :]
-    return hidden
+    if isinstance(config.tower, ViTConfig | MixtureConfig) and config.select_feature == "patch":
+        hidden = hidden[:, config.tower.num_prefix_tokens :]
+    return hidden[:, 1:] if config.drop_first_token else hidden
 
 
 def count_tokens(config: VLMConfig, shape: Shape) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
 from visavis.model.config import VLMConfig
-from visavis.model.connector import Connector
+from visavis.model.connectors import build_connector
+from visavis.model.connectors.mlp import MLP
 from visavis.model.decoder import Decoder
 from visavis.model.fusion import arrange, select, splice
 from visavis.model.hd import Separators
@@ -36,7 +37,7 @@ class VLM(nn.Module):
         self.config = config
         self.decoder = Decoder(config.decoder)
         self.tower = build_tower(config.tower) if config.tower else None
-        self.connector = Connector(config.connector) if config.connector else None
+        self.connector = build_connector(config.connector) if config.connector else None
         self.head = EmbeddingHead(config.head, config.decoder.width) if config.head else None
         newline = config.merge.newline
         self.image_newline = nn.Parameter(torch.zeros(config.decoder.width)) if newline else None
@@ -72,6 +73,7 @@ class VLM(nn.Module):
         tokens = self.connector(features).split(views)
         merge, newline = self.config.merge, self.image_newline
         if self.separators is not None:
+            assert isinstance(self.connector, MLP)
             newline = self.connector.layers(self.separators())  # [2, D]
         return [
             (arrange(own, shape, merge, newline), seen.mean((0, 1)))

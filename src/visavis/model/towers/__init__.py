@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from visavis.model.config import EfficientNetConfig, Qwen2VLTowerConfig, TowerConfig
+from visavis.model.config import (
+    EfficientNetConfig,
+    MixtureConfig,
+    Qwen2VLTowerConfig,
+    TowerConfig,
+)
 
 
 def build_tower(config: TowerConfig) -> nn.Module:
@@ -17,6 +22,10 @@ def build_tower(config: TowerConfig) -> nn.Module:
         from visavis.model.towers.qwen2_vl import Qwen2VLTower
 
         return Qwen2VLTower(config)
+    if isinstance(config, MixtureConfig):
+        from visavis.model.towers.mixture import Mixture
+
+        return Mixture(config)
     from visavis.model.towers.vit import ViT
 
     return ViT(config)

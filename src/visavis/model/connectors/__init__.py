@@ -1,0 +1,42 @@
+"""Connectors: tower features [V, P, W] to image tokens [V, n, D] in the decoder's width.
+
+One file and one row of `CONNECTORS` per kind (docs/add-a-connector.md). They know neither where
+the features come from nor where the tokens go.
+"""
+
+from __future__ import annotations
+
+from visavis.model.config import ConnectorConfig
+from visavis.model.connectors.base import Connector
+from visavis.model.connectors.mixture import MixtureMLP
+from visavis.model.connectors.mlp import MLP, Identity
+from visavis.model.connectors.qformer import QFormer
+from visavis.model.connectors.resampler import Resampler
+from visavis.registry import lookup
+
+CONNECTORS: dict[str, type[Connector]] = {
+    "identity": Identity,
+    "linear": MLP,
+    "mlp": MLP,
+    "mixture": MixtureMLP,
+    "resampler": Resampler,
+    "qformer": QFormer,
+}
+
+
+def build_connector(config: ConnectorConfig) -> Connector:
+    """Return the (randomly initialised) connector that a config describes.
+
+    Raises:
+        UnknownNameError: no connector is of that kind.
+    """
+    return lookup("connector", config.kind, CONNECTORS)(config)
+
+
+def connector_tokens(config: ConnectorConfig, num_patches: int) -> int:
+    """Return how many tokens the features of so many patches become.
+
+    Raises:
+        UnknownNameError: no connector is of that kind.
+    """
+    return lookup("connector", config.kind, CONNECTORS).num_tokens(config, num_patches)

@@ -1,0 +1,127 @@
+"""Connectors: as many tokens as their configs say, the committed nano's names, and no guessing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from visavis.errors import UnknownNameError
+from visavis.model.config import (
+    ConnectorConfig,
+    DecoderConfig,
+    MixtureConfig,
+    ViTConfig,
+    VLMConfig,
+    to_dict,
+    vlm_config_from_dict,
+)
+from visavis.model.connectors import CONNECTORS, build_connector, connector_tokens
+from visavis.model.fusion import select
+from visavis.model.visual import Visual
+from visavis.model.vlm import VLM
+
+DECODER = DecoderConfig(40, 32, 1, 4, 2, 8, 48, 64)
+KINDS = {
+    "identity": (ConnectorConfig("identity", 24, 24), 16),
+    "linear": (ConnectorConfig("linear", 24, 32), 16),
+    "mlp": (ConnectorConfig("mlp", 24, 32, depth=3, shuffle=2, hidden_width=8), 4),
+    "mixture": (ConnectorConfig("mixture", 24, 32, depth=2), 32),
+    "resampler": (ConnectorConfig("resampler", 24, 32, depth=2, num_queries=5), 5),
+    "qformer": (ConnectorConfig("qformer", 24, 32, depth=3, num_queries=6, hidden_width=64), 6),
+}
+
+
+def vit(**changes: int | bool) -> ViTConfig:
+    return ViTConfig(
+        **{"image_size": 16, "patch_size": 4, "width": 24, "num_layers": 2, "num_heads": 2}
+        | {"ffn_width": 24, "norm_eps": 1e-6}
+        | changes,  # type: ignore[arg-type]
+        activation="gelu",
+    )
+
+
+def test_every_kind_is_tried_here() -> None:
+    assert KINDS.keys() == CONNECTORS.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_as_many_tokens_as_the_config_says(kind: str) -> None:
+    config, expected = KINDS[kind]
+    assert connector_tokens(config, 16) == expected
+    connector = build_connector(config)
+    features = torch.randn(2, 16, 24)
+    tokens = connector(features)
+    assert tokens.shape == (2, expected, config.out_width)
+    torch.testing.assert_close(connector(features[1:]), tokens[1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_weight(kind: str) -> None:
+    connector = build_connector(KINDS[kind][0])
+    features = torch.randn(2, 16, 24, requires_grad=True)
+    (connector(features) * torch.randn_like(connector(features))).sum().backward()
+    assert features.grad is not None and features.grad.any()
+    assert all(p.grad is not None and p.grad.any() for p in connector.parameters())
+
+
+def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="unknown connector 'q-former'.*did you mean 'qform"):
+        build_connector(ConnectorConfig("q-former", 4, 4))
+
+
+def test_the_committed_connectors_names() -> None:
+    """nano's weights are stored under these."""
+    mlp = build_connector(ConnectorConfig("mlp", 4, 6, depth=2, input_norm=True))
+    assert list(mlp.state_dict()) == [
+        *("norm.weight", "norm.bias", "layers.0.weight", "layers.0.bias"),
+        *("layers.2.weight", "layers.2.bias"),
+    ]
+
+
+@torch.no_grad()
+def test_a_mixture_interleaves_two_towers_that_see_the_same() -> None:
+    config = VLMConfig(
+        DECODER,
+        MixtureConfig(vit(), vit(patch_bias=True, layer_scale=True)),
+        ConnectorConfig("mixture", 48, 32, depth=2),
+        select_layer=-2,
+    )
+    vlm = VLM(config).eval()
+    assert config.tokens_per_image == 32
+    pixels = torch.randn(1, 3, 16, 16)
+    ((tokens, mean),) = vlm.see([Visual(pixels)])
+    first = vlm.connector.first(vlm.tower.first(pixels, -2)[:, 1:])[0]  # type: ignore
+    second = vlm.connector.second(vlm.tower.second(pixels, -2)[:, 1:])[0]  # type: ignore
+    torch.testing.assert_close(tokens[0::2], first)
+    torch.testing.assert_close(tokens[1::2], second)
+    assert mean.shape == (48,)
+    assert vlm_config_from_dict(to_dict(config)) == config
+
+
+@torch.no_grad()
+def test_only_those_that_were_trained_so_lose_a_patch() -> None:
+    tower = vit(class_token=False)
+    connector = ConnectorConfig("linear", 24, 32)
+    kept = VLMConfig(DECODER, tower, connector)
+    cut = VLMConfig(DECODER, tower, connector, drop_first_token=True)
+    assert (kept.tokens_per_image, cut.tokens_per_image) == (16, 15)
+    hidden = torch.randn(2, 16, 24)
+    assert torch.equal(select(hidden, kept), hidden)
+    assert torch.equal(select(hidden, cut), hidden[:, 1:])
+
+
+def test_building_without_numbers_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from visavis.model.config import ConnectorConfig\n"
+        "from visavis.model.connectors import build_connector\n"
+        "with torch.device('meta'):\n"
+        "    build_connector(ConnectorConfig('resampler', 4, 8, num_queries=3))\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
