@@ -108,7 +108,9 @@ def test_infonce_with_hard_negatives_is_the_peers(alpha: float) -> None:
 
     queries, positives, negatives = unit(4, 0), unit(4, 1), unit(4, 2)
     mode = {"hardness_mode": "all_negatives", "hardness_strength": alpha} if alpha else {}
-    peer = losses.CachedMultipleNegativesRankingLoss(torch.nn.Identity(), scale=20.0, **mode)
+    peer = losses.CachedMultipleNegativesRankingLoss(
+        torch.nn.Sequential(torch.nn.Identity()), scale=20.0, **mode
+    )
     theirs = peer.calculate_loss([[queries], [positives], [negatives]])
     targets = torch.cat((positives, negatives))
     torch.testing.assert_close(
@@ -122,7 +124,7 @@ def test_both_directions_are_the_peers() -> None:
 
     queries, targets = unit(4, 0), unit(4, 1)
     peer = losses.CachedMultipleNegativesRankingLoss(
-        torch.nn.Identity(),
+        torch.nn.Sequential(torch.nn.Identity()),
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
     )
