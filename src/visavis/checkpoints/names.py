@@ -35,12 +35,14 @@ class Row:
         theirs: their name; several names are tensors that stand one below the other in ours.
         sizes: of several names, what the rows of each are called in `Sizes`.
         unit_axes: how many leading axes of size 1 theirs has and ours has not.
+        axes: sizes of the axes behind their first that are one axis in ours.
     """
 
     ours: str
     theirs: tuple[str, ...]
     sizes: tuple[str, ...] = ()
     unit_axes: int = 0
+    axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ class _Group:
             part = tensors[name]
             for _ in range(self.row.unit_axes):  # an axis that is not 1 stays and is refused
                 part = part.squeeze(0) if part.dim() > 1 else part
+            if self.row.axes and part.shape[1:] == self.row.axes:
+                part = part.flatten(1)
             wrong += _misshapen(name, part, (height, *shape[1:]))
             parts.append(part if wrong else convert(part))
         problems += wrong
@@ -224,7 +228,8 @@ def to_theirs(state: Mapping[str, Tensor], table: NameTable, sizes: Sizes) -> di
                 continue
             parts = tensor.split(lengths)
         for pattern, part in zip(row.theirs, parts, strict=True):
-            tensors[fill(pattern, stars)] = part[(None,) * row.unit_axes].contiguous()
+            part = part[(None,) * row.unit_axes].contiguous()
+            tensors[fill(pattern, stars)] = part.unflatten(1, row.axes) if row.axes else part
     _refuse(problems, "the model")
     return tensors
 

@@ -51,19 +51,7 @@ def processor_config(config: Json) -> ImageProcessorConfig:
             f"the image processor is a {found!r}, which is not read here: {suggest(kind, DEFAULTS)}"
         )
     config = DEFAULTS[kind] | without_nulls(config)
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        require(step, config.get(step), config.get(step, True) is True, "true")
-    factor = config.get("rescale_factor", 1 / 255)
-    in_unit = isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-6)
-    require("rescale_factor", factor, in_unit, "1/255")
-    resample = config["resample"]
-    known = isinstance(resample, int) and resample in FILTERS
-    require("resample", resample, known, "2 (bilinear) or 3 (bicubic)")
-    fields: dict[str, Any] = {
-        "mean": _three(config, "image_mean"),
-        "std": _three(config, "image_std"),
-        "resample": FILTERS[resample],
-    }
+    fields = common_fields(config)
     edge, squash = _size(config)
     crop = _square(config, "crop_size") if config.get("do_center_crop") else edge
     if config.get("do_pad"):
@@ -78,6 +66,27 @@ def processor_config(config: Json) -> ImageProcessorConfig:
     while math.floor(crop / fraction) < edge:  # rounding must not lose a pixel
         fraction = math.nextafter(fraction, 0)
     return ImageProcessorConfig(size=crop, resize="crop", crop_fraction=fraction, **fields)
+
+
+def common_fields(config: Json) -> dict[str, Any]:
+    """Return what all image processors have: how colours are normalised, and the filter.
+
+    Raises:
+        CheckpointError: a step that ours does not do.
+    """
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        require(step, config.get(step), config.get(step, True) is True, "true")
+    factor = config.get("rescale_factor", 1 / 255)
+    in_unit = isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-6)
+    require("rescale_factor", factor, in_unit, "1/255")
+    resample = config["resample"]
+    known = isinstance(resample, int) and resample in FILTERS
+    require("resample", resample, known, "2 (bilinear) or 3 (bicubic)")
+    return {
+        "mean": _three(config, "image_mean"),
+        "std": _three(config, "image_std"),
+        "resample": FILTERS[resample],
+    }
 
 
 def _size(config: Json) -> tuple[int, bool]:
