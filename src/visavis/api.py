@@ -19,29 +19,21 @@ import torch
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.loaded import Loaded
 from visavis.embed.encoder import cut, embed_batch, embedding_dim, kept_dim
-from visavis.errors import ContextLengthError, InputError
+from visavis.errors import InputError
 from visavis.generate.engine import generate
 from visavis.generate.sampling import make_sampler
 from visavis.model.batch import PackedBatch
-from visavis.model.fusion import count_tokens
 from visavis.model.quantized import PackedLinear
 from visavis.model.visual import Shape, Visual
 from visavis.model.vlm import TOWER_BATCH, Seen
+from visavis.processing.encoder import PromptEncoder
 from visavis.processing.feature_cache import FeatureCache
 from visavis.processing.images import content_hash
 from visavis.processing.pack import batches, pack
-from visavis.processing.templates import (
-    ChatTemplate,
-    Encoded,
-    encode_chat,
-    encode_plain,
-    encode_turns,
-)
-from visavis.processing.turns import TURNS
-from visavis.processing.visuals import pixels_of, shape_of, sized_by_company
+from visavis.processing.templates import Encoded
+from visavis.processing.visuals import pixels_of
 from visavis.progress import track
 from visavis.prompt import Image, Prompt, Video
-from visavis.registry import lookup
 
 DEFAULT_BATCH_TOKENS = 2048
 
@@ -146,7 +138,14 @@ class Model:
         self.embedding_dim = embedding_dim(loaded.vlm, loaded.profile.pooling)
         self.device = next(loaded.vlm.parameters()).device
         self.image_cache = FeatureCache()
-        self._template: ChatTemplate | None = None
+        self.encoder = PromptEncoder(
+            loaded.name,
+            loaded.vlm.config,
+            loaded.tokenizer,
+            loaded.specials,
+            loaded.profile,
+            loaded.processor,
+        )
 
     def __repr__(self) -> str:
         dense = [m.dense for m in self.vlm.modules() if isinstance(m, PackedLinear)]
@@ -189,7 +188,7 @@ class Model:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
         sample = make_sampler(temperature, seed)
         prompt = Prompt.chat(text, images, history)
-        encoded = self._encode_chat(prompt)
+        encoded = self.encoder.chat(prompt)
         room = self.context_length - len(encoded.token_ids)
         batch = self._batch([(prompt, encoded)])
         tokens = generate(
@@ -233,8 +232,8 @@ class Model:
         listed = list(items) if isinstance(items, list | tuple | np.ndarray) else [items]
         if isinstance(items, np.ndarray) and items.ndim in (2, 3):
             listed = [items]
-        prompts = [self._instructed(Prompt.of(item), instruction) for item in listed]
-        encoded = [self._encode_item(prompt) for prompt in prompts]
+        prompts = [Prompt.of(item) for item in listed]
+        encoded = [self.encoder.item(prompt, instruction) for prompt in prompts]
         vectors = np.empty((len(prompts), dim), np.float32)
         lengths = [len(one.token_ids) for one in encoded]
         groups = list(batches(lengths, batch_tokens or DEFAULT_BATCH_TOKENS))
@@ -253,12 +252,12 @@ class Model:
         """
         if isinstance(prompt, list) and prompt and all(isinstance(x, int) for x in prompt):
             encoded = Encoded(token_ids=prompt, image_slots=[], loss_mask=[False] * len(prompt))
-            self._check_length(encoded)
+            self.encoder.checked(encoded)
             batch = pack([encoded])
         else:
             prompt = Prompt.of(prompt)
-            can_chat = self.profile.turns or self.profile.jinja
-            encoded = self._encode_chat(prompt) if can_chat else self._encode_item(prompt)
+            encoder = self.encoder
+            encoded = encoder.chat(prompt) if encoder.can_chat else encoder.item(prompt)
             batch = self._batch([(prompt, encoded)])
         with torch.inference_mode():
             hidden = self.vlm(batch)[-1]
@@ -322,107 +321,12 @@ class Model:
         batch = pack([encoded for _, encoded in pairs])
         visuals = [visual for prompt, _ in pairs for visual in prompt.visuals]
         if visuals:
-            alone = [self._alone(prompt) for prompt, _ in pairs for _ in prompt.visuals]
+            alone = [self.encoder.alone(prompt) for prompt, _ in pairs for _ in prompt.visuals]
             seen = self.see(visuals, alone)
             batch.image_tokens = torch.cat([tokens for tokens, _ in seen])
             batch.image_counts = tuple(len(tokens) for tokens, _ in seen)
             batch.image_means = torch.stack([mean for _, mean in seen])
         return batch.to(self.device)
-
-    def _encode_chat(self, prompt: Prompt) -> Encoded:
-        self._check_images(prompt)
-        settings, profile = self._encode_settings(prompt), self.profile
-        if profile.turns:
-            encoded = encode_turns(
-                prompt,
-                lookup("turn template", profile.turns, TURNS),
-                self.tokenizer,
-                self.specials,
-                image_start=profile.image_start,
-                image_end=profile.image_end,
-                **settings,
-            )
-        else:
-            encoded = encode_chat(
-                prompt, self._chat_template(), self.tokenizer, self.specials, **settings
-            )
-        return self._check_length(encoded)
-
-    def _encode_item(self, prompt: Prompt) -> Encoded:
-        self._check_images(prompt)
-        profile = self.profile
-        encoded = encode_plain(
-            prompt,
-            self.tokenizer,
-            self.specials,
-            prefix=profile.embed_prefix,
-            suffix=profile.embed_suffix,
-            image_start=profile.image_start,
-            image_end=profile.image_end + profile.embed_image_end,
-            **self._encode_settings(prompt),
-        )
-        return self._check_length(encoded)
-
-    def _encode_settings(self, prompt: Prompt) -> dict[str, Any]:
-        config, processor = self.vlm.config, self.processor
-        alone = self._alone(prompt)
-        shapes = [shape_of(one, processor, alone) for one in prompt.visuals if processor]
-        return {
-            "image_token_id": config.image_token_id,
-            "video_token_id": config.video_token_id,
-            "tokens_per_image": [count_tokens(config, shape) for shape in shapes],
-        }
-
-    def _alone(self, prompt: Prompt) -> bool:
-        """Return whether a prompt's pictures are sized as if each were its only one."""
-        return len(prompt.visuals) == 1 or not sized_by_company(self.processor)
-
-    def _check_images(self, prompt: Prompt) -> None:
-        if prompt.visuals and not self.takes_images:
-            raise InputError(
-                f"{self.name} has no vision tower, but the prompt holds {len(prompt.visuals)} "
-                "image(s). Use a model with vision, such as 'nano', or send text only."
-            )
-
-    def _check_length(self, encoded: Encoded) -> Encoded:
-        length = len(encoded.token_ids)
-        if length >= self.context_length:
-            raise ContextLengthError(
-                f"the prompt has {length} tokens ({sum(n for _, n in encoded.image_slots)} of them "
-                f"from images), but {self.name} reads at most {self.context_length - 1}. Shorten "
-                "the text, split it into several items, or use fewer images."
-            )
-        return encoded
-
-    def _chat_template(self) -> ChatTemplate:
-        if self._template is None:
-            if not self.profile.jinja:
-                raise InputError(
-                    f"{self.name} brings no chat template, so how to ask it is unknown. Embed with "
-                    "it instead, or name its format, visavis.load(…, turns='…'), one of: "
-                    f"{', '.join(sorted(TURNS))}."
-                )
-            self._template = ChatTemplate(
-                self.profile.jinja,
-                bos_token=self._token_text(self.specials.bos_id),
-                eos_token=self._token_text(self.specials.eos_id),
-            )
-        return self._template
-
-    def _token_text(self, number: int | None) -> str:
-        return "" if number is None else self.tokenizer.id_to_token(number) or ""
-
-    def _instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
-        """Join an instruction to the text of an item that is to be embedded."""
-        if not instruction:
-            return prompt
-        form = self.profile.instruction_form
-        joined = form.format(instruction=instruction, text=prompt.text).strip()
-        return (
-            Prompt.of({"image": list(prompt.images), "text": joined})
-            if prompt.images
-            else Prompt.of(joined)
-        )
 
     def _pieces(
         self, reply: Reply, tokens: Iterator[int], prompt_tokens: int, limit: int, started: float

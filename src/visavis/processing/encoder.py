@@ -1,0 +1,170 @@
+"""One model's way from prompts to token ids: its templates, its tokenizer, its image sizes.
+
+The same for chat, embedding, training and evaluation. Pictures are looked at for their sizes only,
+and only where the number of tokens depends on it. Knows configs; runs no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from visavis.errors import ContextLengthError, InputError
+from visavis.model.config import VLMConfig
+from visavis.model.fusion import count_tokens
+from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.profile import PromptProfile
+from visavis.processing.templates import (
+    ChatTemplate,
+    Encoded,
+    encode_chat,
+    encode_plain,
+    encode_turns,
+)
+from visavis.processing.tokenizer import SpecialTokens
+from visavis.processing.turns import TURNS
+from visavis.processing.visuals import shape_of, sized_by_company
+from visavis.prompt import Prompt, Text
+from visavis.registry import lookup
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Everything that turns prompts into ids.
+
+    Args:
+        name: the model's, for messages.
+    """
+
+    name: str
+    config: VLMConfig
+    tokenizer: Tokenizer
+    specials: SpecialTokens
+    profile: PromptProfile
+    processor: ImageProcessorConfig | None
+
+    @property
+    def context_length(self) -> int:
+        return self.config.decoder.context_length
+
+    @property
+    def can_chat(self) -> bool:
+        return bool(self.profile.turns or self.profile.jinja)
+
+    def chat(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> Encoded:
+        """Return the ids of turns and which of them are learned.
+
+        Raises:
+            InputError: the model cannot chat, or not about what the prompt holds.
+            ContextLengthError: the prompt is longer than the model's context.
+        """
+        settings, profile = self._settings(prompt), self.profile
+        if profile.turns:
+            encoded = encode_turns(
+                prompt,
+                lookup("turn template", profile.turns, TURNS),
+                self.tokenizer,
+                self.specials,
+                image_start=profile.image_start,
+                image_end=profile.image_end,
+                add_generation_prompt=add_generation_prompt,
+                **settings,
+            )
+        else:
+            encoded = encode_chat(
+                prompt,
+                self.template,
+                self.tokenizer,
+                self.specials,
+                add_generation_prompt=add_generation_prompt,
+                **settings,
+            )
+        return self.checked(encoded)
+
+    def item(self, prompt: Prompt, instruction: str | None = None) -> Encoded:
+        """Return the ids of an item that is embedded.
+
+        Args:
+            instruction: what the vector is for; joined to the item's text as the profile says.
+
+        Raises:
+            InputError, ContextLengthError: see `chat`.
+        """
+        profile = self.profile
+        prompt = self.instructed(prompt, instruction)
+        encoded = encode_plain(
+            prompt,
+            self.tokenizer,
+            self.specials,
+            prefix=profile.embed_prefix,
+            suffix=profile.embed_suffix,
+            image_start=profile.image_start,
+            image_end=profile.image_end + profile.embed_image_end,
+            **self._settings(prompt),
+        )
+        return self.checked(encoded)
+
+    def alone(self, prompt: Prompt) -> bool:
+        """Return whether a prompt's pictures are sized as if each were its only one."""
+        return len(prompt.visuals) == 1 or not sized_by_company(self.processor)
+
+    def checked(self, encoded: Encoded) -> Encoded:
+        """Return a sequence that fits the context.
+
+        Raises:
+            ContextLengthError: it does not.
+        """
+        length = len(encoded.token_ids)
+        if length >= self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {length} tokens ({sum(n for _, n in encoded.image_slots)} of them "
+                f"from images), but {self.name} reads at most {self.context_length - 1}. Shorten "
+                "the text, split it into several items, or use fewer images."
+            )
+        return encoded
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's own chat template.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not self.profile.jinja:
+            raise InputError(
+                f"{self.name} brings no chat template, so how to ask it is unknown. Embed with "
+                "it instead, or name its format, visavis.load(…, turns='…'), one of: "
+                f"{', '.join(sorted(TURNS))}."
+            )
+        text = self.tokenizer.id_to_token
+        bos, eos = (
+            "" if number is None else text(number) or ""
+            for number in (self.specials.bos_id, self.specials.eos_id)
+        )
+        return ChatTemplate(self.profile.jinja, bos_token=bos, eos_token=eos)
+
+    def _settings(self, prompt: Prompt) -> dict[str, Any]:
+        if prompt.visuals and self.config.tower is None:
+            raise InputError(
+                f"{self.name} has no vision tower, but the prompt holds {len(prompt.visuals)} "
+                "image(s). Use a model with vision, such as 'nano', or send text only."
+            )
+        alone, processor = self.alone(prompt), self.processor
+        shapes = [shape_of(one, processor, alone) for one in prompt.visuals if processor]
+        return {
+            "image_token_id": self.config.image_token_id,
+            "video_token_id": self.config.video_token_id,
+            "tokens_per_image": [count_tokens(self.config, shape) for shape in shapes],
+        }
+
+    def instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
+        """Return an item with an instruction joined to its text, after its pictures."""
+        if not instruction:
+            return prompt
+        form = self.profile.instruction_form
+        joined = form.format(instruction=instruction, text=prompt.text).strip()
+        return Prompt.of([*prompt.visuals, Text(joined)])
