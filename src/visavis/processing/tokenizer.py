@@ -1,8 +1,7 @@
-"""Tokenizers, built into the `tokenizers` library from GGUF metadata or `tokenizer.json`.
+"""Tokenizers, built into the `tokenizers` library from GGUF metadata or a model's folder.
 
-GPT-2 style BPE with its pre-tokenizer kinds as data, and SentencePiece BPE. Ids are those of
-llama.cpp and of the model's own tokenizer. Reads no GGUF file itself (it is given the metadata
-dict) and knows nothing of turns or templates.
+GPT-2 style BPE and SentencePiece BPE. Ids are those of llama.cpp and of the model's own tokenizer.
+Reads no GGUF file itself (it is given the metadata dict) and knows nothing of turns or templates.
 """
 
 from __future__ import annotations
@@ -31,85 +30,11 @@ from tokenizers import (
 )
 
 from visavis.errors import CheckpointError
+from visavis.processing.pretokenizers import PRE_TOKENIZERS
+from visavis.processing.sentencepiece import read_sentencepiece
 from visavis.registry import suggest
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_SUFFIXES}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}"
-_QWEN2 = rf"{_SUFFIXES}|{_WORDS}|\p{{N}}|{_SIGNS}"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = r"[^\r\n\p{L}\p{N}]?" + _UPPER
-_CASED_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_CASED}*{_LOWER}+|{_CASED}+{_LOWER}*|\p{{N}}|{_CASED_SIGNS}"
-_GPT4O = (
-    rf"{_CASED}*{_LOWER}+{_SUFFIXES}?|{_CASED}+{_LOWER}*{_SUFFIXES}?|\p{{N}}{{1,3}}|{_CASED_SIGNS}"
-)
-_DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
-
-
-@dataclass(frozen=True)
-class PreTokenizer:
-    """How text is cut before merging: each pattern in turn isolates its matches."""
-
-    patterns: tuple[str, ...]
-    whole_words: bool = False  # a piece that is a token is not built from merges
-    add_bos: bool = False
-
-
-_DIGITS_APART = PreTokenizer((r"\p{N}", _GPT2))
-_PLAIN_GPT2 = PreTokenizer((_GPT2,))
-_LLAMA_3 = PreTokenizer((_LLAMA3,), whole_words=True, add_bos=True)
-_LLAMA_3_LIKE = PreTokenizer((_LLAMA3,))
-_QWEN_2 = PreTokenizer((_QWEN2,))
-PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> kind
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": _PLAIN_GPT2,
-    "phi-2": _PLAIN_GPT2,
-    "mpt": _PLAIN_GPT2,
-    "olmo": _PLAIN_GPT2,
-    "jais": _PLAIN_GPT2,
-    "exaone4": _PLAIN_GPT2,
-    "trillion": _PLAIN_GPT2,
-    "granite-docling": _PLAIN_GPT2,
-    "smollm": _DIGITS_APART,
-    "starcoder": _DIGITS_APART,
-    "refact": _DIGITS_APART,
-    "command-r": _DIGITS_APART,
-    "codeshell": _DIGITS_APART,
-    "exaone": _DIGITS_APART,
-    "minerva-7b": _DIGITS_APART,
-    "llama-bpe": _LLAMA_3,
-    "llama3": _LLAMA_3,
-    "llama-v3": _LLAMA_3,
-    "falcon3": _LLAMA_3,
-    "pixtral": _LLAMA_3,
-    "lfm2": _LLAMA_3,
-    "dbrx": _LLAMA_3_LIKE,
-    "smaug-bpe": _LLAMA_3_LIKE,
-    "chatglm-bpe": _LLAMA_3_LIKE,
-    "glm4": _LLAMA_3_LIKE,
-    "qwen2": _QWEN_2,
-    "deepseek-r1-qwen": _QWEN_2,
-    "stablelm2": _QWEN_2,
-    "megrez": _QWEN_2,
-    "hunyuan": _QWEN_2,
-    "deepseek-v3": PreTokenizer((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
-    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
-    "tekken": PreTokenizer((_TEKKEN,), whole_words=True, add_bos=True),
-    "gpt-4o": PreTokenizer((_GPT4O,)),
-    "llama4": PreTokenizer((_GPT4O,)),
-    "bloom": PreTokenizer((_BLOOM,)),
-    "poro-chat": PreTokenizer((_BLOOM,)),
-    "viking": PreTokenizer((_BLOOM, r"\p{N}")),
-}
 
 END_TEXTS = frozenset(  # tokens that end a turn in some family, recognised by their text
     {
@@ -265,33 +190,61 @@ def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
     )
 
 
-def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
-    """Load `tokenizer.json`, with the special tokens that the files beside it name.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Return the file that a folder's tokenizer is read from.
 
     Raises:
-        CheckpointError: `tokenizer.json` is absent or cannot be read.
+        CheckpointError: there is none.
+    """
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(
+        f"{folder} has no tokenizer.json and no tokenizer.model, expected the tokenizer that "
+        "belongs to its weights; copy it from the model's source"
+    )
+
+
+def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
+    """Load `tokenizer.json`, else `tokenizer.model`, with the special tokens that the files
+    beside it name.
+
+    Raises:
+        CheckpointError: both are absent, or one cannot be read.
     """
     folder = Path(folder)
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    except Exception as error:  # OSError, or tokenizers' bare Exception
-        raise CheckpointError(
-            f"cannot read {path}: {error}. Expected the tokenizer that belongs to the weights in "
-            "this folder; copy the folder again, tokenizer.json included"
-        ) from error
-    config, generation = (_json(folder / f"{n}_config.json") for n in ("tokenizer", "generation"))
+    path = tokenizer_file(folder)
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map", "tokenizer_config"):
+        found = _json(folder / f"{name}.json")
+        config |= {key: value for key, value in found.items() if value is not None}
+    if path.suffix == ".model":
+        tokenizer, config = _load_sentencepiece(path, config)
+    else:
+        try:
+            tokenizer = Tokenizer.from_buffer(path.read_bytes())
+        except Exception as error:  # OSError, or tokenizers' bare Exception
+            raise CheckpointError(
+                f"cannot read {path}: {error}. Expected the tokenizer that belongs to the weights "
+                "in this folder; copy the folder again, tokenizer.json included"
+            ) from error
     added = tokenizer.get_added_tokens_decoder()
     by_text = {token.content: number for number, token in added.items() if token.special}
 
     def number(key: str) -> int | None:
-        value = config.get(key)
-        text = value.get("content") if isinstance(value, dict) else value
-        return tokenizer.token_to_id(text) if isinstance(text, str) else None
+        text = _text(config.get(key))
+        return None if text is None else tokenizer.token_to_id(text)
 
     eos = number("eos_token")
-    named = generation.get("eos_token_id", [])
-    ends = [eos, *(named if isinstance(named, list) else [named])]
+    generation = _json(folder / "generation_config.json").get("eos_token_id", [])
+    ends = [eos, *(generation if isinstance(generation, list) else [generation])]
     ends += [by_text[text] for text in sorted(END_TEXTS & by_text.keys())]
     pad = number("pad_token")
     return tokenizer, SpecialTokens(
@@ -302,6 +255,68 @@ def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
         add_bos=bool(tokenizer.encode("").ids[:1] == [number("bos_token")]),
         by_text=by_text,
     )
+
+
+def _load_sentencepiece(path: Path, config: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return the tokenizer of a `tokenizer.model` with the tokens that were added to it later, and
+    its settings, filled up with what the model says itself."""
+    metadata = read_sentencepiece(path)
+    metadata["tokenizer.ggml.add_bos_token"] = config.get("add_bos_token", True) is not False
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {name: metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}
+    own = {f"{name}_token": tokens[at] for name, at in ids.items() if 0 <= at < len(tokens)}
+    config = own | config
+    bos = _text(config.get("bos_token"))
+    if bos in tokens:
+        metadata["tokenizer.ggml.bos_token_id"] = tokens.index(bos)
+    tokenizer = build_tokenizer(metadata)
+    if metadata["tokenizer.ggml.add_space_prefix"] and config.get("legacy") is False:
+        # Only the first of the texts between special tokens gets a space, not each of them.
+        tokenizer.normalizer = _spaces(prefix=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    for number, token in sorted(_added_tokens(path.parent, config).items()):
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != number:
+            raise CheckpointError(
+                f"{path.parent} adds {token.content!r} as token {number}, but after "
+                f"{tokenizer.get_vocab_size() - 1} tokens and in order it is "
+                f"{tokenizer.token_to_id(token.content)}; {path.name} belongs to another model"
+            )
+    return tokenizer, config
+
+
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """Return the tokens that a folder adds to its `tokenizer.model`, by id."""
+    special = {_text(config.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
+    special |= {_text(one) for one in config.get("additional_special_tokens", [])}
+    found: dict[int, dict[str, Any]] = {
+        number: {"content": text, "special": text in special}
+        for text, number in _json(folder / "added_tokens.json").items()
+    }
+    decoder = config.get("added_tokens_decoder", {})
+    try:
+        found |= {int(number): settings for number, settings in decoder.items()}
+        return {
+            number: AddedToken(
+                settings["content"],
+                special=bool(settings.get("special")),
+                normalized=False,
+                lstrip=bool(settings.get("lstrip")),
+                rstrip=bool(settings.get("rstrip")),
+            )
+            for number, settings in found.items()
+        }
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} lists added tokens in a form that is not read ({error!r}); expected ids "
+            "with their texts; copy tokenizer_config.json and added_tokens.json again"
+        ) from error
+
+
+def _text(token: Any) -> str | None:
+    """Return the text of a token that a settings file names, plain or with its flags."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -401,13 +416,17 @@ def _build_sentencepiece(
         )
     )
     prefix = _get(metadata, "add_space_prefix", bool, True)
-    steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = _spaces(prefix)
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return tokenizer
+
+
+def _spaces(prefix: bool) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
 
 
 def _merges_from_scores(

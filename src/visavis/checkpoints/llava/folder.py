@@ -54,7 +54,7 @@ from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
-from visavis.processing.tokenizer import load_tokenizer
+from visavis.processing.tokenizer import has_tokenizer, load_tokenizer, tokenizer_file
 
 PROCESSOR = "preprocessor_config.json"
 MAX_LISTED = 4
@@ -84,7 +84,7 @@ def load_llava(
         raise found.lacking
     data, config, processor = found.data, found.config, found.processor
     body = base or folder
-    words = folder if (folder / "tokenizer.json").is_file() else words_folder(adapters, body)
+    words = folder if has_tokenizer(folder) else words_folder(adapters, body)
     tokenizer, specials = load_tokenizer(words)
     check_vocabulary(tokenizer, config, words)
     dtype = auto_dtype(precision, device)
@@ -106,7 +106,7 @@ def load_llava(
         specials=specials,
         profile=PromptProfile(turns=found.turns, jinja=jinja),
         processor=processor,
-        fingerprint=fingerprint([words / "tokenizer.json", *found.files], identity),
+        fingerprint=fingerprint([tokenizer_file(words), *found.files], identity),
         files=[folder / CONFIG_NAME, *found.files],
     )
 

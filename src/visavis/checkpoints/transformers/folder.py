@@ -34,7 +34,12 @@ from visavis.errors import CheckpointError
 from visavis.model.config import ViTConfig, VLMConfig
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
-from visavis.processing.tokenizer import SpecialTokens, load_tokenizer
+from visavis.processing.tokenizer import (
+    SpecialTokens,
+    has_tokenizer,
+    load_tokenizer,
+    tokenizer_file,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,7 +89,7 @@ def load_transformers(
         specials=specials,
         profile=PromptProfile(jinja=template),
         processor=processor,
-        fingerprint=fingerprint([words / "tokenizer.json", *files], identity),
+        fingerprint=fingerprint([tokenizer_file(words), *files], identity),
         files=[folder / CONFIG_NAME, *files],
     )
 
@@ -92,7 +97,7 @@ def load_transformers(
 def words_folder(adapters: Sequence[Adapter], folder: Path) -> Path:
     """Return the folder that has the tokenizer: the outermost adapter's that brings one."""
     places = [*(adapter.folder for adapter in reversed(adapters)), folder]
-    return next((place for place in places if (place / "tokenizer.json").is_file()), folder)
+    return next((place for place in places if has_tokenizer(place)), folder)
 
 
 def refuse_quantised(data: Json, folder: Path) -> None:
