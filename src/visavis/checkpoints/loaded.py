@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visavis.errors import CheckpointError
-from visavis.model.config import MixtureConfig, ViTConfig, VLMConfig
+from visavis.model.config import EfficientNetConfig, VLMConfig
 from visavis.model.vlm import VLM
 from visavis.registry import lookup
 
@@ -63,9 +63,8 @@ def blank(config: VLMConfig, dtype: torch.dtype) -> VLM:
     """Return a model without numbers, each tensor of the type that it will run in."""
     with torch.device("meta"):
         vlm = VLM(config).cast(dtype)
-    if isinstance(config.tower, ViTConfig | MixtureConfig):  # convolutions lose too much in half precision
-        assert vlm.tower is not None
-        vlm.tower.to(dtype)
+    if vlm.tower is not None and not isinstance(config.tower, EfficientNetConfig):
+        vlm.tower.to(dtype)  # EfficientNet's convolutions lose too much in half precision
     return vlm
 
 

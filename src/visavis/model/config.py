@@ -172,8 +172,9 @@ class ConnectorConfig:
 
     `linear` is one layer; `mlp` is LLaVA's mlpNx_gelu with `depth` layers. `shuffle` > 1 first
     folds shuffle x shuffle neighbouring patches into channels (pixel shuffle), cutting the number
-    of image tokens by its square. `mixture` has an MLP for each half of a mixture tower;
-    `resampler` and `qformer` have `depth` blocks.
+    of image tokens by its square; in `merger` (Qwen2-VL) they stand next to one another already.
+    `mixture` has an MLP for each half of a mixture tower; `resampler` and `qformer` have `depth`
+    blocks.
     """
 
     kind: str

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visavis.errors import InputError
-from visavis.model.config import MergeConfig, MixtureConfig, ViTConfig, VLMConfig
+from visavis.model.config import (
+    MergeConfig,
+    MixtureConfig,
+    Qwen2VLTowerConfig,
+    ViTConfig,
+    VLMConfig,
+)
+from visavis.model.connectors import connector_tokens
 from visavis.model.hd import arrange_hd, count_hd
 from visavis.model.visual import Shape
 
@@ -33,6 +40,10 @@ def select(hidden: Tensor, config: VLMConfig) -> Tensor:
 
 def count_tokens(config: VLMConfig, shape: Shape) -> int:
     """Return how many tokens an image or video of this shape becomes."""
+    if isinstance(config.tower, Qwen2VLTowerConfig):
+        assert config.connector is not None
+        num_patches = shape.frames * shape.rows * shape.columns
+        return connector_tokens(config.connector, num_patches)
     merge, per_view = config.merge, config.tokens_per_image
     if merge.kind == "flat":
         return shape.views * per_view

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
-from visavis.model.config import VLMConfig
+from visavis.model.config import Qwen2VLTowerConfig, VLMConfig
 from visavis.model.connectors import build_connector
 from visavis.model.connectors.mlp import MLP
 from visavis.model.decoder import Decoder
-from visavis.model.fusion import arrange, select, splice
+from visavis.model.fusion import arrange, count_tokens, select, splice
 from visavis.model.hd import Separators
 from visavis.model.head import EmbeddingHead, mean_per_group
 from visavis.model.kv_cache import KVCache
@@ -60,11 +60,26 @@ class VLM(nn.Module):
 
     def see(self, visuals: Sequence[Visual]) -> list[Seen]:
         """Return what images and videos become: their tokens and mean features."""
+        if isinstance(self.config.tower, Qwen2VLTowerConfig):
+            return self._see_patches(visuals)
         views = torch.cat([visual.pixels for visual in visuals])
         # on the CPU larger batches fall out of the cache
         chunks = views.split(TOWER_BATCH) if views.device.type == "cpu" else (views,)
         features = torch.cat([self.tower_features(chunk) for chunk in chunks])
         return self.connect(features, [visual.shape for visual in visuals])
+
+    def _see_patches(self, visuals: Sequence[Visual]) -> list[Seen]:
+        """See images and videos of any size: their patches stand in one stream."""
+        assert self.tower is not None and self.connector is not None
+        shapes = [visual.shape for visual in visuals]
+        patches = torch.cat([visual.pixels for visual in visuals])  # [P, C]
+        grids = [(shape.frames, shape.rows, shape.columns) for shape in shapes]
+        dtype = next(self.tower.parameters()).dtype
+        features = self.tower(patches.to(dtype), grids).float()  # [P, W]
+        tokens = self.connector(features[None])[0]
+        counts = [count_tokens(self.config, shape) for shape in shapes]
+        means = [own.mean(0) for own in features.split([len(one.pixels) for one in visuals])]
+        return list(zip(tokens.split(counts), means, strict=True))
 
     def connect(self, features: Tensor, shapes: Sequence[Shape]) -> list[Seen]:
         """Return what images become, of the features [V, P, W] of all their views."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from visavis.checkpoints.transformers.decoders import KINDS, decoder_config
+from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
+from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_config
 from visavis.checkpoints.transformers.settings import (
     Json,
     activation,
@@ -113,7 +115,7 @@ LLAVAS = {
 
 
 def vlm_config(config: Json) -> VLMConfig:
-    """Return the model that a config.json describes: a language model or one of `LLAVAS`.
+    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL.
 
     Raises:
         CheckpointError: another type, or a setting that no part of ours has.
@@ -121,8 +123,10 @@ def vlm_config(config: Json) -> VLMConfig:
     kind = config.get("model_type")
     if kind in KINDS:
         return VLMConfig(decoder=decoder_config(config))
+    if kind == QWEN2_VL:
+        return qwen2_vl_config(config)
     if not isinstance(kind, str) or kind not in LLAVAS:
-        raise unknown_type(kind, (*KINDS, *LLAVAS))
+        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL))
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)

@@ -22,7 +22,8 @@ from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerp
 from visavis.checkpoints.transformers.config import vlm_config
 from visavis.checkpoints.transformers.layout import read, vlm_table
 from visavis.checkpoints.transformers.processor import processor_config
-from visavis.checkpoints.transformers.settings import Json
+from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
+from visavis.checkpoints.transformers.settings import Json, section
 from visavis.checkpoints.weight_files import (
     MAX_JSON_BYTES,
     check_values,
@@ -31,7 +32,7 @@ from visavis.checkpoints.weight_files import (
     weight_files,
 )
 from visavis.errors import CheckpointError
-from visavis.model.config import ViTConfig, VLMConfig
+from visavis.model.config import Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONFIG_NAME = "config.json"
+VIDEO_NAME = "video_preprocessor_config.json"
 
 
 def load_transformers(
@@ -160,6 +162,11 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
             f"{folder} says nowhere how pictures are resized and normalised; expected "
             f"{' or '.join(names)} beside the weights, copy it from the model's source."
         )
+    if isinstance(config.tower, Qwen2VLTowerConfig):
+        videos = [inner for data in found if (inner := section(data, "video_processor"))]
+        if (folder / VIDEO_NAME).is_file():
+            videos.insert(0, read_json(folder / VIDEO_NAME))
+        return qwen2_vl_processor(settings[0], [*videos, settings[0]][0], config.tower)
     processor = processor_config(settings[0])
     if isinstance(config.tower, ViTConfig) and processor.size != config.tower.image_size:
         raise CheckpointError(

@@ -14,9 +14,10 @@ from torch import Tensor
 from visavis.checkpoints.names import Convert, NameTable, Row, Sizes, to_ours, to_theirs
 from visavis.checkpoints.transformers.config import parts, vit_config, vlm_config
 from visavis.checkpoints.transformers.names import decoder_rows, tower_table
+from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.settings import Json
 from visavis.errors import CheckpointError
-from visavis.model.config import ViTConfig, VLMConfig
+from visavis.model.config import Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 
 
@@ -102,7 +103,9 @@ def write_tower(config: Json, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
-    """Return the names of a whole language model or llava."""
+    """Return the names of a whole language model, llava or Qwen2-VL."""
+    if isinstance(ours.tower, Qwen2VLTowerConfig):
+        return qwen2_vl_table(ours)
     prefix = "" if ours.tower is None else "language_model."
     head = f"{prefix}lm_head"
     # A buffer that old files carry; and a tied head is the embeddings once more.

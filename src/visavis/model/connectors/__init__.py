@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from visavis.model.config import ConnectorConfig
 from visavis.model.connectors.base import Connector
+from visavis.model.connectors.merger import Merger
 from visavis.model.connectors.mixture import MixtureMLP
 from visavis.model.connectors.mlp import MLP, Identity
 from visavis.model.connectors.qformer import QFormer
@@ -18,6 +19,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "identity": Identity,
     "linear": MLP,
     "mlp": MLP,
+    "merger": Merger,
     "mixture": MixtureMLP,
     "resampler": Resampler,
     "qformer": QFormer,
