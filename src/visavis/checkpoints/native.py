@@ -27,6 +27,13 @@ from visavis.checkpoints.gguf import decoder as gguf_decoder
 from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
 from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
 from visavis.checkpoints.packing import pack_linears
+from visavis.checkpoints.writing import (
+    Written,
+    whole_state,
+    write_json,
+    write_tensors,
+    write_words,
+)
 from visavis.errors import CheckpointError
 from visavis.files import write_atomically
 from visavis.model.config import VLMConfig, to_dict, vlm_config_from_dict
@@ -170,6 +177,16 @@ def low_rank_pairs(own: dict[str, Tensor], scale: float) -> dict[str, tuple[Tens
     }
 
 
+def write_native(loaded: Loaded, folder: Path, *, progress: bool = False) -> Written:
+    """Write a loaded model whole, in the types that it was loaded in, whatever it came from: a
+    folder that needs nothing beside it."""
+    context_length = loaded.vlm.config.decoder.context_length
+    files = write_words(folder, loaded.tokenizer, loaded.specials, context_length=context_length)
+    files += write_tensors(folder, whole_state(loaded.vlm), progress=progress)
+    data = _settings(loaded.name, loaded.vlm.config, loaded.profile, loaded.processor)
+    return Written([write_json(folder / CONFIG_NAME, data), *files])
+
+
 def save_native(
     folder: Path,
     *,
@@ -187,13 +204,7 @@ def save_native(
     Without `bundle` the caller writes `tokenizer.json` beside it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data: dict[str, Any] = {
-        "format": FORMAT,
-        "name": name,
-        "config": to_dict(config),
-        "profile": profile.to_dict(),
-        "processor": processor.to_dict() if processor else None,
-    }
+    data = _settings(name, config, profile, processor)
     if bundle:
         data |= {"bundle": bundle, "lora_scale": lora_scale}
     kept = {key: value.contiguous() for key, value in tensors.items()}
@@ -203,6 +214,22 @@ def save_native(
         save_file(kept, temporary)
     with write_atomically(folder / CONFIG_NAME) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _settings(
+    name: str,
+    config: VLMConfig,
+    profile: PromptProfile,
+    processor: ImageProcessorConfig | None,
+) -> dict[str, Any]:
+    """Return `visavis.json` of a folder that stands alone."""
+    return {
+        "format": FORMAT,
+        "name": name,
+        "config": to_dict(config),
+        "profile": profile.to_dict(),
+        "processor": processor.to_dict() if processor else None,
+    }
 
 
 def _tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:

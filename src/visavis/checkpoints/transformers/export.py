@@ -1,0 +1,186 @@
+"""A loaded model as a folder in transformers' layout, which its stock classes load.
+
+    config.json  generation_config.json  model.safetensors (or shards and their index)
+    tokenizer.json  tokenizer_config.json  chat_template.jinja
+    preprocessor_config.json  processor_config.json                   with vision only
+
+The configs are in `config_json.py` and `processor_json.py`, the names of tensors in `layout.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+
+from visavis.checkpoints.loaded import Loaded
+from visavis.checkpoints.transformers.chat_jinja import chat_jinja
+from visavis.checkpoints.transformers.config_json import config_json
+from visavis.checkpoints.transformers.layout import write
+from visavis.checkpoints.transformers.processor_json import processor_json
+from visavis.checkpoints.writing import (
+    Written,
+    whole_state,
+    write_json,
+    write_tensors,
+    write_words,
+)
+from visavis.model.config import ViTConfig, VLMConfig
+from visavis.processing.profile import PromptProfile
+from visavis.processing.turns import TURNS
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+IMAGE_TOKEN = "<image>"  # what a model without a placeholder gets
+ROWS = 64  # embeddings grow to a multiple of so many rows, as the library's converters do
+PROCESSORS = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+}
+
+
+def write_transformers(loaded: Loaded, folder: Path, *, progress: bool = False) -> Written:
+    """Write a loaded model; all tensors in the type that its matmuls compute in.
+
+    Raises:
+        CheckpointError: a part that no stock class has; it is named.
+    """
+    state, config = library_norms(whole_state(loaded.vlm), loaded.vlm.config)
+    tokenizer = loaded.tokenizer
+    if config.tower is not None and not has_placeholder(loaded):
+        tokenizer, state, config = with_placeholder(tokenizer, state, config)
+    data = config_json(config)
+    dtype = loaded.vlm.decoder.dtype
+    specials = loaded.specials
+    data |= {
+        "bos_token_id": specials.bos_id,
+        "eos_token_id": specials.eos_id,
+        "pad_token_id": specials.pad_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if config.tower is not None:  # else each family's default, which may not be in the vocabulary
+        data["text_config"] |= {name: data[name] for name in data if name.endswith("_token_id")}
+    image, video = (
+        (tokenizer.id_to_token(number) or "") if config.tower is not None and number >= 0 else ""
+        for number in (config.image_token_id, config.video_token_id)
+    )
+    files = [write_json(folder / "config.json", data)]
+    files += write_words(
+        folder,
+        tokenizer,
+        specials,
+        context_length=config.decoder.context_length,
+        image_token=image,
+        video_token=video,
+    )
+    template = chat_template(loaded.profile, image, video)
+    if template:
+        files.append(folder / "chat_template.jinja")
+        files[-1].write_text(template, encoding="utf-8")
+    if config.tower is not None:
+        assert loaded.processor is not None
+        settings = processor_json(loaded.processor)
+        files.append(write_json(folder / "preprocessor_config.json", settings))
+        whole = _processor(data, config, image, video)
+        files.append(write_json(folder / "processor_config.json", whole))
+    files += write_tensors(folder, write(data, state), dtype=dtype, progress=progress)
+    return Written(files, lost_settings(loaded.profile))
+
+
+def library_norms(
+    state: dict[str, Tensor], config: VLMConfig
+) -> tuple[dict[str, Tensor], VLMConfig]:
+    """Return a Gemma whose norms hold 1 + weight (from a GGUF file) as the library's holds it."""
+    decoder = config.decoder
+    if decoder.embedding_scale == 1 or decoder.norm_offset:
+        return state, config
+    moved = {
+        name: tensor - 1 if name.startswith("decoder.") and "norm.weight" in name else tensor
+        for name, tensor in state.items()
+    }
+    return moved, replace(config, decoder=replace(decoder, norm_offset=1.0))
+
+
+def has_placeholder(loaded: Loaded) -> bool:
+    """Return whether the image placeholder is a token of its own: LLaVA's original layout has
+    none, there its id is 0."""
+    number = loaded.vlm.config.image_token_id
+    return number > 0 and number in loaded.tokenizer.get_added_tokens_decoder()
+
+
+def with_placeholder(
+    tokenizer: Tokenizer, state: dict[str, Tensor], config: VLMConfig
+) -> tuple[Tokenizer, dict[str, Tensor], VLMConfig]:
+    """Return a model that has the token `<image>`, with embeddings for it.
+
+    Rows that are new hold the mean of the others: pictures overwrite the placeholder's embedding,
+    and an output of mean size is never the likeliest.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    number = tokenizer.token_to_id(IMAGE_TOKEN)
+    assert number is not None
+    rows = config.decoder.vocab_size
+    if number >= rows:
+        rows = -(-(number + 1) // ROWS) * ROWS
+        names = ("decoder.embed.weight", "decoder.head.weight", "decoder.head.bias")
+        state = state | {name: _grown(state[name], rows) for name in names if name in state}
+    decoder = replace(config.decoder, vocab_size=rows)
+    return tokenizer, state, replace(config, decoder=decoder, image_token_id=number)
+
+
+def chat_template(profile: PromptProfile, image: str, video: str = "") -> str:
+    """Return the source of a profile's chat template, empty if it has none."""
+    if not profile.turns:
+        return profile.jinja
+    image, video = (
+        profile.image_start + token + profile.image_end if token else "" for token in (image, video)
+    )
+    return chat_jinja(TURNS[profile.turns], image, video)
+
+
+def lost_settings(profile: PromptProfile) -> list[str]:
+    """Return the settings of a profile that config.json and its neighbours have no place for."""
+    default = PromptProfile()
+    names = ("embed_prefix", "embed_suffix", "embed_image_end", "pooling", "instruction_form")
+    lost = [
+        f"{name}={value!r}"
+        for name in names
+        if (value := getattr(profile, name)) != getattr(default, name)
+    ]
+    if profile.turns and not chat_jinja(TURNS[profile.turns]):
+        lost.append(f"the chat format {profile.turns!r}")
+    return lost
+
+
+def _grown(tensor: Tensor, rows: int) -> Tensor:
+    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+    more = mean.expand(rows - len(tensor), *tensor.shape[1:])
+    return torch.cat((tensor, more))
+
+
+def _processor(data: dict[str, Any], config: VLMConfig, image: str, video: str) -> dict[str, Any]:
+    """Return processor_config.json: how many placeholders an image becomes."""
+    tower = config.tower
+    assert isinstance(tower, ViTConfig)
+    found: dict[str, Any] = {
+        "processor_class": PROCESSORS[data["model_type"]],
+        "image_token": image,
+        "vision_feature_select_strategy": data["vision_feature_select_strategy"],
+    }
+    if data["model_type"] == "llava_onevision":
+        aspect = data["vision_aspect_ratio"]
+        return found | {
+            "video_token": video,
+            "num_image_tokens": tower.grid**2,
+            "vision_aspect_ratio": aspect,
+        }
+    extra = {"patch_size": tower.patch_size, "num_additional_image_tokens": tower.num_prefix_tokens}
+    return found | extra
