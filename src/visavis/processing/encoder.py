@@ -6,6 +6,7 @@ and only where the number of tokens depends on it. Knows configs; runs no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from visavis.errors import ContextLengthError, InputError
 from visavis.model.config import VLMConfig
 from visavis.model.fusion import count_tokens
+from visavis.model.mrope import positions
+from visavis.model.visual import Shape
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.templates import (
@@ -62,7 +65,8 @@ class PromptEncoder:
             InputError: the model cannot chat, or not about what the prompt holds.
             ContextLengthError: the prompt is longer than the model's context.
         """
-        settings, profile = self._settings(prompt), self.profile
+        shapes, profile = self._shapes(prompt), self.profile
+        settings = self._settings(shapes)
         if profile.turns:
             encoded = encode_turns(
                 prompt,
@@ -83,7 +87,7 @@ class PromptEncoder:
                 add_generation_prompt=add_generation_prompt,
                 **settings,
             )
-        return self.checked(encoded)
+        return self.checked(self._placed(encoded, shapes))
 
     def item(self, prompt: Prompt, instruction: str | None = None) -> Encoded:
         """Return the ids of an item that is embedded.
@@ -96,6 +100,7 @@ class PromptEncoder:
         """
         profile = self.profile
         prompt = self.instructed(prompt, instruction)
+        shapes = self._shapes(prompt)
         encoded = encode_plain(
             prompt,
             self.tokenizer,
@@ -104,8 +109,10 @@ class PromptEncoder:
             suffix=profile.embed_suffix,
             image_start=profile.image_start,
             image_end=profile.image_end + profile.embed_image_end,
-            **self._settings(prompt),
+            **self._settings(shapes),
         )
+        if profile.embed_positions == "grid":
+            encoded = self._placed(encoded, shapes)
         return self.checked(encoded)
 
     def alone(self, prompt: Prompt) -> bool:
@@ -147,24 +154,33 @@ class PromptEncoder:
         )
         return ChatTemplate(self.profile.jinja, bos_token=bos, eos_token=eos)
 
-    def _settings(self, prompt: Prompt) -> dict[str, Any]:
+    def _shapes(self, prompt: Prompt) -> list[Shape]:
         if prompt.visuals and self.config.tower is None:
             raise InputError(
                 f"{self.name} has no vision tower, but the prompt holds {len(prompt.visuals)} "
                 "image(s). Use a model with vision, such as 'nano', or send text only."
             )
         alone, processor = self.alone(prompt), self.processor
-        shapes = [shape_of(one, processor, alone) for one in prompt.visuals if processor]
+        return [shape_of(one, processor, alone) for one in prompt.visuals if processor]
+
+    def _settings(self, shapes: Sequence[Shape]) -> dict[str, Any]:
         return {
             "image_token_id": self.config.image_token_id,
             "video_token_id": self.config.video_token_id,
             "tokens_per_image": [count_tokens(self.config, shape) for shape in shapes],
         }
 
+    def _placed(self, encoded: Encoded, shapes: Sequence[Shape]) -> Encoded:
+        """Give a sequence its positions on three axes, where the decoder has them."""
+        if shapes and self.config.decoder.mrope_sections:
+            assert self.config.connector is not None
+            length, merge = len(encoded.token_ids), self.config.connector.shuffle
+            encoded.positions = positions(length, encoded.image_slots, shapes, merge)
+        return encoded
+
     def instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
         """Return an item with an instruction joined to its text, after its pictures."""
         if not instruction:
             return prompt
-        form = self.profile.instruction_form
-        joined = form.format(instruction=instruction, text=prompt.text).strip()
+        joined = self.profile.instructed(instruction, prompt.text)
         return Prompt.of([*prompt.visuals, Text(joined)])

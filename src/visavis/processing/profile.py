@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+CHAT_FIELDS = ("turns", "jinja", "image_start", "image_end")  # the others are for embedding
+
 
 @dataclass(frozen=True)
 class PromptProfile:
@@ -25,6 +27,8 @@ class PromptProfile:
         pooling: `head` is the trained embedding head, `last` the final hidden state of the last
             token, `mean` the mean of final hidden states; all are L2-normalised.
         instruction_form: how an instruction and a text are joined; both fields must occur.
+        embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
+            0, 1, 2, … as for text alone, which VLM2Vec trained with.
     """
 
     turns: str = ""
@@ -36,6 +40,43 @@ class PromptProfile:
     embed_image_end: str = ""
     pooling: Literal["head", "last", "mean"] = "last"
     instruction_form: str = "{instruction}\n{text}"
+    embed_positions: Literal["grid", "flat"] = "grid"
+
+    def instructed(self, instruction: str, text: str) -> str:
+        """Return an instruction and a text as one; without a text nothing is left between them."""
+        before, after = self.instruction_form.split("{text}")
+        form = f"{before}{{text}}{after}" if text else f"{before.rstrip()}{after}"
+        return form.format(instruction=instruction, text=text)
+
+    def embedding_as(self, other: PromptProfile) -> PromptProfile:
+        """Return a profile that chats as this one and embeds as another."""
+        kept = {name: getattr(self, name) for name in CHAT_FIELDS}
+        return dataclasses.replace(other, **kept)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+PROFILES = {  # how published models embed, where their files do not say
+    # LLaVE: the answer is a newline, and the newline after its end is what is pooled.
+    "llave": PromptProfile(
+        embed_prefix="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n",
+        embed_suffix="<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n",
+        embed_image_end="\n",
+        instruction_form="{instruction} {text}\n",
+    ),
+    # VLM2Vec: no chat format and no marks around a picture's tokens, so that the code it was
+    # trained with found no pictures to count positions for. The first is what MMEB's image data
+    # hold, for both versions; the second what the second version makes of videos and pages.
+    "vlm2vec-v1": PromptProfile(
+        embed_image_end="\n",
+        instruction_form="{instruction} {text}\n",
+        embed_positions="flat",
+    ),
+    "vlm2vec-v2": PromptProfile(
+        embed_image_end=" ",
+        instruction_form="{instruction} {text}",
+        embed_positions="flat",
+    ),
+}

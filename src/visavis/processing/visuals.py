@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from visavis.model.visual import Shape
+from visavis.processing import patches
 from visavis.processing.images import ImageProcessorConfig, decode_image, process_image
 from visavis.prompt import Image, Video
 
@@ -27,6 +28,8 @@ def shape_of(visual: Image | Video, processor: ImageProcessorConfig, alone: bool
     Raises:
         ImageError: it cannot be read.
     """
+    if processor.patches is not None:
+        return patches.image_shape(decode_image(visual).size, processor.patches)
     return Shape()
 
 
@@ -38,4 +41,6 @@ def pixels_of(
     Raises:
         ImageError: it cannot be read.
     """
+    if processor.patches is not None:
+        return patches.image_patches(decode_image(visual), processor)
     return process_image(decode_image(visual), processor)[None], Shape()

@@ -1,0 +1,113 @@
+"""A tiny Qwen2-VL folder in transformers' layout, and what its peer takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tests.fakes import byte_tokenizer
+from tests.parity.peers import randomized
+from visavis.model.visual import Shape
+
+SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+START, END, IMAGE, VIDEO = 260, 261, 262, 263  # after the byte tokenizer's own
+PATCH = 4  # 8 x 8 pixels a token
+SIZES: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+}
+VISION: dict[str, Any] = {
+    "depth": 3,
+    "embed_dim": 48,
+    "hidden_size": 32,
+    "num_heads": 3,
+    "mlp_ratio": 2,
+    "patch_size": PATCH,
+}
+# Qwen2-VL's own, less the numbering of pictures.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PROCESSOR = Qwen2VLImageProcessorPil(patch_size=PATCH, min_pixels=256, max_pixels=1600)
+
+
+def save_qwen2_vl(folder: Path, **text: Any) -> Qwen2VLForConditionalGeneration:
+    """Write a model with its tokenizer, chat template and image processor; return the peer."""
+    config = Qwen2VLConfig(
+        text_config=SIZES | text,
+        vision_config=VISION,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        **{key: text[key] for key in ("tie_word_embeddings",) if key in text},
+    )
+    peer = Qwen2VLForConditionalGeneration(config)
+    randomized(peer)
+    peer.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
+    return peer
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    bytewise = byte_tokenizer()
+    bytewise.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    found.chat_template = TEMPLATE
+    return found
+
+
+def noise(size: tuple[int, int], seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def peer_inputs(
+    ids: list[int], visuals: list[tuple[Tensor, Shape]], *, grid: bool = True
+) -> dict[str, Tensor]:
+    """Return what the peer takes of ids and patches; without `grid` its positions are 0, 1, 2, …"""
+    kinds = {"": [v for v in visuals if not v[1].video], "s": [v for v in visuals if v[1].video]}
+    found = {"input_ids": torch.tensor([ids])}
+    for video, chosen in kinds.items():
+        if chosen:
+            name = "video" if video else "image"
+            found[f"pixel_values{'_videos' * bool(video)}"] = torch.cat([p for p, _ in chosen])
+            grids = [(shape.frames, shape.rows, shape.columns) for _, shape in chosen]
+            found[f"{name}_grid_thw"] = torch.tensor(grids)
+    if not grid:
+        found["position_ids"] = torch.arange(len(ids)).expand(3, 1, -1)
+    types = [1 if i == IMAGE else 2 if i == VIDEO else 0 for i in ids]
+    return found | {"mm_token_type_ids": torch.tensor([types])}
