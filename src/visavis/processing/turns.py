@@ -1,7 +1,7 @@
 """Chat formats as data: what stands around each role's text, and what is learned.
 
-The formats of LLaVA, LLaVA-NeXT, LLaVE and TinyLLaVA under their original names. Strings only:
-`templates.py` renders them to ids.
+The formats of LLaVA, LLaVA-NeXT, LLaVE, TinyLLaVA and Phi-3-vision under their original names.
+Strings only: `templates.py` renders them to ids.
 """
 
 from __future__ import annotations
@@ -144,6 +144,12 @@ TURNS = {
             "user": Turn("<start_of_turn>user\n", "<end_of_turn>", "\n"),
             "assistant": Turn("<start_of_turn>model\n", "<end_of_turn>", "\n"),
         },
+        image_end="\n",
+        joined=True,
+    ),
+    # Phi-3-vision and Phi-3.5-vision.
+    "phi3_v": TurnTemplate(
+        {role: Turn(f"<|{role}|>\n", "<|end|>", "\n") for role in ROLES},
         image_end="\n",
         joined=True,
     ),

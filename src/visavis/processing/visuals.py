@@ -10,6 +10,7 @@ import numpy as np
 
 from visavis.model.visual import Shape
 from visavis.processing import patches
+from visavis.processing.hd import hd_shape, hd_views
 from visavis.processing.images import ImageProcessorConfig, decode_image, process_image
 from visavis.prompt import Image, Video
 
@@ -30,6 +31,8 @@ def shape_of(visual: Image | Video, processor: ImageProcessorConfig, alone: bool
     """
     if processor.patches is not None:
         return patches.image_shape(decode_image(visual).size, processor.patches)
+    if processor.hd is not None:
+        return hd_shape(decode_image(visual).size, processor)
     return Shape()
 
 
@@ -43,4 +46,6 @@ def pixels_of(
     """
     if processor.patches is not None:
         return patches.image_patches(decode_image(visual), processor)
+    if processor.hd is not None:
+        return hd_views(decode_image(visual), processor)
     return process_image(decode_image(visual), processor)[None], Shape()

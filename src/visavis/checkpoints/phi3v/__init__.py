@@ -1,0 +1,1 @@
+"""Folders of Phi-3-vision and Phi-3.5-vision."""
