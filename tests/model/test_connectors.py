@@ -44,7 +44,8 @@ def vit(**changes: int | bool) -> ViTConfig:
 
 
 def test_every_kind_is_tried_here() -> None:
-    assert KINDS.keys() == CONNECTORS.keys()
+    apart = {"merger"}  # Qwen2-VL's, with its tower in test_qwen2_vl.py
+    assert KINDS.keys() == CONNECTORS.keys() - apart
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from visavis.checkpoints.transformers.names import decoder_rows, tower_table
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.settings import Json
 from visavis.errors import CheckpointError
-from visavis.model.config import Qwen2VLTowerConfig, ViTConfig, VLMConfig
+from visavis.model.config import MixtureConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 
 
@@ -75,10 +75,15 @@ def read_as(
 def write(config: Json, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors in transformers' layout (the hub's names): the inverse of `read`."""
     ours = vlm_config(config)
+    return write_as(ours, vlm_table(config, ours), state)
+
+
+def write_as(ours: VLMConfig, table: NameTable, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the names of a table: the inverse of `read_as`."""
     kept = dict(state)
     if ours.decoder.tied_head:
         kept.pop("decoder.head.weight", None)
-    return to_theirs(kept, vlm_table(config, ours), _vlm_sizes(ours))
+    return to_theirs(kept, table, _vlm_sizes(ours))
 
 
 def read_tower(config: Json, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
@@ -136,7 +141,8 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
 
 def _vlm_sizes(config: VLMConfig) -> Sizes:
     decoder = config.decoder
-    tower = _tower_sizes(config.tower) if isinstance(config.tower, ViTConfig) else None
+    vit = config.tower.second if isinstance(config.tower, MixtureConfig) else config.tower
+    tower = _tower_sizes(vit) if isinstance(vit, ViTConfig) else None
 
     def sizes(layer: int) -> Mapping[str, int]:
         return {
