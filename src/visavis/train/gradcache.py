@@ -25,7 +25,9 @@ def cached_backward(
     encode: Callable[[Chunk], Tensor],
     loss_of: Callable[[Tensor], Tensor],
     *,
+    backward: Callable[[Tensor, Tensor | None], None] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+    sync_last: bool = True,
     factor: float = 1.0,
 ) -> Tensor:
     """Add the gradients of `loss_of(all vectors)` to the parameters; return the loss, detached.
@@ -33,8 +35,9 @@ def cached_backward(
     Args:
         encode: a chunk's vectors [n, D], the same every time but for random numbers.
         loss_of: a scalar of the vectors of all chunks [N, D], in their order.
+        backward: goes back from a tensor, with its gradient or as a loss.
         no_sync: entered around every backward pass but the last, so that devices exchange
-            gradients once.
+            gradients once; around the last too without `sync_last`.
         factor: what gradients are multiplied by (where devices average what should be summed).
     """
     states, parts = [], []
@@ -50,9 +53,9 @@ def cached_backward(
     after = RandomState()
     for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
         state.restore()
-        last = number == len(chunks) - 1
+        last = sync_last and number == len(chunks) - 1
         with nullcontext() if last else no_sync():
-            encode(chunk).backward(gradient)
+            backward(encode(chunk), gradient)
     after.restore()
     return loss.detach()
 

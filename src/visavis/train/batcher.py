@@ -1,0 +1,137 @@
+"""From samples to packed batches: ids, labels, pixels; the next ones are made while a step runs.
+
+Pictures are opened when their batch is made and dropped with it. With a feature store the vision
+tower's output takes their place. Knows prompts and the encoder; runs no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from visavis.data.samples import Chat
+from visavis.errors import InputError, TrainError, VisavisError
+from visavis.model.batch import PackedBatch
+from visavis.model.visual import Visual
+from visavis.processing.encoder import PromptEncoder
+from visavis.processing.pack import next_token_labels, pack
+from visavis.processing.templates import Encoded
+from visavis.processing.visuals import pixels_of
+from visavis.prompt import Prompt
+
+T = TypeVar("T")
+
+
+class Features(Protocol):
+    """Where the vision tower's output of pictures is kept (see `features.py`)."""
+
+    def of(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Return features [N, P, W] of all pictures of prompts, in order."""
+        ...
+
+
+class Batcher:
+    """Makes batches for one model on one device.
+
+    Args:
+        max_tokens: sequences longer than this are an error; None: the model's context.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        device: torch.device | str = "cpu",
+        *,
+        features: Features | None = None,
+        max_tokens: int | None = None,
+        threads: int = 2,
+    ) -> None:
+        self.encoder, self.device, self.features = encoder, device, features
+        self.max_tokens = min(max_tokens or encoder.context_length, encoder.context_length)
+        self.pool = ThreadPoolExecutor(threads)
+        self.ahead = ThreadPoolExecutor(1)  # makes the next batch; waits for `pool`
+
+    def chat(self, sample: Chat) -> Encoded:
+        """Encode a conversation.
+
+        Raises:
+            TrainError: nothing of it would be learned, or it is too long; the message names it.
+        """
+        encoded = self._encoded(sample.id, self.encoder.chat, sample.prompt, False)
+        if not any(encoded.loss_mask[1:]):
+            raise TrainError(
+                f"nothing would be learned of {sample.id!r}: none of its "
+                f"{len(encoded.token_ids)} tokens is an answer's. Its assistant turns are empty or "
+                "missing; leave the record out or correct it."
+            )
+        return encoded
+
+    def item(self, id: str, prompt: Prompt, instruction: str | None = None) -> Encoded:
+        """Encode an item that is embedded.
+
+        Raises:
+            TrainError: it cannot be; the message names it.
+        """
+        return self._encoded(id, self.encoder.item, prompt, instruction)
+
+    def _encoded(self, id: str, encode: Any, prompt: Prompt, setting: Any) -> Encoded:
+        try:
+            if encode == self.encoder.chat:
+                encoded: Encoded = encode(prompt, add_generation_prompt=setting)
+            else:
+                encoded = encode(prompt, setting)
+        except VisavisError as error:
+            raise TrainError(f"the sample {id!r} cannot be used: {error}") from error
+        if len(encoded.token_ids) > self.max_tokens:
+            raise TrainError(
+                f"the sample {id!r} has {len(encoded.token_ids)} tokens, expected at most "
+                f"{self.max_tokens}; shorten it, or raise max_tokens in the recipe."
+            )
+        return encoded
+
+    def pack(
+        self, prompts: Sequence[Prompt], encoded: Sequence[Encoded], *, labels: bool = False
+    ) -> PackedBatch:
+        """Lay sequences end to end with what the model needs of their pictures.
+
+        Raises:
+            TrainError: a picture cannot be read.
+        """
+        batch = pack(encoded)
+        if labels:
+            batch.labels = next_token_labels(encoded)
+        if any(prompt.visuals for prompt in prompts):
+            if self.features is not None:
+                batch.features = self.features.of(prompts)
+            else:
+                batch.visuals = self._visuals(prompts)
+        return batch.to(self.device)
+
+    def _visuals(self, prompts: Sequence[Prompt]) -> tuple[Visual, ...]:
+        processor = self.encoder.processor
+        assert processor is not None
+        waiting = [
+            self.pool.submit(pixels_of, one, processor, self.encoder.alone(prompt))
+            for prompt in prompts
+            for one in prompt.visuals
+        ]
+        try:
+            ready = [future.result() for future in waiting]
+        except InputError as error:
+            raise TrainError(f"a picture of the batch cannot be read: {error}") from error
+        return tuple(Visual(torch.from_numpy(pixels), shape) for pixels, shape in ready)
+
+    def prefetch(self, makers: Iterable[Callable[[], T]]) -> Iterator[T]:
+        """Yield what each of `makers` (functions without arguments) returns, one made ahead."""
+        waiting: Future[T] | None = None
+        for make in makers:
+            coming = self.ahead.submit(make)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
