@@ -94,6 +94,7 @@ def load(
     precision: str = "auto",
     device: str = "auto",
     turns: str = "",
+    profile: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> Model:
@@ -103,6 +104,8 @@ def load(
         precision: what matmuls compute in: "auto", "f32", "bf16" or "f16".
         device: "auto", "cpu" or "cuda".
         turns: the chat format, by name, of a checkpoint that does not bring its own.
+        profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2" or
+            "llave".
         base: the language model that a folder without one was trained on.
         vision_tower: the folder of a vision tower that the checkpoint names and does not hold.
 
@@ -116,6 +119,7 @@ def load(
         precision=precision,
         device=device,
         turns=turns,
+        profile=profile,
         base=base,
         vision_tower=vision_tower,
     )
@@ -335,22 +339,29 @@ class Model:
         ids: list[int] = []
         first: float | None = None
         shown = 0  # tokens whose text has been yielded
+        stop = self.encoder.stop
+        unfinished = ("\ufffd", *(stop[:length] for length in range(1, len(stop))))
+        stopped = False
         for token in tokens:
             first = first or time.perf_counter()
             ids.append(token)
             piece = self._text_after(ids, shown)
-            if piece and not piece.endswith("\ufffd"):
+            stopped = bool(stop) and stop in piece
+            if stopped:
+                break
+            if piece and not piece.endswith(unfinished):
                 shown = len(ids)
                 reply.text += piece
                 yield piece
-        if piece := self._text_after(ids, shown):
+        piece = self._text_after(ids, shown)
+        if piece := piece[: piece.index(stop)] if stopped else piece:
             reply.text += piece
             yield piece
         ended = time.perf_counter()
         first = first or ended
         reply.usage = Usage(prompt_tokens, len(ids))
         reply.timings = Timings(first - started, ended - first)
-        reply.finish_reason = "length" if len(ids) >= limit else "stop"
+        reply.finish_reason = "length" if len(ids) >= limit and not stopped else "stop"
 
     def _text_after(self, ids: list[int], shown: int) -> str:
         """Return the text that tokens after `shown` add to what precedes them.
