@@ -63,7 +63,7 @@ _UPRIGHT: dict[int, pil.Transpose] = {
 _EXIF_ORIENTATION = 0x0112
 _open_lock = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
-Resize: TypeAlias = Literal["squash", "crop", "pad", "tiles", "patches", "hd"]
+Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd"]
 Resample: TypeAlias = Literal["bicubic", "bilinear"]
 FILTERS = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
 _EXTREME_ASPECT = 16  # beyond it, cropping bounds its memory instead of resizing everything
@@ -318,7 +318,7 @@ class ImageProcessorConfig:
 
     size: int  # pixels, side of the square the tower sees; with patches, of what makes one token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
-    # size, see patches.py | hd: tiles, see hd.py | tiles: the whole and its tiles, see tiling.py
+    # size, see patches.py | hd: tiles, see hd.py
     resize: Resize
     mean: tuple[float, float, float]  # RGB, of values in 0..1
     std: tuple[float, float, float]
@@ -326,7 +326,7 @@ class ImageProcessorConfig:
     crop_fraction: float = 1.0  # crop only: shortest edge becomes floor(size / crop_fraction)
     patches: PatchesConfig | None = None
     hd: HDConfig | None = None
-    tiles: TilesConfig | None = None
+    tiles: TilesConfig | None = None  # squash only: tiles beside the whole, see tiling.py
     video: VideoConfig | None = None  # which frames are taken; None: a video is refused
 
     def __post_init__(self) -> None:
@@ -352,8 +352,8 @@ class ImageProcessorConfig:
             problems.append(f"size is {self.size}, but a token {self.patches.factor} pixels")
         if (self.resize == "hd") != (self.hd is not None):
             problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
-        if (self.resize == "tiles") != (self.tiles is not None):
-            problems.append(f"resize={self.resize!r}, but tiles are {self.tiles}")
+        if self.tiles is not None and self.resize != "squash":
+            problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
         elif self.tiles is not None and any(v % self.size for g in self.tiles.grids for v in g):
             problems.append(f"sides of tiles.grids are not all multiples of size {self.size}")
         if problems:

@@ -92,7 +92,7 @@ def image_views(
     shape, tile = image_shape(image.size, processor, alone), processor.size
     if not shape.rows:
         return process_image(image, replace(processor, resize="pad", tiles=None))[None], shape
-    base = process_image(image, replace(processor, resize="squash", tiles=None))
+    base = process_image(image, processor)
     canvas = pil.new("RGB", (shape.columns * tile, shape.rows * tile))
     inner = fit(image.size, canvas.size)
     corner = ((canvas.width - inner[0]) // 2, (canvas.height - inner[1]) // 2)
