@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from visavis.checkpoints import bundled
 from visavis.errors import CheckpointError, InputError, UnknownNameError
+from visavis.processing.profile import PROFILES
 from visavis.processing.turns import TURNS
 from visavis.registry import lookup, suggest
 
@@ -70,17 +71,20 @@ def load_checkpoint(
     precision: str = "auto",
     device: str = "auto",
     turns: str = "",
+    profile: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> Loaded:
     """Load a bundled name, a .gguf file or a folder in any layout that is read.
 
     Raises:
-        UnknownNameError, FetchError: see `resolve`; or `turns` is no chat format.
+        UnknownNameError, FetchError: see `resolve`; or `turns` or `profile` is none that is known.
         CheckpointError: the files are damaged or of a kind not known.
     """
     if turns:
         lookup("turn template", turns, TURNS)
+    if profile:
+        lookup("profile", profile, PROFILES)
     path = resolve(name_or_path)
     loaded = _load(
         path,
@@ -91,7 +95,22 @@ def load_checkpoint(
     )
     if turns:
         loaded.profile = replace(loaded.profile, turns=turns)
+    if profile:
+        embed_as(loaded, profile)
     return loaded
+
+
+def embed_as(loaded: Loaded, profile: str) -> None:
+    """Let a model embed, and size its pictures, as a profile says, and chat as before."""
+    from visavis.checkpoints.loaded import fingerprint
+    from visavis.processing.patches import SIZES
+
+    loaded.profile = loaded.profile.embedding_as(PROFILES[profile])
+    patches = loaded.processor.patches if loaded.processor else None
+    if loaded.processor and patches and profile in SIZES:
+        patches = replace(patches, **SIZES[profile])
+        loaded.processor = replace(loaded.processor, patches=patches)
+    loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "profile": profile})
 
 
 def _load(
