@@ -113,7 +113,8 @@ RENDERED = {  # as the original repositories write them; what is learned stands 
     "tinyllava_gemma": f"{USER} USER: Q1 ASSISTANT: [A1<eos>]USER: Q2 ASSISTANT:",
     "tinyllava_qwen2_base": f"{USER} USER: Q1 ASSISTANT: [A1<|endoftext|>]USER: Q2 ASSISTANT:",
     "tinyllava_qwen2_instruct": f"{USER} USER: Q1 ASSISTANT: [A1<|im_end|>]USER: Q2 ASSISTANT:",
-    "phi3_v": "<|user|>\nQ1<|end|>\n<|assistant|>\n[A1<|end|>]\n<|user|>\nQ2<|end|>\n<|assistant|>\n",
+    "phi3_v": "<|user|>\nQ1<|end|>\n<|assistant|>\n[A1<|end|>]\n<|user|>\nQ2<|end|>\n"
+    "<|assistant|>\n",
     "plain": "[A1\n]",
     "v0_plain": "[A1\n]",
     "chatml-bare": chatml("", "\n").split("<|im_end|>\n", 1)[1],
