@@ -327,7 +327,7 @@ class ImageProcessorConfig:
     patches: PatchesConfig | None = None
     hd: HDConfig | None = None
     tiles: TilesConfig | None = None  # squash only: tiles beside the whole, see tiling.py
-    video: VideoConfig | None = None  # which frames are taken; None: a video is refused
+    video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
     def __post_init__(self) -> None:
         problems = []
@@ -354,7 +354,11 @@ class ImageProcessorConfig:
             problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
         if self.tiles is not None and self.resize != "squash":
             problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
-        elif self.tiles is not None and any(v % self.size for g in self.tiles.grids for v in g):
+        elif (
+            self.tiles is not None
+            and not problems
+            and any(side % self.size for grid in self.tiles.grids for side in grid)
+        ):
             problems.append(f"sides of tiles.grids are not all multiples of size {self.size}")
         if problems:
             raise InputError(f"image processor config: {'; '.join(problems)}")
