@@ -26,6 +26,7 @@ from visavis.model.batch import PackedBatch
 from visavis.model.quantized import PackedLinear
 from visavis.model.visual import Shape, Visual
 from visavis.model.vlm import TOWER_BATCH, Seen
+from visavis.processing.documents import expand
 from visavis.processing.encoder import PromptEncoder
 from visavis.processing.feature_cache import FeatureCache
 from visavis.processing.images import content_hash
@@ -191,7 +192,7 @@ class Model:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
         sample = make_sampler(temperature, seed)
-        prompt = Prompt.chat(text, images, history)
+        prompt = expand(Prompt.chat(text, images, history))
         encoded = self.encoder.chat(prompt)
         room = self.context_length - len(encoded.token_ids)
         batch = self._batch([(prompt, encoded)])
@@ -236,7 +237,7 @@ class Model:
         listed = list(items) if isinstance(items, list | tuple | np.ndarray) else [items]
         if isinstance(items, np.ndarray) and items.ndim in (2, 3):
             listed = [items]
-        prompts = [Prompt.of(item) for item in listed]
+        prompts = [expand(Prompt.of(item)) for item in listed]
         encoded = [self.encoder.item(prompt, instruction) for prompt in prompts]
         vectors = np.empty((len(prompts), dim), np.float32)
         lengths = [len(one.token_ids) for one in encoded]
@@ -259,7 +260,7 @@ class Model:
             self.encoder.checked(encoded)
             batch = pack([encoded])
         else:
-            prompt = Prompt.of(prompt)
+            prompt = expand(Prompt.of(prompt))
             encoder = self.encoder
             encoded = encoder.chat(prompt) if encoder.can_chat else encoder.item(prompt)
             batch = self._batch([(prompt, encoded)])
