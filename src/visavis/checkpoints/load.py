@@ -39,6 +39,7 @@ LOADERS = {  # by kinds of `detect.py`
     "qwen2_vl": Loader("transformers.folder:load_transformers", ("adapters",)),
     "phi3_v": Loader("phi3v.folder:load_phi3v", ("adapters",)),
     "llava_original": Loader("llava.folder:load_llava", ("adapters", "vision_tower")),
+    "tinyllava": Loader("tinyllava.folder:load_tinyllava", ("adapters",)),
     "llava_first_stage": Loader("llava.folder:load_llava", ("base", "vision_tower")),
 }
 
