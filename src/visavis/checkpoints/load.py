@@ -104,6 +104,7 @@ def load_checkpoint(
 def embed_as(loaded: Loaded, profile: str) -> None:
     """Let a model embed, and size its pictures, as a profile says, and chat as before."""
     from visavis.checkpoints.loaded import fingerprint
+    from visavis.processing.hd import CROPS, HDConfig
     from visavis.processing.patches import SIZES
 
     loaded.profile = loaded.profile.embedding_as(PROFILES[profile])
@@ -111,6 +112,8 @@ def embed_as(loaded: Loaded, profile: str) -> None:
     if loaded.processor and patches and profile in SIZES:
         patches = replace(patches, **SIZES[profile])
         loaded.processor = replace(loaded.processor, patches=patches)
+    if loaded.processor and loaded.processor.hd and profile in CROPS:
+        loaded.processor = replace(loaded.processor, hd=HDConfig(CROPS[profile]))
     loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "profile": profile})
 
 
