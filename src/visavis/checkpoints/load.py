@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visavis.checkpoints import bundled
+from visavis.checkpoints import bundled, hub
 from visavis.errors import CheckpointError, InputError, UnknownNameError
 from visavis.processing.profile import PROFILES
 from visavis.processing.turns import TURNS
@@ -39,17 +39,16 @@ LOADERS = {  # by kinds of `detect.py`
     "qwen2_vl": Loader("transformers.folder:load_transformers", ("adapters",)),
     "phi3_v": Loader("phi3v.folder:load_phi3v", ("adapters",)),
     "llava_original": Loader("llava.folder:load_llava", ("adapters", "vision_tower")),
-    "tinyllava": Loader("tinyllava.folder:load_tinyllava", ("adapters",)),
     "llava_first_stage": Loader("llava.folder:load_llava", ("base", "vision_tower")),
 }
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """Return the folder or file that a name or path stands for, fetching bundled weights.
+    """Return the folder or file that a name or path stands for, fetching what is not here.
 
     Raises:
-        UnknownNameError: it is neither a known name nor an existing path.
-        FetchError: bundled weights cannot be had.
+        UnknownNameError: it is neither a known name, an existing path nor a name on the hub.
+        FetchError: weights cannot be had.
     """
     name = str(name_or_path)
     if name == "nano":
@@ -59,10 +58,12 @@ def resolve(name_or_path: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
+    if wanted := hub.parse(name):
+        return hub.fetch(wanted)
     raise UnknownNameError(
         f"no model is named {name!r} and no such file or folder exists: {suggest(name, NAMES)} "
-        "Otherwise give the path of a .gguf file, or of a folder that visavis, transformers or "
-        "LLaVA wrote."
+        "Otherwise give a name on the hub (owner/name), the path of a .gguf file, or that of a "
+        "folder that visavis, transformers or LLaVA wrote."
     )
 
 
@@ -76,7 +77,7 @@ def load_checkpoint(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> Loaded:
-    """Load a bundled name, a .gguf file or a folder in any layout that is read.
+    """Load a bundled name, a name on the hub, a .gguf file or a folder in any layout that is read.
 
     Raises:
         UnknownNameError, FetchError: see `resolve`; or `turns` or `profile` is none that is known.
@@ -104,7 +105,6 @@ def load_checkpoint(
 def embed_as(loaded: Loaded, profile: str) -> None:
     """Let a model embed, and size its pictures, as a profile says, and chat as before."""
     from visavis.checkpoints.loaded import fingerprint
-    from visavis.processing.hd import CROPS, HDConfig
     from visavis.processing.patches import SIZES
 
     loaded.profile = loaded.profile.embedding_as(PROFILES[profile])
@@ -112,8 +112,6 @@ def embed_as(loaded: Loaded, profile: str) -> None:
     if loaded.processor and patches and profile in SIZES:
         patches = replace(patches, **SIZES[profile])
         loaded.processor = replace(loaded.processor, patches=patches)
-    if loaded.processor and loaded.processor.hd and profile in CROPS:
-        loaded.processor = replace(loaded.processor, hd=HDConfig(CROPS[profile]))
     loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "profile": profile})
 
 
