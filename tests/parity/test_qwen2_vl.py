@@ -1,4 +1,4 @@
-"""Qwen2-VL against transformers: tower, hidden states, logits and answers, packed and with a cache."""
+"""Qwen2-VL against transformers: tower, hidden states, logits and answers, packed and cached."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def test_turns_before_and_typed_placeholders(pair: tuple[Any, visavis.Model]) ->
     assert [count for _, count in trace.image_slots] == [4]
     text = model.tokenizer.decode(trace.token_ids.tolist(), skip_special_tokens=False)
     expected = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-        "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         f"{'<|image_pad|>' * 4}<|vision_end|><|image_pad|> here?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert text == expected
