@@ -26,6 +26,7 @@ from visavis.model.batch import PackedBatch
 from visavis.model.quantized import PackedLinear
 from visavis.model.visual import Shape, Visual
 from visavis.model.vlm import TOWER_BATCH, Seen
+from visavis.processing.documents import expand
 from visavis.processing.encoder import PromptEncoder
 from visavis.processing.feature_cache import FeatureCache
 from visavis.processing.images import content_hash
@@ -94,6 +95,7 @@ def load(
     precision: str = "auto",
     device: str = "auto",
     turns: str = "",
+    profile: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> Model:
@@ -103,6 +105,8 @@ def load(
         precision: what matmuls compute in: "auto", "f32", "bf16" or "f16".
         device: "auto", "cpu" or "cuda".
         turns: the chat format, by name, of a checkpoint that does not bring its own.
+        profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2" or
+            "llave".
         base: the language model that a folder without one was trained on.
         vision_tower: the folder of a vision tower that the checkpoint names and does not hold.
 
@@ -116,6 +120,7 @@ def load(
         precision=precision,
         device=device,
         turns=turns,
+        profile=profile,
         base=base,
         vision_tower=vision_tower,
     )
@@ -187,7 +192,7 @@ class Model:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
         sample = make_sampler(temperature, seed)
-        prompt = Prompt.chat(text, images, history)
+        prompt = expand(Prompt.chat(text, images, history))
         encoded = self.encoder.chat(prompt)
         room = self.context_length - len(encoded.token_ids)
         batch = self._batch([(prompt, encoded)])
@@ -232,7 +237,7 @@ class Model:
         listed = list(items) if isinstance(items, list | tuple | np.ndarray) else [items]
         if isinstance(items, np.ndarray) and items.ndim in (2, 3):
             listed = [items]
-        prompts = [Prompt.of(item) for item in listed]
+        prompts = [expand(Prompt.of(item)) for item in listed]
         encoded = [self.encoder.item(prompt, instruction) for prompt in prompts]
         vectors = np.empty((len(prompts), dim), np.float32)
         lengths = [len(one.token_ids) for one in encoded]
@@ -255,7 +260,7 @@ class Model:
             self.encoder.checked(encoded)
             batch = pack([encoded])
         else:
-            prompt = Prompt.of(prompt)
+            prompt = expand(Prompt.of(prompt))
             encoder = self.encoder
             encoded = encoder.chat(prompt) if encoder.can_chat else encoder.item(prompt)
             batch = self._batch([(prompt, encoded)])
@@ -335,22 +340,29 @@ class Model:
         ids: list[int] = []
         first: float | None = None
         shown = 0  # tokens whose text has been yielded
+        stop = self.encoder.stop
+        unfinished = ("\ufffd", *(stop[:length] for length in range(1, len(stop))))
+        stopped = False
         for token in tokens:
             first = first or time.perf_counter()
             ids.append(token)
             piece = self._text_after(ids, shown)
-            if piece and not piece.endswith("\ufffd"):
+            stopped = bool(stop) and stop in piece
+            if stopped:
+                break
+            if piece and not piece.endswith(unfinished):
                 shown = len(ids)
                 reply.text += piece
                 yield piece
-        if piece := self._text_after(ids, shown):
+        piece = self._text_after(ids, shown)
+        if piece := piece[: piece.index(stop)] if stopped else piece:
             reply.text += piece
             yield piece
         ended = time.perf_counter()
         first = first or ended
         reply.usage = Usage(prompt_tokens, len(ids))
         reply.timings = Timings(first - started, ended - first)
-        reply.finish_reason = "length" if len(ids) >= limit else "stop"
+        reply.finish_reason = "length" if len(ids) >= limit and not stopped else "stop"
 
     def _text_after(self, ids: list[int], shown: int) -> str:
         """Return the text that tokens after `shown` add to what precedes them.

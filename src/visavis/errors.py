@@ -13,7 +13,7 @@ class InputError(VisavisError):
 
 
 class ImageError(InputError):
-    """A picture that cannot be read or is too large to read safely."""
+    """A picture, video or document that cannot be read or is too large to read safely."""
 
 
 class ContextLengthError(InputError):

@@ -167,20 +167,19 @@ def save_phi3v(folder: Path, num_crops: int = 4, **settings: Any) -> Phi3ForCaus
 
 
 def published_inputs(
-    peer: Any, text: str, pictures: list[tuple[Tensor, int, int]]
+    peer: Phi3ForCausalLM, text: str, pictures: list[tuple[Tensor, int, int]]
 ) -> tuple[list[int], Tensor]:
     """Return ids (0 for images) and embeddings [1, T, D] of a text with <|image_1|>, ….
 
     Args:
         pictures: views, rows and columns of each.
     """
-    body = getattr(peer, "base_model", peer)  # PEFT's own has the peer within
-    body = body.model if hasattr(body, "model") and hasattr(body.model, "model") else peer
     chunks = [tokenizer().encode(chunk).ids for chunk in re.split(r"<\|image_\d+\|>", text)]
     ids: list[int] = list(chunks[0])
-    parts = [body.model.embed_tokens(torch.tensor(chunks[0]))]
+    body: Any = peer.model
+    parts = [body.embed_tokens(torch.tensor(chunks[0]))]
     for (views, rows, columns), chunk in zip(pictures, chunks[1:], strict=True):
-        tokens = body.model.vision_embed_tokens(views, rows, columns)
-        parts += [tokens, body.model.embed_tokens(torch.tensor(chunk))]
+        tokens = body.vision_embed_tokens(views, rows, columns)
+        parts += [tokens, body.embed_tokens(torch.tensor(chunk))]
         ids += [0] * len(tokens) + chunk
     return ids, torch.cat(parts)[None]

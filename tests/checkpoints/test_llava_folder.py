@@ -43,10 +43,10 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("image_aspect_ratio", "anyres", "'square' or 'pad'"),
-        ("mm_patch_merge_type", "spatial_unpad", "'flat'"),
+        ("image_aspect_ratio", "crop_split", "'square', 'pad', 'anyres' or 'anyres_max_N'"),
+        ("mm_patch_merge_type", "spatial_maxpool2x2", "'flat', 'spatial' or 'spatial_unpad'"),
         ("mm_projector_type", "mlp2x_res2x_gelu", "'linear' or 'mlpNx_gelu'"),
-        ("mm_use_im_start_end", True, "False"),
+        ("add_faster_video", True, "False"),
         ("mm_hidden_size", 1024, "the vision tower's 24"),
         ("mm_vision_select_layer", [-2, -5], "one number of 3 layers"),
         ("mm_vision_select_feature", "slicefour_patch", "'patch' or 'cls_patch'"),

@@ -297,7 +297,7 @@ CLIP = {"image_processor_type": "CLIPImageProcessor"}
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"image_processor_type": "LlavaNextImageProcessor"}, "LlavaImageProcessor"),
+        ({"image_processor_type": "LlavaNextVideoProcessor"}, "LlavaImageProcessor"),
         ({}, "image processor is a None"),
         (CLIP | {"do_resize": False}, "do_resize"),
         (CLIP | {"rescale_factor": 1.0}, "rescale_factor"),

@@ -23,6 +23,7 @@ from tests.parity.peers import TOLERANCE, assert_close
 from tests.processing.test_hd import reference
 from visavis.checkpoints.names import to_theirs
 from visavis.checkpoints.phi3v.layout import name_table, vlm_config
+from visavis.cli.inspect import _facts
 from visavis.errors import CheckpointError
 from visavis.processing.hd import hd_shape
 
@@ -169,3 +170,14 @@ def test_tolerance_would_see_a_swapped_separator(tmp_path: Path) -> None:
     marks.line.data, marks.middle.data = marks.middle.data, marks.line.data
     model.image_cache = type(model.image_cache)()
     assert np.abs(model.trace(question).logits - before).max() > 100 * TOLERANCE
+
+
+def test_inspect_names_what_is_missing(tmp_path: Path) -> None:
+    save_phi3v(tmp_path)
+    facts = _facts(tmp_path)
+    assert facts["layout"] == "Phi-3.5-vision" and facts["problems"] == []
+    assert facts["pictures"]["size"] == "32 px, tiles, and a view of all of it"
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "missing lm_head.weight" in _facts(tmp_path)["problems"][0]

@@ -20,11 +20,8 @@ from PIL import ImageCms
 from tests.pictures import RED, scene
 from visavis.errors import ImageError
 from visavis.processing import images
-from visavis.processing.images import (
-    content_hash,
-    decode_image,
-    find_images,
-)
+from visavis.processing.images import content_hash, decode_image
+from visavis.processing.opening import find_images
 from visavis.prompt import Image
 
 GREEN, BLUE = (0, 255, 0), (0, 0, 255)

@@ -1,4 +1,5 @@
-"""`tokenizer.model` alone: ids against the sentencepiece package, added tokens, what is refused."""
+"""`tokenizer.model` or `vocab.json` alone: ids against the packages that wrote them, added tokens,
+what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from tests.texts import FRAGMENTS, texts
 from visavis.errors import CheckpointError
@@ -150,7 +151,7 @@ def test_added_tokens_that_do_not_fit(llama: Any, tmp_path: Path) -> None:
 
 
 def test_other_kinds_and_files(tmp_path: Path) -> None:
-    assert "no tokenizer.json and no tokenizer.model" in refusal(tmp_path)
+    assert "has none of tokenizer.json, tokenizer.model, vocab.json" in refusal(tmp_path)
     write_model(tmp_path, model_type="unigram")
     assert "of kind unigram, expected BPE" in refusal(tmp_path)
     write_model(tmp_path)
@@ -173,3 +174,54 @@ def test_damaged_files_end_in_one_error(llama: Any, data: st.DataObject) -> None
         read_sentencepiece(path)
     except CheckpointError as error:
         assert "damaged.model" in str(error)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with vocab.json and merges.txt."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts(500, [], seed=2), trainer)
+    tokenizer.model.save(str(folder))
+    return folder
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_vocab_json_gives_the_ids_of_transformers(name: str, byte_level: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers (visavis[dev])")
+    vocabulary = json.loads((byte_level / "vocab.json").read_text())
+    lines = (byte_level / "merges.txt").read_text().splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+    peer = getattr(transformers, name)(vocab=vocabulary, merges=merges)
+    size = len(vocabulary)
+    peer.add_tokens(["<|im_end|>"], special_tokens=True)
+    added = {"<|im_end|>": peer.convert_tokens_to_ids("<|im_end|>")}
+    assert peer.convert_tokens_to_ids("<|endoftext|>") == size
+    added["<|endoftext|>"] = size
+    write_json(byte_level / "added_tokens.json", **added)
+    write_json(
+        byte_level / "tokenizer_config.json",
+        tokenizer_class=f"{name}Fast",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    tokenizer, specials = load_tokenizer(byte_level)
+    samples = texts(2000, ["<|im_end|>"])
+    ours = [encode(tokenizer, specials, text) for text in samples]
+    wrong = [row for row in zip(samples, ours, peer(samples)["input_ids"]) if row[1] != row[2]]  # noqa: B905
+    assert wrong[:3] == []
+    assert specials.by_text == added and not specials.add_bos
+
+
+def test_vocab_json_of_other_classes(byte_level: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_bytes((byte_level / "vocab.json").read_bytes())
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_class="T5Tokenizer")
+    assert "of a T5Tokenizer" in refusal(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    assert "merges.txt" in refusal(tmp_path)
+    write_json(tmp_path / "vocab.json", a=0, b=[1])
+    assert "ids without gaps" in refusal(tmp_path)

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from visavis.errors import InputError
 from visavis.processing.templates import Encoded, encode_turns
 from visavis.processing.tokenizer import SpecialTokens, encode
-from visavis.processing.turns import TURNS
+from visavis.processing.turns import EXAMPLE, SAFE_ASSISTANT, TURNS
 from visavis.prompt import Image, Message, Prompt, Text
 
 TEXTS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<eos>", "<|eot_id|>",
@@ -37,12 +37,35 @@ MPT = (
 )
 
 
+TAG = (
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+ABLE = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able "
+    "to understand the visual content that the user provides, and assist the user with a variety "
+    f"of tasks using natural language.{TAG}"
+)
+ABOUT = "Answer the questions about the visual content that the user provides."
+ORCA = (
+    "You are MistralOrca, a large language model trained by Alignment Lab AI. Write out your "
+    "reasoning step-by-step to be sure you get the right answers!"
+)
+
+
 def chatml(system: str, newline: str) -> str:
     return (
         f"<|im_start|>system\n{system}<|im_end|>{newline}<|im_start|>user\nQ1<|im_end|>{newline}"
         f"<|im_start|>assistant\n[A1<|im_end|>]{newline}<|im_start|>user\nQ2<|im_end|>{newline}"
         "<|im_start|>assistant\n"
     )
+
+
+def llama_2(system: str) -> str:
+    return f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\nQ1 [/INST] (A1 </s>)<s>[INST] Q2 [/INST]"
+
+
+def human(system: str) -> str:
+    return f"{system}###Human: Q1###Assistant: [A1###]Human: Q2###Assistant:"
 
 
 def llama_3(role: str, text: str) -> str:
@@ -53,8 +76,17 @@ RENDERED = {  # as the original repositories write them; what is learned stands 
     "vicuna_v1": f"{USER} USER: Q1 ASSISTANT: [A1</s>]USER: Q2 ASSISTANT:",
     "v1": f"{USER} USER: Q1 ASSISTANT: [A1</s>]USER: Q2 ASSISTANT:",
     "llava_v1": f"{HUMAN} USER: Q1 ASSISTANT: [A1</s>]USER: Q2 ASSISTANT:",
-    "llava_llama_2": f"[INST] <<SYS>>\n{VISION}\n<</SYS>>\n\nQ1 [/INST] (A1 </s>)<s>[INST] Q2 "
-    "[/INST]",
+    "llava_v1_mmtag": f"{ABLE} USER: Q1 ASSISTANT: [A1</s>]USER: Q2 ASSISTANT:",
+    "v1_mmtag": f"{ABLE} USER: Q1 ASSISTANT: [A1</s>]USER: Q2 ASSISTANT:",
+    "v0": human(f"{HUMAN}###{EXAMPLE}".removesuffix("###")),
+    "default": human(f"{HUMAN}###{EXAMPLE}".removesuffix("###")),
+    "llava_v0": human(HUMAN),
+    "llava_v0_mmtag": human(ABLE),
+    "v0_mmtag": human(ABLE),
+    "llama_2": llama_2(SAFE_ASSISTANT),
+    "llava_llama_2": llama_2(VISION),
+    "llava_llama_2_simple": llama_2(ABOUT),
+    "llava_llama_2_mmtag": llama_2(ABOUT + TAG),
     "llava_llama_3": llama_3("system", VISION)
     + "<|eot_id|>"
     + llama_3("user", "Q1<|eot_id|>")
@@ -70,6 +102,10 @@ RENDERED = {  # as the original repositories write them; what is learned stands 
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "\n"
     ),
     "mistral_instruct": "[INST] Q1 [/INST] (A1 </s>)[INST] Q2 [/INST]",
+    "llava_mistral_instruct": "[INST] Q1 [/INST] (A1 </s>)[INST] Q2 [/INST]",
+    "mistral_orca": chatml(ORCA, ""),
+    "mistral_zephyr": "<|system|>\nYou are a helpful AI assistant.</s><|user|>\nQ1</s>"
+    "<|assistant|>\n[A1</s>]<|user|>\nQ2</s><|assistant|>\n",
     "gemma_instruct": "<start_of_turn>user\nQ1<end_of_turn>\n<start_of_turn>model\n"
     "[A1<end_of_turn>]\n<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\n",
     "tinyllava_llama": f"{USER} USER: Q1 ASSISTANT: [A1</s>]USER: Q2 ASSISTANT:",
@@ -77,7 +113,10 @@ RENDERED = {  # as the original repositories write them; what is learned stands 
     "tinyllava_gemma": f"{USER} USER: Q1 ASSISTANT: [A1<eos>]USER: Q2 ASSISTANT:",
     "tinyllava_qwen2_base": f"{USER} USER: Q1 ASSISTANT: [A1<|endoftext|>]USER: Q2 ASSISTANT:",
     "tinyllava_qwen2_instruct": f"{USER} USER: Q1 ASSISTANT: [A1<|im_end|>]USER: Q2 ASSISTANT:",
+    "phi3_v": "<|user|>\nQ1<|end|>\n<|assistant|>\n[A1<|end|>]\n<|user|>\nQ2<|end|>\n"
+    "<|assistant|>\n",
     "plain": "[A1\n]",
+    "v0_plain": "[A1\n]",
     "chatml-bare": chatml("", "\n").split("<|im_end|>\n", 1)[1],
 }
 
@@ -172,11 +211,12 @@ def test_every_format_is_compared() -> None:
     assert set(RENDERED) == set(TURNS)
 
 
-@pytest.mark.parametrize("name", sorted(set(TURNS) - {"plain", "chatml-bare"}))
+@pytest.mark.parametrize("name", sorted(set(TURNS) - {"plain", "v0_plain", "chatml-bare"}))
 def test_an_image_stands_before_its_question(name: str) -> None:
     encoded = turns(name, conversation("Q1", image=True))
     text = text_of(encoded.token_ids)
-    assert "<image><image>\nQ1" in text and [n for _, n in encoded.image_slots] == [2]
+    image = "<Image><image><image></Image>" if name.endswith("mmtag") else "<image><image>"
+    assert f"{image}\nQ1" in text and [n for _, n in encoded.image_slots] == [2]
 
 
 def test_plain_is_a_picture_and_its_caption() -> None:

@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visavis.checkpoints import bundled
+from visavis.checkpoints import bundled, hub
 from visavis.errors import CheckpointError, InputError, UnknownNameError
+from visavis.processing.profile import PROFILES
 from visavis.processing.turns import TURNS
 from visavis.registry import lookup, suggest
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from visavis.checkpoints.loaded import Loaded
 
 NANO_FOLDER = Path(__file__).parent / "nano"
+VLM2VEC_FRAMES = 8  # of a video, in its training and its evaluation
 NAMES = {
     "nano": "SmolLM2-135M-Instruct + EfficientNet-Lite2: chats and embeds, works offline",
     "smollm2-135m": "SmolLM2-135M-Instruct alone (the GGUF file nano is built on), text only",
@@ -33,21 +35,24 @@ class Loader:
 
 LOADERS = {  # by kinds of `detect.py`
     "native": Loader("native:load_native"),
-    "gguf": Loader("gguf.model:load_gguf"),
+    "gguf": Loader("gguf.model:load_gguf", ("vision_tower",)),
     "transformers": Loader("transformers.folder:load_transformers", ("adapters",)),
-    "qwen2_vl": Loader("transformers.folder:load_transformers", ("adapters",)),
+    "llava_next": Loader("transformers.folder:load_transformers", ("adapters",)),
+    "llava_onevision": Loader("transformers.folder:load_transformers", ("adapters",)),
     "phi3_v": Loader("phi3v.folder:load_phi3v", ("adapters",)),
+    "qwen2_vl": Loader("transformers.folder:load_transformers", ("adapters",)),
     "llava_original": Loader("llava.folder:load_llava", ("adapters", "vision_tower")),
+    "tinyllava": Loader("tinyllava.folder:load_tinyllava", ("adapters",)),
     "llava_first_stage": Loader("llava.folder:load_llava", ("base", "vision_tower")),
 }
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """Return the folder or file that a name or path stands for, fetching bundled weights.
+    """Return the folder or file that a name or path stands for, fetching what is not here.
 
     Raises:
-        UnknownNameError: it is neither a known name nor an existing path.
-        FetchError: bundled weights cannot be had.
+        UnknownNameError: it is neither a known name, an existing path nor a name on the hub.
+        FetchError: weights cannot be had.
     """
     name = str(name_or_path)
     if name == "nano":
@@ -57,10 +62,12 @@ def resolve(name_or_path: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
+    if wanted := hub.parse(name):
+        return hub.fetch(wanted)
     raise UnknownNameError(
         f"no model is named {name!r} and no such file or folder exists: {suggest(name, NAMES)} "
-        "Otherwise give the path of a .gguf file, or of a folder that visavis, transformers or "
-        "LLaVA wrote."
+        "Otherwise give a name on the hub (owner/name), the path of a .gguf file, or that of a "
+        "folder that visavis, transformers or LLaVA wrote."
     )
 
 
@@ -70,17 +77,20 @@ def load_checkpoint(
     precision: str = "auto",
     device: str = "auto",
     turns: str = "",
+    profile: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> Loaded:
-    """Load a bundled name, a .gguf file or a folder in any layout that is read.
+    """Load a bundled name, a name on the hub, a .gguf file or a folder in any layout that is read.
 
     Raises:
-        UnknownNameError, FetchError: see `resolve`; or `turns` is no chat format.
+        UnknownNameError, FetchError: see `resolve`; or `turns` or `profile` is none that is known.
         CheckpointError: the files are damaged or of a kind not known.
     """
     if turns:
         lookup("turn template", turns, TURNS)
+    if profile:
+        lookup("profile", profile, PROFILES)
     path = resolve(name_or_path)
     loaded = _load(
         path,
@@ -91,7 +101,26 @@ def load_checkpoint(
     )
     if turns:
         loaded.profile = replace(loaded.profile, turns=turns)
+    if profile:
+        embed_as(loaded, profile)
     return loaded
+
+
+def embed_as(loaded: Loaded, profile: str) -> None:
+    """Let a model embed, and size its pictures, as a profile says, and chat as before."""
+    from visavis.checkpoints.loaded import fingerprint
+    from visavis.processing.hd import CROPS, HDConfig
+    from visavis.processing.patches import SIZES
+    from visavis.processing.video import VideoConfig
+
+    loaded.profile = loaded.profile.embedding_as(PROFILES[profile])
+    patches = loaded.processor.patches if loaded.processor else None
+    if loaded.processor and patches and profile in SIZES:
+        patches, video = replace(patches, **SIZES[profile]), VideoConfig(frames=VLM2VEC_FRAMES)
+        loaded.processor = replace(loaded.processor, patches=patches, video=video)
+    if loaded.processor and loaded.processor.hd and profile in CROPS:
+        loaded.processor = replace(loaded.processor, hd=HDConfig(CROPS[profile]))
+    loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "profile": profile})
 
 
 def _load(

@@ -20,10 +20,13 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A bundled name (nano), a folder or a .gguf file.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A bundled name (nano), a folder, a .gguf file or a hub id."
+    ),
 ]
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A bundled name, a folder or a .gguf file.")
+    str, typer.Option("--model", "-m", help="A bundled name, a folder, a .gguf file or a hub id.")
 ]
 ImagesOption = Annotated[
     list[Path], typer.Option("--image", "-i", help="A picture; may be given several times.")

@@ -73,7 +73,10 @@ def _facts(path: Path) -> dict[str, Any]:
         return _adapter(path)
     if (path / native.CONFIG_NAME).is_file() or not config.is_file():
         return _folder(path)
-    return _llava(path) if is_llava(read_json(config)) else _transformers(path)
+    data = read_json(config)
+    if data.get("model_type") == "phi3_v":
+        return _phi3v(path)
+    return _llava(path) if is_llava(data) else _transformers(path)
 
 
 def _folder(path: Path) -> dict[str, Any]:
@@ -159,6 +162,24 @@ def _llava(path: Path) -> dict[str, Any]:
     }
 
 
+def _phi3v(path: Path) -> dict[str, Any]:
+    from visavis.checkpoints.phi3v.folder import open_phi3v
+    from visavis.checkpoints.transformers.folder import CONFIG_NAME
+
+    found = open_phi3v(path)
+    return {
+        "name": path.resolve().name,
+        "layout": "Phi-3.5-vision",
+        "path": str(path),
+        "parts": _parts(found.config),
+        "profile": {"architecture": "phi3", "chat template": "phi3_v"},
+        "pictures": _pictures(found.processor),
+        "tensor_types": _types(found.tensors),
+        "files": _sizes([path / CONFIG_NAME, *found.files], path),
+        "problems": _problems(found.config, found.table, found.tensors, path),
+    }
+
+
 def _adapter(path: Path) -> dict[str, Any]:
     from visavis.checkpoints.adapters import CONFIG_NAME, read_adapter
 
@@ -237,6 +258,8 @@ def _pictures(processor: ImageProcessorConfig | None) -> dict[str, str]:
         "squash": "squeezed to a square",
         "crop": "shortest edge resized, middle cut out",
         "pad": "padded to a square with the mean colour",
+        "patches": "any size",
+        "hd": "tiles, and a view of all of it",
     }
     return {
         "size": f"{processor.size} px, {ways[processor.resize]}",

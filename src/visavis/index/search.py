@@ -23,7 +23,8 @@ import numpy as np
 
 from visavis.errors import InputError, StoreError, VisavisError
 from visavis.index.store import Row, Stamp, Store, StoredItem
-from visavis.processing.images import content_hash, decode_image, find_images
+from visavis.processing.images import content_hash, decode_image
+from visavis.processing.opening import find_images
 from visavis.progress import track
 from visavis.prompt import Prompt, Text
 

@@ -58,6 +58,11 @@ class PromptEncoder:
     def can_chat(self) -> bool:
         return bool(self.profile.turns or self.profile.jinja)
 
+    @property
+    def stop(self) -> str:
+        """Text that ends an answer, where no token does."""
+        return TURNS[self.profile.turns].stop if self.profile.turns in TURNS else ""
+
     def chat(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> Encoded:
         """Return the ids of turns and which of them are learned.
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from visavis.processing.images import ImageProcessorConfig
 
 WHITE = (255, 255, 255)
+CROPS = {"vlm2vec-v1": 4}  # what published models were trained with, by profile
 HALF_WAY = (-0.09375, 0.59375, 0.59375, -0.09375)  # bicubic weights (a = -0.75) between two pixels
 
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
+import struct
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from math import floor
@@ -28,33 +28,21 @@ from PIL import Image as pil
 from PIL import UnidentifiedImageError
 
 from visavis.errors import ImageError, InputError
+from visavis.processing import documents
 from visavis.processing.hd import HDConfig
+from visavis.processing.opening import FORMATS, frame_files, name_of, open_source
 from visavis.processing.patches import PatchesConfig
-from visavis.prompt import Image, Page
+from visavis.processing.tiling import TilesConfig
+from visavis.processing.video import VideoConfig
+from visavis.prompt import Document, Image, Page, Video
 from visavis.registry import suggest
 
 MAX_PIXELS = 64_000_000  # read from the header, before anything is decoded
 MAX_SIDE = 65_535  # longest side, also what JPEG itself allows
 
-# Pillow's name of a format → the suffixes that `find_images` takes for it. Formats that start
-# another program (EPS), or that nearly any bytes match (TGA, PCX), are left out on purpose.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
-    "PNG": (".png", ".apng"),
-    "GIF": (".gif",),
-    "BMP": (".bmp",),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "WEBP": (".webp",),
-    "TIFF": (".tif", ".tiff"),
-    "AVIF": (".avif",),
-    "JPEG2000": (".jp2", ".j2k", ".jpx"),
-    "ICO": (".ico",),
-}
-SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-
 # What files that are not pictures start with → what to say about them.
 _NOT_PICTURES: tuple[tuple[bytes, str], ...] = (
-    (b"%PDF", "it is a PDF document; save its pages as pictures"),
+    (b"%PDF", "it is a PDF document; pass it as visavis.Document(path)"),
     (b"<svg", "it is an SVG drawing; export it as PNG"),
     (b"<?xml", "it is XML, perhaps an SVG drawing; export it as PNG"),
     (b"<!doctype html", "it is a web page, perhaps a failed download; download the picture again"),
@@ -99,83 +87,101 @@ def decode_image(image: Any) -> pil.Image:
         ImageError: it cannot be read as a picture, or is larger than MAX_PIXELS or MAX_SIDE.
     """
     source = _source(image)
+    if isinstance(source, Page):
+        return documents.render(source)
     name = _name(source)
     try:
         if isinstance(source, np.ndarray):
             return _to_rgb(_from_array(source, name), name)
         if isinstance(source, pil.Image):
             return _decode(source, name)
-        with _open_bytes(source, name) as data, _open_header(data, name) as opened:
+        with open_source(source) as data, _open_header(data, name) as opened:
             return _decode(opened, name)
     except ImageError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged data
-        raise ImageError(
-            f"{name} cannot be decoded ({type(error).__name__}: {error}); it is probably "
-            "truncated or damaged: download or export it again"
-        ) from error
+        raise _damaged(name, error) from error
 
 
-def content_hash(image: Any) -> str:
-    """Return 32 hex digits that name the content: of the file's bytes for a path or bytes, of the
-    decoded pixels for a PIL image or array."""
+def image_size(image: Any) -> tuple[int, int]:
+    """Return width and height that `decode_image` will give, from the header alone.
+
+    Raises:
+        ImageError: the header cannot be read, or the picture is too large.
+    """
     source = _source(image)
+    if isinstance(source, Page):
+        return documents.page_size(source)
+    if not isinstance(source, (Path, bytes)):  # its pixels are there already
+        return decode_image(source).size
+    name = _name(source)
+    try:
+        with open_source(source) as data, _open_header(data, name) as opened:
+            _check_size(opened, name)
+            # What ICO's header says may be wrong, and a PNG may say how it is turned after its
+            # pixels. TIFF's size is that of the upright picture once it is loaded.
+            if opened.format in ("ICO", "TIFF") or (opened.format == "PNG" and _ends_late(data)):
+                return _decode(opened, name).size
+            width, height = opened.size
+            orientation = None
+            with suppress(Exception):
+                orientation = pil.Image.getexif(opened).get(_EXIF_ORIENTATION)
+            return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _damaged(name, error) from error
+
+
+def content_hash(visual: Any) -> str:
+    """Return 32 hex digits that name the content: of a file's bytes for a path or bytes, of the
+    decoded pixels for a PIL image or array; of a `Video` or `Document` with what it asks for."""
     digest = hashlib.blake2b(digest_size=16)
+    if isinstance(visual, Document):
+        digest.update(f"pages {visual.pages} ".encode())
+        _hash_source(digest, visual.source)
+    elif isinstance(visual, Video):
+        digest.update(f"frames {visual.frames} ".encode())
+        for each in frame_files(visual.source) or (visual.source,):
+            _hash_source(digest, _source(each))
+    else:
+        _hash_source(digest, _source(visual))
+    return digest.hexdigest()
+
+
+def _hash_source(digest: hashlib.blake2b, source: Any) -> None:
     if isinstance(source, (Path, bytes)):
-        with _open_bytes(source, _name(source)) as data:
+        with open_source(source) as data:
             while chunk := data.read(2**20):
                 digest.update(chunk)
+    elif isinstance(source, Page):
+        digest.update(f"page {source.number} ".encode())
+        _hash_source(digest, source.document)
     else:
         rgb = decode_image(source)
         digest.update(f"rgb {rgb.width} {rgb.height} ".encode())
         digest.update(rgb.tobytes())
-    return digest.hexdigest()
 
 
-def _source(image: Any) -> Path | pil.Image | np.ndarray | bytes:
+def _source(image: Any) -> Path | pil.Image | np.ndarray | bytes | Page:
     source = (image if isinstance(image, Image) else Image(image)).source
-    assert not isinstance(source, (str, Page))  # Image has replaced a str
+    assert not isinstance(source, str)  # Image has replaced it
     return source
 
 
 def _name(source: Path | pil.Image | np.ndarray | bytes) -> str:
-    if isinstance(source, Path):
-        text = str(source)
-        return repr(text if len(text) <= 200 else text[:197] + "…")
-    if isinstance(source, bytes):
-        return f"the image of {len(source)} bytes"
+    if isinstance(source, (Path, bytes)):
+        return name_of(source)
     if isinstance(source, np.ndarray):
         return f"the array of shape {list(source.shape)} and type {source.dtype}"
     return f"the PIL image ({source.mode}, {source.width}×{source.height})"
 
 
-def _open_bytes(source: Path | bytes, name: str) -> BinaryIO:
-    """Return an open, non-empty regular file (or the bytes as one)."""
-    if isinstance(source, bytes):
-        if not source:
-            raise ImageError("the image is empty (0 bytes), expected a picture; was it cut off?")
-        return io.BytesIO(source)
-    try:
-        if source.is_dir():
-            raise ImageError(f"{name} is a folder, expected one picture; name a file in it")
-        if source.exists() and not source.is_file():
-            raise ImageError(f"{name} is a device or pipe, expected a picture file")
-        opened = source.open("rb")
-    except FileNotFoundError:
-        raise ImageError(
-            f"{name} does not exist, expected a picture file; check the spelling"
-            + ("" if source.is_absolute() else f" (looked in {Path.cwd()})")
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{name} cannot be opened ({reason}); check path and rights") from None
-    if os.fstat(opened.fileno()).st_size == 0:
-        opened.close()
-        raise ImageError(
-            f"{name} is empty (0 bytes), expected a picture; an interrupted download is the "
-            "likely cause: fetch it again"
-        )
-    return opened
+def _damaged(name: str, error: Exception) -> ImageError:
+    return ImageError(
+        f"{name} cannot be decoded ({type(error).__name__}: {error}); it is probably "
+        "truncated or damaged: download or export it again"
+    )
 
 
 def _open_header(data: BinaryIO, name: str) -> pil.Image:
@@ -212,6 +218,19 @@ def _decode(opened: pil.Image, name: str) -> pil.Image:
     if rgb is not opened:
         rgb.info = {}  # or a second decode_image would apply EXIF and transparency again
     return rgb
+
+
+def _ends_late(png: BinaryIO) -> bool:
+    """Whether a PNG holds text or EXIF data behind its pixels, where only a full read finds it."""
+    png.seek(8)
+    pixels = False
+    while len(header := png.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        pixels = pixels or kind == b"IDAT"
+        if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        png.seek(length + 4, io.SEEK_CUR)
+    return False
 
 
 def _check_size(image: pil.Image, name: str) -> None:
@@ -307,6 +326,8 @@ class ImageProcessorConfig:
     crop_fraction: float = 1.0  # crop only: shortest edge becomes floor(size / crop_fraction)
     patches: PatchesConfig | None = None
     hd: HDConfig | None = None
+    tiles: TilesConfig | None = None  # squash only: tiles beside the whole, see tiling.py
+    video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
     def __post_init__(self) -> None:
         problems = []
@@ -331,12 +352,23 @@ class ImageProcessorConfig:
             problems.append(f"size is {self.size}, but a token {self.patches.factor} pixels")
         if (self.resize == "hd") != (self.hd is not None):
             problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
+        if self.tiles is not None and self.resize != "squash":
+            problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
+        elif (
+            self.tiles is not None
+            and not problems
+            and any(side % self.size for grid in self.tiles.grids for side in grid)
+        ):
+            problems.append(f"sides of tiles.grids are not all multiples of size {self.size}")
         if problems:
             raise InputError(f"image processor config: {'; '.join(problems)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        """Return plain JSON values, without the parts that it has not."""
+        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        if self.tiles is not None:
+            values["tiles"]["grids"] = [list(grid) for grid in self.tiles.grids]
+        return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessorConfig:
@@ -356,6 +388,10 @@ class ImageProcessorConfig:
             tuples["patches"] = PatchesConfig.from_dict(patches)
         if values.get("hd") is not None:
             tuples["hd"] = HDConfig.from_dict(values["hd"])
+        if values.get("tiles") is not None:
+            tuples["tiles"] = TilesConfig.from_dict(values["tiles"])
+        if values.get("video") is not None:
+            tuples["video"] = VideoConfig.from_dict(values["video"])
         return cls(**{**values, **tuples})
 
 
@@ -413,55 +449,3 @@ def _pad_and_resize(image: pil.Image, config: ImageProcessorConfig) -> pil.Image
     canvas = pil.new("RGB", (size, side), colour)
     canvas.paste(image.resize((size, height), resample), (0, (side - height) // 2))
     return canvas.resize((size, size), resample)
-
-
-# ---- finding -------------------------------------------------------------------------------------
-
-
-def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Return the picture files under `paths`, without duplicates.
-
-    Folders are searched recursively and in sorted order for the suffixes in FORMATS; hidden files
-    and folders (".…") are left out and links to folders are not followed. A file that is named
-    itself is taken whatever its suffix is.
-
-    Raises:
-        ImageError: a path does not exist, or a folder cannot be read or holds no picture.
-    """
-    found: dict[Path, None] = {}
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        path = Path(path).expanduser()
-        if path.is_dir():
-            found.update(dict.fromkeys(_walk(path)))
-        elif path.exists():
-            found[path] = None
-        else:
-            raise ImageError(
-                f"{_name(path)} does not exist, expected a picture or a folder of pictures; "
-                "check the spelling" + ("" if path.is_absolute() else f" (looked in {Path.cwd()})")
-            )
-    return list(found)
-
-
-def _walk(folder: Path) -> list[Path]:
-    def unreadable(error: OSError) -> None:
-        raise ImageError(
-            f"folder {error.filename!r} cannot be read ({error.strerror}); "
-            "change its rights or name the folders you want one by one"
-        )
-
-    pictures: list[Path] = []
-    others = 0
-    for root, folders, names in os.walk(folder, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                pictures.append(Path(root, name))
-            else:
-                others += 1
-    if not pictures:
-        raise ImageError(
-            f"folder {_name(folder)} holds no pictures ({others} other files), expected some with "
-            f"the suffix {' '.join(sorted(SUFFIXES))}"
-        )
-    return sorted(pictures)

@@ -41,6 +41,7 @@ class PatchesConfig:
         video_min_pixels, video_max_pixels: the same of each frame; 0: as a picture's.
         extreme: what becomes of a picture more than 200 times as long as wide: an error, or a
             square, as VLM2Vec does, which squashes pictures with a side below one token too.
+        square: side of the square that every picture is squashed to first; 0: none.
     """
 
     patch: int = 14
@@ -51,10 +52,11 @@ class PatchesConfig:
     video_min_pixels: int = 0
     video_max_pixels: int = 0
     extreme: Literal["refuse", "square"] = "refuse"
+    square: int = 0
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("patch", "merge", "temporal", "min_pixels", "max_pixels"), 1)
-        counts |= dict.fromkeys(("video_min_pixels", "video_max_pixels"), 0)
+        counts |= dict.fromkeys(("video_min_pixels", "video_max_pixels", "square"), 0)
         problems = []
         for name, least in counts.items():
             value = getattr(self, name)
@@ -89,6 +91,19 @@ class PatchesConfig:
         """Return the smallest and largest area of a picture or of a video's frame."""
         least, most = (self.video_min_pixels, self.video_max_pixels) if video else (0, 0)
         return least or self.min_pixels, most or self.max_pixels
+
+
+# How models size pictures whatever the folder of their base says, by the name of their profile.
+SIZES: dict[str, dict[str, Any]] = {
+    "vlm2vec-v1": {"square": 1344},
+    "vlm2vec-v2": {
+        "min_pixels": 4 * 28 * 28,
+        "max_pixels": 1280 * 28 * 28,
+        "video_min_pixels": 0,
+        "video_max_pixels": 0,
+        "extreme": "square",
+    },
+}
 
 
 def image_shape(size: tuple[int, int], config: PatchesConfig) -> Shape:
@@ -148,7 +163,9 @@ def resized(size: tuple[int, int], config: PatchesConfig, video: bool = False) -
         ImageError: it is too long and narrow.
     """
     factor, (least, most) = config.factor, config.bounds(video)
-    if config.extreme == "square":
+    if config.square:
+        size = (config.square, config.square)
+    elif config.extreme == "square":
         size = _squared(size, factor, video)
     width, height = size
     if max(size) > MAX_ASPECT * min(size):

@@ -190,7 +190,14 @@ def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
     )
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
+# The first that is there is read; beside vocab.json stands merges.txt.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# How the classes that wrote vocab.json cut text, and what they do to it first.
+CLASSES: dict[str, tuple[str, normalizers.Normalizer | None]] = {
+    "GPT2Tokenizer": ("gpt-2", None),
+    "CodeGenTokenizer": ("gpt-2", None),
+    "Qwen2Tokenizer": ("qwen2", normalizers.NFC()),
+}
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -207,17 +214,17 @@ def tokenizer_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise CheckpointError(
-        f"{folder} has no tokenizer.json and no tokenizer.model, expected the tokenizer that "
-        "belongs to its weights; copy it from the model's source"
+        f"{folder} has none of {', '.join(TOKENIZER_FILES)}, expected the tokenizer that belongs "
+        "to its weights; copy it from the model's source"
     )
 
 
 def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
-    """Load `tokenizer.json`, else `tokenizer.model`, with the special tokens that the files
-    beside it name.
+    """Load `tokenizer.json`, else `tokenizer.model`, else `vocab.json` and `merges.txt`, with the
+    special tokens that the files beside it name.
 
     Raises:
-        CheckpointError: both are absent, or one cannot be read.
+        CheckpointError: all are absent, or one cannot be read.
     """
     folder = Path(folder)
     path = tokenizer_file(folder)
@@ -227,6 +234,8 @@ def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
         config |= {key: value for key, value in found.items() if value is not None}
     if path.suffix == ".model":
         tokenizer, config = _load_sentencepiece(path, config)
+    elif path.name == "vocab.json":
+        tokenizer = _load_byte_level(path, config)
     else:
         try:
             tokenizer = Tokenizer.from_buffer(path.read_bytes())
@@ -274,6 +283,41 @@ def _load_sentencepiece(path: Path, config: dict[str, Any]) -> tuple[Tokenizer, 
         # Only the first of the texts between special tokens gets a space, not each of them.
         tokenizer.normalizer = _spaces(prefix=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    _add_tokens(tokenizer, path, config)
+    return tokenizer, config
+
+
+def _load_byte_level(path: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of `vocab.json` and `merges.txt`, GPT-2's form, with added tokens."""
+    named = str(config.get("tokenizer_class")).removesuffix("Fast")
+    vocabulary, merges = _json(path), path.with_name("merges.txt")
+    ids = sorted(number for number in vocabulary.values() if type(number) is int)
+    if named not in CLASSES or ids != [*range(len(vocabulary))]:
+        raise CheckpointError(
+            f"{path} holds {len(vocabulary)} tokens of a {named}, expected ids without gaps and "
+            f"one of {', '.join(CLASSES)} as tokenizer_class in tokenizer_config.json; put the "
+            "tokenizer.json of the same model beside it"
+        )
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {merges}: {error}; copy the folder again") from error
+    pre, normalizer = CLASSES[named]
+    found = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": sorted(vocabulary, key=vocabulary.__getitem__),
+        "merges": [line for line in lines if line and not line.startswith("#version")],
+    }
+    tokenizer = build_tokenizer({f"tokenizer.ggml.{name}": value for name, value in found.items()})
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    _add_tokens(tokenizer, path, config)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: Tokenizer, path: Path, config: Mapping[str, Any]) -> None:
+    """Add the tokens that a folder adds to its vocabulary, where their ids must come next."""
     for number, token in sorted(_added_tokens(path.parent, config).items()):
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != number:
@@ -282,11 +326,10 @@ def _load_sentencepiece(path: Path, config: dict[str, Any]) -> tuple[Tokenizer, 
                 f"{tokenizer.get_vocab_size() - 1} tokens and in order it is "
                 f"{tokenizer.token_to_id(token.content)}; {path.name} belongs to another model"
             )
-    return tokenizer, config
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Return the tokens that a folder adds to its `tokenizer.model`, by id."""
+    """Return the tokens that a folder adds to its vocabulary, by id."""
     special = {_text(config.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
     special |= {_text(one) for one in config.get("additional_special_tokens", [])}
     found: dict[int, dict[str, Any]] = {

@@ -40,6 +40,7 @@ class TurnTemplate:
         image_start, image_end: written around each image.
         joined: all text up to the next image is encoded as one, as LLaVA does; if not, each text,
             `start` and `end` is encoded by itself.
+        stop: text that ends an answer, in formats without a token for that.
     """
 
     turns: dict[str, Turn]
@@ -49,6 +50,7 @@ class TurnTemplate:
     image_start: str = ""
     image_end: str = ""
     joined: bool = False
+    stop: str = ""
 
 
 ROLES = ("system", "user", "assistant")
@@ -62,6 +64,65 @@ VISION_ASSISTANT = (
     "content that the user provides, and assist the user with a variety of tasks using natural "
     "language."
 )
+SAFE_ASSISTANT = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "
+    "toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased "
+    "and positive in nature.\n\nIf a question does not make any sense, or is not factually "
+    "coherent, explain why instead of answering something not correct. If you don't know the "
+    "answer to a question, please don't share false information."
+)
+# In formats whose images stand within <Image>…</Image>.
+TAGGED = (
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+ABLE_TO_SEE = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able "
+    "to understand the visual content that the user provides, and assist the user with a variety "
+    f"of tasks using natural language.{TAGGED}"
+)
+ABOUT_CONTENT = "Answer the questions about the visual content that the user provides."
+EXAMPLE = (  # that of Vicuna v0, in every conversation
+    "Human: What are the key differences between renewable and non-renewable energy sources?###"
+    "Assistant: Renewable energy sources are those that can be replenished naturally in a "
+    "relatively short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
+    "Non-renewable energy sources, on the other hand, are finite and will eventually be depleted, "
+    "such as coal, oil, and natural gas. Here are some key differences between renewable and "
+    "non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
+    "energy sources are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than "
+    "non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+    "and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they "
+    "typically have lower operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more "
+    "remote locations than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to "
+    "different situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
+    "non-renewable sources are not, and their depletion can lead to economic and social "
+    "instability.\n###"
+)
+
+
+def _human(system: str, example: str = "") -> TurnTemplate:
+    """Vicuna v0's: nothing but ### between turns, in text."""
+    return TurnTemplate(
+        {
+            "system": Turn("", f"###{example}"),
+            "user": Turn("Human: ", "###"),
+            "assistant": Turn("Assistant:", "###", gap=" "),
+        },
+        system=system,
+        image_end="\n",
+        joined=True,
+        stop="###",
+    )
+
+
+def _tagged(template: TurnTemplate) -> TurnTemplate:
+    return replace(template, image_start="<Image>", image_end="</Image>\n")
 
 
 def _vicuna(system: str, eos: str) -> TurnTemplate:
@@ -92,6 +153,20 @@ def _plain() -> TurnTemplate:
     )
 
 
+def _llama_2(system: str) -> TurnTemplate:
+    """LLaMA-2's, where the system text stands inside the first question."""
+    return replace(
+        MISTRAL,
+        turns={
+            "system": Turn("[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
+            "user": Turn("<s>[INST] ", " [/INST]"),
+            "assistant": MISTRAL.turns["assistant"],
+        },
+        system=system,
+        first_user=Turn("", " [/INST]"),
+    )
+
+
 MISTRAL = TurnTemplate(
     {"user": Turn("[INST] ", " [/INST]"), "assistant": Turn("", " </s>", gap=" ")},
     image_end="\n",
@@ -106,17 +181,16 @@ TURNS = {
     # LLaVA 1.5, LLaVA 1.6 of Vicuna, and what LLaVA's own command line takes for them.
     "vicuna_v1": _vicuna(CURIOUS_USER, "</s>"),
     "llava_v1": _vicuna(CURIOUS_HUMAN, "</s>"),
-    # LLaVA of LLaMA-2, where the system text stands inside the first question.
-    "llava_llama_2": replace(
-        MISTRAL,
-        turns={
-            "system": Turn("[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
-            "user": Turn("<s>[INST] ", " [/INST]"),
-            "assistant": MISTRAL.turns["assistant"],
-        },
-        system=VISION_ASSISTANT,
-        first_user=Turn("", " [/INST]"),
-    ),
+    "llava_v1_mmtag": _tagged(_vicuna(ABLE_TO_SEE, "</s>")),
+    # LLaVA 1.0 of the first Vicuna.
+    "v0": _human(CURIOUS_HUMAN, EXAMPLE),
+    "llava_v0": _human(CURIOUS_HUMAN),
+    "llava_v0_mmtag": _tagged(_human(ABLE_TO_SEE)),
+    # LLaVA of LLaMA-2.
+    "llama_2": _llama_2(SAFE_ASSISTANT),
+    "llava_llama_2": _llama_2(VISION_ASSISTANT),
+    "llava_llama_2_simple": _llama_2(ABOUT_CONTENT),
+    "llava_llama_2_mmtag": _tagged(_llama_2(ABOUT_CONTENT + TAGGED)),
     "llava_llama_3": TurnTemplate(
         {
             role: Turn(f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")
@@ -134,6 +208,17 @@ TURNS = {
     # LLaVA 1.6 of Hermes-Yi-34B and of Mistral.
     "chatml_direct": _chatml("Answer the questions.", ""),
     "mistral_instruct": MISTRAL,
+    "mistral_orca": _chatml(
+        "You are MistralOrca, a large language model trained by Alignment Lab AI. Write out your "
+        "reasoning step-by-step to be sure you get the right answers!",
+        "",
+    ),
+    "mistral_zephyr": TurnTemplate(
+        {role: Turn(f"<|{role}|>\n", "</s>") for role in ROLES},
+        system="You are a helpful AI assistant.",
+        image_end="\n",
+        joined=True,
+    ),
     # LLaVA-OneVision and LLaVE.
     "qwen_1_5": _chatml("You are a helpful assistant.", "\n"),
     "qwen_2_5": _chatml(
@@ -162,7 +247,12 @@ TURNS = {
     "plain": _plain(),
 }
 TURNS |= {  # other names of the same
+    "default": TURNS["v0"],
     "v1": TURNS["vicuna_v1"],
+    "v0_mmtag": TURNS["llava_v0_mmtag"],
+    "v1_mmtag": TURNS["llava_v1_mmtag"],
+    "v0_plain": TURNS["plain"],
+    "llava_mistral_instruct": TURNS["mistral_instruct"],
     "mistral_direct": TURNS["chatml_direct"],
     "qwen_2": TURNS["qwen_1_5"],
     "tinyllava_llama": TURNS["vicuna_v1"],

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from visavis.errors import InputError
 from visavis.model.visual import Shape
-from visavis.processing import patches
+from visavis.processing import patches, tiling
 from visavis.processing.hd import hd_shape, hd_views
-from visavis.processing.images import ImageProcessorConfig, decode_image, process_image
+from visavis.processing.images import (
+    ImageProcessorConfig,
+    decode_image,
+    image_size,
+    process_image,
+)
+from visavis.processing.video import VideoConfig, read_frames, survey
 from visavis.prompt import Image, Video
 
 
 def sized_by_company(processor: ImageProcessorConfig | None) -> bool:
     """Return whether a picture is sized otherwise when its prompt holds another."""
-    return False
+    tiles = processor.tiles if processor is not None else None
+    return tiles is not None and tiles.multi_image == "pad"
 
 
 def shape_of(visual: Image | Video, processor: ImageProcessorConfig, alone: bool) -> Shape:
@@ -28,11 +36,19 @@ def shape_of(visual: Image | Video, processor: ImageProcessorConfig, alone: bool
 
     Raises:
         ImageError: it cannot be read.
+        InputError: it is a video, and the model takes none.
     """
+    if isinstance(visual, Video):
+        num_frames, size = survey(visual, _frames_of(processor))
+        if processor.patches is not None:
+            return patches.video_shape(num_frames, size, processor.patches)
+        return Shape(num_frames, video=True)
     if processor.patches is not None:
-        return patches.image_shape(decode_image(visual).size, processor.patches)
+        return patches.image_shape(image_size(visual), processor.patches)
     if processor.hd is not None:
-        return hd_shape(decode_image(visual).size, processor)
+        return hd_shape(image_size(visual), processor)
+    if processor.tiles is not None:
+        return tiling.image_shape(image_size(visual), processor, alone)
     return Shape()
 
 
@@ -42,10 +58,25 @@ def pixels_of(
     """Return an image's views or a video's frames, float32 [V, 3, S, S], and its shape.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError, InputError: see `shape_of`.
     """
+    if isinstance(visual, Video):
+        frames = read_frames(visual, _frames_of(processor)).frames
+        if processor.patches is not None:
+            return patches.video_patches(frames, processor)
+        views = np.stack([process_image(frame, processor) for frame in frames])
+        return views, Shape(len(frames), video=True)
+    image = decode_image(visual)
     if processor.patches is not None:
-        return patches.image_patches(decode_image(visual), processor)
+        return patches.image_patches(image, processor)
     if processor.hd is not None:
-        return hd_views(decode_image(visual), processor)
-    return process_image(decode_image(visual), processor)[None], Shape()
+        return hd_views(image, processor)
+    if processor.tiles is not None:
+        return tiling.image_views(image, processor, alone)
+    return process_image(image, processor)[None], Shape()
+
+
+def _frames_of(processor: ImageProcessorConfig) -> VideoConfig:
+    if processor.hd is not None:
+        raise InputError("this model takes no videos, only pictures: pass some frames as images")
+    return processor.video or VideoConfig()

@@ -41,6 +41,14 @@ class SplitGGUF(GGUFFile):
         return self.owner[name].raw(name)
 
 
+def part_names(name: str) -> list[str]:
+    """Return the names of all parts of a model from one of them; of a whole file, its own."""
+    named = NAME.fullmatch(name)
+    if named is None:
+        return [name]
+    return [f"{named[1]}-{n:05}-of-{named[3]}.gguf" for n in range(1, int(named[3]) + 1)]
+
+
 def open_model(path: Path) -> tuple[GGUFFile, list[Path]]:
     """Open a GGUF file, with all other parts if it is one of several; return their paths too.
 
@@ -58,7 +66,7 @@ def open_model(path: Path) -> tuple[GGUFFile, list[Path]]:
             f"-00001-of-{count!s:0>5}.gguf, by which the others are found; give the parts their "
             "names back, or join them with `llama-gguf-split --merge`."
         )
-    paths = [path.with_name(f"{named[1]}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
+    paths = [path.with_name(name) for name in part_names(path.name)]
     missing = [one.name for one in paths if not one.is_file()]
     if missing:
         more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""

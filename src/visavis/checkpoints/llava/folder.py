@@ -13,18 +13,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from visavis.checkpoints.adapters import Adapter, merged
 from visavis.checkpoints.detect import PROJECTOR, is_first_stage
 from visavis.checkpoints.llava.layout import (
-    KNOWN_TOWERS,
     TOWER_PREFIX,
+    image_tokens,
     is_llava,
+    is_llave,
+    known_tower,
     name_table,
     text_config,
+    tiles_config,
     turns_of,
     vlm_config,
 )
@@ -53,10 +57,19 @@ from visavis.checkpoints.weight_files import (
 from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
-from visavis.processing.tokenizer import has_tokenizer, load_tokenizer, tokenizer_file
+from visavis.processing.profile import PROFILES, PromptProfile
+from visavis.processing.tokenizer import (
+    SpecialTokens,
+    has_tokenizer,
+    load_tokenizer,
+    tokenizer_file,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PROCESSOR = "preprocessor_config.json"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_LISTED = 4
 
 
@@ -86,6 +99,7 @@ def load_llava(
     body = base or folder
     words = folder if has_tokenizer(folder) else words_folder(adapters, body)
     tokenizer, specials = load_tokenizer(words)
+    specials = _with_image_tokens(tokenizer, specials, found, words)
     check_vocabulary(tokenizer, config, words)
     dtype = auto_dtype(precision, device)
     types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
@@ -95,7 +109,6 @@ def load_llava(
         return tensor.to(types[name])
 
     state = read_as(config, found.table, found.tensors, where=str(folder), convert=convert)
-    jinja = "" if found.first_stage or found.turns else chat_template(folder)
     identity: dict[str, Any] = {"config": data, "text": found.text, "vision": found.vision}
     identity |= {"processor": processor.to_dict(), "adapters": [one.config for one in adapters]}
     top = adapters[-1].folder if adapters else folder
@@ -104,7 +117,7 @@ def load_llava(
         vlm=build(config, state, dtype, device, where=str(folder)),
         tokenizer=tokenizer,
         specials=specials,
-        profile=PromptProfile(turns=found.turns, jinja=jinja),
+        profile=_profile(found, folder),
         processor=processor,
         fingerprint=fingerprint([tokenizer_file(words), *found.files], identity),
         files=[folder / CONFIG_NAME, *found.files],
@@ -117,6 +130,7 @@ class Opened:
 
     Attributes:
         tensors: by the layout's names, wherever they lie.
+        added: special tokens that a first stage adds to its base's vocabulary.
         turns: the chat format that the config settles; empty for a first stage, which has seen
             captions only.
         lacking: why the folder cannot be loaded as it is.
@@ -131,6 +145,7 @@ class Opened:
     table: NameTable
     files: list[Path]
     first_stage: bool
+    added: tuple[str, ...]
     turns: str
     lacking: CheckpointError | None
 
@@ -157,9 +172,14 @@ def open_llava(
         text = text_config(text)
     files = weight_files(body)
     entries = read_headers(files)
+    added: tuple[str, ...] = ()
     if first_stage:
         files.append(folder / PROJECTOR)
-        entries |= _projector(folder / PROJECTOR)
+        start, end = image_tokens(data)
+        if start:
+            added = (*(("<im_patch>",) if data.get("mm_use_im_patch_token") else ()), start, end)
+        entries |= _first_stage(folder / PROJECTOR, entries, len(added))
+        text = {**text, "vocab_size": text.get("vocab_size", 32000) + len(added)}
     files += [file for adapter in adapters for file in adapter.files]
     # The names of this layout have one spelling.
     entries = dict(merged(TensorFiles(entries), adapters, str).entries)
@@ -193,6 +213,7 @@ def open_llava(
         table=name_table(text, vision, config),
         files=files,
         first_stage=first_stage,
+        added=added,
         turns="" if first_stage else turns_of(data, text),
         lacking=lacking,
     )
@@ -209,18 +230,80 @@ def _base(folder: Path, base: Path | None) -> Path:
     return base
 
 
-def _projector(path: Path) -> dict[str, StoredTensor]:
-    """Return how to read a projector's tensors; what stands before `mm_projector` varies."""
-    part = "mm_projector."
-    found = read_headers([path])
+def _first_stage(
+    path: Path, base: dict[str, StoredTensor], num_added: int
+) -> dict[str, StoredTensor]:
+    """Return how to read a first stage's tensors: its projector, and the base's vocabulary with
+    the rows of added tokens. What stands before `mm_projector` varies."""
+    part, found = "mm_projector.", read_headers([path])
+    rows = next((name for name in found if num_added and name.endswith("embed_tokens.weight")), "")
+    trained = found.pop(rows, None)
     strange = [name for name in found if part not in name]
     if strange or not found:
         listed = ", ".join(strange[:MAX_LISTED]) or "nothing"
         raise CheckpointError(
-            f"{path} holds {listed}, expected tensors of the projector only ({part}…); tokens or "
-            "a resampler that were trained with it are not read here."
+            f"{path} holds {listed}, expected tensors of the projector ({part}…), and rows of "
+            "embed_tokens only where config.json sets mm_use_im_start_end; a resampler is not "
+            "read here."
         )
-    return {f"model.{name[name.index(part) :]}": entry for name, entry in found.items()}
+    entries = {f"model.{name[name.index(part) :]}": entry for name, entry in found.items()}
+    if not num_added:
+        return entries
+    old = base.get(EMBEDDINGS)
+    shapes = ((2, old.shape[1]), (old.shape[0] + num_added, old.shape[1])) if old else ()
+    if trained is None or old is None or trained.shape not in shapes:
+        raise CheckpointError(
+            f"{path} holds embeddings of shape {trained and trained.shape}, expected one of "
+            f"{shapes}: config.json adds {num_added} tokens to the base (mm_use_im_start_end). "
+            "The file or the base belongs to another model."
+        )
+    # As LLaVA starts them: means of all rows. Those of <im_start> and <im_end> were trained.
+    entries[EMBEDDINGS] = _grown(old, num_added - 2, trained)
+    if HEAD in base:
+        entries[HEAD] = _grown(base[HEAD], num_added)
+    return entries
+
+
+def _grown(old: StoredTensor, num_means: int, trained: StoredTensor | None = None) -> StoredTensor:
+    """Return how to read a matrix with rows added: means of the old ones, then trained ones."""
+    num_trained = 0 if trained is None else 2
+
+    def read() -> Tensor:
+        rows = old()
+        mean = rows.mean(0, keepdim=True, dtype=torch.float32).to(rows.dtype)
+        last = [] if trained is None else [trained()[-2:].to(rows.dtype)]
+        return torch.cat([rows, mean.expand(num_means, -1), *last])
+
+    return StoredTensor(old.dtype, (old.shape[0] + num_means + num_trained, old.shape[1]), read)
+
+
+def _with_image_tokens(
+    tokenizer: Tokenizer, specials: SpecialTokens, found: Opened, words: Path
+) -> SpecialTokens:
+    """Return the special tokens, those around each image among them."""
+    tokens = image_tokens(found.data)
+    if not tokens[0]:
+        return specials
+    tokenizer.add_special_tokens(list(found.added))
+    texts = (*found.added, *tokens)
+    ids = {text: number for text in texts if (number := tokenizer.token_to_id(text)) is not None}
+    rows = found.config.decoder.vocab_size
+    if len(ids) < len(set(texts)) or (found.added and ids[tokens[1]] != rows - 1):
+        raise CheckpointError(
+            f"the tokenizer of {words} gives {', '.join(tokens)} the ids "
+            f"{[ids.get(text) for text in tokens]}, but the model has {rows} embeddings and was "
+            "trained with these tokens around each image (mm_use_im_start_end); copy the "
+            "tokenizer that was saved with it."
+        )
+    return replace(specials, by_text=specials.by_text | ids)
+
+
+def _profile(found: Opened, folder: Path) -> PromptProfile:
+    """Return how the checkpoint is asked and how it embeds."""
+    start, end = image_tokens(found.data)
+    jinja = "" if found.first_stage or found.turns else chat_template(folder)
+    profile = PromptProfile(turns=found.turns, jinja=jinja, image_start=start, image_end=end)
+    return profile.embedding_as(PROFILES["llave"]) if is_llave(found.data) else profile
 
 
 def _tower_folder(folder: Path, data: Json, given: Path | None) -> Path | None:
@@ -239,8 +322,8 @@ def _tower_folder(folder: Path, data: Json, given: Path | None) -> Path | None:
 def _vision_config(folder: Path, data: Json, tower: Path | None) -> Json:
     if tower is not None:
         return vision_part(read_json(tower / CONFIG_NAME))
-    if data["mm_vision_tower"] in KNOWN_TOWERS:
-        return KNOWN_TOWERS[data["mm_vision_tower"]][0]
+    if (known := known_tower(data)) is not None:
+        return known[0]
     raise _no_tower(folder, data, "its settings")
 
 
@@ -250,15 +333,19 @@ def _processor(folder: Path, data: Json, tower: Path | None) -> ImageProcessorCo
     path = next((place for place in places if place.is_file()), None)
     if path is not None:
         processor = processor_config(read_json(path))
-    elif data["mm_vision_tower"] in KNOWN_TOWERS:
-        processor = processor_config(KNOWN_TOWERS[data["mm_vision_tower"]][1])
+    elif (known := known_tower(data)) is not None:
+        processor = processor_config(known[1])
     else:
         raise _no_tower(folder, data, f"a {PROCESSOR}")
-    if data.get("image_aspect_ratio") != "pad":
+    tiles = tiles_config(data, processor.size)
+    if tiles is None and data.get("image_aspect_ratio") != "pad":
         return processor
     whole = processor.crop_fraction == 1
-    require("crop_size", processor.size, whole, "the shortest edge, for padded pictures")
-    return replace(processor, resize="pad")
+    require("crop_size", processor.size, whole, "the shortest edge, for padded or tiled pictures")
+    if tiles is None:
+        return replace(processor, resize="pad")
+    require("resample", processor.resample, processor.resample == "bicubic", "'bicubic'")
+    return replace(processor, resize="squash", tiles=tiles)
 
 
 def _no_tower(folder: Path, data: Json, lacking: str) -> CheckpointError:

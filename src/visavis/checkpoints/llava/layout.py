@@ -1,4 +1,4 @@
-"""LLaVA's original layout (1.0, 1.5): its config.json as our config, its tensor names as ours.
+"""LLaVA's original layout (1.0 to OneVision): its config.json as our config, its tensors as ours.
 
 One config.json holds the language model's settings and `mm_…` ones; tensors are called
 `model.layers…`, `model.mm_projector…`, `model.vision_tower.vision_tower.vision_model…`. Takes
@@ -7,17 +7,21 @@ parsed JSON and opens no file (see `folder.py`).
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 from visavis.checkpoints.names import NameTable, Row
 from visavis.checkpoints.transformers.config import CLIP, LLAVA_TOWER, SIGLIP, vit_config
 from visavis.checkpoints.transformers.decoders import decoder_config
 from visavis.checkpoints.transformers.names import decoder_rows, tower_table
+from visavis.checkpoints.transformers.processor import MAX_TILES, grids
 from visavis.checkpoints.transformers.settings import Json, require, without_nulls
 from visavis.errors import CheckpointError
-from visavis.model.config import ConnectorConfig, VLMConfig
+from visavis.model.config import ConnectorConfig, MergeConfig, VLMConfig
+from visavis.processing.tiling import TilesConfig
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 # What the original classes build on. Their model_type is often just "llava", so classes go first.
@@ -34,9 +38,11 @@ TYPES = {
     "llava_qwen": "qwen2",
     "llava_gemma": "gemma",
 }
-# Chat formats that follow from the config. LLaVA of Llama was trained with several; which, no file
-# says, except that LLaVA 1.5's recipe (padded pictures, an MLP) was only ever Vicuna's.
+# Chat formats that follow from the language model. LLaVA of Llama was trained with several; which,
+# no file says, except that its recipes since 1.5 were only ever Vicuna's, Yi's and Llama 3's.
 TURNS = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5", "gemma": "gemma_instruct"}
+LLAMA_TURNS = {32000: "vicuna_v1", 64000: "chatml_direct", 128256: "llava_llama_3"}  # by vocabulary
+MAX_ADDED = 128  # tokens that fine-tuning adds to a vocabulary, padding included
 
 # Towers that checkpoints name and do not bring: (config.json, preprocessor_config.json).
 _L14 = LLAVA_TOWER | {"hidden_act": CLIP["hidden_act"]}
@@ -71,6 +77,12 @@ KNOWN_TOWERS: dict[str, tuple[Json, Json]] = {
         },
     ),
 }
+
+
+def known_tower(config: Json) -> tuple[Json, Json] | None:
+    """Return the configs of the tower that a checkpoint names, wherever its author kept it."""
+    name = PurePath(str(config["mm_vision_tower"])).name
+    return next((KNOWN_TOWERS[one] for one in KNOWN_TOWERS if PurePath(one).name == name), None)
 
 
 def is_llava(config: Json) -> bool:
@@ -109,22 +121,15 @@ def vlm_config(config: Json, text: Json, vision: Json) -> VLMConfig:
     """
     decoder, tower = decoder_config(text), vit_config(vision)
     given = without_nulls(config)
-    aspect = given.get("image_aspect_ratio", "square")
-    require(
-        "image_aspect_ratio",
-        aspect,
-        aspect in ("square", "pad"),
-        "'square' or 'pad' (those of LLaVA 1.0 and 1.5)",
-    )
     for name, plain in (
-        ("mm_patch_merge_type", "flat"),
-        ("mm_use_im_start_end", False),
         ("mm_resampler_type", None),
         ("use_mm_proj", True),
         ("s2", False),
+        ("add_faster_video", False),
     ):
         value = given.get(name, plain)
         require(name, value, value == plain, f"{plain!r} or no such setting")
+    merge = _merge(given)
     width = given.get("mm_hidden_size", tower.width)
     require("mm_hidden_size", width, width == tower.width, f"the vision tower's {tower.width}")
     layer: Any = given.get("mm_vision_select_layer", -2)
@@ -133,6 +138,8 @@ def vlm_config(config: Json, text: Json, vision: Json) -> VLMConfig:
         feature = given.get("mm_vision_select_feature", "patch")
         known = feature in ("patch", "cls_patch")
         require("mm_vision_select_feature", feature, known, "'patch' or 'cls_patch'")
+        square = feature == "patch" or merge.kind == "flat"
+        require("mm_vision_select_feature", feature, square, "'patch' with tiles")
         one = isinstance(layer, int) and -tower.num_layers - 1 <= layer <= tower.num_layers
         require("mm_vision_select_layer", layer, one, f"one number of {tower.num_layers} layers")
     else:  # SigLIP: its last block is cut off, and the setting is not looked at
@@ -153,7 +160,80 @@ def vlm_config(config: Json, text: Json, vision: Json) -> VLMConfig:
         image_token_id=0,  # this layout has no placeholder token; images are found by position
         select_layer=layer,
         select_feature="patch" if feature == "patch" else "class_patch",
+        merge=merge,
     )
+
+
+def _merge(config: Json) -> MergeConfig:
+    """Return how an image's views or a video's frames are put together."""
+    kind = config.get("mm_patch_merge_type", "flat")
+    known = kind in ("flat", "spatial", "spatial_unpad")
+    require("mm_patch_merge_type", kind, known, "'flat', 'spatial' or 'spatial_unpad'")
+    if kind == "flat":
+        most_tiles(config)
+        return MergeConfig()
+    newline = kind == "spatial_unpad"  # the learned vector exists with it only
+    place: Any = config.get("mm_newline_position", "one_token")
+    places = ("one_token", "grid", "frame", "no_token")
+    require("mm_newline_position", place, place in places, f"one of {', '.join(places)}")
+    needs = newline or place in ("one_token", "no_token")
+    require("mm_newline_position", place, needs, "'one_token' or 'no_token' without unpadding")
+    mode: Any = config.get("mm_spatial_pool_mode", "bilinear")
+    modes = ("bilinear", "average", "max")
+    require("mm_spatial_pool_mode", mode, mode in modes, f"one of {', '.join(modes)}")
+    return MergeConfig(
+        "spatial",
+        unpad=newline,
+        newline=newline,
+        max_tiles=(most_tiles(config) or 0) if newline else 0,
+        video_newline=place if newline else "no_token",
+        video_pool=2,  # whatever mm_spatial_pool_stride says: it is not looked at
+        video_pool_mode=mode,
+    )
+
+
+def most_tiles(config: Json) -> int | None:
+    """Return the N of anyres_max_N, 0 for plain anyres, None if pictures are not tiled."""
+    aspect = config.get("image_aspect_ratio") or "square"
+    found = re.fullmatch("anyres(_max_([1-9][0-9]{0,3}))?", str(aspect))
+    expected = "'square', 'pad', 'anyres' or 'anyres_max_N'"
+    require("image_aspect_ratio", aspect, bool(found) or aspect in ("square", "pad"), expected)
+    return int(found[2] or 0) if found else None
+
+
+def tiles_config(config: Json, tile: int) -> TilesConfig | None:
+    """Return how pictures are tiled, if they are.
+
+    Args:
+        tile: pixels of a tile's side.
+    """
+    most = most_tiles(config)
+    if most is None:
+        return None
+    # NeXT, from where anyres_max_N comes, was trained on several pictures padded, not tiled.
+    canvases = grids(_pairs(config, tile), tile)
+    return TilesConfig(canvases, axes="wh", multi_image="pad" if most else "tile")
+
+
+def _pairs(config: Json, tile: int) -> Any:
+    """Return what `image_grid_pinpoints` lists: pairs of width and height, as a list or its text,
+    or "(1x1),...,(6x6)" for all numbers of tiles between."""
+    name, found = "image_grid_pinpoints", config.get("image_grid_pinpoints")
+    if not isinstance(found, str):
+        return found
+    if ends := re.findall(r"\(([0-9]{1,3})x([0-9]{1,3})\)", found):
+        (left, top), (right, bottom) = (map(int, ends[at]) for at in (0, -1))
+        fits = right <= MAX_TILES and bottom <= MAX_TILES
+        require(name, found, fits, f"at most ({MAX_TILES}x{MAX_TILES})")
+        return [
+            (tile * wide, tile * high)
+            for wide in range(left, right + 1)
+            for high in range(top, bottom + 1)
+        ]
+    try:
+        return ast.literal_eval(found)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return found
 
 
 def name_table(text: Json, vision: Json, ours: VLMConfig) -> NameTable:
@@ -168,6 +248,7 @@ def name_table(text: Json, vision: Json, ours: VLMConfig) -> NameTable:
         for place, theirs in places.items()
         for tensor in ("weight", "bias")
     ]
+    newline = Row("image_newline", ("model.image_newline",))
     ignored = ["**.rotary_emb.inv_freq", *tower.ignored]
     if ours.decoder.tied_head:
         ignored.append("lm_head.weight")
@@ -175,7 +256,7 @@ def name_table(text: Json, vision: Json, ours: VLMConfig) -> NameTable:
         num_layers = vit_config(vision).num_layers
         ignored.append(f"{TOWER_PREFIX}vision_model.encoder.layers.{num_layers - 1}.**")
     return NameTable(
-        rows=(*decoder_rows(text["model_type"], "", "lm_head"), *connector, *tower.rows),
+        rows=(*decoder_rows(text["model_type"], "", "lm_head"), *connector, newline, *tower.rows),
         aliases=tower.aliases,
         ignored=tuple(ignored),
     )
@@ -183,7 +264,23 @@ def name_table(text: Json, vision: Json, ours: VLMConfig) -> NameTable:
 
 def turns_of(config: Json, text: Json) -> str:
     """Return the name of the chat format that the config settles, empty if it does not."""
-    recipe = (config.get("image_aspect_ratio"), config.get("mm_projector_type"))
-    if text["model_type"] == "llama" and recipe == ("pad", "mlp2x_gelu"):
+    if text["model_type"] != "llama":
+        return TURNS.get(text["model_type"], "")
+    merge = config.get("mm_patch_merge_type") or "flat"
+    recipe = (config.get("mm_projector_type"), config.get("image_aspect_ratio"), merge)
+    if recipe == ("mlp2x_gelu", "pad", "flat"):
         return "vicuna_v1"
-    return TURNS.get(text["model_type"], "")
+    if recipe != ("mlp2x_gelu", "anyres", "spatial_unpad"):
+        return ""
+    size = text.get("vocab_size", 32000)
+    return next((LLAMA_TURNS[n] for n in LLAMA_TURNS if n <= size < n + MAX_ADDED), "")
+
+
+def is_llave(config: Json) -> bool:
+    """Return whether a checkpoint was trained to embed, with LLaVE's loss."""
+    return "alpha" in config and "logit_scale" in config
+
+
+def image_tokens(config: Json) -> tuple[str, str]:
+    """Return the special tokens around each image's own."""
+    return ("<im_start>", "<im_end>") if config.get("mm_use_im_start_end") else ("", "")

@@ -9,6 +9,7 @@ published weights is not looked at.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from visavis.checkpoints.adapters import Adapter, merged
 from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
+from visavis.checkpoints.names import NameTable
 from visavis.checkpoints.phi3v.layout import image_processor, name_table, vlm_config
 from visavis.checkpoints.transformers.folder import (
     CONFIG_NAME,
@@ -25,8 +27,16 @@ from visavis.checkpoints.transformers.folder import (
 )
 from visavis.checkpoints.transformers.layout import read_as
 from visavis.checkpoints.transformers.settings import Json
-from visavis.checkpoints.weight_files import check_values, read_json, read_tensors, weight_files
+from visavis.checkpoints.weight_files import (
+    TensorFiles,
+    check_values,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 from visavis.errors import CheckpointError
+from visavis.model.config import VLMConfig
+from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import load_tokenizer
 
@@ -45,17 +55,12 @@ def load_phi3v(
     Raises:
         CheckpointError: a file is absent or damaged, or the files do not belong together.
     """
-    data = read_json(folder / CONFIG_NAME)
-    refuse_quantised(data, folder)
-    config = vlm_config(data)
+    found = open_phi3v(folder, adapters)
+    config, processor = found.config, found.processor
     top = adapters[-1].folder if adapters else folder
     words = words_folder(adapters, folder)
     tokenizer, specials = load_tokenizer(words)
     check_vocabulary(tokenizer, config, words)
-    processor = image_processor(data, _processor_settings(adapters, folder))
-    table, files = name_table(data, config), weight_files(folder)
-    tensors = merged(read_tensors(files), adapters, table.canonical)
-    files += [file for adapter in adapters for file in adapter.files]
     dtype = auto_dtype(precision, device)
     types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
 
@@ -63,12 +68,12 @@ def load_phi3v(
         check_values(name, tensor, str(top))
         return tensor.to(types[name])
 
-    state = read_as(config, table, tensors, where=str(top), convert=convert)
+    state = read_as(config, found.table, found.tensors, where=str(top), convert=convert)
     # The published processor tokenises what stands between images piece by piece, so that
     # beginning-of-sequence stands after each image too.
     repeated = specials.bos_id if specials.add_bos else None
     bos = "" if repeated is None else tokenizer.id_to_token(repeated) or ""
-    identity: dict[str, Any] = {**data, "processor": processor.to_dict()}
+    identity: dict[str, Any] = {**found.data, "processor": processor.to_dict()}
     identity["adapters"] = [adapter.config for adapter in adapters]
     return Loaded(
         name=top.resolve().name,
@@ -77,8 +82,45 @@ def load_phi3v(
         specials=specials,
         profile=PromptProfile(turns="phi3_v", image_end=bos),
         processor=processor,
-        fingerprint=fingerprint([words / "tokenizer.json", *files], identity),
-        files=[folder / CONFIG_NAME, *files],
+        fingerprint=fingerprint([words / "tokenizer.json", *found.files], identity),
+        files=[folder / CONFIG_NAME, *found.files],
+    )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A folder with all its parts found and no tensor read.
+
+    Attributes:
+        tensors: by the layout's names, adapters in them.
+    """
+
+    data: Json
+    config: VLMConfig
+    processor: ImageProcessorConfig
+    tensors: TensorFiles
+    table: NameTable
+    files: list[Path]
+
+
+def open_phi3v(folder: Path, adapters: Sequence[Adapter] = ()) -> Opened:
+    """Find the parts of a model; see `load_phi3v`.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, or the files do not belong together.
+    """
+    data = read_json(folder / CONFIG_NAME)
+    refuse_quantised(data, folder)
+    config = vlm_config(data)
+    table, files = name_table(data, config), weight_files(folder)
+    tensors = merged(read_tensors(files), adapters, table.canonical)
+    return Opened(
+        data=data,
+        config=config,
+        processor=image_processor(data, _processor_settings(adapters, folder)),
+        tensors=tensors,
+        table=table,
+        files=[*files, *(file for adapter in adapters for file in adapter.files)],
     )
 
 

@@ -21,7 +21,7 @@ from visavis.checkpoints.adapters import Adapter, merged
 from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
 from visavis.checkpoints.transformers.config import vlm_config
 from visavis.checkpoints.transformers.layout import read, vlm_table
-from visavis.checkpoints.transformers.processor import processor_config
+from visavis.checkpoints.transformers.processor import grids, processor_config
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
 from visavis.checkpoints.transformers.settings import Json, section
 from visavis.checkpoints.weight_files import (
@@ -70,6 +70,7 @@ def load_transformers(
     check_vocabulary(tokenizer, config, words)
     specials = _with_placeholder(tokenizer, specials, config, words)
     processor = image_processor(config, folder)
+    _check_tiles(data, config, processor, folder)
     files = weight_files(folder)
     tensors = merged(read_tensors(files), adapters, vlm_table(data, config).canonical)
     files += [file for adapter in adapters for file in adapter.files]
@@ -134,16 +135,19 @@ def check_vocabulary(tokenizer: Tokenizer, config: VLMConfig, folder: Path) -> N
 def _with_placeholder(
     tokenizer: Tokenizer, specials: SpecialTokens, config: VLMConfig, folder: Path
 ) -> SpecialTokens:
-    """Return the special tokens, the image placeholder among them."""
-    if config.tower is None:
-        return specials
-    text = tokenizer.id_to_token(config.image_token_id)
-    if text is None:
-        raise CheckpointError(
-            f"the tokenizer of {folder} has no token {config.image_token_id}, which config.json "
-            "names as the image placeholder; tokenizer.json belongs to another model."
-        )
-    return replace(specials, by_text=specials.by_text | {text: config.image_token_id})
+    """Return the special tokens, the placeholders of images and videos among them."""
+    by_text = dict(specials.by_text)
+    for number in (config.image_token_id, config.video_token_id):
+        if number < 0:
+            continue
+        text = tokenizer.id_to_token(number)
+        if text is None:
+            raise CheckpointError(
+                f"the tokenizer of {folder} has no token {number}, which config.json names as a "
+                "placeholder of images or videos; tokenizer.json belongs to another model."
+            )
+        by_text[text] = number
+    return replace(specials, by_text=by_text)
 
 
 def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
@@ -174,6 +178,26 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
             f"{config.tower.image_size}; the processor's file belongs to another model."
         )
     return processor
+
+
+def _check_tiles(
+    data: Json, config: VLMConfig, processor: ImageProcessorConfig | None, folder: Path
+) -> None:
+    """Refuse pictures tiled in another way than the model puts them together.
+
+    Raises:
+        CheckpointError: config.json and the processor's file name other canvases, or only one any.
+    """
+    tiles = processor.tiles if processor else None
+    listed = data.get("image_grid_pinpoints")
+    tiled = config.merge.kind == "spatial"
+    differ = processor and tiles and listed and grids(listed, processor.size) != tiles.grids
+    if differ or tiled != (tiles is not None):
+        raise CheckpointError(
+            f"{folder} prepares pictures on the canvases {tiles.grids if tiles else 'none'}, but "
+            f"its config.json has image_grid_pinpoints {listed if tiled else 'none'}; the "
+            "processor's file belongs to another model."
+        )
 
 
 def _image_settings(data: Json) -> Json | None:

@@ -161,7 +161,8 @@ def tower_table(config: Json, prefix: str = "") -> NameTable:
         rows = _dinov2_rows(prefix)
         if config.get("use_swiglu_ffn"):
             rows = _gated(rows, prefix)
-        return NameTable(rows, DINOV2_ALIASES, ignored=(f"{prefix}embeddings.mask_token",))
+        aliases = tuple((prefix + name, prefix + target) for name, target in DINOV2_ALIASES)
+        return NameTable(rows, aliases, ignored=(f"{prefix}embeddings.mask_token",))
     model = f"{prefix}vision_model"
     other_half = () if prefix else ("text_model.**", "*_projection.weight", "logit_*")
     return NameTable(

@@ -1,7 +1,7 @@
 """A preprocessor_config.json of transformers as our `ImageProcessorConfig`.
 
-CLIP's, SigLIP's and LLaVA's processors: resize and centre crop, squash, or pad to a square. Takes
-parsed JSON; a step that ours does not do is refused by name. Touches no picture.
+CLIP's, SigLIP's and the LLaVAs' processors: resize and centre crop, squash, pad to a square, or
+tile. Takes parsed JSON; a step that ours does not do is refused by name. Touches no picture.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from visavis.checkpoints.transformers.settings import Json, count, require, without_nulls
 from visavis.errors import CheckpointError
 from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.tiling import TilesConfig
 from visavis.registry import suggest
 
 CLIP: dict[str, Any] = {
@@ -28,12 +29,29 @@ SIGLIP: dict[str, Any] = {
     "image_std": [0.5, 0.5, 0.5],
     "resample": 3,
 }
+NEXT = CLIP | {
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+}
+ONEVISION = CLIP | {
+    "size": {"height": 384, "width": 384},
+    "crop_size": None,
+    "do_center_crop": False,
+    "image_grid_pinpoints": [[384 * h, 384 * w] for h in range(1, 7) for w in range(1, 7)],
+}
 DEFAULTS = {  # what the library's classes do when a file leaves a setting out
     "CLIPImageProcessor": CLIP,
     "LlavaImageProcessor": CLIP,
+    "LlavaNextImageProcessor": NEXT,
+    "LlavaOnevisionImageProcessor": ONEVISION,
     "SiglipImageProcessor": SIGLIP,
 }
+# What becomes of several pictures in one prompt.
+MULTI_IMAGE: dict[str, Any] = {
+    "LlavaNextImageProcessor": "tile",
+    "LlavaOnevisionImageProcessor": "pad",
+}
 OLD_NAMES = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
+MAX_TILES = 64  # a side of a canvas; more would be a mistake
 FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -54,6 +72,11 @@ def processor_config(config: Json) -> ImageProcessorConfig:
     fields = common_fields(config)
     edge, squash = _size(config)
     crop = _square(config, "crop_size") if config.get("do_center_crop") else edge
+    if kind in MULTI_IMAGE:  # whose `do_pad` fills up batches
+        require("crop_size", crop, crop == edge, f"{edge}, the size of a tile")
+        canvases = grids(config["image_grid_pinpoints"], edge)
+        tiles = TilesConfig(canvases, axes="hw", multi_image=MULTI_IMAGE[kind])
+        return ImageProcessorConfig(size=edge, resize="squash", tiles=tiles, **fields)
     if config.get("do_pad"):
         require("crop_size", crop, crop == edge, f"{edge}, the size after padding")
         return ImageProcessorConfig(size=edge, resize="pad", **fields)
@@ -87,6 +110,24 @@ def common_fields(config: Json) -> dict[str, Any]:
         "std": _three(config, "image_std"),
         "resample": FILTERS[resample],
     }
+
+
+def grids(pairs: Any, tile: int) -> tuple[tuple[int, int], ...]:
+    """Return the canvases that `image_grid_pinpoints` lists.
+
+    Raises:
+        CheckpointError: they are no pairs of multiples of the tile.
+    """
+    allowed = range(tile, MAX_TILES * tile + 1, tile)
+    fits = isinstance(pairs, list | tuple) and all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(type(n) is int and n in allowed for n in pair)
+        for pair in pairs
+    )
+    expected = f"pairs of multiples of {tile}, at most {MAX_TILES} times it"
+    require("image_grid_pinpoints", pairs, fits and len(pairs) > 0, expected)
+    return tuple((int(first), int(second)) for first, second in pairs)
 
 
 def _size(config: Json) -> tuple[int, bool]:

@@ -1,0 +1,1 @@
+"""TinyLLaVA Factory's layouts, and those of its older repositories."""

@@ -1,0 +1,372 @@
+"""Videos as a few frames: which ones, read without decoding the rest where a file allows.
+
+    file · bytes · folder or list of pictures ── read_frames ──► Clip: PIL images, RGB, and times
+
+PyAV reads files (`pip install 'visavis[video]'`), Pillow animated GIF, WebP and PNG. Frames are
+found by their time stamps: a first pass reads the packets without decoding them, a second decodes
+from the key frame before each wanted frame. Where the stamps are missing or lead elsewhere,
+everything is decoded; both ways give the same frames. Playlists and whatever else names other files
+are refused. Pixels that are not square are left as stored, as LLaVA does. Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image as pil
+
+from visavis.errors import ImageError, InputError, VisavisError
+from visavis.processing.opening import frame_files, name_of, open_source
+from visavis.prompt import Video
+from visavis.registry import suggest
+
+MAX_CLIP_PIXELS = 1_000_000_000  # of all frames of one clip together: 3 GB
+PICTURES_PER_SECOND = 2  # taken for pictures that carry no times, as LLaVA does for its folders
+
+# FFmpeg's names of what may be read: files that hold their own frames, and nothing that names
+# other files or addresses.
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,h264,hevc,"
+    "ivf,obu,nut,mxf"
+)
+_ANIMATIONS = {
+    "GIF": re.compile(rb"GIF8"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "PNG": re.compile(rb"\x89PNG"),
+}
+_UPRIGHT = {
+    90: pil.Transpose.ROTATE_90,
+    180: pil.Transpose.ROTATE_180,
+    270: pil.Transpose.ROTATE_270,
+}
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Which frames of a video a model is shown; saved with the weights.
+
+    Args:
+        frames: how many, spread evenly from the first to the last.
+        fps: instead, how many for each second, evenly spread `max_frames` if those are more.
+        max_frames: the most there can be, also of those that a prompt asks for.
+    """
+
+    frames: int = 32
+    fps: float | None = None
+    max_frames: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "max_frames"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"video config: {name} is {value!r}, expected a positive int")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise InputError(f"video config: fps is {self.fps!r}, expected a number above 0")
+        if self.frames > self.max_frames:
+            raise InputError(
+                f"video config: {self.frames} frames, expected at most max_frames={self.max_frames}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VideoConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"video config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video, upright, with the second each is shown at."""
+
+    frames: tuple[pil.Image, ...]
+    times: tuple[float, ...]
+    duration: float  # seconds, of the whole video
+
+
+def sample(total: int, rate: float, config: VideoConfig, asked: int | None = None) -> list[int]:
+    """Return which of `total` frames to take, each at most once.
+
+    Args:
+        rate: frames per second of the video.
+        asked: a number of frames that goes before the config's.
+    """
+    wanted = asked or config.frames
+    if wanted > config.max_frames:
+        raise InputError(
+            f"{wanted} frames of a video, but this model takes at most {config.max_frames}; ask "
+            "for fewer"
+        )
+    if asked is None and config.fps is not None:
+        stepped = range(0, total, max(1, round(rate / config.fps)))
+        if len(stepped) <= config.max_frames:
+            return list(stepped)
+        wanted = config.max_frames
+    if total <= wanted:
+        return list(range(total))
+    return [int(index) for index in np.linspace(0, total - 1, wanted)]
+
+
+def time_instruction(duration: float, times: Sequence[float]) -> str:
+    """Return what LLaVA-Video's prompts say about the frames, between video and question."""
+    listed = ",".join(f"{time:.2f}s" for time in times)
+    return (
+        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly "
+        f"sampled from it. These frames are located at {listed}.Please answer the following "
+        "questions related to this video."
+    )
+
+
+def read_frames(video: Video, config: VideoConfig) -> Clip:
+    """Return the frames a model is shown, in order.
+
+    Raises:
+        ImageError: the video cannot be read, or its frames are too large.
+        InputError: more frames are asked for than the config allows.
+    """
+    with _open(video) as reader:
+        indices = _sample(reader, config, video)
+        times = tuple(reader.times[index] for index in indices)
+        return Clip(tuple(reader.read(indices)), times, reader.duration)
+
+
+def survey(video: Video, config: VideoConfig) -> tuple[int, tuple[int, int]]:
+    """Return how many frames `read_frames` will give, and width and height of the first one,
+    which alone is decoded."""
+    with _open(video) as reader:
+        indices = _sample(reader, config, video)
+        return len(indices), reader.read(indices[:1])[0].size
+
+
+def _sample(reader: _Reader, config: VideoConfig, video: Video) -> list[int]:
+    indices = sample(len(reader.times), reader.rate, config, video.frames)
+    width, height = reader.size
+    if len(indices) * width * height > MAX_CLIP_PIXELS:
+        raise ImageError(
+            f"{len(indices)} frames of {width}×{height} = "
+            f"{len(indices) * width * height / 1e6:.0f} megapixels, expected at most "
+            f"{MAX_CLIP_PIXELS / 1e6:.0f}; make the video smaller or ask for fewer frames"
+        )
+    return indices
+
+
+@contextmanager
+def _open(video: Video) -> Iterator[_Reader]:
+    """Yield what reads a video; whatever goes wrong meanwhile is one ImageError."""
+    pictures = frame_files(video.source)
+    if pictures:
+        yield _Pictures(pictures)
+        return
+    source = video.source
+    assert isinstance(source, (Path, bytes))
+    name = name_of(source, "video")
+    with open_source(source, "video") as data:
+        start = data.read(12)
+        data.seek(0)
+        kind = next((kind for kind, magic in _ANIMATIONS.items() if magic.match(start)), None)
+        try:
+            if kind is None:
+                yield _File(data, name)
+            else:
+                with pil.open(data, formats=(kind,)) as opened:
+                    yield _Animation(opened, name)
+        except VisavisError:
+            raise
+        except Exception as error:  # readers raise nearly anything on damaged data
+            raise ImageError(
+                f"{name} cannot be read as a video ({type(error).__name__}: {error}); it is "
+                "damaged or of another kind: open it in a player and export it as MP4"
+            ) from error
+
+
+class _Reader(Protocol):
+    """What is known of a video before its frames are decoded, and a way to decode some."""
+
+    times: list[float]  # seconds, when each frame is shown, from 0
+    rate: float  # frames per second
+    duration: float
+    size: tuple[int, int]  # of a stored frame
+
+    def read(self, indices: Sequence[int]) -> list[pil.Image]: ...
+
+
+class _Pictures:
+    """Frames given as pictures, one after another."""
+
+    def __init__(self, pictures: Sequence[Any]) -> None:
+        from visavis.processing.images import image_size
+
+        self.pictures, self.rate = pictures, float(PICTURES_PER_SECOND)
+        self.times = [index / self.rate for index in range(len(pictures))]
+        self.duration = len(pictures) / self.rate
+        self.size = image_size(pictures[0])
+
+    def read(self, indices: Sequence[int]) -> list[pil.Image]:
+        from visavis.processing.images import decode_image
+
+        return [decode_image(self.pictures[index]) for index in indices]
+
+
+class _Animation:
+    """An animated GIF, WebP or PNG."""
+
+    def __init__(self, opened: pil.Image, name: str) -> None:
+        _check_size(opened.size, name)
+        self.opened, self.size = opened, opened.size
+        self.times: list[float] = []
+        self.duration = 0.0
+        for index in range(getattr(opened, "n_frames", 1)):
+            opened.seek(index)
+            opened.load()  # only now WebP says how long a frame is shown
+            self.times.append(self.duration)
+            self.duration += (opened.info.get("duration") or 100) / 1000  # 0: as browsers do
+        self.rate = len(self.times) / self.duration
+
+    def read(self, indices: Sequence[int]) -> list[pil.Image]:
+        from visavis.processing.images import decode_image
+
+        pictures = []
+        for index in indices:
+            self.opened.seek(index)
+            pictures.append(decode_image(self.opened).copy())
+        return pictures
+
+
+class _File:
+    """A video file that PyAV reads. Its frames are known by the time stamps of their packets or,
+    where these are of no use, by decoding all once and counting."""
+
+    def __init__(self, data: BinaryIO, name: str) -> None:
+        self.data, self.name = data, name
+        with self._container() as (container, stream):
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            self.size = (stream.codec_context.width, stream.codec_context.height)
+            self.rate = float(stream.average_rate or PICTURES_PER_SECOND)
+            self.scale = float(stream.time_base or 0)  # seconds of one step of the time stamps
+            codec, promised = stream.codec_context.name, stream.frames
+            if len(packets) < promised and "mp4" in container.format.name:
+                raise ImageError(
+                    f"{name} holds {len(packets)} of its {promised} frames, the end is missing; "
+                    "download or export it again"
+                )
+        self.stamps = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
+        # Where decoding can start: the time stamp of each key frame, and where to seek for it.
+        self.keys = sorted(
+            (p.pts, p.pts if p.dts is None else min(p.pts, p.dts))
+            for p in packets
+            if p.is_keyframe and p.pts is not None
+        )
+        self.has_stamps = self.seekable = (
+            "vp8" not in codec  # keeps frames that are never shown in packets of their own
+            and _rise(self.stamps, self.scale)
+            and all(p.pts is not None for p in packets)
+            and bool(self.keys and self.keys[0][0] <= self.stamps[0])
+        )
+        if not self.seekable:
+            self._list_all()
+        span = (self.stamps[-1] - self.stamps[0]) * self.scale
+        self.times = [(stamp - self.stamps[0]) * self.scale for stamp in self.stamps]
+        self.duration = span + 1 / self.rate
+
+    def _list_all(self) -> None:
+        with self._container() as (container, stream):
+            self.stamps = [frame.pts for frame in container.decode(stream)]
+        if not self.stamps:
+            raise ImageError(f"{self.name} holds no frame that can be decoded; export it again")
+        self.has_stamps = _rise(self.stamps, self.scale)
+        if not self.has_stamps:
+            self.stamps, self.scale = list(range(len(self.stamps))), 1 / self.rate
+
+    def read(self, indices: Sequence[int]) -> list[pil.Image]:
+        found = self._read(indices, seek=True) if self.seekable else None
+        if found is None:
+            found = self._read(indices, seek=False)
+        if found is None:
+            raise ImageError(
+                f"{self.name} ends before its last frame can be decoded; it is damaged: download "
+                "or export it again"
+            )
+        return found
+
+    def _read(self, indices: Sequence[int], seek: bool) -> list[pil.Image] | None:
+        """Return frames by decoding from the start, or only from the key frame before each; None
+        if that does not lead to them."""
+        pictures: list[pil.Image] = []
+        last: float = -math.inf
+        with self._container() as (container, stream):
+            frames = self._decode(container, stream)
+            for wanted in (self.stamps[index] for index in indices):
+                if seek:
+                    key, place = self.keys[bisect(self.keys, (wanted, math.inf)) - 1]
+                    if key > last:
+                        container.seek(place, stream=stream)
+                        frames = self._decode(container, stream)
+                found = next(((stamp, f) for stamp, f in frames if stamp >= wanted), None)
+                if found is None or (seek and found[0] != wanted):
+                    return None
+                pictures.append(self._picture(found[1]))
+                last = wanted
+        return pictures
+
+    def _decode(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+        for index, frame in enumerate(container.decode(stream)):
+            yield (frame.pts if self.has_stamps else index), frame
+
+    def _picture(self, frame: Any) -> pil.Image:
+        _check_size((frame.width, frame.height), self.name)
+        picture = frame.to_image()
+        turn = _UPRIGHT.get(round(frame.rotation) % 360)
+        return picture if turn is None else picture.transpose(turn)
+
+    @contextmanager
+    def _container(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the file, opened at its start, and its first stream of frames."""
+        try:
+            import av
+            import av.stream
+        except ImportError:
+            raise InputError(
+                "videos need PyAV, which is not installed: pip install 'visavis[video]'"
+            ) from None
+        self.data.seek(0)
+        options = {"format_whitelist": FORMATS}
+        with av.open(self.data, options=options, io_open=_refuse) as container:
+            cover = av.stream.Disposition.attached_pic  # of a song
+            streams = [s for s in container.streams.video if not s.disposition & cover]
+            if not streams:
+                raise ImageError(f"{self.name} holds no frames, only sound; expected a video")
+            stream = streams[0]
+            stream.thread_type = "AUTO"
+            _check_size((stream.codec_context.width, stream.codec_context.height), self.name)
+            yield container, stream
+
+
+def _rise(stamps: Sequence[int | None], scale: float) -> bool:
+    """Whether time stamps tell frames apart, and stand for seconds."""
+    known = [stamp for stamp in stamps if stamp is not None]
+    return scale > 0 and len(known) == len(stamps) > 0 and all(a < b for a, b in pairwise(known))
+
+
+def _refuse(url: str, flags: int, options: Any) -> Any:
+    raise PermissionError(f"it names another file: {url[:80]!r}")
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    from visavis.processing.images import MAX_PIXELS
+
+    if not 0 < size[0] * size[1] <= MAX_PIXELS:
+        raise ImageError(
+            f"{name} has frames of {size[0]}×{size[1]} pixels, expected at least one and at most "
+            f"{MAX_PIXELS / 1e6:.0f} megapixels; make it smaller first"
+        )

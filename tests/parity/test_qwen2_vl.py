@@ -1,0 +1,208 @@
+"""Qwen2-VL against transformers: tower, hidden states, logits and answers, packed and cached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import visavis
+from tests.parity.peers import assert_close
+from tests.parity.qwen2_vl_files import (
+    END,
+    IMAGE,
+    START,
+    VIDEO,
+    noise,
+    peer_inputs,
+    save_qwen2_vl,
+    tokenizer,
+)
+from visavis.model.attention import Layout
+from visavis.model.batch import PackedBatch
+from visavis.model.kv_cache import KVCache
+from visavis.model.mrope import positions
+from visavis.model.visual import Shape, Visual
+from visavis.processing.pack import pack
+from visavis.processing.patches import image_patches, video_patches
+from visavis.processing.templates import Encoded
+
+pytestmark = pytest.mark.parity
+
+SIZES = [(24, 16), (30, 41), (16, 16), (60, 20)]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, visavis.Model]:
+    folder = tmp_path_factory.mktemp("qwen2-vl")
+    peer = save_qwen2_vl(folder)
+    return peer, visavis.load(folder, precision="f32", device="cpu")
+
+
+def seen(model: visavis.Model, *sizes: tuple[int, int], frames: int = 0) -> list[Visual]:
+    """Return pictures of these sizes, or videos of so many frames."""
+    assert model.processor is not None
+    found = []
+    for number, size in enumerate(sizes):
+        pictures = [noise(size, 10 * number + frame) for frame in range(max(1, frames))]
+        array, shape = (
+            video_patches(pictures, model.processor)
+            if frames
+            else image_patches(pictures[0], model.processor)
+        )
+        found.append(Visual(torch.from_numpy(array), shape))
+    return found
+
+
+def sequence(parts: list[str | Visual]) -> Encoded:
+    """Return ids of texts and visuals, with their positions on three axes."""
+    encoded, shapes = Encoded(), []
+    for part in parts:
+        if isinstance(part, str):
+            encoded.add(list(part.encode()))
+            continue
+        shapes.append(part.shape)
+        encoded.add([START])
+        encoded.add_image(VIDEO if part.shape.video else IMAGE, len(part.pixels) // 4)
+        encoded.add([END])
+    length = len(encoded.token_ids)
+    encoded.positions = positions(length, encoded.image_slots, shapes) if shapes else None
+    return encoded
+
+
+def packed(sequences: list[list[str | Visual]]) -> PackedBatch:
+    batch = pack([sequence(parts) for parts in sequences])
+    batch.visuals = tuple(part for parts in sequences for part in parts if isinstance(part, Visual))
+    return batch
+
+
+def theirs(peer: Any, parts: list[str | Visual]) -> Any:
+    visuals = [(part.pixels, part.shape) for part in parts if isinstance(part, Visual)]
+    inputs = peer_inputs(sequence(parts).token_ids, visuals)
+    return peer(**inputs, output_hidden_states=True)
+
+
+@torch.no_grad()
+def test_tower_and_merger(pair: tuple[Any, visavis.Model]) -> None:
+    peer, model = pair
+    visuals = [*seen(model, *SIZES), *seen(model, (33, 24), frames=5)]
+    grids = [(one.shape.frames, one.shape.rows, one.shape.columns) for one in visuals]
+    patches = torch.cat([one.pixels for one in visuals])
+    found = peer.model.visual(patches, grid_thw=torch.tensor(grids))
+    assert model.vlm.tower is not None
+    assert_close(model.vlm.tower(patches, grids), found.last_hidden_state, "tower")
+    tokens, means = zip(*model.vlm.see(visuals), strict=True)
+    assert_close(torch.cat(tokens), found.pooler_output, "merger")
+    sizes = [len(one.pixels) for one in visuals]
+    expected = [one.mean(0) for one in found.last_hidden_state.split(sizes)]
+    assert_close(torch.stack(means), torch.stack(expected), "mean features")
+
+
+@torch.no_grad()
+def test_every_hidden_state_packed_and_single(pair: tuple[Any, visavis.Model]) -> None:
+    """Text alone, one picture, several, a video, and both, in one packed batch."""
+    peer, model = pair
+    one, two, three, four = seen(model, *SIZES)
+    film, short = *seen(model, (20, 33), frames=4), *seen(model, (33, 24), frames=1)
+    sequences: list[list[str | Visual]] = [
+        ["Hello there."],
+        [one, "What is this?"],
+        ["Which of ", two, three, " is ", four, " like?"],
+        ["Look: ", film, "What happens?"],
+        [short, three, "Is this it?"],
+    ]
+    batch = packed(sequences)
+    ours = model.vlm(batch, layers=range(4))
+    singles = [theirs(peer, parts) for parts in sequences]
+    for layer in range(4):
+        expected = torch.cat([single.hidden_states[layer][0] for single in singles])
+        assert_close(ours[layer], expected, f"hidden state {layer} of a mixed batch")
+    logits = torch.cat([single.logits[0] for single in singles])
+    assert_close(model.vlm.decoder.logits(ours[3]), logits, "logits of a mixed batch")
+    for parts, single in zip(sequences, singles, strict=True):
+        alone = model.vlm.decoder.logits(model.vlm(packed([parts]))[-1])
+        assert_close(alone, single.logits[0], f"logits of {len(parts)} parts alone")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [0, 4])
+def test_a_cache_continues_where_the_picture_ends(
+    pair: tuple[Any, visavis.Model], frames: int
+) -> None:
+    _, model = pair
+    decoder, parts = model.vlm.decoder, [*seen(model, (60, 20), frames=frames), "What is it? Yes!"]
+    batch = packed([parts])
+    whole = decoder.logits(model.vlm(batch)[-1])
+    split = batch.num_tokens - 5
+    cache = KVCache(decoder.config, dtype=torch.float32)
+    x = model.vlm.embed_inputs(batch)
+    found = decoder(x[:split], batch.positions[:, :split], Layout((split,), (cache,)))[-1]
+    rows = [decoder.logits(found)]
+    ahead = int(batch.positions[:, :split].max()) + 1 - split
+    assert ahead < 0, "positions fall behind tokens"
+    for at in range(split, batch.num_tokens):
+        position = torch.tensor([cache.length + ahead])
+        hidden = decoder(x[at : at + 1], position, Layout((1,), (cache,)))[-1]
+        rows.append(decoder.logits(hidden))
+    assert_close(torch.cat(rows), whole, "token by token")
+
+
+def template_ids(model: visavis.Model, content: list[dict[str, str]], shapes: list[Shape]) -> Any:
+    """Return the peer's ids of one user message: its template, each placeholder expanded."""
+    messages = [{"role": "user", "content": content}]
+    rendered = tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    counts = iter(shape.frames * shape.rows * shape.columns // 4 for shape in shapes)
+    ids: list[int] = []
+    for token in tokenizer()(rendered)["input_ids"]:
+        ids += [token] * (next(counts) if token in (IMAGE, VIDEO) else 1)
+    return ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[], SIZES[:1], SIZES[1:]])
+def test_ids_logits_and_answer(
+    pair: tuple[Any, visavis.Model], sizes: list[tuple[int, int]]
+) -> None:
+    peer, model = pair
+    images = [noise(size, 10 * number) for number, size in enumerate(sizes)]
+    visuals = seen(model, *sizes)
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "What is it?"}]
+    ids = template_ids(model, content, [one.shape for one in visuals])
+    trace = model.trace({"image": images, "text": "What is it?"} if images else "What is it?")
+    assert trace.token_ids.tolist() == ids
+    inputs = peer_inputs(ids, [(one.pixels, one.shape) for one in visuals])
+    found = peer(**inputs)
+    assert_close(torch.from_numpy(trace.logits), found.logits[0], f"{len(sizes)} pictures")
+    ends = list(model.specials.eot_ids)
+    answer = peer.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=ends)
+    wanted = tokenizer().decode(answer[0, len(ids) :], skip_special_tokens=True)
+    assert wanted, "these weights say nothing: choose another question"
+    assert model.chat("What is it?", images=images, max_new_tokens=12).text == wanted
+
+
+@torch.no_grad()
+def test_turns_before_and_typed_placeholders(pair: tuple[Any, visavis.Model]) -> None:
+    _, model = pair
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    prompt = visavis.Prompt.chat("<|image_pad|> here?", [noise((16, 16), 0)], history)
+    trace = model.trace(prompt)
+    assert [count for _, count in trace.image_slots] == [4]
+    text = model.tokenizer.decode(trace.token_ids.tolist(), skip_special_tokens=False)
+    expected = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        f"{'<|image_pad|>' * 4}<|vision_end|><|image_pad|> here?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text == expected
+    assert trace.token_ids.tolist().count(IMAGE) == 4, "the typed one is text"
+
+
+@torch.no_grad()
+def test_pictures_of_any_size_in_one_batch(pair: tuple[Any, visavis.Model]) -> None:
+    _, model = pair
+    items = [{"image": noise(size, 3), "text": "red"} for size in SIZES] + ["text alone"]
+    together = model.embed(items)
+    alone = np.concatenate([model.embed([item]) for item in items])
+    assert_close(torch.from_numpy(together), torch.from_numpy(alone), "batch and singles")
