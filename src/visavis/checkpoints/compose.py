@@ -1,0 +1,183 @@
+"""A new model of parts that exist: a language model, a vision tower, and a fresh connector.
+
+    language model      anything `load` takes; its own tower and head, if any, are left behind
+    vision tower        a CLIP, SigLIP or DINOv2 folder, or `efficientnet-lite2`, which nano has
+    connector, head     random, from the seed; training is what they are for
+
+Knows which parts fit; how they are trained is said in recipes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from visavis.checkpoints import bundled
+from visavis.checkpoints.efficientnet import load_efficientnet
+from visavis.checkpoints.load import load_checkpoint, resolve
+from visavis.checkpoints.loaded import Loaded, fingerprint
+from visavis.checkpoints.transformers.config import vision_part, vit_config
+from visavis.checkpoints.transformers.layout import read_tower
+from visavis.checkpoints.transformers.processor import processor_config
+from visavis.checkpoints.weight_files import read_json, read_tensors, weight_files
+from visavis.errors import CheckpointError, InputError
+from visavis.model.config import (
+    ConnectorConfig,
+    EfficientNetConfig,
+    HeadConfig,
+    MergeConfig,
+    TowerConfig,
+    ViTConfig,
+    VLMConfig,
+)
+from visavis.model.vlm import VLM
+from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.profile import PromptProfile
+from visavis.processing.tiling import TilesConfig
+
+EFFICIENTNET = "efficientnet-lite2"
+MAX_TILE_SIDE = 6
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What `compose` puts together.
+
+    Args:
+        language_model, vision_tower: names, hub names or paths.
+        connector: its kind and numbers (`ConnectorConfig`), widths left out.
+        turns: chat format by name; empty: the language model's own.
+        resize: how pictures become the tower's square; empty: as its own processor says.
+        tiles: tiles of the largest canvas in LLaVA's anyres, 0: none. A canvas is any number of
+            rows and columns whose product is at most this.
+        max_tiles: shrink what exceeds so many tiles' tokens (anyres_max_N).
+        image_size: of `efficientnet-lite2`.
+        select_layer: hidden state of the tower; 0: -2 for towers with a class token, else the last.
+        head: layers and length of an embedding head; None: vectors are hidden states.
+    """
+
+    language_model: str
+    vision_tower: str
+    connector: dict[str, Any]
+    turns: str = ""
+    resize: Literal["", "squash", "crop", "pad"] = ""
+    tiles: int = 0
+    max_tiles: int = 0
+    image_size: int = 260
+    select_layer: int = 0
+    head: dict[str, Any] | None = None
+    pooling: Literal["head", "last", "mean"] = "last"
+
+
+def compose(
+    parts: Composition, *, precision: str = "auto", device: str = "cpu", seed: int = 0
+) -> Loaded:
+    """Return a model of existing parts and a connector that knows nothing yet.
+
+    Raises:
+        CheckpointError, UnknownNameError, FetchError: a part cannot be loaded.
+        InputError: the parts do not fit together.
+    """
+    base = load_checkpoint(parts.language_model, precision=precision, device=device)
+    tower, state, processor = open_tower(parts)
+    layer = parts.select_layer
+    if layer == 0:
+        layer = -2 if isinstance(tower, ViTConfig) and tower.class_token else -1
+    decoder = base.vlm.config.decoder
+    config = VLMConfig(
+        decoder=decoder,
+        tower=tower,
+        connector=ConnectorConfig(in_width=tower.width, out_width=decoder.width, **parts.connector),
+        head=None if parts.head is None else HeadConfig(**parts.head),
+        # Image tokens are found by position, so any id may stand for them.
+        image_token_id=base.specials.pad_id or 0,
+        select_layer=layer,
+        merge=_merge(parts),
+    )
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        vlm = VLM(config)
+    vlm.decoder = base.vlm.decoder
+    for module in (vlm.tower, vlm.connector, vlm.head):
+        if module is not None:
+            module.to_empty(device=device)
+            for part in module.modules():
+                reset = getattr(part, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+    if vlm.image_newline is not None:
+        newline = torch.randn(decoder.width, device=device) / math.sqrt(decoder.width)
+        vlm.image_newline = torch.nn.Parameter(newline)
+    assert vlm.tower is not None
+    vlm.tower.load_state_dict(state)
+    if parts.tiles:
+        processor = replace(processor, resize="squash", tiles=_tiles(parts, processor.size))
+    elif parts.resize:
+        processor = replace(processor, resize=parts.resize)
+    turns = parts.turns or base.profile.turns
+    identity = {"parts": repr(parts), "base": base.fingerprint, "seed": seed}
+    return Loaded(
+        name=f"{Path(parts.vision_tower).name} + {base.name}",
+        vlm=vlm.requires_grad_(False).eval(),
+        tokenizer=base.tokenizer,
+        specials=base.specials,
+        profile=PromptProfile(
+            turns=turns, jinja="" if turns else base.profile.jinja, pooling=parts.pooling
+        ),
+        processor=processor,
+        fingerprint=fingerprint([], identity),
+        files=base.files,
+    )
+
+
+def open_tower(parts: Composition) -> tuple[TowerConfig, dict[str, Tensor], ImageProcessorConfig]:
+    """Return a tower's config, its tensors by our names, and how its pictures are sized.
+
+    Raises:
+        CheckpointError, UnknownNameError: there is none, or of a kind that is not read.
+    """
+    if parts.vision_tower == EFFICIENTNET:
+        state, _ = load_efficientnet(bundled.fetch("nano")["vision_tower"])
+        size = parts.image_size
+        level = (127 / 255,) * 3
+        return (
+            EfficientNetConfig(2, size),
+            state,
+            ImageProcessorConfig(size, "squash", level, (128 / 255,) * 3),
+        )
+    folder = resolve(parts.vision_tower)
+    config_path, settings = folder / "config.json", folder / "preprocessor_config.json"
+    if not config_path.is_file() or not settings.is_file():
+        raise CheckpointError(
+            f"{folder} is no vision tower: expected config.json and preprocessor_config.json of a "
+            f"CLIP, SigLIP or DINOv2, or the name {EFFICIENTNET!r}."
+        )
+    config = vision_part(read_json(config_path))
+    tensors = read_tensors(weight_files(folder))
+    tower = vit_config(config)
+    processor = processor_config(read_json(settings))
+    if processor.size != tower.image_size:
+        raise CheckpointError(
+            f"{settings} prepares pictures of {processor.size} pixels, but the tower takes "
+            f"{tower.image_size}; one of the two files belongs to another model."
+        )
+    return tower, read_tower(config, tensors, where=str(folder)), processor
+
+
+def _merge(parts: Composition) -> MergeConfig:
+    if not parts.tiles:
+        return MergeConfig()
+    return MergeConfig("spatial", unpad=True, newline=True, max_tiles=parts.max_tiles)
+
+
+def _tiles(parts: Composition, tile: int) -> TilesConfig:
+    if not 1 <= parts.tiles <= MAX_TILE_SIDE**2:
+        raise InputError(f"tiles is {parts.tiles}, expected 1 to {MAX_TILE_SIDE**2}, or 0 for none")
+    sides = range(1, min(parts.tiles, MAX_TILE_SIDE) + 1)
+    grids = [(c * tile, r * tile) for r in sides for c in sides if r * c <= parts.tiles]
+    return TilesConfig(tuple(grids))
