@@ -35,11 +35,15 @@ class Loader:
 
 LOADERS = {  # by kinds of `detect.py`
     "native": Loader("native:load_native"),
-    "gguf": Loader("gguf.model:load_gguf"),
+    "gguf": Loader("gguf.model:load_gguf", ("vision_tower",)),
+    "mmproj": Loader("gguf.model:load_gguf", ("vision_tower",)),
     "transformers": Loader("transformers.folder:load_transformers", ("adapters",)),
-    "qwen2_vl": Loader("transformers.folder:load_transformers", ("adapters",)),
+    "llava_next": Loader("transformers.folder:load_transformers", ("adapters",)),
+    "llava_onevision": Loader("transformers.folder:load_transformers", ("adapters",)),
     "phi3_v": Loader("phi3v.folder:load_phi3v", ("adapters",)),
+    "qwen2_vl": Loader("transformers.folder:load_transformers", ("adapters",)),
     "llava_original": Loader("llava.folder:load_llava", ("adapters", "vision_tower")),
+    "tinyllava": Loader("tinyllava.folder:load_tinyllava", ("adapters",)),
     "llava_first_stage": Loader("llava.folder:load_llava", ("base", "vision_tower")),
 }
 
@@ -106,6 +110,7 @@ def load_checkpoint(
 def embed_as(loaded: Loaded, profile: str) -> None:
     """Let a model embed, and size its pictures, as a profile says, and chat as before."""
     from visavis.checkpoints.loaded import fingerprint
+    from visavis.processing.hd import CROPS, HDConfig
     from visavis.processing.patches import SIZES
     from visavis.processing.video import VideoConfig
 
@@ -114,6 +119,8 @@ def embed_as(loaded: Loaded, profile: str) -> None:
     if loaded.processor and patches and profile in SIZES:
         patches, video = replace(patches, **SIZES[profile]), VideoConfig(frames=VLM2VEC_FRAMES)
         loaded.processor = replace(loaded.processor, patches=patches, video=video)
+    if loaded.processor and loaded.processor.hd and profile in CROPS:
+        loaded.processor = replace(loaded.processor, hd=HDConfig(CROPS[profile]))
     loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "profile": profile})
 
 
