@@ -135,6 +135,13 @@ def turned(x: Tensor, head_dim: int) -> Tensor:
 def derived(state: dict[str, Tensor], ids: Tensor, heads: list[int], head_dim: int) -> list[Tensor]:
     """Return every hidden state, the last after the final norm, and then the logits."""
     x = state["transformer.token_embeddings.weight"][ids]
+    return derived_from(state, x, heads, head_dim)
+
+
+def derived_from(
+    state: dict[str, Tensor], x: Tensor, heads: list[int], head_dim: int
+) -> list[Tensor]:
+    """Return the same for embeddings [L, D]."""
     hidden = [x]
     for layer, num_heads in enumerate(heads):
         part = {

@@ -183,6 +183,21 @@ def test_ids_logits_and_answer(
 
 
 @torch.no_grad()
+def test_videos(pair: tuple[Any, visavis.Model]) -> None:
+    peer, model = pair
+    film, still = seen(model, (20, 33), frames=3)[0], seen(model, (24, 16))[0]
+    frames = [noise((20, 33), seed) for seed in range(3)]
+    content = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "What happens?"}]
+    ids = template_ids(model, content, [film.shape, still.shape])
+    parts = [visavis.Video(frames), visavis.Image(noise((24, 16), 0)), "What happens?"]
+    prompt = visavis.Prompt((visavis.Message("user", tuple(parts)),))
+    trace = model.trace(prompt)
+    assert trace.token_ids.tolist() == ids
+    inputs = peer_inputs(ids, [(one.pixels, one.shape) for one in (film, still)])
+    assert_close(torch.from_numpy(trace.logits), peer(**inputs).logits[0], "video and picture")
+
+
+@torch.no_grad()
 def test_turns_before_and_typed_placeholders(pair: tuple[Any, visavis.Model]) -> None:
     _, model = pair
     history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]

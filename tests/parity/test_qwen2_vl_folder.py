@@ -134,6 +134,7 @@ def test_profiles_by_name(tmp_path: Path) -> None:
     save_qwen2_vl(tmp_path)
     first = load(tmp_path, profile="vlm2vec-v1")
     assert first.processor is not None and first.processor.patches is not None
+    assert first.processor.video is not None and first.processor.video.frames == 8
     assert first.processor.patches.square == SIZES["vlm2vec-v1"]["square"] == 1344
     assert first.profile.instructed("Find:", "x") == "Find: x\n"
     assert first.profile.instructed("Represent it.", "") == "Represent it.\n"
@@ -206,6 +207,10 @@ def test_videos_have_bounds_of_their_own(tmp_path: Path) -> None:
     shared = load(tmp_path).processor
     assert shared is not None and shared.patches is not None
     assert shared.patches.bounds(video=True) == shared.patches.bounds(video=False) == (256, 1600)
+    edit(tmp_path / "preprocessor_config.json", lambda c: c.update(max_pixels=12845056))
+    large = load(tmp_path).processor
+    assert large is not None and large.patches is not None
+    assert large.patches.bounds(video=True) == (256, 768 * 28 * 28)
     settings = {"size": {"shortest_edge": 300, "longest_edge": 900}}
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(settings))
     own = load(tmp_path).processor

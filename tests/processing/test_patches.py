@@ -3,6 +3,7 @@ formula."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 
 from visavis.errors import ImageError, InputError
 from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.patches import SIZES as SIZES_OF
 from visavis.processing.patches import (
     PatchesConfig,
     image_patches,
@@ -72,6 +74,17 @@ def test_extreme_pictures() -> None:
     assert resized((2010, 10), square) == resized((27, 500), square) == (56, 56)
     assert resized((27, 500), square, video=True) == (504, 504)
     assert resized((640, 480), square) == resized((640, 480), PatchesConfig())
+
+
+def test_published_sizes() -> None:
+    """Of VLM2Vec: a square of 1344 pixels, 2304 tokens; at most 1280 tokens, also a frame."""
+    base = PatchesConfig(max_pixels=12845056, video_max_pixels=602112)
+    first = replace(base, **SIZES_OF["vlm2vec-v1"])
+    assert image_shape((10, 4000), first).rows == image_shape((10, 4000), first).columns == 96
+    second = replace(base, **SIZES_OF["vlm2vec-v2"])
+    for video in (False, True):
+        width, height = resized((4000, 3000), second, video)
+        assert 1200 < width * height / 28**2 <= 1280
 
 
 def test_a_video_is_pairs_of_frames() -> None:

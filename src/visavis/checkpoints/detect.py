@@ -88,6 +88,8 @@ def detect(path: Path) -> Layout:
         return Layout("adapter", path, f"it has {ADAPTER}", (adapter,))
     if config.is_file():
         return detect_config(path)
+    if files := tuple(sorted(path.glob("*.gguf"))):
+        return Layout("gguf", path, f"it has {files[0].name} and no {CONFIG}", files)
     found = ", ".join(sorted(child.name for child in path.iterdir())[:MAX_LISTED]) or "nothing"
     raise CheckpointError(
         f"{path} holds {found}, but neither {NATIVE} nor {CONFIG}; expected a folder that visavis, "

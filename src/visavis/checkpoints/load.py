@@ -36,6 +36,7 @@ class Loader:
 LOADERS = {  # by kinds of `detect.py`
     "native": Loader("native:load_native"),
     "gguf": Loader("gguf.model:load_gguf", ("vision_tower",)),
+    "mmproj": Loader("gguf.model:load_gguf", ("vision_tower",)),
     "transformers": Loader("transformers.folder:load_transformers", ("adapters",)),
     "llava_next": Loader("transformers.folder:load_transformers", ("adapters",)),
     "llava_onevision": Loader("transformers.folder:load_transformers", ("adapters",)),

@@ -94,14 +94,14 @@ class PatchesConfig:
 
 
 # How models size pictures whatever the folder of their base says, by the name of their profile.
+_AS_PICTURES = {"video_min_pixels": 0, "video_max_pixels": 0}
 SIZES: dict[str, dict[str, Any]] = {
-    "vlm2vec-v1": {"square": 1344},
+    "vlm2vec-v1": {"square": 1344, **_AS_PICTURES},
     "vlm2vec-v2": {
         "min_pixels": 4 * 28 * 28,
         "max_pixels": 1280 * 28 * 28,
-        "video_min_pixels": 0,
-        "video_max_pixels": 0,
         "extreme": "square",
+        **_AS_PICTURES,
     },
 }
 

@@ -38,6 +38,9 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,h264,hevc,"
     "ivf,obu,nut,mxf"
 )
+# Those that say of each frame when it is shown. Others (AVI) say in which order frames are decoded,
+# and what FFmpeg concludes from that is wrong after seeking.
+_STAMPED = {"mov", "matroska", "mpegts", "flv"}
 _ANIMATIONS = {
     "GIF": re.compile(rb"GIF8"),
     "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
@@ -184,9 +187,10 @@ def _open(video: Video) -> Iterator[_Reader]:
         except VisavisError:
             raise
         except Exception as error:  # readers raise nearly anything on damaged data
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             raise ImageError(
-                f"{name} cannot be read as a video ({type(error).__name__}: {error}); it is "
-                "damaged or of another kind: open it in a player and export it as MP4"
+                f"{name} cannot be read as a video ({reason}); it is damaged or of another kind: "
+                "open it in a player and export it as MP4"
             ) from error
 
 
@@ -255,7 +259,8 @@ class _File:
             self.rate = float(stream.average_rate or PICTURES_PER_SECOND)
             self.scale = float(stream.time_base or 0)  # seconds of one step of the time stamps
             codec, promised = stream.codec_context.name, stream.frames
-            if len(packets) < promised and "mp4" in container.format.name:
+            kind = container.format.name.split(",")[0]
+            if kind == "mov" and len(packets) < promised:
                 raise ImageError(
                     f"{name} holds {len(packets)} of its {promised} frames, the end is missing; "
                     "download or export it again"
@@ -268,7 +273,8 @@ class _File:
             if p.is_keyframe and p.pts is not None
         )
         self.has_stamps = self.seekable = (
-            "vp8" not in codec  # keeps frames that are never shown in packets of their own
+            kind in _STAMPED
+            and codec != "vp8"  # keeps frames that are never shown in packets of their own
             and _rise(self.stamps, self.scale)
             and all(p.pts is not None for p in packets)
             and bool(self.keys and self.keys[0][0] <= self.stamps[0])

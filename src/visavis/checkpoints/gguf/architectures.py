@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from visavis.model.config import DecoderConfig
 
-Size = Literal["vocab", "width", "q", "kv", "qkv", "ffn", "gate_up"]
+Size = Literal["vocab", "width", "head", "q", "kv", "qkv", "ffn", "gate_up"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ ARCHITECTURES = {
     # Converters add Gemma's 1 to its norm weights, so there is no offset here.
     "gemma": Architecture({"activation": "gelu_tanh"}, scaled_embedding=True),
     "stablelm": Architecture({"norm": "layer"}),
+    "openelm": Architecture({"qk_norm": True}, fused_qkv=True),
 }
 
 
@@ -95,6 +96,7 @@ def sizes(config: DecoderConfig, layer: int) -> dict[Size, int]:
     return {
         "vocab": config.vocab_size,
         "width": config.width,
+        "head": config.head_dim,
         "q": q,
         "kv": kv,
         "qkv": q + 2 * kv,
@@ -121,6 +123,8 @@ def _block_rows(config: DecoderConfig, layout: Layout) -> Iterator[tuple[str, li
         yield f"attn_norm.{kind}", [Part(f"attn_norm.{kind}", ("width",))]
     for kind in _kinds(config.qkv_bias):
         yield f"qkv.{kind}", _qkv(kind, layout)
+    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+        yield f"{name}.weight", [Part(f"attn_{name}.weight", ("head",))]
     for kind in _kinds(config.out_bias):
         yield f"out.{kind}", [_linear("attn_output", "width", "q", kind)]
     for kind in () if config.parallel_block else norm_kinds:

@@ -21,6 +21,7 @@ from visavis.checkpoints.gguf.architectures import (
     LLAMA,
     Architecture,
     Layout,
+    Part,
     rows,
     shape_of,
 )
@@ -166,12 +167,21 @@ def gguf_state(
     state: Mapping[str, np.ndarray], config: DecoderConfig, layout: Layout = LLAMA
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield GGUF's tensors by GGUF's names from ours: the inverse of `decoder_state`."""
-    for ours, parts in rows(config, layout):
-        ends = np.cumsum([shape_of(part, config)[0] for part in parts])[:-1]
-        for part, split in zip(parts, np.split(state[ours], ends), strict=True):
-            yield part.name, _side_by_side(split, config.head_dim) if part.rotary else split
+    for ours, at, part in split_rows(config, layout):
+        split = state[ours][at]
+        yield part.name, side_by_side(split, config.head_dim) if part.rotary else split
     if config.rope_scaling is not None and config.rope_scaling.kind == "factors":
         yield ROPE_FACTORS, np.array(config.rope_scaling.factors, np.float32)
+
+
+def split_rows(config: DecoderConfig, layout: Layout) -> Iterator[tuple[str, slice, Part]]:
+    """Yield each GGUF tensor, with the tensor of ours and the rows of it that it holds."""
+    for ours, parts in rows(config, layout):
+        start = 0
+        for part in parts:
+            end = start + shape_of(part, config)[0]
+            yield ours, slice(start, end), part
+            start = end
 
 
 def _architecture(file: GGUFFile) -> Architecture:
@@ -211,8 +221,8 @@ def _halves_apart(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return paired.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _side_by_side(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Undo `_halves_apart`."""
+def side_by_side(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undo `_halves_apart`: rotary pairs become neighbouring rows, as GGUF's llama has them."""
     halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 

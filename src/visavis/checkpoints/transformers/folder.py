@@ -170,7 +170,7 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
         videos = [inner for data in found if (inner := section(data, "video_processor"))]
         if (folder / VIDEO_NAME).is_file():
             videos.insert(0, read_json(folder / VIDEO_NAME))
-        return qwen2_vl_processor(settings[0], [*videos, settings[0]][0], config.tower)
+        return qwen2_vl_processor(settings[0], videos[0] if videos else None, config.tower)
     processor = processor_config(settings[0])
     if isinstance(config.tower, ViTConfig) and processor.size != config.tower.image_size:
         raise CheckpointError(

@@ -72,12 +72,10 @@ def qwen2_vl_config(config: Json) -> VLMConfig:
         CheckpointError: a setting that no part of ours has.
     """
     decoder, tower = _decoder(config), _tower(section(config, "vision_config"), config)
-    ids: dict[str, int] = {}
-    for name, default in SETTINGS.items():
-        found = config.get(name, default)
+    ids = SETTINGS | {name: config[name] for name in SETTINGS if config.get(name) is not None}
+    for name, found in ids.items():
         known = isinstance(found, int) and 0 <= found < decoder.vocab_size
         require(name, found, known, f"0 to {decoder.vocab_size - 1}")
-        ids[name] = found
     require("vision_config.hidden_size", tower[1], tower[1] == decoder.width, f"{decoder.width}")
     return VLMConfig(
         decoder=decoder,
@@ -85,7 +83,8 @@ def qwen2_vl_config(config: Json) -> VLMConfig:
         connector=ConnectorConfig(
             "merger", tower[0].width, decoder.width, depth=2, shuffle=tower[0].merge
         ),
-        **ids,
+        image_token_id=ids["image_token_id"],
+        video_token_id=ids["video_token_id"],
     )
 
 
@@ -169,12 +168,14 @@ def qwen2_vl_table(config: VLMConfig) -> NameTable:
     )
 
 
-def qwen2_vl_processor(image: Json, video: Json, tower: Qwen2VLTowerConfig) -> ImageProcessorConfig:
+def qwen2_vl_processor(
+    image: Json, video: Json | None, tower: Qwen2VLTowerConfig
+) -> ImageProcessorConfig:
     """Return how pictures and videos are sized and normalised.
 
     Args:
         image: settings of the image processor.
-        video: those of the video processor; the image's, where a folder has no others.
+        video: those of the video processor, if a folder has any.
 
     Raises:
         CheckpointError: they belong to another tower, or a step that ours does not do.
@@ -186,7 +187,10 @@ def qwen2_vl_processor(image: Json, video: Json, tower: Qwen2VLTowerConfig) -> I
     for name, expected in (sides | {"merge_size": tower.merge}).items():
         require(name, config[name], config[name] == expected, f"{expected}, as the vision tower")
     least, most = _bounds(image, IMAGE_BOUNDS)
-    video_least, video_most = _bounds(video, VIDEO_BOUNDS)
+    if video is None:  # files of 2024: their pictures' bounds, within those for frames
+        video_least, video_most = least, max(least, min(most, VIDEO_BOUNDS["longest_edge"]))
+    else:
+        video_least, video_most = _bounds(video, VIDEO_BOUNDS)
     patches = PatchesConfig(
         patch=tower.patch_size,
         merge=tower.merge,

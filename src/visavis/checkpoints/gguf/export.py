@@ -1,0 +1,215 @@
+"""A model as GGUF, for llama.cpp and all that is built on it: `model.gguf`, and `mmproj.gguf` of
+its vision half.
+
+    Loaded ── decoder, tokenizer, chat format ──► model.gguf     any type of `quantize.FILE_TYPES`
+           └─ tower, connector, image processor ► mmproj.gguf    see mmproj.py
+
+Which architecture of llama.cpp a decoder is follows from its config. What GGUF cannot say is
+refused, never left out. Knows no container (writer.py) and reads no file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from visavis.checkpoints.gguf.architectures import ARCHITECTURES, Architecture, Layout, shape_of
+from visavis.checkpoints.gguf.decoder import (
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    side_by_side,
+    split_rows,
+)
+from visavis.checkpoints.gguf.mmproj_writer import check_exportable, write_mmproj
+from visavis.checkpoints.gguf.model import POOLING, PROFILE
+from visavis.checkpoints.gguf.quantize import FILE_TYPES, quantize, tensor_type
+from visavis.checkpoints.gguf.tensors import as_numpy, quantized, weight
+from visavis.checkpoints.gguf.vocabulary import chat_template, vocabulary_metadata
+from visavis.checkpoints.gguf.writer import NewTensor, write_file
+from visavis.checkpoints.loaded import Loaded
+from visavis.errors import CheckpointError
+from visavis.model.config import DecoderConfig, PerLayer, RopeScaling
+from visavis.model.decoder import Decoder
+from visavis.model.rope import scaled
+from visavis.registry import lookup
+
+MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
+
+
+def write_gguf(loaded: Loaded, path: str | Path, *, kind: str = "F16") -> list[Path]:
+    """Write a model's language half, and its vision half if it has one; return the files.
+
+    Args:
+        path: a folder, which gets `model.gguf` and `mmproj.gguf`, or the .gguf file of the
+            language half, beside which `mmproj-<its name>` goes.
+        kind: a name of `quantize.FILE_TYPES`. The vision half becomes F32 with F32, Q8_0 with
+            Q8_0, else F16, as llama.cpp's own tools do.
+
+    Raises:
+        UnknownNameError: no such type.
+        CheckpointError: a part that llama.cpp cannot run; nothing is written.
+    """
+    file_type = lookup("GGUF type", kind, FILE_TYPES)
+    path = Path(path)
+    single = path.suffix == ".gguf"
+    model = path if single else path / MODEL
+    config = loaded.vlm.config.decoder
+    name = architecture_of(config)
+    if loaded.vlm.head is not None:
+        raise CheckpointError(
+            f"{loaded.name} has an embedding head, which GGUF has no place for; expected a model "
+            "that embeds by its last hidden states. Export it in visavis' own layout instead."
+        )
+    if loaded.vlm.tower is not None:
+        check_exportable(loaded)
+    metadata: dict[str, Any] = {
+        "general.architecture": name,
+        "general.type": "model",
+        "general.name": loaded.name,
+        "general.file_type": file_type,
+        "general.quantization_version": 2,
+        **decoder_metadata(config, name),
+        f"{name}.pooling_type": POOLING[loaded.profile.pooling],
+        **vocabulary_metadata(loaded.tokenizer, loaded.specials, config.vocab_size),
+        PROFILE: json.dumps(loaded.profile.to_dict(), ensure_ascii=False),
+    }
+    bos = loaded.specials.bos_id
+    text = "" if bos is None else loaded.tokenizer.id_to_token(bos) or ""
+    if template := chat_template(loaded.profile, loaded.specials, text):
+        metadata["tokenizer.chat_template"] = template
+    write_file(model, metadata, list(decoder_tensors(loaded.vlm.decoder, name, kind)))
+    if loaded.vlm.tower is None:
+        return [model]
+    mmproj = path.with_name(f"mmproj-{path.name}") if single else path / MMPROJ
+    write_mmproj(loaded, mmproj, kind=kind if kind in ("F32", "Q8_0") else "F16")
+    return [model, mmproj]
+
+
+def architecture_of(config: DecoderConfig) -> str:
+    """Return the `general.architecture` that computes what a decoder computes.
+
+    Raises:
+        CheckpointError: llama.cpp has none; what it lacks is named.
+    """
+    for name, architecture in ARCHITECTURES.items():
+        if not _misfits(config, name, architecture):
+            return name
+    nearest = min(ARCHITECTURES, key=lambda n: len(_misfits(config, n, ARCHITECTURES[n])))
+    found = ", ".join(_misfits(config, nearest, ARCHITECTURES[nearest]))
+    raise CheckpointError(
+        f"the decoder has {found}, which is no language model that llama.cpp runs and that can be "
+        f"written here ({', '.join(ARCHITECTURES)}; the nearest is {nearest!r}). Export it in "
+        "transformers' layout instead."
+    )
+
+
+def _misfits(config: DecoderConfig, name: str, architecture: Architecture) -> list[str]:
+    """Return the settings of a decoder that an architecture does not have."""
+    plain = {"norm": "rms", "activation": "silu", "gated": True, "qk_norm": False}
+    fixed: dict[str, Any] = plain | architecture.switches | {"mrope_sections": ()}
+    biases = ("qkv_bias", "out_bias", "ffn_bias", "head_bias")
+    fixed |= dict.fromkeys(biases, name == "phi2")
+    if name == "qwen2":
+        fixed["qkv_bias"] = True
+    elif name == "llama":  # with biases of q, k and v alone it is a qwen2
+        fixed |= {"qkv_bias": config.out_bias, "out_bias": config.out_bias, "rope_fraction": 1.0}
+    elif name == "stablelm":
+        fixed |= {"qkv_bias": config.qkv_bias, "parallel_block": config.parallel_block}
+    elif name in ("gemma", "openelm"):
+        fixed["tied_head"] = True
+    if name not in ("phi2", "stablelm"):
+        fixed["parallel_block"] = False
+    fixed["embedding_scale"] = math.sqrt(config.width) if architecture.scaled_embedding else 1.0
+    fixed["sliding_window"] = config.sliding_window if architecture.windowed else 0
+    found = [
+        f"{field}={getattr(config, field)!r}"
+        for field, value in fixed.items()
+        if getattr(config, field) != value
+    ]
+    if name != "phi3" and _is_longrope(config.rope_scaling):
+        found.append("rope_scaling of Phi-3")
+    return found
+
+
+def _is_longrope(scaling: RopeScaling | None) -> bool:
+    return scaling is not None and scaling.kind == "factors" and scaling.magnitude != 1
+
+
+def decoder_metadata(config: DecoderConfig, name: str) -> dict[str, Any]:
+    """Return the keys of one architecture: the inverse of `decoder.decoder_config`."""
+
+    def listed(value: PerLayer) -> int | list[int]:
+        return list(value) if isinstance(value, tuple) else value
+
+    epsilon = "layer_norm_rms_epsilon" if config.norm == "rms" else "layer_norm_epsilon"
+    keys: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "embedding_length": config.width,
+        "block_count": config.num_layers,
+        "feed_forward_length": listed(config.ffn_width),
+        "attention.head_count": listed(config.num_heads),
+        "attention.head_count_kv": listed(config.num_kv_heads),
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        f"attention.{epsilon}": float(config.norm_eps),
+        "rope.dimension_count": config.rotary_dim,
+        "rope.freq_base": float(config.rope_base),
+    }
+    if name == "stablelm":
+        keys["use_parallel_residual"] = config.parallel_block
+    if config.sliding_window:
+        keys["attention.sliding_window"] = config.sliding_window
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
+    if scaling is not None and _is_longrope(scaling):
+        keys["rope.scaling.attn_factor"] = float(scaling.magnitude)
+        keys["rope.scaling.original_context_length"] = scaling.original_context
+    return {f"{name}.{key}": value for key, value in keys.items()}
+
+
+def decoder_tensors(decoder: Decoder, name: str, kind: str) -> Iterator[NewTensor]:
+    """Yield a decoder's tensors as they are to be written, none of them made yet."""
+    config = decoder.config
+    found = ARCHITECTURES[name]
+    layout = Layout(found.rotary_pairs, bool(found.fused_qkv), found.fused_up)
+    yield from _rope_tensors(config)
+    for ours, at, part in split_rows(config, layout):
+        shape = shape_of(part, config)
+        type = tensor_type(part.name, shape, kind, config.num_layers, config.tied_head)
+
+        def pieces(
+            ours: str = ours, at: slice = at, rotary: bool = part.rotary, type: str = type
+        ) -> Iterator[np.ndarray]:
+            tensor = weight(decoder, ours.removeprefix("decoder."))[at]
+            if rotary:  # rows move, so they are made at once
+                return quantize(side_by_side(as_numpy(tensor), config.head_dim), type)
+            if config.norm_offset and ours.endswith("norm.weight"):
+                tensor = tensor + config.norm_offset
+            return quantized(tensor, type)
+
+        yield NewTensor(part.name, shape, type, pieces)
+
+
+def _rope_tensors(config: DecoderConfig) -> Iterator[NewTensor]:
+    """Yield the divisors of rotary frequencies, where there are any."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind == "linear":
+        return
+    array = np.array(scaling.factors, np.float32)
+    if scaling.kind == "llama3":  # its rule reads the frequencies; what comes out are divisors
+        exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+        plain = 1.0 / config.rope_base**exponent
+        array = (plain / scaled(plain, scaling)).numpy()
+    # Ours are the first context's; a prompt beyond it is refused, so both are the same.
+    names = (SHORT_FACTORS, LONG_FACTORS) if _is_longrope(scaling) else (ROPE_FACTORS,)
+    for name in names:
+        yield NewTensor(name, array.shape, "F32", lambda: [array])
