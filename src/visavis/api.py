@@ -27,7 +27,6 @@ from visavis.model.quantized import PackedLinear
 from visavis.model.visual import Shape, Visual
 from visavis.model.vlm import TOWER_BATCH, Seen
 from visavis.processing.documents import expand
-from visavis.processing.encoder import PromptEncoder
 from visavis.processing.feature_cache import FeatureCache
 from visavis.processing.images import content_hash
 from visavis.processing.pack import batches, pack
@@ -143,14 +142,7 @@ class Model:
         self.embedding_dim = embedding_dim(loaded.vlm, loaded.profile.pooling)
         self.device = next(loaded.vlm.parameters()).device
         self.image_cache = FeatureCache()
-        self.encoder = PromptEncoder(
-            loaded.name,
-            loaded.vlm.config,
-            loaded.tokenizer,
-            loaded.specials,
-            loaded.profile,
-            loaded.processor,
-        )
+        self.encoder = loaded.encoder
 
     def __repr__(self) -> str:
         dense = [m.dense for m in self.vlm.modules() if isinstance(m, PackedLinear)]

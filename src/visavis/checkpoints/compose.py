@@ -58,7 +58,8 @@ class Composition:
         max_tiles: shrink what exceeds so many tiles' tokens (anyres_max_N).
         image_size: of `efficientnet-lite2`.
         select_layer: hidden state of the tower; 0: -2 for towers with a class token, else the last.
-        head: layers and length of an embedding head; None: vectors are hidden states.
+        head: layers and dim of an embedding head, and whether its image side reads the tower;
+            None: vectors are hidden states.
     """
 
     language_model: str
@@ -93,7 +94,7 @@ def compose(
         decoder=decoder,
         tower=tower,
         connector=ConnectorConfig(in_width=tower.width, out_width=decoder.width, **parts.connector),
-        head=None if parts.head is None else HeadConfig(**parts.head),
+        head=_head(parts, tower.width),
         # Image tokens are found by position, so any id may stand for them.
         image_token_id=base.specials.pad_id or 0,
         select_layer=layer,
@@ -167,6 +168,13 @@ def open_tower(parts: Composition) -> tuple[TowerConfig, dict[str, Tensor], Imag
             f"{tower.image_size}; one of the two files belongs to another model."
         )
     return tower, read_tower(config, tensors, where=str(folder)), processor
+
+
+def _head(parts: Composition, width: int) -> HeadConfig | None:
+    if parts.head is None:
+        return None
+    layers, dim, from_tower = (parts.head[name] for name in ("layers", "dim", "tower"))
+    return HeadConfig(tuple(layers), dim, tower_width=width if from_tower else 0)
 
 
 def _merge(parts: Composition) -> MergeConfig:

@@ -32,6 +32,8 @@ class Match:
         id: unique within its source; negatives that were mined elsewhere are joined by it.
         negatives: hard negatives, any number of them.
         group: samples of one group are no negatives of each other; empty: by target alone.
+        instruction, target_instruction: what the query's and the targets' vectors are for; joined
+            to their texts as the model's profile says.
     """
 
     id: str
@@ -39,6 +41,8 @@ class Match:
     target: Prompt
     negatives: tuple[Prompt, ...] = ()
     group: str = ""
+    instruction: str = ""
+    target_instruction: str = ""
 
 
 Sample: TypeAlias = Chat | Match

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from visavis.errors import TrainError
 from visavis.processing.turns import TURNS
 from visavis.registry import suggest
+
+if TYPE_CHECKING:
+    from visavis.checkpoints.compose import Composition
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -97,6 +100,27 @@ class ModelRecipe(_Strict):
         if self.quantize and self.lora is None:
             raise ValueError("quantized weights cannot be trained: add `lora`")
         return self
+
+    def composition(self) -> Composition:
+        """Return the parts as `checkpoints.compose` takes them."""
+        from visavis.checkpoints.compose import Composition
+
+        names = (
+            "language_model",
+            "vision_tower",
+            "turns",
+            "resize",
+            "tiles",
+            "max_tiles",
+            "image_size",
+            "select_layer",
+            "pooling",
+        )
+        return Composition(
+            connector=self.connector.model_dump(),
+            head=None if self.head is None else self.head.model_dump(),
+            **{name: getattr(self, name) for name in names},
+        )
 
 
 # ---- the data ------------------------------------------------------------------------------------

@@ -68,11 +68,15 @@ class ContrastiveTask:
         samples = self._own(devices)
         queries = [sample.query for sample in samples]
         targets = [sample.target for sample in samples]
-        hard = [(one.id, wrong) for one in samples for wrong in one.negatives[: self.negatives]]
-        ids = [sample.id for sample in samples]
+        hard = [(one, wrong) for one in samples for wrong in one.negatives[: self.negatives]]
         prompts = [*queries, *targets, *(wrong for _, wrong in hard)]
-        owners = [*ids, *ids, *(id for id, _ in hard)]
-        encoded = [self.batcher.item(id, one) for id, one in zip(owners, prompts, strict=True)]
+        owners = [*samples, *samples, *(one for one, _ in hard)]
+        item = self.batcher.item
+        encoded = [item(one.id, one.query, one.instruction) for one in samples]
+        encoded += [
+            item(owner.id, prompt, owner.target_instruction)
+            for owner, prompt in zip(owners[len(samples) :], prompts[len(samples) :], strict=True)
+        ]
         chunks = token_chunks([len(one.token_ids) for one in encoded], self.chunk_tokens)
         keys = _digests(prompts[len(samples) :])
         groups = _numbers([sample.group or sample.id for sample in samples])
@@ -107,7 +111,7 @@ class ContrastiveTask:
         )
         tokens = sum(len(one.token_ids) for one in encoded)
         mean = float(loss) / self.weight
-        return [Part(self.name, mean, int(devices.sum(tokens)), tuple(ids))]
+        return [Part(self.name, mean, int(devices.sum(tokens)), tuple(one.id for one in samples))]
 
     def _own(self, devices: Devices) -> list[Match]:
         """Draw a step's queries; return those of this process."""
