@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from visavis.model.attention import Layout, attend
 from visavis.model.config import DecoderConfig
@@ -105,6 +106,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # in training: activations of blocks again on the way back
         self.rope = Rope(config)
         self.embed = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
@@ -139,7 +141,10 @@ class Decoder(nn.Module):
         found = {0: x}
         rotary = self.rope(positions, self.dtype)
         for number, block in enumerate(self.blocks[: max(wanted.values())], start=1):
-            x = block(x, rotary, layout)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, layout, use_reentrant=False)
+            else:
+                x = block(x, rotary, layout)
             if number in wanted.values():
                 found[number] = x
         if max(wanted.values()) == last:
