@@ -335,6 +335,9 @@ def test_dict_and_chat_agree(text, pictures):
 
 
 KEYS = [
+    *("role", "content", "type", "text", "image", "image_url", "url", "video", "video_url"),
+    *("document", "file", "file_data"),
+]
     "role",
     "content",
     "type",
