@@ -338,19 +338,6 @@ KEYS = [
     *("role", "content", "type", "text", "image", "image_url", "url", "video", "video_url"),
     *("document", "file", "file_data"),
 ]
-    "role",
-    "content",
-    "type",
-    "text",
-    "image",
-    "image_url",
-    "url",
-    "video",
-    "video_url",
-    "document",
-    "file",
-    "file_data",
-]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(KEYS), inner),
