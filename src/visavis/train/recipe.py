@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from visavis.data.sources import SOURCES, TRAINING_SOURCES
 from visavis.errors import TrainError
+from visavis.model.connectors import CONNECTORS
 from visavis.registry import suggest
 
 
@@ -25,11 +26,19 @@ class _Part(BaseModel):
 class ConnectorRecipe(_Part):
     """See `model.config.ConnectorConfig`."""
 
-    kind: Literal["linear", "mlp"] = "linear"
+    kind: str = "linear"
     depth: Annotated[int, Field(ge=1)] = 1
     shuffle: Annotated[int, Field(ge=1)] = 3  # 9 x 9 patches become 3 x 3 tokens
     hidden_width: Annotated[int, Field(ge=0)] = 0
     input_norm: bool = False
+    num_queries: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in CONNECTORS:
+            raise ValueError(f"no connector is called {kind!r}: {suggest(kind, CONNECTORS)}")
+        return kind
 
 
 class HeadRecipe(_Part):
