@@ -13,10 +13,14 @@ from PIL import Image as pil
 
 from visavis import prompt as prompt_module
 from visavis.errors import InputError
-from visavis.prompt import Image, Message, Prompt, Text
+from visavis.prompt import Document, Image, Message, Page, Prompt, Text, Video
 
 PIXEL = b"\x89PNG not really, but prompts do not look inside"
 URI = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
+
+
+VIDEO_URI = "data:video/mp4;base64," + base64.b64encode(PIXEL).decode()
+PDF_URI = "data:application/pdf;base64," + base64.b64encode(PIXEL).decode()
 
 
 def parts(item):
@@ -63,6 +67,53 @@ def test_openai_content_list():
         {"type": "image_url", "image_url": URI},
     ]
     assert parts(content) == (Image(PIXEL), Text("who?"), Image(PIXEL))
+
+
+def test_videos_and_documents_of_a_dict():
+    assert parts({"video": "a.mp4", "text": "t"}) == (Video(Path("a.mp4")), Text("t"))
+    frames = Video((Image("1.png"), Image("2.png")))
+    assert parts({"video": ["1.png", Path("2.png")]}) == (frames,)
+    assert parts({"document": Path("a.pdf")}) == (Document("a.pdf"),)
+    asked = Document("a.pdf", pages=[2, 3])
+    assert parts({"text": "t", "document": asked, "video": None}) == (Text("t"), asked)
+    assert asked.pages == (2, 3)
+    assert parts({"document": PDF_URI, "video": VIDEO_URI}) == (Document(PIXEL), Video(PIXEL))
+
+
+def test_videos_and_documents_on_their_own_and_in_messages():
+    video, document = Video("a.mp4", frames=4), Document("a.pdf")
+    assert parts(video) == (video,)
+    assert parts([document, Text("t")]) == (document, Text("t"))
+    assert Message("user", video).parts == (video,)
+    prompt = Prompt((Message("user", (Image("b.png"), document, video, "t", Image("c.png"))),))
+    assert prompt.visuals == (Image("b.png"), video, Image("c.png"))
+    assert prompt.images == (Image("b.png"), Image("c.png"))
+    assert prompt.text == "t"
+
+
+def test_videos_and_documents_of_openai_content():
+    content = [
+        {"type": "video_url", "video_url": {"url": VIDEO_URI}},
+        {"type": "video", "video": VIDEO_URI},
+        {"type": "video", "video": [URI, URI]},
+        {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URI}},
+    ]
+    frames = Video([PIXEL, PIXEL])
+    assert parts(content) == (Video(PIXEL), Video(PIXEL), frames, Document(PIXEL))
+
+
+def test_chat_takes_videos_and_documents_among_its_images():
+    prompt = Prompt.chat("?", images=["a.jpg", Video("b.mp4"), Document("c.pdf")])
+    assert prompt.messages[0].parts[:3] == (Image("a.jpg"), Video("b.mp4"), Document("c.pdf"))
+    assert Prompt.chat("", images=Video("b.mp4")).visuals == (Video("b.mp4"),)
+
+
+def test_equal_videos_documents_and_pages():
+    assert len({Video("a"), Video(Path("a")), Video("a", frames=2)}) == 2
+    assert len({Document("a"), Document(Path("a")), Document("a", pages=(1,))}) == 2
+    page = Image(Page(Path("a.pdf"), 1))
+    assert page == Image(Page(Path("a.pdf"), 1)) != Image(Page(Path("a.pdf"), 2))
+    assert len({page, Image(Page(Path("a.pdf"), 1))}) == 1
 
 
 def test_openai_messages():
@@ -126,11 +177,38 @@ def test_image_equality_is_by_content_named():
         ({"type": "text"}, "None"),
         ({"type": "image_url", "image_url": {}}, "None"),
         ([Message("system", (Text("x"),))], "none from a user"),
+        ({"video": 3}, "video is of type int"),
+        ({"video": []}, "empty list"),
+        ({"video": [3]}, "image is of type int"),
+        ({"video": ""}, "video is an empty str"),
+        ({"document": ["a.pdf"]}, "document is of type list"),
+        ({"image": Video("a.mp4")}, "image is of type visavis.prompt.Video"),
+        ({"type": "video"}, "video is None"),
+        ({"type": "video", "video": [3]}, "video is of type int"),
+        ({"type": "file", "file": {"file_id": "x"}}, "file is None"),
     ],
 )
 def test_wrong_types_are_named(item, names):
     with pytest.raises(InputError, match=names):
         Prompt.of(item)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Video("a", frames=0), "frames of a video: 0"),
+        (lambda: Video("a", frames=True), "True"),
+        (lambda: Document("a", pages=()), r"pages are \(\)"),
+        (lambda: Document("a", pages=2), "pages are 2"),
+        (lambda: Document("a", pages=(1, 0)), "page number: 0"),
+        (lambda: Video("data:image/png;base64,AAAA"), "expected video/<kind>"),
+        (lambda: Document("data:video/mp4;base64,AAAA"), "expected application/pdf"),
+        (lambda: Image(VIDEO_URI), "expected image/<kind>"),
+    ],
+)
+def test_wrong_videos_and_documents(make, says):
+    with pytest.raises(InputError, match=says):
+        make()
 
 
 def test_a_tensor_is_told_how_to_become_an_array():
@@ -163,12 +241,28 @@ def test_remote_urls_are_refused_everywhere(url):
     ):
         with pytest.raises(InputError, match="download the picture first"):
             make()
+    for make in (
+        lambda: Video(url),
+        lambda: Prompt.of([{"type": "video_url", "video_url": {"url": url}}]),
+        lambda: Prompt.of([{"type": "video", "video": [url]}]),
+    ):
+        with pytest.raises(InputError, match="download the video first"):
+            make()
+    with pytest.raises(InputError, match="download the document first"):
+        Prompt.of({"document": url})
 
 
 @pytest.mark.parametrize("url", ["/etc/passwd", "file:///etc/passwd", "cat.jpg"])
 def test_messages_never_name_local_files(url):
-    with pytest.raises(InputError, match="data: URI"):
-        Prompt.of([{"type": "image_url", "image_url": {"url": url}}])
+    for part in (
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "video_url", "video_url": {"url": url}},
+        {"type": "video", "video": url},
+        {"type": "video", "video": [url]},
+        {"type": "file", "file": {"file_data": url}},
+    ):
+        with pytest.raises(InputError, match="data: URI"):
+            Prompt.of([part])
 
 
 @pytest.mark.parametrize(
@@ -240,14 +334,13 @@ def test_dict_and_chat_agree(text, pictures):
     assert Prompt.of(text) == Prompt.of({"text": text}) == Prompt.chat(text)
 
 
+KEYS = [
+    *("role", "content", "type", "text", "image", "image_url", "url", "video", "video_url"),
+    *("document", "file", "file_data"),
+]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: (
-        st.lists(inner)
-        | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "image", "image_url", "url"]), inner
-        )
-    ),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(KEYS), inner),
     max_leaves=8,
 )
 
@@ -258,7 +351,8 @@ def test_any_json_is_a_prompt_or_one_input_error(item):
         prompt = Prompt.of(item)
     except InputError:
         return
-    assert prompt.images or prompt.text.strip() or prompt.messages[0].role == "assistant"
+    seen = any(not isinstance(part, Text) for m in prompt.messages for part in m.parts)
+    assert seen or prompt.text.strip() or prompt.messages[0].role == "assistant"
 
 
 def test_importing_prompt_is_light():

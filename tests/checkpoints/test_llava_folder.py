@@ -12,7 +12,13 @@ import torch
 import visavis
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.fakes import picture
-from visavis.checkpoints.llava.layout import KNOWN_TOWERS, text_config, vlm_config
+from visavis.checkpoints.llava.layout import (
+    KNOWN_TOWERS,
+    known_tower,
+    text_config,
+    turns_of,
+    vlm_config,
+)
 from visavis.errors import CheckpointError, InputError
 
 
@@ -50,12 +56,21 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("mm_hidden_size", 1024, "the vision tower's 24"),
         ("mm_vision_select_layer", [-2, -5], "one number of 3 layers"),
         ("mm_vision_select_feature", "slicefour_patch", "'patch' or 'cls_patch'"),
+        ("mm_newline_position", "grid", "'one_token' or 'no_token' without unpadding"),
+        ("mm_spatial_pool_mode", "conv", "one of bilinear, average, max"),
+        ("image_grid_pinpoints", None, "pairs of multiples of 32"),
+        ("image_grid_pinpoints", [[32, 64], [48, 32]], "pairs of multiples of 32"),
+        ("image_grid_pinpoints", [], "pairs of multiples of 32"),
+        ("image_grid_pinpoints", "(1x1),...,(6x99)", "at most (64x64)"),
+        ("image_grid_pinpoints", "open('x')", "pairs of multiples of 32"),
     ],
 )
 def test_settings_that_we_have_not_are_named(
     name: str, value: Any, expected: str, folder: Path
 ) -> None:
-    edit_config(folder, **{name: value})
+    tiled = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"}
+    of_tiles = name.startswith(("image_grid", "mm_newline", "mm_spatial"))
+    edit_config(folder, **(tiled if of_tiles else {}) | {name: value})
     message = refusal(folder)
     assert f"sets {name} to {value!r}" in message and expected in message
 
@@ -91,6 +106,40 @@ def test_a_known_tower_needs_no_folder() -> None:
     ours = vlm_config(config | {"mm_hidden_size": 1152}, text_config(config), siglip)
     assert ours.tokens_per_image == 729
     assert ours.tower is not None and ours.tower.num_layers == 26  # type: ignore[union-attr]
+
+
+def test_a_known_tower_may_lie_in_a_folder_of_its_authors() -> None:
+    config = {"mm_vision_tower": "/data/someone/siglip-so400m-patch14-384"}
+    assert known_tower(config) == KNOWN_TOWERS["google/siglip-so400m-patch14-384"]
+    assert known_tower({"mm_vision_tower": "/data/siglip"}) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "aspect", "turns"),
+    [
+        ("Llama", 32000, "pad", "vicuna_v1"),
+        ("Llama", 32064, "anyres", "vicuna_v1"),  # with padding
+        ("Llama", 64000, "anyres", "chatml_direct"),  # Yi
+        ("Llama", 128256, "anyres", "llava_llama_3"),
+        ("Llama", 50000, "anyres", ""),  # none of those that were trained
+        ("Llama", 32000, "anyres_max_9", ""),
+        ("Mistral", 32000, "anyres", "mistral_instruct"),
+        ("Qwen", 152064, "anyres", "qwen_1_5"),
+        ("Qwen", 151936, "anyres_max_9", "qwen_1_5"),
+    ],
+)
+def test_the_format_that_a_config_settles(
+    kind: str, vocab_size: int, aspect: str, turns: str
+) -> None:
+    config = {
+        "architectures": [f"Llava{kind}ForCausalLM"],
+        "model_type": "llava",
+        "vocab_size": vocab_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "image_aspect_ratio": aspect,
+        "mm_patch_merge_type": "flat" if aspect == "pad" else "spatial_unpad",
+    }
+    assert turns_of(config, text_config(config)) == turns
 
 
 def test_a_projector_without_its_base_says_so(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`visavis inspect`: every layout from its headers, what does not fit named."""
+"""`visavis inspect`: every layout from its headers, what does not fit named; what two differ in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoints.anyres_files import save_next, save_onevision
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.checkpoints.test_gguf_split import write_split
 from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.cli.conftest import Run
+from tests.parity.qwen2_vl_files import save_qwen2_vl
 from visavis.checkpoints import weight_files
 from visavis.checkpoints.gguf.decoder import decoder_state
 from visavis.checkpoints.gguf.split import open_model
@@ -29,9 +31,16 @@ def parameters(whole: dict[str, Any]) -> dict[str, int]:
     return {part["part"]: part["parameters"] for part in whole["parts"]}
 
 
+@pytest.fixture
+def reads() -> None:
+    """A test may read tensors."""
+
+
 @pytest.fixture(autouse=True)
-def _headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def _headers_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of a safetensors file is read."""
+    if "reads" in request.fixturenames:
+        return
 
     def refuse(*_: object) -> torch.Tensor:
         raise AssertionError("inspect read a tensor")
@@ -50,6 +59,8 @@ def test_a_transformers_folder(run: Run, tmp_path: Path) -> None:
     assert whole["layout"] == "transformers" and whole["problems"] == []
     assert whole["tensor_types"] == {"float32": f"{len(peer.state_dict())} tensors"}
     assert whole["pictures"]["size"] == "32 px, shortest edge resized, middle cut out"
+    assert whole["why"] == "config.json has model_type 'llava'"
+    assert whole["quirks"]["whole"] == "image_token_id=259, select_layer=-2"
     shown = run("inspect", tmp_path).stdout
     assert "vision tower" in shown and "model.safetensors" in shown and "in the folder" in shown
 
@@ -96,6 +107,29 @@ def test_an_original_llava_without_its_tower(run: Run, tmp_path: Path) -> None:
     assert "lacks its weights" in problem and named in problem
 
 
+def test_a_first_stage(run: Run, tmp_path: Path) -> None:
+    save_original(tmp_path, tiny_peer())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"model.mm_projector.0.weight": torch.ones(32, 24)}, tmp_path / "mm_projector.bin")
+    whole = facts(run, tmp_path)
+    assert whole["kind"] == "llava_first_stage" and parameters(whole)[whole["layout"]] == 768
+    assert "base='…'" in whole["problems"][0]
+
+
+def test_any_number_of_views(run: Run, tmp_path: Path) -> None:
+    """LLaVA-NeXT's tiles, OneVision's, Qwen2-VL's patches."""
+    for name, save in (
+        ("llava_next", save_next),
+        ("llava_onevision", save_onevision),
+        ("qwen2_vl", save_qwen2_vl),
+    ):
+        save(tmp_path / name)
+        whole = facts(run, tmp_path / name)
+        assert whole["kind"] == name and whole["problems"] == []
+        assert whole["pictures"]["patches" if name == "qwen2_vl" else "tiles"]
+    assert "mrope_sections=(2, 3, 3)" in whole["quirks"]["language model"]
+
+
 def test_an_adapter(run: Run, tmp_path: Path) -> None:
     pair = {
         f"base_model.model.model.layers.0.self_attn.q_proj.lora_{name}.weight": torch.ones(*shape)
@@ -105,12 +139,53 @@ def test_an_adapter(run: Run, tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "a/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     whole = facts(run, tmp_path)
-    assert parameters(whole) == {"adapter": 256} and whole["profile"]["base"] == "a/base"
+    assert parameters(whole) == {"LoRA adapter": 256} and whole["profile"]["base"] == "a/base"
 
 
 def test_a_split_gguf(run: Run, tmp_path: Path) -> None:
     paths = write_split(tmp_path)
     whole = facts(run, paths[1])
-    assert whole["layout"] == "GGUF in 3 files" and list(whole["files"]) == [p.name for p in paths]
+    assert whole["layout"] == "GGUF" and list(whole["files"]) == [p.name for p in paths]
     arrays = dict(decoder_state(open_model(paths[0])[0])).values()
     assert parameters(whole) == {"language model": sum(array.size for array in arrays)}
+
+
+def test_two_that_are_the_same(run: Run, tmp_path: Path, reads: None) -> None:
+    save_qwen2(tmp_path / "a")
+    save_qwen2(tmp_path / "b", max_shard_size="40KB")
+    result = run("inspect", tmp_path / "a", tmp_path / "b")
+    assert result.exit_code == 0 and "values: 0 of 27 tensors differ\nthe same" in result.stdout
+
+
+def test_two_that_differ(run: Run, tmp_path: Path, reads: None) -> None:
+    save_qwen2(tmp_path / "a")
+    save_qwen2(tmp_path / "b")
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    tensors["model.norm.weight"][3] += 0.5
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] -= 2
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(3, 3)
+    tensors["extra"] = tensors.pop("lm_head.weight")
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    result = run("inspect", tmp_path / "a", tmp_path / "b", "--top", 1, "--json")
+    assert result.exit_code == 1
+    whole = json.loads(result.stdout)
+    assert not whole["same"] and whole["settings"] == {"rms_norm_eps": ["1e-06", "0.5"]}
+    assert (whole["only_in_a"], whole["only_in_b"]) == (["lm_head.weight"], ["extra"])
+    assert whole["shapes"] == {"model.layers.1.mlp.up_proj.weight": ["(48, 32)", "(3, 3)"]}
+    assert whole["types"] == {}
+    (largest,) = whole["values"].pop("largest")
+    assert largest["tensor"] == "model.layers.0.mlp.up_proj.weight"
+    assert largest["max_abs"] == pytest.approx(2)
+    assert whole["values"] == {"compared": 25, "different": 2}
+    shown = run("inspect", tmp_path / "a", tmp_path / "b")
+    assert shown.exit_code == 1 and "rms_norm_eps  1e-06  →  0.5" in shown.stdout
+    assert "only in b: 1 tensors\n  extra" in shown.stdout
+
+
+def test_two_that_are_no_pair(run: Run, tmp_path: Path) -> None:
+    save_qwen2(tmp_path / "a")
+    result = run("inspect", tmp_path / "a", write_split(tmp_path)[0])
+    assert result.exit_code == 2 and "Compare two of a kind" in result.stderr
+    assert run("inspect", tmp_path / "a", tmp_path / "b").exit_code == 2

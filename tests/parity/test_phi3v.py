@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import visavis
 from tests.checkpoints.phi3v_files import published_inputs, save_phi3v, tiny_tower
@@ -23,7 +24,7 @@ from tests.parity.peers import TOLERANCE, assert_close
 from tests.processing.test_hd import reference
 from visavis.checkpoints.names import to_theirs
 from visavis.checkpoints.phi3v.layout import name_table, vlm_config
-from visavis.cli.inspect import _facts
+from visavis.cli import app
 from visavis.errors import CheckpointError
 from visavis.processing.hd import hd_shape
 
@@ -174,10 +175,9 @@ def test_tolerance_would_see_a_swapped_separator(tmp_path: Path) -> None:
 
 def test_inspect_names_what_is_missing(tmp_path: Path) -> None:
     save_phi3v(tmp_path)
-    facts = _facts(tmp_path)
-    assert facts["layout"] == "Phi-3.5-vision" and facts["problems"] == []
-    assert facts["pictures"]["size"] == "32 px, tiles, and a view of all of it"
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert "Phi-3.5-vision" in shown.output and "missing" not in shown.output
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    assert "missing lm_head.weight" in _facts(tmp_path)["problems"][0]
+    assert "missing lm_head.weight" in CliRunner().invoke(app, ["inspect", str(tmp_path)]).output

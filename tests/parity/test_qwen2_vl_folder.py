@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import visavis
 from tests.parity.peers import assert_close
 from tests.parity.qwen2_vl_files import IMAGE, noise, peer_inputs, save_qwen2_vl
+from visavis.checkpoints.native import save_native
 from visavis.checkpoints.transformers.layout import write
 from visavis.errors import CheckpointError, UnknownNameError
 from visavis.processing.patches import SIZES, image_patches
@@ -141,6 +142,24 @@ def test_profiles_by_name(tmp_path: Path) -> None:
     assert first.profile.jinja and first.profile.embed_image_end == "\n"
     with pytest.raises(UnknownNameError, match="vlm2vec-v2"):
         load(tmp_path, profile="vlm2vec")
+
+
+def test_a_folder_of_our_own_needs_no_profile(tmp_path: Path) -> None:
+    save_qwen2_vl(tmp_path / "theirs")
+    model = load(tmp_path / "theirs", profile="vlm2vec-v2")
+    save_native(
+        tmp_path / "ours",
+        name="ours",
+        config=model.vlm.config,
+        tensors=model.vlm.state_dict(),
+        profile=model.profile,
+        processor=model.processor,
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "ours" / name).write_bytes((tmp_path / "theirs" / name).read_bytes())
+    again, items = load(tmp_path / "ours"), [{"image": noise((40, 50), 1), "text": "red"}]
+    assert again.vlm.config == model.vlm.config and again.processor == model.processor
+    assert (again.embed(items) == model.embed(items)).all()
 
 
 DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {

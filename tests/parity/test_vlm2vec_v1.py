@@ -1,4 +1,4 @@
-"""VLM2Vec's first version: DoRA adapters that PEFT wrote on Phi-3.5-vision, loaded and merged.
+"""VLM2Vec's first version: DoRA adapters that PEFT wrote, on Phi-3.5-vision and LLaVA-NeXT.
 
 Vectors are compared with the peer's under PEFT, of prompts in the form that MMEB's data have.
 """
@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import MistralConfig
 
 import visavis
+from tests.checkpoints.anyres_files import LONG, save_next
 from tests.checkpoints.phi3v_files import SETTINGS, published_inputs, save_phi3v, tiny_tower
 from tests.fakes import picture
 from tests.parity.peers import assert_close
@@ -55,6 +59,41 @@ def test_dora_on_phi3v(tmp_path: Path) -> None:
         hidden = peer.model(inputs_embeds=embeddings).last_hidden_state[0, -1]
         assert_close(torch.from_numpy(vector), hidden / hidden.norm(), repr(text))
     assert abs(plain.embed(["a cat"])[0] - vectors[2]).max() > 0.01, "the adapter changes nothing"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("older_names", [False, True])
+def test_dora_on_llava_next(older_names: bool, tmp_path: Path) -> None:
+    """Pictures are squashed to a large square before they are tiled, as they were in training."""
+    text = MistralConfig(**LONG, sliding_window=None)
+    peer, processor = save_next(tmp_path / "base", text=text)
+    adapter = adapted(peer, **DORA)
+    adapter.save_pretrained(tmp_path / "adapter")
+    if older_names:  # as transformers called its modules then
+        path = tmp_path / "adapter" / "adapter_model.safetensors"
+        tensors = {older(name): tensor for name, tensor in load_file(path).items()}
+        assert not any(".model.model.language_model." in name for name in tensors)
+        save_file(tensors, path)
+    model = load(tmp_path / "adapter", tmp_path / "base")
+    image = picture(1, (90, 61))
+    squashed = image.resize((1344, 1344), Image.Resampling.BICUBIC)
+    items = [{"image": image, "text": "what is it?"}, {"image": image}]
+    vectors = [*model.embed(items, instruction=INSTRUCTION), *model.embed(["a cat"])]
+    texts = [f"<image>\n{INSTRUCTION} what is it?\n", f"<image>\n{INSTRUCTION}\n", "a cat"]
+    for vector, text_ in zip(vectors, texts, strict=True):
+        images = [squashed] if "<image>" in text_ else None
+        inputs = processor(text=text_, images=images, return_tensors="pt")
+        hidden = adapter(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+        assert_close(torch.from_numpy(vector), hidden / hidden.norm(), repr(text_))
+
+
+def older(name: str) -> str:
+    """Return what an adapter's tensor was called when LLaVA's parts hung at the top."""
+    head = "base_model.model.model."
+    rest = name.removeprefix(head)
+    rest = rest.replace("language_model.", "language_model.model.", 1)
+    rest = rest.replace("vision_tower.encoder.", "vision_tower.vision_model.encoder.", 1)
+    return f"base_model.model.{rest}"
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from PIL import ImageCms
 from tests.pictures import RED, scene
 from visavis.errors import ImageError
 from visavis.processing import images
-from visavis.processing.images import content_hash, decode_image
+from visavis.processing.images import content_hash, decode_image, image_size
 from visavis.processing.opening import find_images
 from visavis.prompt import Image
 
@@ -149,7 +149,7 @@ def test_one_bit():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_including_mirrored(orientation):
+def test_exif_orientation_including_mirrored(orientation, tmp_path):
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :16], upright[:8, 16:] = RED, GREEN
     flipped = upright.transpose(1, 0, 2)
@@ -166,7 +166,8 @@ def test_exif_orientation_including_mirrored(orientation):
     exif = pil.Exif()
     exif[0x0112] = orientation
     picture = pil.fromarray(np.ascontiguousarray(stored))
-    for kind in ("PNG", "JPEG", "TIFF"):
+    path = tmp_path / "a"
+    for kind in ("PNG", "JPEG", "TIFF", "WEBP"):
         decoded = decode_image(encoded(picture, kind, exif=exif))
         assert decoded.size == (32, 16)
         assert decoded.getpixel((4, 3))[0] > 200 > 60 > decoded.getpixel((4, 3))[1]
@@ -174,6 +175,9 @@ def test_exif_orientation_including_mirrored(orientation):
         assert max(decoded.getpixel((4, 13))) < 60
         again = decode_image(decoded)  # turning twice would be wrong
         assert np.array_equal(np.asarray(again), np.asarray(decoded))
+
+        path.write_bytes(encoded(picture, kind, exif=exif))
+        assert image_size(path) == (32, 16)
 
 
 def test_broken_exif_is_not_a_broken_picture():
@@ -326,6 +330,56 @@ def test_damaged_pictures_decode_or_are_an_image_error(seed, data):
         warnings.simplefilter("ignore")
         with suppress(ImageError):
             assert decode_image(bytes(damaged[: data.draw(spot) + 1])).mode == "RGB"
+
+
+# ---- sizes from headers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(images.FORMATS))
+def test_the_header_gives_the_size_of_the_decoded_picture(kind):
+    data = encoded(scene(64, 48), kind)
+    for source in (data, scene(64, 48), np.asarray(scene(64, 48))):
+        assert image_size(source) == decode_image(source).size
+
+
+def test_sizes_need_no_pixels():
+    data = encoded(scene(), "JPEG")
+    assert image_size(data[: len(data) // 2]) == (97, 61)
+    assert image_size(png_header(4000, 3000)) == (4000, 3000)
+
+
+def test_a_png_may_say_behind_its_pixels_how_it_is_turned():
+    exif = pil.Exif()
+    exif[0x0112] = 6
+    data = encoded(scene(), "PNG", exif=exif)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    chunk, rest = data[start:end], data[:start] + data[end:]
+    moved = rest[:-12] + chunk + rest[-12:]  # before IEND
+    assert image_size(moved) == decode_image(moved).size == (61, 97)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (b"just some words", "not a picture"),
+        (png_header(30_000, 30_000), "megapixels"),
+        (b"", "0 bytes"),
+    ],
+)
+def test_wrong_headers(source, says):
+    with pytest.raises(ImageError, match=says):
+        image_size(source)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(SEEDS), st.data())
+def test_sizes_of_damaged_pictures_are_an_image_error(seed, data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(ImageError):
+            width, height = image_size(seed[: data.draw(st.integers(1, len(seed)))])
+            assert width * height > 0
 
 
 # ---- content hash --------------------------------------------------------------------------------

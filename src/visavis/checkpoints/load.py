@@ -112,15 +112,20 @@ def embed_as(loaded: Loaded, profile: str) -> None:
     from visavis.checkpoints.loaded import fingerprint
     from visavis.processing.hd import CROPS, HDConfig
     from visavis.processing.patches import SIZES
+    from visavis.processing.tiling import SQUARES
     from visavis.processing.video import VideoConfig
 
     loaded.profile = loaded.profile.embedding_as(PROFILES[profile])
-    patches = loaded.processor.patches if loaded.processor else None
-    if loaded.processor and patches and profile in SIZES:
-        patches, video = replace(patches, **SIZES[profile]), VideoConfig(frames=VLM2VEC_FRAMES)
-        loaded.processor = replace(loaded.processor, patches=patches, video=video)
-    if loaded.processor and loaded.processor.hd and profile in CROPS:
-        loaded.processor = replace(loaded.processor, hd=HDConfig(CROPS[profile]))
+    if processor := loaded.processor:
+        if processor.patches and profile in SIZES:
+            sizes = replace(processor.patches, **SIZES[profile])
+            processor = replace(processor, patches=sizes, video=VideoConfig(frames=VLM2VEC_FRAMES))
+        if processor.tiles and profile in SQUARES:
+            tiles = replace(processor.tiles, square=SQUARES[profile])
+            processor = replace(processor, tiles=tiles)
+        if processor.hd and profile in CROPS:
+            processor = replace(processor, hd=HDConfig(CROPS[profile]))
+        loaded.processor = processor
     loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "profile": profile})
 
 

@@ -13,6 +13,7 @@ import typer
 from visavis import __version__
 from visavis.cli.chat import chat
 from visavis.cli.console import Group, quiet_broken_pipe
+from visavis.cli.convert import convert
 from visavis.cli.demo import demo
 from visavis.cli.doctor import doctor
 from visavis.cli.embed import embed
@@ -35,6 +36,7 @@ app.command()(chat)
 app.command()(embed)
 app.add_typer(index)
 app.command()(train)
+app.command()(convert)
 app.command()(inspect)
 app.command()(fetch)
 app.command()(doctor)

@@ -1,11 +1,12 @@
-"""`visavis inspect`: what a checkpoint is made of, read from its headers; no weights are loaded."""
+"""`visavis inspect`: what a checkpoint is made of, read from its headers; what two differ in."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,313 +20,205 @@ from visavis.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from visavis.checkpoints.names import NameTable
-    from visavis.checkpoints.weight_files import TensorFiles
+    from visavis.checkpoints.compare import Comparison
+    from visavis.checkpoints.describe import Description
     from visavis.model.config import VLMConfig
     from visavis.processing.images import ImageProcessorConfig
 
+EXIT_DIFFERENT = 1
+MAX_LISTED = 10
+WAYS = {
+    "squash": "squeezed to a square",
+    "crop": "shortest edge resized, middle cut out",
+    "pad": "padded to a square with the mean colour",
+    "patches": "any size, in patches",
+    "hd": "cut into tiles of a canvas, and seen whole",
+}
 
-def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
-    """Show a checkpoint's parts, sizes and prompt profile without loading its weights.
+
+def inspect(
+    model: ModelArgument,
+    other: Annotated[str, typer.Argument(help="Say what differs from this one instead.")] = "",
+    top: Annotated[
+        int, typer.Option("--top", min=1, help="Of two: how many tensors to list by difference.")
+    ] = MAX_LISTED,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a checkpoint's layout, parts, sizes and prompt profile without loading its weights.
+
+    With a second checkpoint: settings, tensors and values that differ. Exit status 0 if nothing
+    does, 1 if something does, 2 on an error.
 
     [bold]Examples[/bold]
 
       visavis inspect nano
 
       visavis inspect model.gguf --json
+
+      visavis inspect base-folder tuned-folder
     """
+    from visavis.checkpoints.compare import compare
+    from visavis.checkpoints.describe import describe
     from visavis.checkpoints.load import resolve
 
-    path = resolve(model)
-    facts = _facts(path)
-    if as_json:
-        print_json(facts)
+    found = describe(resolve(model))
+    if not other:
+        show = print_json if as_json else _show
+        show(facts(found))
         return
-    typer.secho(f"{facts['name']}", bold=True, nl=False)
-    typer.echo(f"  ({facts['layout']}, {path})")
-    rows = [
-        [f"  {part['part']}", f"{part['parameters'] / 1e6:.1f} M", part["details"]]
-        for part in facts["parts"]
-    ]
-    total = sum(part["parameters"] for part in facts["parts"])
-    print_columns([*rows, ["  in all", f"{total / 1e6:.1f} M", "parameters"]])
-    for title in ("profile", "pictures", "tensor_types", "files"):
-        if facts.get(title):
-            typer.secho(title.replace("_", " "), bold=True)
-            # Templates hold line breaks: shown as \n, or the columns would break.
-            rows = [[f"  {key}", str(v).replace("\n", "\\n")] for key, v in facts[title].items()]
-            print_columns(rows)
-    for problem in facts.get("problems", []):
-        say(f"problem: {problem}")
+    second = describe(resolve(other))
+    difference = compare(found, second)
+    (print_json if as_json else _show_difference)(_difference(found, second, difference, top))
+    if not difference.same:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """Return what the headers of a checkpoint say, whichever layout it is in."""
-    from visavis.checkpoints import adapters, native
-    from visavis.checkpoints.llava.layout import is_llava
-    from visavis.checkpoints.transformers import folder as transformers_folder
-    from visavis.checkpoints.weight_files import read_json
-
-    config = path / transformers_folder.CONFIG_NAME
-    if not path.is_dir():
-        return _gguf(path)
-    if adapters.is_adapter(path):
-        return _adapter(path)
-    if (path / native.CONFIG_NAME).is_file() or not config.is_file():
-        return _folder(path)
-    data = read_json(config)
-    if data.get("model_type") == "phi3_v":
-        return _phi3v(path)
-    return _llava(path) if is_llava(data) else _transformers(path)
-
-
-def _folder(path: Path) -> dict[str, Any]:
-    from visavis.checkpoints import bundled
-    from visavis.checkpoints.native import read_config
-    from visavis.errors import CheckpointError
-    from visavis.model.config import vlm_config_from_dict
-
-    data = read_config(path)
-    try:
-        config = vlm_config_from_dict(data["config"])
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} has a config this version cannot read: {error}") from error
-    files = {file.name: human_bytes(file.stat().st_size) for file in sorted(path.glob("*.*"))}
-    if "bundle" in data:
-        for wheel in bundled.BUNDLED[data["bundle"]].values():
-            cached = bundled.cache_dir() / data["bundle"] / wheel.file_name
-            state = "in the cache" if cached.is_file() else "to be fetched on first use"
-            files[wheel.file_name] = f"{human_bytes(wheel.member_num_bytes)}, {state}"
+def facts(found: Description) -> dict[str, Any]:
+    """Return what is known of a checkpoint, as plain values."""
+    types = Counter(entry.type for entry in found.tensors.values())
     return {
-        "name": data["name"],
-        "layout": "visavis folder",
-        "path": str(path),
-        "parts": _parts(config),
-        "profile": {key: value for key, value in data["profile"].items() if value},
-        "files": files,
-    }
-
-
-def _transformers(path: Path) -> dict[str, Any]:
-    from visavis.checkpoints.transformers.config import vlm_config
-    from visavis.checkpoints.transformers.folder import (
-        CONFIG_NAME,
-        chat_template,
-        image_processor,
-        refuse_quantised,
-    )
-    from visavis.checkpoints.transformers.layout import vlm_table
-    from visavis.checkpoints.weight_files import read_json, read_tensors, weight_files
-
-    data = read_json(path / CONFIG_NAME)
-    refuse_quantised(data, path)
-    config, files = vlm_config(data), weight_files(path)
-    tensors = read_tensors(files)
-    return {
-        "name": path.resolve().name,
-        "layout": "transformers",
-        "path": str(path),
-        "parts": _parts(config),
-        "profile": {
-            "architecture": data["model_type"],
-            "chat template": "in the folder" if chat_template(path) else "none",
-        },
-        "pictures": _pictures(image_processor(config, path)),
-        "tensor_types": _types(tensors),
-        "files": _sizes([path / CONFIG_NAME, *files], path),
-        "problems": _problems(config, vlm_table(data, config), tensors, path),
-    }
-
-
-def _llava(path: Path) -> dict[str, Any]:
-    from visavis.checkpoints.llava.folder import open_llava
-    from visavis.checkpoints.transformers.folder import CONFIG_NAME, chat_template
-
-    found = open_llava(path)
-    template = "in the folder" if chat_template(path) else "none, name one of visavis' turns"
-    return {
-        "name": path.resolve().name,
-        "layout": "LLaVA, original",
-        "path": str(path),
-        "parts": _parts(found.config),
-        "profile": {
-            "architecture": found.text["model_type"],
-            "vision tower": found.data["mm_vision_tower"],
-            "chat template": found.turns or template,
-        },
+        "name": found.name,
+        "layout": found.layout.title,
+        "kind": found.layout.kind,
+        "why": found.layout.why,
+        "path": str(found.layout.path),
+        "parts": found.parts(),
+        "profile": found.profile,
         "pictures": _pictures(found.processor),
-        "tensor_types": _types(found.tensors),
-        "files": _sizes([path / CONFIG_NAME, *found.files], path),
-        "problems": [str(found.lacking)]
-        if found.lacking
-        else _problems(found.config, found.table, found.tensors, path),
+        "quirks": {} if found.config is None else quirks(found.config),
+        "tensor_types": {name: f"{number} tensors" for name, number in types.most_common()},
+        "files": _sizes(found.files, found.layout.path),
+        "problems": found.problems,
     }
 
 
-def _phi3v(path: Path) -> dict[str, Any]:
-    from visavis.checkpoints.phi3v.folder import open_phi3v
-    from visavis.checkpoints.transformers.folder import CONFIG_NAME
-
-    found = open_phi3v(path)
-    return {
-        "name": path.resolve().name,
-        "layout": "Phi-3.5-vision",
-        "path": str(path),
-        "parts": _parts(found.config),
-        "profile": {"architecture": "phi3", "chat template": "phi3_v"},
-        "pictures": _pictures(found.processor),
-        "tensor_types": _types(found.tensors),
-        "files": _sizes([path / CONFIG_NAME, *found.files], path),
-        "problems": _problems(found.config, found.table, found.tensors, path),
+def quirks(config: VLMConfig) -> dict[str, str]:
+    """Return each part's switches that are not at our defaults."""
+    parts: dict[str, Any] = {
+        "whole": config,
+        "merge": config.merge,
+        "vision tower": config.tower,
+        "connector": config.connector,
+        "language model": config.decoder,
+        "embedding head": config.head,
     }
-
-
-def _adapter(path: Path) -> dict[str, Any]:
-    from visavis.checkpoints.adapters import CONFIG_NAME, read_adapter
-
-    adapter = read_adapter(path)
-    pairs = adapter.low_rank.values()
-    ranks = ", ".join(map(str, sorted({pair.a.shape[0] for pair in pairs})))
-    added = [
-        math.prod(one.shape) for p in pairs for one in (p.a, p.b, p.magnitude) if one is not None
-    ]
-    whole = [math.prod(stored.shape) for stored in adapter.replaced.values()]
-    return {
-        "name": path.resolve().name,
-        "layout": "LoRA adapter",
-        "path": str(path),
-        "parts": [
-            {
-                "part": "adapter",
-                "parameters": sum(added) + sum(whole),
-                "details": f"rank {ranks} on {len(pairs)} matrices, {len(whole)} tensors whole",
-            }
-        ],
-        "profile": {
-            "base": adapter.config.get("base_model_name_or_path", "not named"),
-            "kind": "DoRA" if adapter.config.get("use_dora") else "LoRA",
-        },
-        "files": _sizes([path / CONFIG_NAME, *adapter.files], path),
-    }
-
-
-def _gguf(path: Path) -> dict[str, Any]:
-    from visavis.checkpoints.gguf import decoder as gguf_decoder
-    from visavis.checkpoints.gguf.split import open_model
-    from visavis.model.config import VLMConfig
-
-    file, paths = open_model(path)
-    types = Counter(str(getattr(t.type, "name", t.type)) for t in file.tensors.values())
-    has_template = "tokenizer.chat_template" in file.metadata
-    return {
-        "name": str(file.metadata.get("general.name", path.stem)),
-        "layout": "GGUF" if len(paths) == 1 else f"GGUF in {len(paths)} files",
-        "path": str(path),
-        "parts": _parts(VLMConfig(decoder=gguf_decoder.decoder_config(file))),
-        "profile": {
-            "architecture": file.metadata.get("general.architecture", "unknown"),
-            "chat template": "in the file" if has_template else "none",
-        },
-        "tensor_types": _counted(types),
-        "files": _sizes(paths, path.parent),
-    }
-
-
-def _problems(config: VLMConfig, table: NameTable, tensors: TensorFiles, path: Path) -> list[str]:
-    """Return what keeps the tensors from fitting the config, found by names and shapes alone."""
-    import torch
-
-    from visavis.checkpoints.transformers.layout import read_as
-    from visavis.errors import CheckpointError
-
-    shapes = {
-        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-        for name, stored in tensors.entries.items()
-    }
-    if config.decoder.tied_head:  # a head of its own is compared by value when it is loaded
-        shapes = {name: t for name, t in shapes.items() if not name.endswith("lm_head.weight")}
-    try:
-        read_as(config, table, shapes, where=str(path))
-    except CheckpointError as error:
-        return [str(error)]
-    return []
+    found = {}
+    for name, part in parts.items():
+        changed = []
+        for field in dataclasses.fields(part) if part is not None else ():
+            value = getattr(part, field.name)
+            if field.default in (dataclasses.MISSING, value) or value in parts.values():
+                continue
+            value = getattr(value, "kind", value)  # of a stretched context, for one
+            changed.append(f"{field.name}={f'{value:g}' if isinstance(value, float) else value}")
+        if changed:
+            found[name] = ", ".join(changed)
+    return found
 
 
 def _pictures(processor: ImageProcessorConfig | None) -> dict[str, str]:
+    """Return how pictures and videos are prepared."""
     if processor is None:
         return {}
-    ways = {
-        "squash": "squeezed to a square",
-        "crop": "shortest edge resized, middle cut out",
-        "pad": "padded to a square with the mean colour",
-        "patches": "any size",
-        "hd": "tiles, and a view of all of it",
-    }
-    return {
-        "size": f"{processor.size} px, {ways[processor.resize]}",
+    found = {
+        "size": f"{processor.size} px, {WAYS[processor.resize]}",
         "resample": processor.resample,
         "mean": ", ".join(f"{value:.4g}" for value in processor.mean),
         "std": ", ".join(f"{value:.4g}" for value in processor.std),
     }
-
-
-def _types(tensors: TensorFiles) -> dict[str, str]:
-    kinds = (str(stored.dtype).removeprefix("torch.") for stored in tensors.entries.values())
-    return _counted(Counter(kinds))
-
-
-def _counted(types: Counter[str]) -> dict[str, str]:
-    return {name: f"{number} tensors" for name, number in types.most_common()}
+    if tiles := processor.tiles:
+        most = max(math.prod(grid) for grid in tiles.grids) // processor.size**2
+        several = {"tile": "tiled too", "pad": "seen whole, padded"}[tiles.multi_image]
+        found["tiles"] = (
+            f"at most {most}, {len(tiles.grids)} canvases as {tiles.axes}; pictures that are not "
+            f"alone are {several}"
+        )
+    if hd := processor.hd:
+        found["tiles"] = f"at most {hd.num_crops}"
+    if patches := processor.patches:
+        found["patches"] = (
+            f"{patches.patch} px, {patches.merge} × {patches.merge} to a token, "
+            f"{patches.min_pixels} to {patches.max_pixels} pixels a picture"
+        )
+    if video := processor.video:
+        rate = f", {video.fps:g} a second" if video.fps else ""
+        found["videos"] = f"{video.frames} frames{rate}, at most {video.max_frames}"
+    return found
 
 
 def _sizes(files: list[Path], folder: Path) -> dict[str, str]:
     """Return sizes by path, relative where the file lies within the checkpoint."""
-    inside = {
-        file: file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
-        for file in files
+    found = {}
+    for file in files:
+        inside = file.is_relative_to(folder) and file != folder
+        name = file.relative_to(folder).as_posix() if inside else str(file)
+        if file.parent == folder.parent and not folder.is_dir():
+            name = file.name
+        found[name] = human_bytes(file.stat().st_size) if file.is_file() else "to be fetched"
+    return found
+
+
+def _difference(a: Description, b: Description, found: Comparison, top: int) -> dict[str, Any]:
+    largest = [
+        {"tensor": name, "max_abs": value if math.isfinite(value) else None}
+        for name, value in list(found.values.items())[:top]
+    ]
+    return {
+        "same": found.same,
+        "a": {"name": a.name, "layout": a.layout.title, "path": str(a.layout.path)},
+        "b": {"name": b.name, "layout": b.layout.title, "path": str(b.layout.path)},
+        "settings": found.settings,
+        "only_in_a": found.only_in_a,
+        "only_in_b": found.only_in_b,
+        "shapes": found.shapes,
+        "types": found.types,
+        "values": {
+            "compared": found.compared,
+            "different": len(found.values),
+            "largest": largest,
+        },
     }
-    return {name: human_bytes(file.stat().st_size) for file, name in inside.items()}
 
 
-def _parts(config: VLMConfig) -> list[dict[str, Any]]:
-    """Count each part's parameters on torch's meta device, which holds no numbers."""
-    import torch
+def _show(whole: dict[str, Any]) -> None:
+    typer.secho(whole["name"], bold=True, nl=False)
+    typer.echo(f"  ({whole['layout']}: {whole['why']}; {whole['path']})")
+    rows = [
+        [f"  {part['part']}", f"{part['parameters'] / 1e6:.1f} M", part["details"]]
+        for part in whole["parts"]
+    ]
+    total = sum(part["parameters"] for part in whole["parts"])
+    print_columns([*rows, ["  in all", f"{total / 1e6:.1f} M", "parameters"]])
+    for title in ("profile", "pictures", "quirks", "tensor_types", "files"):
+        if whole[title]:
+            typer.secho(title.replace("_", " "), bold=True)
+            # Templates hold line breaks: shown as \n, or the columns would break.
+            rows = [[f"  {key}", str(v).replace("\n", "\\n")] for key, v in whole[title].items()]
+            print_columns(rows)
+    for problem in whole["problems"]:
+        say(f"problem: {problem}")
 
-    from visavis.model.config import Qwen2VLTowerConfig
-    from visavis.model.vlm import VLM
 
-    with torch.device("meta"):
-        vlm = VLM(config)
-    decoder = config.decoder
-    details = {
-        "decoder": (
-            f"{decoder.num_layers} layers × {decoder.width}, vocabulary {decoder.vocab_size}, "
-            f"context {decoder.context_length}"
+def _show_difference(whole: dict[str, Any]) -> None:
+    for key in ("a", "b"):
+        typer.echo(f"{key}: {whole[key]['name']}  ({whole[key]['layout']}, {whole[key]['path']})")
+    for title in ("settings", "shapes", "types"):
+        if whole[title]:
+            typer.secho(title, bold=True)
+            pairs = list(whole[title].items())
+            print_columns([[f"  {key}", a, "→", b] for key, (a, b) in pairs])
+    for key in ("only_in_a", "only_in_b"):
+        if names := whole[key]:
+            typer.secho(f"{key.replace('_', ' ')}: {len(names)} tensors", bold=True)
+            more = [f"and {len(names) - MAX_LISTED} more"] if len(names) > MAX_LISTED else []
+            for name in [*names[:MAX_LISTED], *more]:
+                typer.echo(f"  {name}")
+    values = whole["values"]
+    typer.secho(f"values: {values['different']} of {values['compared']} tensors differ", bold=True)
+    rows = [(one["tensor"], one["max_abs"]) for one in values["largest"]]
+    if rows:
+        print_columns(
+            [[f"  {name}", "not finite" if n is None else f"{n:.3g}"] for name, n in rows]
         )
-    }
-    if isinstance(config.tower, Qwen2VLTowerConfig):
-        side = config.tower.patch_size * config.tower.merge
-        details["tower"] = f"{config.tower.kind}, any size"
-        details["connector"] = f"a token for {side} x {side} px"
-    elif config.tower and config.connector:
-        details["tower"] = f"{config.tower.kind}, {config.tower.image_size} px"
-        details["connector"] = (
-            f"{config.connector.kind}, {config.tokens_per_image} tokens per picture"
-        )
-    if config.head:
-        details["head"] = f"{config.head.dim} dimensions from layers {config.head.layers}"
-    names = {
-        "tower": "vision tower",
-        "connector": "connector",
-        "decoder": "language model",
-        "head": "embedding head",
-    }
-    parts = []
-    for attribute, name in names.items():
-        module = getattr(vlm, attribute)
-        if module is not None:
-            unique = {id(p): p.numel() for p in module.parameters()}
-            parts.append(
-                {"part": name, "parameters": sum(unique.values()), "details": details[attribute]}
-            )
-    return parts
+    if whole["same"]:
+        typer.echo("the same")

@@ -305,7 +305,7 @@ def _from_item(item: Any) -> _Entry:
         path = os.path.abspath(images[0].expanduser())
         has_text = bool(prompt.text.strip())
         return _Entry(f"{path} + {prompt.text}" if has_text else path, prompt, not has_text)
-    if not images:
+    if all(isinstance(part, Text) for message in prompt.messages for part in message.parts):
         return _Entry(prompt.text, prompt, is_file=False)
     return _Entry(f"item {_hash_parts(prompt)}", prompt, is_file=False)
 

@@ -119,7 +119,7 @@ def _open(source: Path | bytes) -> Iterator[Any]:
     try:
         import pypdfium2
     except ImportError:
-        raise ImageError(
+        raise InputError(
             "documents need pypdfium2, which is not installed: pip install 'visavis[pdf]'"
         ) from None
     name = name_of(source, "document")
@@ -133,6 +133,7 @@ def _open(source: Path | bytes) -> Iterator[Any]:
         try:
             pdf = pypdfium2.PdfDocument(source if isinstance(source, bytes) else data)
             try:
+                pdf.init_forms()  # or what was filled in would not be drawn
                 yield pdf
             finally:
                 pdf.close()

@@ -36,11 +36,13 @@ class TilesConfig:
             first is taken, so the two choose differently for many small pictures.
         multi_image: what becomes of a picture that is not its prompt's only one: tiled as well,
             or padded to a square of the mean colour and seen whole only.
+        square: side of the square that every picture is squashed to first; 0: none.
     """
 
     grids: tuple[tuple[int, int], ...]
     axes: Literal["wh", "hw"] = "wh"
     multi_image: Literal["tile", "pad"] = "tile"
+    square: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -53,6 +55,8 @@ class TilesConfig:
             problems.append(f"axes is {self.axes!r}, expected wh or hw")
         if self.multi_image not in ("tile", "pad"):
             problems.append(f"multi_image is {self.multi_image!r}, expected tile or pad")
+        if type(self.square) is not int or self.square < 0:
+            problems.append(f"square is {self.square!r}, expected 0 or a positive int")
         if problems:
             raise InputError(f"tiles config: {'; '.join(problems)}")
 
@@ -70,16 +74,22 @@ class TilesConfig:
         return cls(**{**values, "grids": tuple(map(tuple, grids)) if listed else grids})
 
 
+# How models size pictures whatever the folder of their base says, by the name of their profile.
+SQUARES = {"vlm2vec-v1": 1344}
+
+
 def image_shape(size: tuple[int, int], processor: ImageProcessorConfig, alone: bool) -> Shape:
     """Return the tiles of a picture, from its width and height alone.
 
     Args:
         alone: whether it is its prompt's only one.
     """
-    assert processor.tiles is not None
-    if processor.tiles.multi_image == "pad" and not alone:
+    tiles = processor.tiles
+    assert tiles is not None
+    size = (tiles.square, tiles.square) if tiles.square else size
+    if tiles.multi_image == "pad" and not alone:
         return Shape(size=size)
-    width, height = best_grid(size, processor.tiles)
+    width, height = best_grid(size, tiles)
     return Shape(rows=height // processor.size, columns=width // processor.size, size=size)
 
 
@@ -90,6 +100,8 @@ def image_views(
     from visavis.processing.images import FILTERS, normalise, process_image
 
     shape, tile = image_shape(image.size, processor, alone), processor.size
+    if image.size != shape.size:  # `square`
+        image = image.resize(shape.size, pil.Resampling.BICUBIC)
     if not shape.rows:
         return process_image(image, replace(processor, resize="pad", tiles=None))[None], shape
     base = process_image(image, processor)

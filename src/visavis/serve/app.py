@@ -184,10 +184,10 @@ class Site:
         if gone.is_set():
             return
         *history, question = messages
-        images = [part for part in question.parts if isinstance(part, Image)]
+        visuals = [part for part in question.parts if not isinstance(part, Text)]
         text = "\n".join(part.text for part in question.parts if isinstance(part, Text))
         reply = self.model.chat(
-            text, images, history=history, max_new_tokens=MAX_NEW_TOKENS, stream=True
+            text, visuals, history=history, max_new_tokens=MAX_NEW_TOKENS, stream=True
         )
         for piece in reply:
             if gone.is_set():

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from visavis.errors import TrainError
+from visavis.model.connectors import CONNECTORS
 from visavis.processing.turns import TURNS
 from visavis.registry import suggest
 
@@ -39,11 +40,19 @@ class _Strict(BaseModel):
 class ConnectorRecipe(_Strict):
     """See `model.config.ConnectorConfig`; widths follow from the parts."""
 
-    kind: Literal["identity", "linear", "mlp", "mixture", "resampler", "qformer"] = "mlp"
+    kind: str = "mlp"
     depth: Count = 1
     shuffle: Count = 1
     hidden_width: Annotated[int, Field(ge=0)] = 0
     input_norm: bool = False
+    num_queries: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in CONNECTORS:
+            raise ValueError(f"no connector is called {kind!r}: {suggest(kind, CONNECTORS)}")
+        return kind
 
 
 class HeadRecipe(_Strict):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from visavis.checkpoints.gguf.architectures import ARCHITECTURES, Architecture, Layout, shape_of
+from visavis.checkpoints.gguf.chat_template import chat_template
 from visavis.checkpoints.gguf.decoder import (
     LONG_FACTORS,
     ROPE_FACTORS,
@@ -31,7 +32,7 @@ from visavis.checkpoints.gguf.mmproj_writer import check_exportable, write_mmpro
 from visavis.checkpoints.gguf.model import POOLING, PROFILE
 from visavis.checkpoints.gguf.quantize import FILE_TYPES, quantize, tensor_type
 from visavis.checkpoints.gguf.tensors import as_numpy, quantized, weight
-from visavis.checkpoints.gguf.vocabulary import chat_template, vocabulary_metadata
+from visavis.checkpoints.gguf.vocabulary import vocabulary_metadata
 from visavis.checkpoints.gguf.writer import NewTensor, write_file
 from visavis.checkpoints.loaded import Loaded
 from visavis.errors import CheckpointError
@@ -80,9 +81,7 @@ def write_gguf(loaded: Loaded, path: str | Path, *, kind: str = "F16") -> list[P
         **vocabulary_metadata(loaded.tokenizer, loaded.specials, config.vocab_size),
         PROFILE: json.dumps(loaded.profile.to_dict(), ensure_ascii=False),
     }
-    bos = loaded.specials.bos_id
-    text = "" if bos is None else loaded.tokenizer.id_to_token(bos) or ""
-    if template := chat_template(loaded.profile, loaded.specials, text):
+    if template := chat_template(loaded.profile, _bos(loaded)):
         metadata["tokenizer.chat_template"] = template
     write_file(model, metadata, list(decoder_tensors(loaded.vlm.decoder, name, kind)))
     if loaded.vlm.tower is None:
@@ -90,6 +89,14 @@ def write_gguf(loaded: Loaded, path: str | Path, *, kind: str = "F16") -> list[P
     mmproj = path.with_name(f"mmproj-{path.name}") if single else path / MMPROJ
     write_mmproj(loaded, mmproj, kind=kind if kind in ("F32", "Q8_0") else "F16")
     return [model, mmproj]
+
+
+def _bos(loaded: Loaded) -> str:
+    """Return the text that every prompt begins with."""
+    number = loaded.specials.bos_id
+    if number is None or not loaded.specials.add_bos:
+        return ""
+    return loaded.tokenizer.id_to_token(number) or ""
 
 
 def architecture_of(config: DecoderConfig) -> str:

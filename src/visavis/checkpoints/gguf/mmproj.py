@@ -322,7 +322,7 @@ class _Keys:
         if not isinstance(value, np.ndarray) or value.shape != (3,) or value.dtype.kind != "f":
             self.fail(key, "three numbers")
         assert isinstance(value, np.ndarray)
-        red, green, blue = (round(float(number), 8) for number in value)
+        red, green, blue = (float(str(number)) for number in value)  # 0.5, not its neighbour
         return red, green, blue
 
     def fail(self, key: str, expected: str) -> NoReturn:

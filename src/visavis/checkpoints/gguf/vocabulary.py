@@ -1,4 +1,4 @@
-"""A tokenizer and a chat format as GGUF metadata: the inverse of `processing/tokenizer.py`.
+"""A tokenizer as GGUF metadata: the inverse of `processing/tokenizer.py`.
 
 GGUF names how text is cut (`tokenizer.ggml.pre`) instead of saying it; the name is found by
 cutting a probe with each way that has one. What was written is read again and must give the
@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 
 from visavis.errors import CheckpointError
 from visavis.processing.pretokenizers import PRE_TOKENIZERS
-from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import (
     BYTE,
     CONTROL,
@@ -29,8 +28,6 @@ from visavis.processing.tokenizer import (
     SpecialTokens,
     build_tokenizer,
 )
-from visavis.processing.turns import TURNS, TurnTemplate
-from visavis.registry import lookup
 
 BYTE_TEXT = re.compile("<0x[0-9A-F]{2}>")
 # Digits in runs, words of several scripts and cases, contractions, signs, blanks, line ends.
@@ -60,8 +57,9 @@ def vocabulary_metadata(
     """
     data = json.loads(tokenizer.to_str())
     model = data["model"]
-    if model["type"] != "BPE":
-        raise _refusal(f"is a {model['type']}", "BPE, of bytes or SentencePiece's")
+    of_bytes = '"ByteLevel"' in json.dumps((data["pre_tokenizer"], data["decoder"]))
+    if model["type"] != "BPE" or not (of_bytes or model.get("byte_fallback")):
+        raise _refusal(f"is a {model['type']}", "BPE of bytes, or SentencePiece's with bytes")
     by_id = {number: text for text, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(num_tokens)]
     types = [NORMAL if number in by_id else UNUSED for number in range(num_tokens)]
@@ -69,7 +67,7 @@ def vocabulary_metadata(
         types[number] = CONTROL if token.special else USER_DEFINED
     found: dict[str, Any] = {"tokenizer.ggml.tokens": tokens}
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-    if model.get("byte_fallback"):
+    if not of_bytes:
         unknown = model.get("unk_token")
         types = [
             BYTE if BYTE_TEXT.fullmatch(text) else kind
@@ -101,61 +99,6 @@ def vocabulary_metadata(
     found["tokenizer.ggml.add_eos_token"] = False
     _check(tokenizer, found)
     return found
-
-
-def chat_template(profile: PromptProfile, specials: SpecialTokens, bos: str) -> str:
-    """Return a jinja chat template that writes a profile's turns; empty where there are none.
-
-    Of the formats of `turns.py` only `plain`, which leaves the user's words out, has none.
-    """
-    if not profile.turns:
-        return profile.jinja
-    turns = lookup("turn template", profile.turns, TURNS)
-    if any(turn.images_only for turn in turns.turns.values()):
-        return ""
-    return turns_as_jinja(turns, bos if specials.add_bos else "")
-
-
-def turns_as_jinja(template: TurnTemplate, bos: str) -> str:
-    """Return jinja that renders text as `templates.encode_turns` does, beginning with `bos`."""
-
-    def quoted(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False)
-
-    def around(role: str, name: str) -> str:
-        turn = template.turns[role]
-        return (
-            f"{{{{ {quoted(turn.start + turn.gap)} + {name}['content'] + "
-            f"{quoted(turn.end + turn.after)} }}}}"
-        )
-
-    lines = [f"{{{{ {quoted(bos + template.before)} }}}}"]
-    if template.system:
-        system = template.turns["system"]
-        text = system.start + system.gap + template.system + system.end + system.after
-        lines.append(
-            f"{{% if not messages or messages[0]['role'] != 'system' %}}{{{{ {quoted(text)} }}}}"
-            "{% endif %}"
-        )
-    lines.append("{% set seen = namespace(user=false) %}{% for message in messages %}")
-    branches = []
-    for role in template.turns:
-        body = around(role, "message")
-        if role == "user" and template.first_user is not None:
-            first = template.first_user
-            opening = f"{quoted(first.start + first.gap)} + message['content']"
-            closing = quoted(first.end + first.after)
-            body = (
-                f"{{% if seen.user %}}{body}{{% else %}}{{{{ {opening} + {closing} }}}}"
-                "{% set seen.user = true %}{% endif %}"
-            )
-        branches.append(f"if message['role'] == '{role}' %}}{body}")
-    lines.append("{% " + "{% el".join(branches) + "{% endif %}")
-    assistant = quoted(template.turns["assistant"].start)
-    lines.append(
-        f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}"
-    )
-    return "".join(lines)
 
 
 def _scores(tokens: list[str], merges: Iterable[list[str]]) -> np.ndarray:

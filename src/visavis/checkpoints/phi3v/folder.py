@@ -38,7 +38,7 @@ from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
-from visavis.processing.tokenizer import load_tokenizer
+from visavis.processing.tokenizer import load_tokenizer, tokenizer_file
 
 PROCESSOR = "preprocessor_config.json"
 
@@ -82,7 +82,7 @@ def load_phi3v(
         specials=specials,
         profile=PromptProfile(turns="phi3_v", image_end=bos),
         processor=processor,
-        fingerprint=fingerprint([words / "tokenizer.json", *found.files], identity),
+        fingerprint=fingerprint([tokenizer_file(words), *found.files], identity),
         files=[folder / CONFIG_NAME, *found.files],
     )
 

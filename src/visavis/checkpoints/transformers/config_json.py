@@ -52,21 +52,13 @@ def config_json(config: VLMConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: transformers has no class for it; the part is named.
     """
-    if config.head is not None:
-        raise inexpressible("the embedding head", "no class of transformers has one")
-    if config.tower is None:
+    tower, connector = config.tower, config.connector
+    if problems := strange_parts(config):
+        raise inexpressible("; ".join(problems), "no class of transformers has such")
+    if tower is None:
         return decoder_json(config.decoder)
-    connector = config.connector
-    if not isinstance(config.tower, ViTConfig):
-        raise inexpressible(f"the vision tower ({config.tower.kind})", "LLaVA's classes have none")
-    if connector != ConnectorConfig("mlp", config.tower.width, config.decoder.width, depth=2):
-        raise inexpressible(
-            f"the connector ({describe_connector(connector)})",
-            "LLaVA's classes have an MLP of two layers as wide as the language model",
-        )
-    text, vision = decoder_json(config.decoder), tower_json(config.tower)
-    if config.decoder.head_bias:
-        raise inexpressible("a bias on the output layer", "LLaVA's classes have none")
+    assert isinstance(tower, ViTConfig) and connector is not None
+    text, vision = decoder_json(config.decoder), tower_json(tower)
     outer = {
         "text_config": text,
         "vision_config": vision,
@@ -81,6 +73,23 @@ def config_json(config: VLMConfig) -> dict[str, Any]:
         if _read(vlm_config, found) == _as_read(config):
             return found
     raise inexpressible(f"the views of a picture ({config.merge})", "LLaVA's classes differ")
+
+
+def strange_parts(config: VLMConfig) -> list[str]:
+    """Return the parts of a model that no LLaVA of transformers has, for people."""
+    found = []
+    if config.head is not None:
+        found.append("the embedding head")
+    if config.tower is None:
+        return found
+    plain = ConnectorConfig("mlp", config.tower.width, config.decoder.width, depth=2)
+    if not isinstance(config.tower, ViTConfig):
+        found.append(f"the vision tower ({config.tower.kind})")
+    if config.connector != plain:
+        found.append(f"the connector ({describe_connector(config.connector)})")
+    if config.decoder.head_bias:
+        found.append("a bias on the output layer beside a vision tower")
+    return found
 
 
 def decoder_json(config: DecoderConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from visavis.checkpoints.loaded import Loaded
 from visavis.checkpoints.transformers.chat_jinja import chat_jinja
 from visavis.checkpoints.transformers.config_json import config_json
 from visavis.checkpoints.transformers.layout import write
-from visavis.checkpoints.transformers.processor_json import processor_json
+from visavis.checkpoints.transformers.processor_json import pinpoints, processor_json
 from visavis.checkpoints.writing import (
     Written,
     whole_state,
@@ -57,6 +57,9 @@ def write_transformers(loaded: Loaded, folder: Path, *, progress: bool = False) 
     if config.tower is not None and not has_placeholder(loaded):
         tokenizer, state, config = with_placeholder(tokenizer, state, config)
     data = config_json(config)
+    tiles = loaded.processor.tiles if loaded.processor else None
+    if tiles is not None:
+        data["image_grid_pinpoints"] = pinpoints(tiles)
     dtype = loaded.vlm.decoder.dtype
     specials = loaded.specials
     data |= {

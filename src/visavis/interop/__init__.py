@@ -1,0 +1,1 @@
+"""visavis' models inside other programs, by the interfaces these have for it."""

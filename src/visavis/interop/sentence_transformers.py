@@ -1,0 +1,95 @@
+"""A model of ours as the one module of a `SentenceTransformer`.
+
+A folder that `visavis convert --to sentence-transformers` wrote names `VisavisModule` in its
+modules.json, and sentence-transformers imports it from here: the code is that of the installed
+visavis, none comes from the folder. Texts, pictures and both together give the vectors of
+`Model.embed`; a prompt of sentence-transformers is an instruction of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from sentence_transformers.base.modality import is_image_url_or_path
+from sentence_transformers.base.modules import InputModule
+
+from visavis.api import Model
+from visavis.checkpoints.load import load_checkpoint
+from visavis.checkpoints.loaded import Loaded
+from visavis.checkpoints.sentence_transformers import write_sentence_transformers
+from visavis.prompt import Image
+
+
+class VisavisModule(InputModule):
+    """Embeds what `visavis.Model.embed` takes; strings that name a picture are pictures, as
+    everywhere in sentence-transformers."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        super().__init__()
+        self.loaded = loaded
+        self.vlm = loaded.vlm  # a submodule: moves and casts reach it
+        self.model = Model(loaded)
+        self.tokenizer = loaded.tokenizer
+
+    @property
+    def modalities(self) -> list[Any]:
+        if not self.model.takes_images:
+            return ["text"]
+        return ["text", "image", ("image", "text"), "message"]
+
+    @property
+    def max_seq_length(self) -> int:
+        return self.model.context_length
+
+    def get_embedding_dimension(self) -> int:
+        return self.model.embedding_dim
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """Return the items as they are: they become tokens and pixels where they are embedded."""
+        return {"items": [_item(one) for one in inputs], "instruction": prompt}
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Add `sentence_embedding`, float32 [N, D]."""
+        self.model.device = next(self.vlm.parameters()).device
+        vectors = self.model.embed(features["items"], instruction=features["instruction"])
+        return {**features, "sentence_embedding": torch.from_numpy(vectors).to(self.model.device)}
+
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+        write_sentence_transformers(self.loaded, Path(output_path))
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load the folder with `visavis.load`; `model_kwargs` may hold its `precision`."""
+        folder = cls.load_dir_path(
+            model_name_or_path,
+            subfolder=subfolder,
+            token=token,
+            cache_folder=cache_folder,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        precision = (settings.get("model_kwargs") or {}).get("precision", "auto")
+        assert folder is not None, model_name_or_path
+        return cls(load_checkpoint(folder, precision=precision, device="cpu"))
+
+
+def _item(one: Any) -> Any:
+    """Return an input as `Model.embed` takes it."""
+    if isinstance(one, str) and is_image_url_or_path(one):
+        return Image(one)
+    return one

@@ -1,0 +1,288 @@
+"""LLaVAs of our own making as GGUF and mmproj: read again by us, and seen through by llama.cpp.
+
+Pictures come in the size of the tower, so that nobody resizes. llama.cpp puts the class token
+behind the patches, gives each patch the position of the one before it, and drops the first patch
+instead of the class token; towers with a class token are therefore compared twice: that the file is
+right, with the same mistake made here, and that the mistake is all that differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as pil
+from torch import Tensor
+
+from tests.llamacpp import llama_cpp
+from tests.parity.peers import assert_close, randomized
+from tests.parity.test_gguf_families import build_peer, write
+from visavis.api import Model
+from visavis.checkpoints.gguf.export import write_gguf
+from visavis.checkpoints.gguf.mmproj import VISION
+from visavis.checkpoints.gguf.reader import open_gguf
+from visavis.checkpoints.gguf.verify import verify
+from visavis.checkpoints.gguf.writer import NewTensor, write_file
+from visavis.checkpoints.load import load_checkpoint
+from visavis.checkpoints.loaded import Loaded
+from visavis.generate.engine import generate
+from visavis.generate.sampling import make_sampler
+from visavis.model.batch import PackedBatch
+from visavis.model.config import ConnectorConfig, ViTConfig
+from visavis.model.towers.vit import ViT
+from visavis.model.visual import Visual
+from visavis.model.vlm import VLM
+from visavis.processing.images import ImageProcessorConfig, process_image
+from visavis.processing.pack import pack
+from visavis.processing.profile import PromptProfile
+from visavis.processing.templates import Encoded
+
+pytestmark = pytest.mark.parity
+
+SIZE = 32
+SIGLIP = ViTConfig(SIZE, 8, 32, 2, 2, 64, "gelu_tanh", 2.0**-20, class_token=False, patch_bias=True)
+CLIP = ViTConfig(SIZE, 8, 32, 3, 2, 64, "quick_gelu", 2.0**-17, pre_norm=True)
+DINO = ViTConfig(SIZE, 8, 32, 3, 2, 64, "gelu", 2.0**-20, patch_bias=True, layer_scale=True)
+MLP: dict[str, Any] = {"kind": "mlp", "depth": 2}
+VARIANTS: dict[str, tuple[ViTConfig, dict[str, Any]]] = {
+    "SigLIP, mlp2x": (SIGLIP, MLP),
+    "SigLIP, linear": (SIGLIP, {"kind": "linear"}),
+    "SigLIP, mlp of another width": (SIGLIP, MLP | {"hidden_width": 96}),
+    "CLIP, mlp2x": (CLIP, MLP),
+    "CLIP, linear": (CLIP, {"kind": "linear"}),
+    "CLIP of exact GELU": (replace(CLIP, activation="gelu"), MLP),
+    "DINOv2": (DINO, MLP),
+    "DINOv2-giant": (replace(DINO, activation="silu", gated_ffn=True), MLP),
+}
+BEFORE, AFTER = "ab word12 q", "what?"
+PICTURE = pil.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    path = tmp_path_factory.mktemp("llm") / "llama.gguf"
+    peer = build_peer("llama", intermediate_size=64, max_position_embeddings=512)
+    write(path, "llama", peer)
+    return load_checkpoint(path, precision="f32", device="cpu")
+
+
+def compose(base: Loaded, name: str, **settings: Any) -> Loaded:
+    """Return the language model with a random tower and connector."""
+    tower, connector = VARIANTS[name]
+    config = replace(
+        base.vlm.config,
+        tower=tower,
+        connector=ConnectorConfig(
+            in_width=tower.width, out_width=base.vlm.config.decoder.width, **connector
+        ),
+        image_token_id=0,
+        select_layer=-2 if tower.class_token else -1,
+    )
+    vlm = VLM(replace(config, **settings))
+    randomized(vlm)
+    vlm.decoder.load_state_dict(base.vlm.decoder.state_dict())
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return replace(
+        base,
+        vlm=vlm.requires_grad_(False),
+        processor=ImageProcessorConfig(SIZE, "pad", mean, std),
+        profile=PromptProfile(turns="qwen_1_5"),
+    )
+
+
+def batch_of(loaded: Loaded, picture: pil.Image = PICTURE) -> PackedBatch:
+    """Return the picture between two texts."""
+    assert loaded.processor is not None
+    encoded = Encoded()
+    encoded.add(loaded.tokenizer.encode(BEFORE, add_special_tokens=False).ids)
+    encoded.add_image(loaded.vlm.config.image_token_id, loaded.vlm.config.tokens_per_image)
+    encoded.add(loaded.tokenizer.encode(AFTER, add_special_tokens=False).ids)
+    batch = pack([encoded])
+    pixels = torch.from_numpy(process_image(picture, loaded.processor))
+    batch.visuals = (Visual(pixels[None]),)
+    return batch
+
+
+@torch.no_grad()
+def read(loaded: Loaded) -> tuple[Tensor, Tensor]:
+    """Return the final hidden states and logits of the picture and its texts."""
+    hidden = loaded.vlm(batch_of(loaded))[-1]
+    return hidden, loaded.vlm.decoder.logits(hidden)
+
+
+@torch.no_grad()
+def greedy(loaded: Loaded, length: int) -> list[int]:
+    batch = loaded.vlm.resolve_images(batch_of(loaded))
+    sampler = make_sampler(0.0, None)
+    stop = frozenset(loaded.specials.eot_ids)
+    return list(generate(loaded.vlm, batch, sampler, max_new_tokens=length, stop_ids=stop))
+
+
+def misplace_class_token(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a tower make llama.cpp's mistake."""
+    tower = loaded.vlm.tower
+    assert isinstance(tower, ViT) and tower.class_token is not None
+
+    def embed(pixels: Tensor) -> Tensor:
+        x = tower.patch(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat((x, tower.class_token.expand(len(x), 1, -1)), 1) + tower.positions
+        return x if tower.pre_norm is None else tower.pre_norm(x)
+
+    monkeypatch.setattr(tower, "embed", embed)
+
+
+def distance(loaded: Loaded, found: dict[int, float]) -> float:
+    ours = read(loaded)[1][-1].log_softmax(-1)
+    return max(abs(ours[token].item() - value) for token, value in found.items())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_was_written_is_read_and_seen_by_both(
+    name: str, language_model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = compose(language_model, name)
+    model, mmproj = write_gguf(loaded, tmp_path, kind="F32")
+    again = load_checkpoint(model, vision_tower=mmproj, precision="f32", device="cpu")
+    assert_close(read(again)[1], read(loaded)[1], name)
+    tower = loaded.vlm.config.tower
+    assert isinstance(tower, ViTConfig) and isinstance(again.vlm.config.tower, ViTConfig)
+    assert again.vlm.config.tower == replace(
+        tower,
+        num_layers=2,
+        post_norm=False,
+        layer_scale=False,
+    )
+    assert again.vlm.config.connector == loaded.vlm.config.connector
+    assert again.processor == loaded.processor and again.profile == loaded.profile
+    with llama_cpp(model, mmproj, context_length=256) as server:
+        prompt = server.with_pictures(f"{BEFORE}<image>{AFTER}", [PICTURE])
+        found = server.next_token(prompt)
+        request = {"prompt": prompt, "n_predict": 16, "temperature": 0, "return_tokens": True}
+        tokens = server.post("/completion", request | {"cache_prompt": False})["tokens"]
+    if tower.class_token:
+        right = distance(again, found)
+        misplace_class_token(again, monkeypatch)
+        assert right > 0.02, "llama.cpp puts the class token first now: compare without the mistake"
+    worst = distance(again, found)
+    print(f"{name}: log probabilities differ by {worst:.1e} from llama.cpp's")
+    assert worst < 0.01
+    ended = tokens[-1] in again.specials.eot_ids
+    assert greedy(again, 16) == (tokens[:-1] if ended else tokens)
+
+
+def test_embeddings_with_pictures_are_llama_cpps(language_model: Loaded, tmp_path: Path) -> None:
+    """Pooled as the file says. Its mean is of the words after the last picture only: llama.cpp
+    pools what it computes at once, and pictures are computed apart."""
+    for pooling in ("last", "mean"):
+        loaded = compose(language_model, "SigLIP, mlp2x")
+        loaded.profile = PromptProfile(turns="qwen_1_5", pooling=pooling)
+        model, mmproj = write_gguf(loaded, tmp_path / pooling, kind="F16")
+        with llama_cpp(model, mmproj, context_length=256, embedding=True) as server:
+            content = server.with_pictures(f"{BEFORE}<image>{AFTER}", [PICTURE])
+            found = torch.tensor(server.post("/embedding", {"content": content})[0]["embedding"])
+        again = load_checkpoint(tmp_path / pooling, precision="f32", device="cpu")
+        hidden, words = read(again)[0], len(again.tokenizer.encode(AFTER).ids)
+        ours = hidden[-1] if pooling == "last" else hidden[-words:].mean(0)
+        cosine = torch.cosine_similarity(ours, found.flatten(), dim=0).item()
+        print(f"{pooling}: the cosine with llama.cpp's embedding is {cosine:.6f}")
+        assert again.profile.pooling == pooling and cosine >= 0.9999
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_smaller_types(kind: str, language_model: Loaded, tmp_path: Path) -> None:
+    loaded = compose(language_model, "SigLIP, mlp2x")
+    files = write_gguf(loaded, tmp_path / "m.gguf", kind=kind)
+    assert [file.name for file in files] == ["m.gguf", "mmproj-m.gguf"]
+    tensors = open_gguf(files[1]).tensors
+    matrices = "Q8_0" if kind == "Q8_0" else "F16"
+    assert tensors["v.blk.0.attn_q.weight"].type == tensors["mm.2.weight"].type == matrices
+    assert tensors["v.patch_embd.weight"].type == "F16"
+    assert tensors["v.position_embd.weight"].type == tensors["mm.0.bias"].type == "F32"
+    again = load_checkpoint(files[0], vision_tower=files[1], precision="f32", device="cpu")
+    with llama_cpp(*files, context_length=256) as server:
+        found = server.next_token(server.with_pictures(f"{BEFORE}<image>{AFTER}", [PICTURE]))
+    assert distance(again, found) < 0.1
+    report = verify(loaded, files, texts=["ab word3"], images=[PICTURE])
+    assert report.rows[1].prompt == "picture 1"
+    assert report.cosine > {"F16": 0.9999, "Q8_0": 0.995, "Q4_0": 0.8}[kind]
+
+
+def test_a_folder_of_the_two_chats_and_embeds(language_model: Loaded, tmp_path: Path) -> None:
+    loaded = compose(language_model, "CLIP, mlp2x")
+    write_gguf(loaded, tmp_path, kind="F32")
+    ours, again = Model(loaded), Model(load_checkpoint(tmp_path, precision="f32", device="cpu"))
+    picture = pil.new("RGB", (50, 30), (200, 40, 40))
+    answers = [model.chat("word3?", [picture], max_new_tokens=12).text for model in (ours, again)]
+    assert answers[0] == answers[1] != ""
+    vectors = [model.embed([picture, "word5"]) for model in (ours, again)]
+    assert np.abs(vectors[0] - vectors[1]).max() < 1e-5
+
+
+def test_llama_cpp_chats_with_the_same_words(language_model: Loaded, tmp_path: Path) -> None:
+    """What its server makes of our jinja is what we write, LLaVA's newline after pictures too."""
+    loaded = compose(language_model, "SigLIP, mlp2x")
+    files = write_gguf(loaded, tmp_path, kind="F32")
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    message = {"role": "user", "content": [image, {"type": "text", "text": "word3?"}]}
+    with llama_cpp(*files, context_length=256) as server:
+        prompt = server.post("/apply-template", {"messages": [message]})["prompt"]
+        marker = server.post("/props", None)["media_marker"]
+    assert prompt == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"{marker}\nword3?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def rewrite(path: Path, out: Path, changes: dict[str, Any], names: dict[str, str]) -> Path:
+    """Write a file again with other metadata (None: without) and tensor names."""
+    file = open_gguf(path)
+    metadata = {k: v for k, v in (file.metadata | changes).items() if v is not None}
+    tensors = [
+        NewTensor(names.get(name, name), info.shape, info.type, lambda name=name: [file.raw(name)])
+        for name, info in file.tensors.items()
+    ]
+    write_file(out, metadata, tensors)
+    return out
+
+
+def test_files_of_llama_cpps_first_converter(
+    language_model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No feature layer, one block cut off before, and the feed-forward matrices swapped.
+
+    llama.cpp then leaves out one block more, which was trained; we do not.
+    """
+    loaded = compose(language_model, "SigLIP, mlp2x")
+    model, mmproj = write_gguf(loaded, tmp_path, kind="F32")
+    names = {}
+    for name in open_gguf(mmproj).tensors:
+        if "ffn_" in name:
+            other = name.replace("up", "DOWN").replace("down", "up").replace("DOWN", "down")
+            names[name] = other
+    old = rewrite(
+        mmproj,
+        tmp_path / "old.gguf",
+        {
+            VISION: None,
+            "clip.vision.feature_layer": None,
+            "clip.vision.feed_forward_length": 0,
+            "clip.vision.mm_projector_type": None,
+            "clip.vision.mm_patch_merge_type": None,
+        },
+        names,
+    )
+    again = load_checkpoint(model, vision_tower=old, precision="f32", device="cpu")
+    assert_close(read(again)[1], read(loaded)[1], "old names")
+    assert again.processor is not None and loaded.processor is not None
+    assert again.processor.resize == "pad" and again.processor.mean == pytest.approx(
+        loaded.processor.mean
+    )
+    with llama_cpp(model, old, context_length=256) as server:
+        found = server.next_token(server.with_pictures(f"{BEFORE}<image>{AFTER}", [PICTURE]))
+    assert distance(again, found) > 0.1
+    monkeypatch.setattr(again.vlm, "config", replace(again.vlm.config, select_layer=-2))
+    assert distance(again, found) < 0.01
