@@ -90,8 +90,8 @@ class Image:
             )
 
     def _key(self) -> Path | bytes | Page | Stored | int:
-        named = isinstance(self.source, (Path, bytes, Page, Stored))
-        return self.source if named else id(self.source)
+        source = self.source
+        return source if isinstance(source, (Path, bytes, Page, Stored)) else id(source)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Image) and self._key() == other._key()
