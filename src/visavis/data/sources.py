@@ -105,7 +105,7 @@ def imagenet_classes(root: Path, split: str) -> Iterator[Record]:
         article = "an" if name[0].lower() in "aeiou" else "a"
         yield Record(
             f"class-{number}",
-            f"no picture of {name}".encode(),  # what its made features are filed under
+            f"no picture of class {number}".encode(),  # what its made features are filed under
             caption=f"a photo of {article} {name}",
             also=(f"{names}: {definition}",),
             label=name,
