@@ -12,6 +12,7 @@ from pathlib import Path
 
 from visavis.data.records import Record, read_shards
 from visavis.errors import TrainError
+from visavis.prompt import Stored
 from visavis.registry import lookup
 
 
@@ -89,7 +90,8 @@ def easy_vqa(root: Path, split: str) -> Iterator[Record]:
     for question, answer, number in json.loads((folder / "questions.json").read_text()):
         questions.setdefault(number, []).append((question, answer))
     for number, pairs in sorted(questions.items()):
-        image = (folder / "images" / f"{number}.png").read_bytes()
+        path = folder / "images" / f"{number}.png"
+        image = Stored(str(path), path.read_bytes)
         yield Record(f"{split}/{number}", image, questions=tuple(pairs))
 
 
