@@ -1,4 +1,4 @@
-"""Swap a decoder's linears for packed ones, straight from the blocks of a GGUF file.
+"""Swap a decoder's linears for packed ones, straight from the blocks of a GGUF file, and back.
 
 Only types whose codes come in groups of 32 with a scale and a minimum have a packed kernel; other
 tensors stay dense. Knows stored parts and modules, not how either is computed with.
@@ -16,6 +16,7 @@ from torch import nn
 from visavis.checkpoints.gguf.decoder import StoredPart, decoder_tensors
 from visavis.checkpoints.gguf.reader import GGUFFile
 from visavis.model.decoder import Decoder
+from visavis.model.layers import Linear
 from visavis.model.quantized import GROUP, PackedLinear
 
 PACKABLE = {"Q4_0": 8, "Q4_1": 0, "Q5_0": 16, "Q5_1": 0, "Q8_0": 128}  # code that means 0
@@ -50,6 +51,19 @@ def pack_linears(decoder: Decoder, file: GGUFFile, low_rank: LowRank | None = No
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(lambda item: pack(*item), decoder_tensors(file)))
+
+
+def unpack_linears(decoder: Decoder) -> None:
+    """Replace packed linears by plain ones, which can be trained and adapted."""
+    for path, module in list(decoder.named_modules()):
+        if isinstance(module, PackedLinear):
+            owner, _, attribute = path.rpartition(".")
+            rows, columns = module.dense.shape
+            linear = Linear(columns, rows, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.dense, requires_grad=False)
+            setattr(decoder.get_submodule(owner), attribute, linear)
+    if decoder.config.tied_head:
+        decoder.head.weight = decoder.embed.weight
 
 
 def _codes(stored: list[StoredPart]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -17,7 +17,6 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import zip_longest
 from pathlib import Path
 from threading import RLock
 from typing import NamedTuple
@@ -217,7 +216,7 @@ class FeatureStore:
             return [self.pool.submit(self._pixels, image, flip) for _, image in chunk]
 
         coming = decode(chunks[0]) if chunks else []
-        for chunk, following in zip_longest(chunks, chunks[1:], fillvalue=[]):
+        for chunk, following in zip(chunks, [*chunks[1:], []], strict=False):
             pixels = torch.from_numpy(np.stack([future.result() for future in coming]))
             coming = decode(following)
             features, keys = self._tower(pixels), [key for key, _ in chunk]

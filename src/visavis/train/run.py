@@ -25,6 +25,7 @@ import torch
 
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.loaded import Loaded
+from visavis.checkpoints.packing import unpack_linears
 from visavis.data.formats import fingerprint, open_source
 from visavis.data.mixture import Mixture
 from visavis.data.mixture import Share as MixtureShare
@@ -35,7 +36,7 @@ from visavis.processing.encoder import PromptEncoder
 from visavis.train.batcher import Batcher
 from visavis.train.features import FeatureStore
 from visavis.train.freeze import trainable_groups, trainable_table
-from visavis.train.frozen import run_frozen_stage
+from visavis.train.frozen import make_class_features, run_frozen_stage
 from visavis.train.loop import LoopSettings, train_loop
 from visavis.train.loop import Run as LoopRun
 from visavis.train.lora import add_lora
@@ -102,6 +103,7 @@ def run_recipe(
         TrainError: data is missing, or `out` holds a run of another recipe.
     """
     run = start(recipe, data, out, report)
+    make_class_features(run)
     for stage in recipe.stages:
         if isinstance(stage, StepsStage):
             run_steps(run, stage)
@@ -147,16 +149,19 @@ def start(recipe: Recipe, data: Path, out: Path, report: Report) -> Run:
 def open_model(model: ModelRecipe, *, precision: str, device: str, seed: int) -> Loaded:
     """Return the model that a recipe starts from."""
     if model.base:
-        return load_checkpoint(
+        loaded = load_checkpoint(
             model.base,
             precision=precision,
             device=device,
             turns=model.turns,
             profile=model.profile,
         )
-    from visavis.checkpoints.compose import compose
+    else:
+        from visavis.checkpoints.compose import compose
 
-    return compose(model.composition(), precision=precision, device=device, seed=seed)
+        loaded = compose(model.composition(), precision=precision, device=device, seed=seed)
+    unpack_linears(loaded.vlm.decoder)
+    return loaded
 
 
 def _trains_whole(recipe: Recipe) -> bool:
