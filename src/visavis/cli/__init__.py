@@ -14,6 +14,7 @@ from visavis import __version__
 from visavis.cli.chat import chat
 from visavis.cli.console import Group, quiet_broken_pipe
 from visavis.cli.convert import convert
+from visavis.cli.data import data
 from visavis.cli.demo import demo
 from visavis.cli.doctor import doctor
 from visavis.cli.embed import embed
@@ -35,6 +36,7 @@ app.command()(demo)
 app.command()(chat)
 app.command()(embed)
 app.add_typer(index)
+app.add_typer(data)
 app.command()(train)
 app.command()(convert)
 app.command()(inspect)

@@ -132,7 +132,7 @@ class Source(Sequence[Sample]):
             raise IndexError(number)
         number %= self.size
         row = self.rows[number]
-        row["id"] = id = self._id(row, number)
+        row["id"] = id = self._id_in(row, number)
         try:
             sample = self.make(row)
             if isinstance(sample, Match):
@@ -146,7 +146,14 @@ class Source(Sequence[Sample]):
             ) from error
         return sample
 
-    def _id(self, row: Row, number: int) -> str:
+    def id_of(self, number: int) -> str:
+        """Return a record's id, whatever else is wrong with it."""
+        try:
+            return self._id_in(self.rows[number], number)
+        except TrainError:
+            return self._id_in({}, number)
+
+    def _id_in(self, row: Row, number: int) -> str:
         """Return the record's id, or its number with the name of its file."""
         if row.get("id") not in (None, ""):
             return str(row["id"])

@@ -3,9 +3,9 @@
     {"id": 7, "query": {"text": "a cat"}, "positives": [{"image": "a.jpg", "score": 0.9}],
      "negatives": [{"image": "b.jpg", "score": 0.4, "source": "nano"}], "group": "cats"}
 
-Items are objects {text, image, video, document}, whose keys' order is the order of the parts, or
-texts; with the option `corpus`, texts are ids of lines {id, text, image, …} of that file. Several
-positives are as many samples that are no negatives of each other.
+Items are objects {text, image, video}, whose keys' order is the order of the parts, or texts; with
+the option `corpus`, texts are ids of lines {id, text, image, …} of that file. Several positives are
+as many samples that are no negatives of each other.
 
 Mined negatives (`visavis mine`) are lines {id, negatives} of the same items.
 """

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict
 
 from visavis.data.formats.rows import Row
 from visavis.errors import InputError
-from visavis.prompt import Document, Image, Part, Stored, Text, Video
+from visavis.prompt import Image, Part, Stored, Text, Video
 
 _SCHEME = re.compile(r"^(data:|[A-Za-z][A-Za-z0-9+.-]+://)")
-_ITEM_KEYS = ("text", "image", "video", "document")
+_ITEM_KEYS = ("text", "image", "video")
 
 
 class Options(BaseModel):
@@ -79,7 +79,7 @@ class Place:
         return path
 
     def item(self, value: Any) -> tuple[Part, ...]:
-        """Return the parts of an item {text, image, video, document}, in the order of its keys;
+        """Return the parts of an item {text, image, video}, in the order of its keys;
         a list of images is several, a list given as a video is its frames."""
         if isinstance(value, str):
             return (Text(value),)
@@ -97,10 +97,8 @@ class Place:
                 parts.append(Text(content))
             elif key == "image":
                 parts += map(self.image, listed(content))
-            elif key == "video":
-                parts.append(self.video(content))
             else:
-                parts.append(Document(self.file(content, "document")))
+                parts.append(self.video(content))
         if not parts:
             raise InputError("an item is empty, expected a text or a picture")
         return tuple(parts)
