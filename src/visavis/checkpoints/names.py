@@ -81,6 +81,20 @@ class NameTable:
                 return row, match.groups()
         return None
 
+    def theirs(self, ours: str) -> tuple[str, ...]:
+        """Return what the other layout calls our tensor, in the spelling that modules of today's
+        library have; nothing if no row has it."""
+        found = self.row_of(ours)
+        if found is None:
+            return ()
+        return tuple(self._newest(fill(name, found[1])) for name in found[0].theirs)
+
+    def _newest(self, name: str) -> str:
+        for spelling, rows in self.aliases:  # of which the first are the newest
+            if match := compiled(rows).fullmatch(name):
+                return fill(spelling, match.groups())
+        return name
+
     def is_ignored(self, name: str) -> bool:
         return any(pattern.fullmatch(name) for pattern in self._ignored)
 

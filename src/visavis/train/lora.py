@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from visavis.model.vlm import VLM
 from visavis.train.qlora import QuantizedLinear
 
 if TYPE_CHECKING:
+    from visavis.checkpoints.names import NameTable
     from visavis.train.recipe import LoraRecipe
 
 GAUSSIAN_RANK_SHARE = 1.0  # PEFT's "gaussian": standard deviation 1 / r
@@ -165,52 +168,72 @@ def native_pairs(vlm: VLM) -> dict[str, Tensor]:
     return pairs
 
 
-def write_peft(vlm: VLM, names: Any, folder: Path, *, base: str, recipe: LoraRecipe) -> None:
-    """Write the adapters as a folder of PEFT's, under the base's own names.
+def write_peft(
+    vlm: VLM, names: NameTable, folder: Path, *, base: str, recipe: LoraRecipe, whole: bool
+) -> None:
+    """Write the adapters as a folder of PEFT's, under the names of the base's modules.
 
     Args:
-        names: the base's name table (`checkpoints.names.NameTable`).
+        names: of the base's layout.
         base: what PEFT calls base_model_name_or_path.
+        whole: the connector was trained too, and goes along as it is (`modules_to_save`).
+
+    Raises:
+        TrainError: the base keeps in one matrix what has several adapters here.
     """
     tensors: dict[str, Tensor] = {}
-    targets = set()
+    targets, saved = set(), []
     for name, module in vlm.named_modules():
         if not isinstance(module, LoRALinear):
             continue
-        row, stars = names.row_of(f"{name}.weight")
-        theirs = names.names(row, stars)
-        a, b = module.lora_a.detach(), module.lora_b.detach()
+        theirs = names.theirs(f"{name}.weight")
         magnitude = module.lora_magnitude
         if len(theirs) != len(module.parts):  # Phi-3 keeps q, k and v in one matrix
             raise TrainError(
                 f"{name} is {len(theirs)} matrix in the base's layout, but its adapter has "
-                f"{len(module.parts)} parts, which PEFT cannot express; use the merged model."
+                f"{len(module.parts)} parts, which PEFT cannot express"
             )
         lengths = (
             (None,) * len(theirs) if magnitude is None else magnitude.detach().split(module.parts)
         )
-        parts = zip(theirs, a.split(module.rank), b.split(module.parts), lengths, strict=True)
-        for their, low, high, length in parts:
-            plain = f"base_model.model.{their.removesuffix('.weight')}"
-            targets.add(their.removesuffix(".weight").rpartition(".")[2])
-            tensors[f"{plain}.lora_A.weight"] = low.contiguous()
-            tensors[f"{plain}.lora_B.weight"] = high.contiguous()
+        a, b = module.lora_a.detach().split(module.rank), module.lora_b.detach().split(module.parts)
+        for their, low, high, length in zip(theirs, a, b, lengths, strict=True):
+            module_name = their.removesuffix(".weight")
+            targets.add(module_name.rpartition(".")[2])
+            tensors[f"{module_name}.lora_A.weight"] = low
+            tensors[f"{module_name}.lora_B.weight"] = high
             if length is not None:
-                tensors[f"{plain}.lora_magnitude_vector"] = length.contiguous()
+                tensors[f"{module_name}.lora_magnitude_vector"] = length
+    if whole:
+        assert vlm.connector is not None
+        state = vlm.connector.state_dict(prefix="connector.")
+        connector = {names.theirs(name)[0]: tensor for name, tensor in state.items()}
+        tensors |= connector
+        saved = [_common_module(connector)]
+    # In a model that sees, the tower has modules of these names too.
+    pattern = rf".*\.language_model\..*\.({'|'.join(sorted(targets))})"
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
-        "task_type": "FEATURE_EXTRACTION",
         "r": recipe.rank,
         "lora_alpha": recipe.scale * recipe.rank,
         "lora_dropout": recipe.dropout,
         "use_dora": recipe.dora,
-        "target_modules": sorted(targets),
+        "target_modules": sorted(targets) if vlm.tower is None else pattern,
+        "modules_to_save": saved or None,
         "bias": "none",
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
+    kept = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     with write_atomically(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary)
+        save_file(kept, temporary)
     with write_atomically(folder / "adapter_config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _common_module(names: Iterable[str]) -> str:
+    """Return the module that holds all of some tensors."""
+    parts = [name.split(".")[:-1] for name in names]
+    together = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return ".".join(level[0] for level in together)

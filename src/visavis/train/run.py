@@ -110,7 +110,8 @@ def run_recipe(
         else:
             run_frozen_stage(run, stage)
         if run.accelerator.is_main_process:
-            save_model(run.loaded, recipe, out / "model")
+            problems = save_model(run.loaded, recipe, out / "model")
+            run.log({"stage": stage.name, "saved": "model", "problems": problems})
         run.accelerator.wait_for_everyone()
     return out / "model"
 
