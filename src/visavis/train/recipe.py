@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from visavis.data.sources import SOURCES, TRAINING_SOURCES
 from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
 from visavis.processing.turns import TURNS
@@ -308,6 +309,11 @@ class Recipe(_Strict):
     def _fits(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         problems = [f"two stages are named {n!r}" for n in sorted(set(names)) if names.count(n) > 1]
+        for name, one in self.data.items():
+            if one.format == "records" and one.path not in TRAINING_SOURCES:
+                why = "is held out for evaluation" if one.path in SOURCES else "is unknown"
+                known = suggest(one.path, TRAINING_SOURCES)
+                problems.append(f"data {name!r}: the data set {one.path!r} {why}: {known}")
         for stage in self.stages:
             for source in sources_of(stage):
                 if source not in self.data:
@@ -316,6 +322,8 @@ class Recipe(_Strict):
                         f"{suggest(source, self.data)}"
                     )
             if not isinstance(stage, StepsStage):
+                if not self.feature_cache:
+                    problems.append(f"stage {stage.name!r} needs `feature_cache: true`")
                 continue
             if "lora" in stage.train and self.model.lora is None:
                 problems.append(f"stage {stage.name!r} trains `lora`, but the model has none")

@@ -199,7 +199,7 @@ def run_steps(run: Run, stage: StepsStage) -> None:
     vlm = run.loaded.vlm
     task, steps = build_task(run, stage)
     groups = trainable_groups(vlm, stage)
-    rates: dict[str, float] = {**stage.train}
+    rates: dict[str, float] = dict(stage.train.items())
     scales = [one.log_scale for one in _contrastive(task) if one.log_scale.requires_grad]
     if scales:
         groups["temperature"], rates["temperature"] = scales, max(rates.values())
