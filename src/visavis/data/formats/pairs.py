@@ -7,7 +7,8 @@ Items are objects {text, image, video}, whose keys' order is the order of the pa
 the option `corpus`, texts are ids of lines {id, text, image, …} of that file. Several positives are
 as many samples that are no negatives of each other.
 
-Mined negatives (`visavis mine`) are lines {id, negatives} of the same items.
+Mined negatives (`visavis mine`) are lines {id, negatives} of the same items, whose paths start at
+their own file.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Spread:
         self.numbers, self.positives = array("Q"), array("Q")
         for number in range(len(rows)):
             found = rows[number].get("positives")
-            for positive in range(len(found) if isinstance(found, list) else 1):
+            for positive in range(len(found) if isinstance(found, list) and found else 1):
                 self.numbers.append(number)
                 self.positives.append(positive)
 
@@ -117,13 +118,14 @@ class Mined:
     """
 
     def __init__(self, path: Path) -> None:
-        self.rows = open_rows([path])
+        self.rows, self.folder = open_rows([path]), path.parent
         self.numbers = index_by_id(self.rows)
 
     def of(self, id: str, place: Place) -> tuple[Prompt, ...]:
-        """Return the negatives of a sample; none if it has no line."""
+        """Return the negatives of a sample; none if it has no line. Paths start at the file."""
         number = self.numbers.get(id)
-        return () if number is None else negatives(self.rows[number], place)
+        here = Place(place.root, self.folder, within=place.root)
+        return () if number is None else negatives(self.rows[number], here)
 
 
 def index_by_id(rows: Rows) -> dict[str, int]:

@@ -34,11 +34,13 @@ class Place:
 
     Args:
         root: the folder of data sets.
-        folder: paths of pictures start here and stay below.
+        folder: paths of pictures start here.
+        within: and stay below this; None: below `folder`.
     """
 
     root: Path
     folder: Path
+    within: Path | None = None
 
     def image(self, value: Any) -> Image:
         """Return a picture of a row: a path, or bytes that lie in the data file."""
@@ -69,11 +71,11 @@ class Place:
                 f"its {what} is {value[:60]!r}, expected {expected}; nothing is downloaded while "
                 "training: download it first"
             )
-        folder = os.path.normpath(self.folder)
-        path = Path(os.path.normpath(os.path.join(folder, value)))
-        if not path.is_relative_to(folder):
+        within = self.within or self.folder
+        path = Path(os.path.normpath(os.path.join(self.folder, value)))
+        if not path.is_relative_to(os.path.normpath(within)):
             raise InputError(
-                f"its {what} {value!r} lies outside of {self.folder}; give the folder that all "
+                f"its {what} {value!r} lies outside of {within}; give the folder that all "
                 "paths start at as `images`"
             )
         return path
