@@ -15,6 +15,7 @@ from visavis.errors import TrainError
 from visavis.prompt import Stored
 from visavis.registry import lookup
 
+NO_PICTURE = b"no picture of class"  # stands where features are made without one
 
 def openstax(root: Path, split: str) -> Iterator[Record]:
     """Textbook figures; the alt text is the caption, the printed caption an extra positive."""
@@ -107,7 +108,7 @@ def imagenet_classes(root: Path, split: str) -> Iterator[Record]:
         article = "an" if name[0].lower() in "aeiou" else "a"
         yield Record(
             f"class-{number}",
-            f"no picture of class {number}".encode(),  # what its made features are filed under
+            b"%s %d" % (NO_PICTURE, number),  # what its made features are filed under
             caption=f"a photo of {article} {name}",
             also=(f"{names}: {definition}",),
             label=name,

@@ -262,7 +262,9 @@ def _add_file(digest: Any, path: Path) -> None:
 
 def _pieces(size: int) -> Iterator[tuple[int, int]]:
     """Yield what is hashed of a file: all of it, or pieces at even distances, both ends too."""
-    length = (1 << 20) if size > WHOLE_BYTES else -(-size // PIECES)
+    if size <= WHOLE_BYTES:
+        yield 0, size
+        return
+    length = WHOLE_BYTES // PIECES
     for number in range(PIECES):
-        start = number * length if size <= WHOLE_BYTES else number * (size - length) // (PIECES - 1)
-        yield start, length
+        yield number * (size - length) // (PIECES - 1), length

@@ -17,7 +17,6 @@ from visavis.data.records import Record
 from visavis.data.samples import Chat, Match, Sample
 from visavis.data.sources import load_source
 from visavis.data.wording import chat_pairs, text_to_match
-from visavis.errors import TrainError
 from visavis.prompt import Image, Message, Prompt, Text
 
 
@@ -42,18 +41,13 @@ class Records:
     """A row for each conversation or text that the records of a data set give.
 
     Raises:
-        TrainError: the data set is not there, or has no pictures.
+        TrainError: the data set is not there.
     """
 
     def __init__(self, name: str, root: Path, options: RecordOptions) -> None:
         self.name = name
         self.rows: list[Row] = []
         for record in load_source(name, root):
-            if not record.image:
-                raise TrainError(
-                    f"{record.key!r} of {name!r} has no picture; the set can only start a "
-                    "connector or a head."
-                )
             draw = random.Random(f"{options.seed}/{record.key}")
             self.rows += _rows(record, draw, options)
 
@@ -71,8 +65,7 @@ def _rows(record: Record, draw: random.Random, options: RecordOptions) -> list[R
     if options.kind == "match":
         if not (record.caption or record.also):
             return []
-        said = [text_to_match(record, draw)]
-        return [{"id": record.key, "text": said[0], "record": record}]
+        return [{"id": record.key, "text": text_to_match(record, draw), "record": record}]
     groups = chat_pairs(
         record,
         draw,

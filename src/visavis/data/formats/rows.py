@@ -156,16 +156,15 @@ def _list_spans(path: Path) -> Iterator[tuple[int, int]]:
     """Yield where each object of a list lies, in bytes, holding a few of them at a time."""
     scan = json.JSONDecoder().raw_decode
     decode = codecs.getincrementaldecoder("utf-8")().decode
-    text, at, offset = "", 0, 0  # what is held; where in it we are, in characters and file bytes
-    size, count, opened = _CHUNK, 0, False
+    text, at = "", 0  # what is held; where in it we are
+    size, count = _CHUNK, 0
     with path.open("rb") as file:
+        offset = file.read(64).index(b"[") + 1  # where we are in the file
+        file.seek(offset)
         while True:
             chunk = file.read(size)
             text, at, before = text[at:] + decode(chunk, final=not chunk), 0, count
             while True:
-                if not opened:
-                    begin = text.index("[") + 1
-                    offset, at, opened = len(text[:begin].encode()), begin, True
                 found = _BETWEEN.match(text, at)
                 assert found is not None
                 offset, at = offset + found.end() - at, found.end()
