@@ -47,8 +47,9 @@ def test_questions_come_in_groups_each_once(root: Path) -> None:
                              *["[Stored]"] * 3]  # fmt: skip
     assert all(said(one.prompt)[0][0] == "[Stored]" for one in found)
     for one in found:
-        for question, answer in zip(one.prompt.messages[::2], one.prompt.messages[1::2]):
-            assert said(one.prompt) and question.parts[-1].text[9] == answer.parts[0].text[-1]
+        turns = said(one.prompt)
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            assert question[-1][9] == answer[0][-1]
 
 
 def test_wording_is_the_seeds(root: Path) -> None:

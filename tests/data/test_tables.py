@@ -65,7 +65,9 @@ def test_rows_are_what_was_written_in_any_order(tmp_path: Path, kind: str) -> No
         assert content(row["picture"]) == content(row["image"]) == picture_bytes(number)
         mixed = f"{number}.png" if number % 2 else picture_bytes(number)
         assert content(row["mixed"]) == mixed
-        assert [content(one) for one in row["images"]] == list(map(picture_bytes, range(number % 3)))
+        assert [content(one) for one in row["images"]] == list(
+            map(picture_bytes, range(number % 3))
+        )
         assert rows.where(number) == f"{kind}, row {number + 1}"
 
 
