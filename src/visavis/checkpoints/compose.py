@@ -1,7 +1,8 @@
 """A new model of parts that exist: a language model, a vision tower, and a fresh connector.
 
     language model      anything `load` takes; its own tower and head, if any, are left behind
-    vision tower        a CLIP, SigLIP or DINOv2 folder, or `efficientnet-lite2`, which nano has
+    vision tower        a CLIP, SigLIP or DINOv2 folder, that of a visavis folder, or
+                        `efficientnet-lite2`, which nano has
     connector, head     random, from the seed; training is what they are for
 
 Knows which parts fit; how they are trained is said in recipes.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from visavis.checkpoints import bundled
+from visavis.checkpoints.detect import NATIVE
 from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.load import load_checkpoint, resolve
 from visavis.checkpoints.loaded import Loaded, fingerprint
@@ -28,6 +30,7 @@ from visavis.checkpoints.weight_files import read_json, read_tensors, weight_fil
 from visavis.errors import CheckpointError, InputError
 from visavis.model.config import (
     ConnectorConfig,
+    DecoderConfig,
     EfficientNetConfig,
     HeadConfig,
     MergeConfig,
@@ -35,6 +38,8 @@ from visavis.model.config import (
     ViTConfig,
     VLMConfig,
 )
+from visavis.model.connectors import build_connector
+from visavis.model.head import EmbeddingHead
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
@@ -51,6 +56,7 @@ class Composition:
     Args:
         language_model, vision_tower: names, hub names or paths.
         connector: its kind and numbers (`ConnectorConfig`), widths left out.
+        connector_weights: a visavis folder whose connector is taken over; empty: a new one.
         turns: chat format by name; empty: the language model's own.
         resize: how pictures become the tower's square; empty: as its own processor says.
         tiles: tiles of the largest canvas in LLaVA's anyres, 0: none. A canvas is any number of
@@ -65,6 +71,7 @@ class Composition:
     language_model: str
     vision_tower: str
     connector: dict[str, Any]
+    connector_weights: str = ""
     turns: str = ""
     resize: Literal["", "squash", "crop", "pad"] = ""
     tiles: int = 0
@@ -86,40 +93,25 @@ def compose(
     """
     base = load_checkpoint(parts.language_model, precision=precision, device=device)
     tower, state, processor = open_tower(parts)
-    layer = parts.select_layer
-    if layer == 0:
-        layer = -2 if isinstance(tower, ViTConfig) and tower.class_token else -1
     decoder = base.vlm.config.decoder
-    config = VLMConfig(
-        decoder=decoder,
-        tower=tower,
-        connector=ConnectorConfig(in_width=tower.width, out_width=decoder.width, **parts.connector),
-        head=_head(parts, tower.width),
-        # Image tokens are found by position, so any id may stand for them.
-        image_token_id=base.specials.pad_id or 0,
-        select_layer=layer,
-        merge=_merge(parts),
-    )
-    torch.manual_seed(seed)
+    # Image tokens are found by position, so any id may stand for them.
+    config = composed_config(parts, decoder, tower, image_token_id=base.specials.pad_id or 0)
+    assert config.connector is not None
     with torch.device("meta"):
         vlm = VLM(config)
     vlm.decoder = base.vlm.decoder
-    for module in (vlm.tower, vlm.connector, vlm.head):
-        if module is not None:
-            module.to_empty(device=device)
-            for part in module.modules():
-                reset = getattr(part, "reset_parameters", None)
-                if callable(reset):
-                    reset()
+    assert vlm.tower is not None
+    vlm.tower.to_empty(device=device).load_state_dict(state)
+    torch.manual_seed(seed)
+    vlm.connector = build_connector(config.connector).to(device)
+    if config.head is not None:
+        vlm.head = EmbeddingHead(config.head, decoder.width).to(device)
     if vlm.image_newline is not None:
         newline = torch.randn(decoder.width, device=device) / math.sqrt(decoder.width)
         vlm.image_newline = torch.nn.Parameter(newline)
-    assert vlm.tower is not None
-    vlm.tower.load_state_dict(state)
-    if parts.tiles:
-        processor = replace(processor, resize="squash", tiles=_tiles(parts, processor.size))
-    elif parts.resize:
-        processor = replace(processor, resize=parts.resize)
+    if parts.connector_weights:
+        _take_connector(vlm, resolve(parts.connector_weights))
+    processor = composed_processor(parts, processor)
     turns = parts.turns or base.profile.turns
     identity = {"parts": repr(parts), "base": base.fingerprint, "seed": seed}
     return Loaded(
@@ -134,6 +126,55 @@ def compose(
         fingerprint=fingerprint([], identity),
         files=base.files,
     )
+
+
+def composed_config(
+    parts: Composition, decoder: DecoderConfig, tower: TowerConfig, *, image_token_id: int
+) -> VLMConfig:
+    """Return the config of a model of parts."""
+    layer = parts.select_layer
+    if layer == 0:
+        layer = -2 if isinstance(tower, ViTConfig) and tower.class_token else -1
+    return VLMConfig(
+        decoder=decoder,
+        tower=tower,
+        connector=ConnectorConfig(in_width=tower.width, out_width=decoder.width, **parts.connector),
+        head=_head(parts, tower.width),
+        image_token_id=image_token_id,
+        select_layer=layer,
+        merge=_merge(parts),
+    )
+
+
+def composed_processor(parts: Composition, processor: ImageProcessorConfig) -> ImageProcessorConfig:
+    """Return how pictures are sized for a model of parts, given how the tower's own files say."""
+    if parts.tiles:
+        return replace(processor, resize="squash", tiles=_tiles(parts, processor.size))
+    return replace(processor, resize=parts.resize) if parts.resize else processor
+
+
+def _take_connector(vlm: VLM, folder: Path) -> None:
+    """Put the connector of another model of the same parts in place of the new one.
+
+    Raises:
+        CheckpointError: it has none, or of another shape.
+    """
+    tensors = read_tensors(sorted(folder.glob("*.safetensors"))).entries
+    own = {
+        name: tensor
+        for name, tensor in vlm.state_dict().items()
+        if name.startswith("connector.") or name == "image_newline"
+    }
+    wrong = [n for n, t in own.items() if n not in tensors or tensors[n].shape != tuple(t.shape)]
+    if wrong:
+        raise CheckpointError(
+            f"{folder} has no connector that fits: {', '.join(wrong[:3])} are missing or of "
+            "another shape; expected a folder that visavis wrote, such as out/model of a first "
+            "stage, of the same connector, tower and language model."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name].read())
 
 
 def open_tower(parts: Composition) -> tuple[TowerConfig, dict[str, Tensor], ImageProcessorConfig]:
@@ -152,6 +193,12 @@ def open_tower(parts: Composition) -> tuple[TowerConfig, dict[str, Tensor], Imag
             ImageProcessorConfig(size, "squash", level, (128 / 255,) * 3),
         )
     folder = resolve(parts.vision_tower)
+    if (folder / NATIVE).is_file():
+        seeing = load_checkpoint(folder, precision="f32", device="cpu")
+        if seeing.processor is None or seeing.vlm.config.tower is None:
+            raise CheckpointError(f"{folder} has no vision tower; name a model that has one.")
+        assert seeing.vlm.tower is not None
+        return seeing.vlm.config.tower, dict(seeing.vlm.tower.state_dict()), seeing.processor
     config_path, settings = folder / "config.json", folder / "preprocessor_config.json"
     if not config_path.is_file() or not settings.is_file():
         raise CheckpointError(

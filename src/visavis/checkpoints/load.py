@@ -21,6 +21,7 @@ VLM2VEC_FRAMES = 8  # of a video, in its training and its evaluation
 NAMES = {
     "nano": "SmolLM2-135M-Instruct + EfficientNet-Lite2: chats and embeds, works offline",
     "smollm2-135m": "SmolLM2-135M-Instruct alone (the GGUF file nano is built on), text only",
+    "tiny-random": "a whole model of random numbers that trains in seconds, to try recipes with",
 }
 
 
@@ -60,6 +61,10 @@ def resolve(name_or_path: str | Path) -> Path:
         return NANO_FOLDER
     if name == "smollm2-135m":
         return bundled.fetch("nano")["language_model"]
+    if name == "tiny-random":
+        from visavis.checkpoints import tiny
+
+        return tiny.fetch()
     path = Path(name).expanduser()
     if path.exists():
         return path

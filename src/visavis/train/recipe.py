@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from visavis.data.formats import FORMATS
 from visavis.data.sources import SOURCES, TRAINING_SOURCES
 from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
@@ -85,6 +86,7 @@ class ModelRecipe(_Strict):
     language_model: str = ""
     vision_tower: str = ""
     connector: ConnectorRecipe = ConnectorRecipe()
+    connector_weights: str = ""  # a run's model folder, whose connector is taken over
     turns: str = ""  # chat format by name; empty: the base's own
     resize: Literal["", "squash", "crop", "pad"] = ""
     tiles: Annotated[int, Field(ge=0)] = 0
@@ -118,6 +120,7 @@ class ModelRecipe(_Strict):
         names = (
             "language_model",
             "vision_tower",
+            "connector_weights",
             "turns",
             "resize",
             "tiles",
@@ -135,23 +138,12 @@ class ModelRecipe(_Strict):
 
 # ---- the data ------------------------------------------------------------------------------------
 
-FORMATS = (
-    "llava",  # LLaVA and TinyLLaVA: JSON or JSONL of conversations
-    "pairs",  # JSONL of query, positives, negatives (see data/formats.py)
-    "mmeb",  # MMEB-train rows
-    "llava-hound",  # video question answering and retrieval
-    "vidore",  # ViDoRe's training rows
-    "visrag",  # VisRAG's training rows
-    "images",  # a folder of pictures, one folder per class
-    "records",  # a data set of `visavis.data.sources`, by name
-    "scene-graph",  # predicate classification as matching
-)
-
 
 class SourceRecipe(_Strict):
     """Where samples come from.
 
     Args:
+        format: one of `data.formats.FORMATS`.
         path: file, folder or glob under --data; of `records`: a name.
         images: folder that pictures' paths start at; empty: beside the file.
         options: what else the format knows (see `data.formats`).
@@ -160,17 +152,7 @@ class SourceRecipe(_Strict):
         negatives: JSONL of mined negatives, joined by id (`visavis mine`).
     """
 
-    format: Literal[
-        "llava",
-        "pairs",
-        "mmeb",
-        "llava-hound",
-        "vidore",
-        "visrag",
-        "images",
-        "records",
-        "scene-graph",
-    ]
+    format: str
     path: str
     images: str = ""
     options: dict[str, Any] = {}
@@ -178,6 +160,13 @@ class SourceRecipe(_Strict):
     instruction: str = ""
     target_instruction: str = ""
     negatives: str = ""
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in FORMATS:
+            raise ValueError(f"no data format is called {name!r}: {suggest(name, FORMATS)}")
+        return name
 
 
 class Drawn(_Strict):

@@ -19,6 +19,8 @@ from typing import Any, Protocol, overload
 
 from pydantic import ValidationError
 
+from visavis.data.drawings import PREFIX as DRAWN
+from visavis.data.drawings import VERSION as DRAWN_VERSION
 from visavis.data.formats.conversations import LlavaOptions, conversation
 from visavis.data.formats.named import RecordOptions, Records, from_record
 from visavis.data.formats.pairs import Mined, PairOptions, Pairs, Spread
@@ -26,8 +28,11 @@ from visavis.data.formats.pictures import Folder, PictureOptions, classified
 from visavis.data.formats.place import Options, Place
 from visavis.data.formats.retrieval import HoundOptions, hound, mmeb, vidore, visrag
 from visavis.data.formats.rows import Row, Rows, find_files, open_rows
+from visavis.data.formats.scene_graph import Predicates, SceneGraphOptions, open_relations
 from visavis.data.records import Record
 from visavis.data.samples import Match, Sample
+from visavis.data.shapes import VERSION as SHAPES_VERSION
+from visavis.data.shapes import Scenes, ShapeOptions, shape_sample
 from visavis.data.sources import load_source
 from visavis.errors import TrainError, VisavisError
 from visavis.prompt import Stored
@@ -92,6 +97,8 @@ FORMATS: dict[str, Format] = {
         _each(classified), PictureOptions, lambda path, root, options: Folder(root / path)
     ),
     "records": Format(_each(from_record), RecordOptions, Records),
+    "shapes": Format(_each(shape_sample), ShapeOptions, Scenes),
+    "scene-graph": Format(Predicates, SceneGraphOptions, open_relations),
 }
 
 
@@ -206,6 +213,10 @@ def fingerprint(recipe: SourceSpec, root: Path) -> str:
     if recipe.format == "records":
         for record in load_source(recipe.path, root):
             _add_record(digest, record)
+    elif recipe.format == "shapes":
+        digest.update(f"{recipe.path} {SHAPES_VERSION}".encode())
+    elif recipe.format == "scene-graph" and recipe.path.startswith(DRAWN):
+        digest.update(f"{recipe.path} {DRAWN_VERSION}".encode())
     elif recipe.format == "images":
         for picture in Folder(root / recipe.path).pictures:
             digest.update(f"{picture.relative_to(root)} {picture.stat().st_size}".encode())
@@ -214,7 +225,9 @@ def fingerprint(recipe: SourceSpec, root: Path) -> str:
             _add_file(digest, path)
     others = [str(value) for _, value in options if isinstance(value, Path)]
     for other in filter(None, [*others, recipe.negatives]):
-        _add_file(digest, root / other)
+        whole = root / other
+        for path in sorted(whole.iterdir()) if whole.is_dir() else [whole]:
+            _add_file(digest, path)
     return digest.hexdigest()
 
 
