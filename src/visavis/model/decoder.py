@@ -51,6 +51,8 @@ class Norm(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each on a norm of the residual stream."""
 
+    attend = staticmethod(attend)  # where a compiled block stops, see `train/loop.py`
+
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -87,7 +89,7 @@ class Block(nn.Module):
         else:  # one rotation for queries and keys: they stand side by side
             both, v = qkv.split((heads + kv_heads, kv_heads), 1)
             q, k = rotate(both, *rotary).split((heads, kv_heads), 1)
-        mixed = attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
+        mixed = self.attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
         return self.out(mixed.reshape(x.shape[0], -1))  # [T, D]
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -118,7 +120,10 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What matmuls compute in."""
-        return self.embed.weight.dtype
+        weight = self.embed.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Return float32 embeddings [T, D] of int64 ids [T]."""

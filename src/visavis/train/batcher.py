@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from visavis.data.samples import Chat
-from visavis.errors import InputError, TrainError, VisavisError
+from visavis.errors import TrainError, VisavisError
 from visavis.model.batch import PackedBatch
 from visavis.model.visual import Visual
 from visavis.processing.encoder import PromptEncoder
@@ -94,12 +94,20 @@ class Batcher:
         return encoded
 
     def pack(
-        self, prompts: Sequence[Prompt], encoded: Sequence[Encoded], *, labels: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        encoded: Sequence[Encoded],
+        *,
+        ids: Sequence[str],
+        labels: bool = False,
     ) -> PackedBatch:
         """Lay sequences end to end with what the model needs of their pictures.
 
+        Args:
+            ids: of the sample that each prompt is of.
+
         Raises:
-            TrainError: a picture cannot be read.
+            TrainError: a picture cannot be read; the message names the sample.
         """
         batch = pack(encoded)
         if labels:
@@ -108,22 +116,24 @@ class Batcher:
             if self.features is not None:
                 batch.features = self.features.of(prompts)
             else:
-                batch.visuals = self._visuals(prompts)
+                batch.visuals = self._visuals(prompts, ids)
         return batch.to(self.device)
 
-    def _visuals(self, prompts: Sequence[Prompt]) -> tuple[Visual, ...]:
+    def _visuals(self, prompts: Sequence[Prompt], ids: Sequence[str]) -> tuple[Visual, ...]:
         processor = self.encoder.processor
         assert processor is not None
         waiting = [
-            self.pool.submit(pixels_of, one, processor, self.encoder.alone(prompt))
-            for prompt in prompts
+            (id, self.pool.submit(pixels_of, one, processor, self.encoder.alone(prompt)))
+            for id, prompt in zip(ids, prompts, strict=True)
             for one in prompt.visuals
         ]
-        try:
-            ready = [future.result() for future in waiting]
-        except InputError as error:
-            raise TrainError(f"a picture of the batch cannot be read: {error}") from error
-        return tuple(Visual(torch.from_numpy(pixels), shape) for pixels, shape in ready)
+        return tuple(_seen(id, future) for id, future in waiting)
+
+    def nothing(self) -> PackedBatch:
+        """Return a batch of one token that teaches nothing, for a process that has run out."""
+        zero = torch.zeros(1, dtype=torch.int64)
+        positions = zero.expand(3, 1) if self.encoder.config.decoder.mrope_sections else zero
+        return PackedBatch(zero, positions, (1,), labels=zero - 100).to(self.device)
 
     def prefetch(self, makers: Iterable[Callable[[], T]]) -> Iterator[T]:
         """Yield what each of `makers` (functions without arguments) returns, one made ahead."""
@@ -135,3 +145,25 @@ class Batcher:
             waiting = coming
         if waiting is not None:
             yield waiting.result()
+
+
+def _seen(id: str, future: Future[Any]) -> Visual:
+    """Return what a worker made of a picture.
+
+    Raises:
+        TrainError: it did not; the message names the sample.
+    """
+    try:
+        pixels, shape = future.result()
+    except VisavisError as error:
+        raise TrainError(
+            f"a picture of the sample {id!r} cannot be read: {error} Leave the record out or mend "
+            "the file; `visavis data check` finds all of them."
+        ) from error
+    except Exception as error:
+        raise TrainError(
+            f"a worker failed at a picture of the sample {id!r} ({type(error).__name__}: {error}); "
+            "if its file opens elsewhere, this is a fault of visavis. Leave the record out to go "
+            "on."
+        ) from error
+    return Visual(torch.from_numpy(pixels), shape)

@@ -35,7 +35,7 @@ def cached_backward(
     Args:
         encode: a chunk's vectors [n, D], the same every time but for random numbers.
         loss_of: a scalar of the vectors of all chunks [N, D], in their order.
-        backward: goes back from a tensor, with its gradient or as a loss.
+        backward: goes back from a loss, or from vectors with the gradient that a loss gave them.
         no_sync: entered around every backward pass but the last, so that devices exchange
             gradients once; around the last too without `sync_last`.
         factor: what gradients are multiplied by (where devices average what should be summed).
@@ -47,7 +47,7 @@ def cached_backward(
             parts.append(encode(chunk))
     vectors = torch.cat(parts).requires_grad_()
     loss = loss_of(vectors)
-    loss.backward()
+    backward(loss, None)
     assert vectors.grad is not None
     gradients = (vectors.grad * factor).split([len(part) for part in parts])
     after = RandomState()

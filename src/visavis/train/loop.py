@@ -1,33 +1,42 @@
-"""The training loop: steps, precision, devices, schedule, checkpoints, log. Knows no objective.
+"""The training loop: steps, precision, schedule, when to save and when to stop. Knows no objective.
 
-A checkpoint holds the trained tensors, the optimiser, random states, the task's drawing state and
-the step, and is replaced in one rename; a run that was killed goes on as if it had not been. One
-process or many: `accelerate` starts them, wraps the model and knows the precision.
+Whatever ends a run, the same command goes on from its last checkpoint, on the CPU bit for bit.
+What a checkpoint holds is in `checkpoint.py`, what processes share in `processes.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from filelock import FileLock, Timeout
+from torch import nn
 
 from visavis.errors import TrainError
 from visavis.files import write_atomically
-from visavis.train.gradcache import RandomState
+from visavis.train.checkpoint import Checkpoints, State
+from visavis.train.meter import Meter, flops_per_token, peak_flops
+from visavis.train.processes import Processes
 from visavis.train.tasks import Part, Task
+from visavis.train.trackers import track
 from visavis.train.trainee import Trainee
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+SMALLEST_SCALE = 2.0**-10  # of float16 losses; a run that needs less does not train
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class LoopSettings:
         save_every: steps between checkpoints; `keep` of them stay.
         log_every: steps between log lines; losses are means since the last one.
         stop_after: end, with a checkpoint, after this step.
+        compile: backend of `torch.compile` for the decoder's blocks; empty: none.
     """
 
     steps: int
@@ -57,45 +67,21 @@ class LoopSettings:
     keep: int = 1
     log_every: int = 10
     stop_after: int | None = None
-
-
-@dataclass
-class Processes:
-    """The processes that train together, as tasks see them (`tasks.Devices`)."""
-
-    accelerator: Accelerator
-    wrapped: nn.Module
-
-    @property
-    def world(self) -> int:
-        return int(self.accelerator.num_processes)
-
-    @property
-    def rank(self) -> int:
-        return int(self.accelerator.process_index)
-
-    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
-        scaler = self.accelerator.scaler
-        if gradient is None:
-            gradient = torch.ones_like(loss)
-        if scaler is not None:  # float16: gradients would vanish
-            gradient = gradient * scaler.scale(torch.ones((), device=gradient.device))
-        loss.backward(gradient)
-
-    def no_sync(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(self.wrapped)
-        return context
-
-    def sum(self, value: float) -> float:
-        if self.world == 1:
-            return value
-        total = torch.tensor(float(value), dtype=torch.float64, device=self.accelerator.device)
-        return float(self.accelerator.reduce(total, "sum"))
+    compile: str = ""
 
 
 @dataclass
 class Run:
-    """One stage of gradient steps, where it stands."""
+    """One stage of gradient steps.
+
+    Args:
+        groups: parameters that are trained, by name of their rate.
+        folder: where its checkpoints lie.
+        log: called with each log line.
+        rewind: called with the step that the run starts from; log lines after it will come again.
+        report: called with each step and a line about it.
+        identity: of data and settings; a checkpoint of another one is refused.
+    """
 
     trainee: Trainee
     task: Task
@@ -104,73 +90,129 @@ class Run:
     folder: Path
     accelerator: Accelerator
     log: Callable[[dict[str, Any]], None]
+    rewind: Callable[[int], None] = lambda step: None
     report: Callable[[int, str], None] = lambda step, text: None
-    identity: str = ""  # of the data and settings; a checkpoint of another one is refused
-    step: int = 0
-    mean: list[Tensor] = field(default_factory=list)  # running means, with `ema`
+    identity: str = ""
+    seed: int = 0
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.groups.values() for parameter in group]
+
+class Stopped(SystemExit):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has been saved; ends the program with the
+    exit code that shells expect."""
 
 
 def train_loop(run: Run) -> None:
     """Take gradient steps until the stage is done, from its last checkpoint if there is one.
 
     Raises:
-        TrainError: a loss is not finite, or the checkpoint is of another stage.
+        TrainError: a loss or gradient is not finite, the disk is full, or the checkpoint is of
+            another stage; the last checkpoint stays as it is.
+        Stopped: a signal came; the run was saved after the step it was in.
     """
-    settings, accelerator = run.settings, run.accelerator
+    settings = run.settings
+    with ExitStack() as stack:
+        processes = Processes(run.accelerator, run.trainee, run.groups)
+        if processes.is_main:
+            stack.enter_context(_only_run_in(run.folder))
+        seed(f"{run.seed}/{run.folder.name}/{processes.rank}")
+        checkpoints = Checkpoints(run.folder, processes, keep=settings.keep, identity=run.identity)
+        state = _first_state(run, processes)
+        checkpoints.restore(state)
+        if processes.is_main:
+            run.rewind(state.step)
+        track(run.accelerator, run.folder.name, state.step)
+        if settings.compile:
+            stack.enter_context(_compiled(processes.wrapped, settings.compile))
+        processes.wrapped.train()
+        stack.callback(run.trainee.eval)
+        signals = stack.enter_context(Signals())
+        while state.step < settings.steps and state.step != settings.stop_after:
+            _take_step(run, processes, state)
+            ending = processes.largest(signals.received)
+            if ending or state.step % settings.save_every == 0:
+                checkpoints.save(state)
+            if ending:
+                _stop(run, processes, state.step, ending)
+        if checkpoints.newest != state.step:
+            checkpoints.save(state)
+        if state.mean and state.step == settings.steps:
+            with torch.no_grad():
+                for name, parameter in state.parameters.items():
+                    parameter.copy_(state.mean[name])
+        processes.finish()
+
+
+def seed(text: str) -> None:
+    """Make random numbers of this process a function of a text."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+    torch.manual_seed(number)
+    random.seed(number)
+
+
+def _first_state(run: Run, processes: Processes) -> State:
+    settings, parameters = run.settings, processes.parameters
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(parameters), "peak": settings.learning_rates[name]}
-            for name, parameters in run.groups.items()
-            if parameters
+            {"params": list(own.values()), "peak": settings.learning_rates[name]}
+            for name, own in processes.groups.items()
         ],
         betas=settings.betas,
         weight_decay=settings.weight_decay,
     )
-    wrapped, prepared = accelerator.prepare(run.trainee, optimizer)
-    processes = Processes(accelerator, wrapped)
+    device, kind = run.accelerator.device, run.accelerator.mixed_precision
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    decoder = run.trainee.vlm.decoder
+    peak = peak_flops(device, mixed.get(kind, decoder.dtype))
+    meter = Meter(flops_per_token(decoder), peak and peak * processes.world)
+    mean = {}
     if settings.ema:
-        run.mean = [parameter.detach().clone().float() for parameter in run.parameters]
-    restore(run, optimizer)
-    meter = Meter()
-    wrapped.train()
-    while run.step < settings.steps and run.step != settings.stop_after:
-        rate = schedule(run.step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        with accelerator.autocast():
-            parts = run.task.step(wrapped, processes)
-        _check(run, parts)
-        if accelerator.scaler is not None:
-            accelerator.scaler.unscale_(optimizer)
-        limit = settings.clip or math.inf
-        norms = {
-            name: float(nn.utils.clip_grad_norm_(parameters, limit))
-            for name, parameters in run.groups.items()
-            if parameters
-        }
-        prepared.step()
-        optimizer.zero_grad(set_to_none=True)
-        _average(run)
-        run.step += 1
-        meter.add(parts)
-        run.report(run.step, meter.line())
-        if run.step % settings.log_every == 0 or run.step == settings.steps:
-            line = {"step": run.step, "rate": rate, "norm": norms, **meter.take()}
-            if accelerator.is_main_process:
-                run.log(line)
-                accelerator.log(_flat(line), step=run.step)
-        if run.step % settings.save_every == 0:
-            save(run, optimizer)
-    save(run, optimizer)
-    wrapped.eval()
-    if settings.ema and run.step == settings.steps:
-        with torch.no_grad():
-            for parameter, mean in zip(run.parameters, run.mean, strict=True):
-                parameter.copy_(mean)
+        mean = {name: p.detach().clone().float() for name, p in parameters.items()}
+    return State(parameters, optimizer, run.task, meter, run.accelerator.scaler, mean)
+
+
+def _take_step(run: Run, processes: Processes, state: State) -> None:
+    """Take one step, count and log it."""
+    settings, optimizer, scaler = run.settings, state.optimizer, state.scaler
+    rate = schedule(state.step, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    try:
+        parts = run.task.step(processes.wrapped, processes)
+    except torch.OutOfMemoryError as error:
+        raise TrainError(
+            f"the device's memory did not suffice for step {state.step + 1} ({error}). Lower "
+            "micro_tokens or chunk_tokens in the recipe, or set checkpointing to true; the run "
+            "goes on from its last checkpoint only if the recipe stays, so try a new folder."
+        ) from error
+    for part in parts:
+        if not math.isfinite(part.loss):
+            _fail(run, processes, state, parts, f"the {part.name} loss is {part.loss}")
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norms = processes.clip(settings.clip)
+    if scaler is not None:  # leaves out a step whose gradients overflow, and scales less
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() < SMALLEST_SCALE:
+            _fail(run, processes, state, parts, "gradients overflow float16 at any scale")
+    else:
+        for name, norm in norms.items():
+            if not math.isfinite(norm):
+                _fail(run, processes, state, parts, f"the gradient of {name} is {norm}")
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, mean in state.mean.items():
+            mean.lerp_(state.parameters[name].float(), 1 - settings.ema)
+    state.step += 1
+    state.meter.add(parts)
+    if processes.is_main:
+        run.report(state.step, state.meter.line())
+    if state.step % settings.log_every == 0 or state.step == settings.steps:
+        line = {"step": state.step, "rate": rate, "norm": norms, **state.meter.take()}
+        if processes.is_main:
+            run.log(line)
+            run.accelerator.log(flat(line), step=state.step)
 
 
 def schedule(step: int, settings: LoopSettings) -> float:
@@ -183,149 +225,115 @@ def schedule(step: int, settings: LoopSettings) -> float:
     return max(0.0, 1 - done) if settings.schedule == "linear" else 1.0
 
 
-def _check(run: Run, parts: Sequence[Part]) -> None:
-    """Stop at a loss that is no number, leaving the ids of the batch behind."""
-    for part in parts:
-        if not math.isfinite(part.loss):
-            path = run.folder / "failed_batch.json"
-            ids = {"step": run.step, "loss": str(part.loss), "samples": list(part.ids)}
-            path.write_text(json.dumps(ids, indent=1), encoding="utf-8")
-            raise TrainError(
-                f"the {part.name} loss is {part.loss} at step {run.step}; the learning rate is "
-                f"probably too high, or a sample is broken. The batch's samples are listed in "
-                f"{path}; the last checkpoint in {run.folder} is sound: change the recipe's rate "
-                "or its data, and run again."
-            )
-
-
-def _average(run: Run) -> None:
-    """Move the running means towards the parameters."""
-    if run.mean:
-        with torch.no_grad():
-            for parameter, mean in zip(run.parameters, run.mean, strict=True):
-                mean.lerp_(parameter.float(), 1 - run.settings.ema)
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------
-
-
-def save(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint in one rename, and drop those that are too old."""
-    random_states = _random_states(run.accelerator)
-    if run.accelerator.is_main_process:
-        state = {
-            "step": run.step,
-            "identity": run.identity,
-            "parameters": [parameter.detach() for parameter in run.parameters],
-            "mean": run.mean,
-            "optimizer": optimizer.state_dict(),
-            "random": random_states,
-            "task": json.dumps(run.task.state()),
-        }
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with write_atomically(run.folder / f"step-{run.step:08d}.pt") as temporary:
-            torch.save(state, temporary)
-        for old in checkpoints(run.folder)[: -run.settings.keep]:
-            old.unlink()
-    run.accelerator.wait_for_everyone()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
-
-
-def restore(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Load the newest checkpoint, if there is one.
-
-    Raises:
-        TrainError: it holds other tensors than this stage trains, or of other data.
-    """
-    found = checkpoints(run.folder)
-    if not found:
-        return
-    path = found[-1]
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    if state["identity"] != run.identity:
-        raise TrainError(
-            f"{path} is of a run with the fingerprint {state['identity']!r}, this one has "
-            f"{run.identity!r}: its data or recipe changed since. Use another output folder, or "
-            "delete that one to start over."
-        )
-    shapes = [parameter.shape for parameter in run.parameters]
-    if [tensor.shape for tensor in state["parameters"]] != shapes:
-        raise TrainError(
-            f"{path} holds {len(state['parameters'])} tensors that do not fit the {len(shapes)} "
-            "this stage trains; the recipe was changed since. Use another output folder, or "
-            "delete the file."
-        )
-    with torch.no_grad():
-        for parameter, tensor in zip(run.parameters, state["parameters"], strict=True):
-            parameter.copy_(tensor)
-    run.mean = [tensor.to(run.accelerator.device) for tensor in state["mean"]]
-    optimizer.load_state_dict(state["optimizer"])
-    run.task.restore(json.loads(state["task"]))
-    run.step = int(state["step"])
-    own = state["random"][run.accelerator.process_index % len(state["random"])]
-    torch.set_rng_state(own["torch"])
-    if own["cuda"]:
-        torch.cuda.set_rng_state_all(own["cuda"])
-    version, internal, gauss = json.loads(own["python"])
-    random.setstate((version, tuple(internal), gauss))
-
-
-def _random_states(accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Return the random states of all processes."""
-    now = RandomState()
-    own = {"torch": now.cpu, "cuda": now.cuda, "python": json.dumps(random.getstate())}
-    if accelerator.num_processes == 1:
-        return [own]
-    from accelerate.utils import gather_object
-
-    everyone: list[dict[str, Any]] = gather_object([own])
-    return everyone
-
-
-# ---- what is said --------------------------------------------------------------------------------
-
-
-class Meter:
-    """Mean losses and tokens per second since the last `take`."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self.losses: dict[str, list[float]] = {}
-        self.tokens = 0
-        self.started = time.perf_counter()
-
-    def add(self, parts: Sequence[Part]) -> None:
-        """Count one step."""
-        for part in parts:
-            self.losses.setdefault(part.name, []).append(part.loss)
-            self.tokens += part.tokens
-
-    def take(self) -> dict[str, Any]:
-        """Return means and speed, and start over."""
-        means = {name: sum(values) / len(values) for name, values in self.losses.items()}
-        speed = self.tokens / (time.perf_counter() - self.started)
-        self._reset()
-        return {"loss": means, "tokens_per_second": round(speed)}
-
-    def line(self) -> str:
-        """Return the newest values in words."""
-        parts = [f"{name} {values[-1]:.3f}" for name, values in self.losses.items()]
-        speed = self.tokens / max(1e-9, time.perf_counter() - self.started)
-        return f"{' '.join(parts)} · {speed:.0f} tok/s"
-
-
-def _flat(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return numbers by dotted names, as trackers take them."""
-    flat: dict[str, float] = {}
+def flat(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return numbers by names with slashes, as trackers take them."""
+    numbers: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}/{key}": number for key, number in value.items()}
+            numbers |= {f"{name}/{key}": number for key, number in value.items()}
         else:
-            flat[name] = value
-    return flat
+            numbers[name] = value
+    return numbers
+
+
+def _fail(
+    run: Run, processes: Processes, state: State, parts: Sequence[Part], problem: str
+) -> None:
+    """Stop, leaving the ids of the batch behind."""
+    path = run.folder / "failed_batch.json"
+    samples = {
+        part.name: [id for ids in processes.gathered(part.ids) for id in ids] for part in parts
+    }
+    if processes.is_main:
+        losses = {part.name: str(part.loss) for part in parts}
+        content = {"step": state.step + 1, "problem": problem, "loss": losses, "samples": samples}
+        with write_atomically(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    raise TrainError(
+        f"{problem} at step {state.step + 1}; the learning rate is probably too high, or a sample "
+        f"is broken. The step's samples are listed in {path}. The last checkpoint in {run.folder} "
+        "is sound; change the recipe's rate or its data, and run it in a new folder."
+    )
+
+
+# ---- what surrounds the steps --------------------------------------------------------------------
+
+
+class Signals:
+    """Notes Ctrl-C and SIGTERM instead of dying of them; a second one takes effect at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+
+def _stop(run: Run, processes: Processes, step: int, number: int) -> None:
+    if processes.is_main:
+        print(
+            f"visavis: stopped by {signal.Signals(number).name} after step {step} of "
+            f"{run.settings.steps}, which is saved in {run.folder}; run the same command again to "
+            "go on.",
+            file=sys.stderr,
+        )
+    raise Stopped(128 + number)
+
+
+@contextmanager
+def _only_run_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TrainError(
+            f"another process is training in {folder}; wait for it, or use another output folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _compiled(wrapped: nn.Module, backend: str) -> Iterator[None]:
+    """Compile the decoder's blocks for the time being; attention, whose loops follow the data,
+    stays as it is."""
+    blocks = [block for name, block in wrapped.named_modules() if is_block(name)]
+    for block in blocks:
+        block.attend = torch.compiler.disable(block.attend)
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=True)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward, block.attend
+
+
+def is_block(name: str) -> bool:
+    """Return whether a module's name is of a block of the decoder."""
+    before, _, number = name.rpartition(".")
+    return before.endswith("decoder.blocks") and number.isdigit()

@@ -40,6 +40,7 @@ from visavis.train.frozen import make_class_features, run_frozen_stage
 from visavis.train.loop import LoopSettings, train_loop
 from visavis.train.loop import Run as LoopRun
 from visavis.train.lora import add_lora
+from visavis.train.meter import RunLog
 from visavis.train.objectives import Contrast
 from visavis.train.output import save_model
 from visavis.train.recipe import (
@@ -84,11 +85,6 @@ class Run:
             self.opened[name] = open_source(self.recipe.data[name], self.data, name=name)
         return self.opened[name]
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Append one line to the log."""
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
 
 def run_recipe(
     recipe: Recipe, data: Path, out: Path, *, report: Report = lambda *words: None
@@ -111,7 +107,8 @@ def run_recipe(
             run_frozen_stage(run, stage)
         if run.accelerator.is_main_process:
             problems = save_model(run.loaded, recipe, out / "model")
-            run.log({"stage": stage.name, "saved": "model", "problems": problems})
+            log = RunLog(out / "log.jsonl", stage.name)
+            log({"saved": "model", "problems": problems})
         run.accelerator.wait_for_everyone()
     return out / "model"
 
@@ -205,11 +202,8 @@ def run_steps(run: Run, stage: StepsStage) -> None:
         groups["temperature"], rates["temperature"] = scales, max(rates.values())
     _write_table(run, stage, groups, rates)
     vlm.decoder.recompute = stage.checkpointing
-    if stage.compile:
-        for block in vlm.decoder.blocks:
-            block.compile()
-    run.accelerator.init_trackers(f"{run.recipe.name}-{stage.name}")
     warmup = stage.warmup if stage.warmup >= 1 else stage.warmup * steps
+    log = RunLog(run.out / "log.jsonl", stage.name)
     train_loop(
         LoopRun(
             Trainee(vlm),
@@ -227,12 +221,15 @@ def run_steps(run: Run, stage: StepsStage) -> None:
                 save_every=stage.save_every,
                 keep=stage.keep,
                 log_every=stage.log_every,
+                compile="inductor" if stage.compile else "",
             ),
             run.out / stage.name,
             run.accelerator,
-            log=lambda line: run.log({"stage": stage.name, **line}),
+            log=log,
+            rewind=log.rewind,
             report=lambda step, text: run.report(stage.name, step, steps, text),
             identity=identity(run, stage),
+            seed=run.recipe.seed,
         )
     )
     vlm.requires_grad_(False).eval()

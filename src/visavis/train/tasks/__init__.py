@@ -23,11 +23,15 @@ class Devices(Protocol):
         ...
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
-        """Go back from a loss, or from vectors with their gradient, in the loop's precision."""
+        """Go back from a loss, or from vectors with the gradient that a loss gave them."""
         ...
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Entered around every backward pass of a step but the last."""
+        ...
+
+    def passes(self, number: int) -> int:
+        """Return how many passes through the model to make where `number` are needed."""
         ...
 
     def sum(self, value: float) -> float:

@@ -61,7 +61,8 @@ class ContrastiveTask:
         self.settings, self.batch, self.chunk_tokens = settings, batch, chunk_tokens
         self.pooling, self.negatives = pooling, negatives
         # Beside the model: each process computes its whole gradient, so none is exchanged.
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learned_scale)
+        start = torch.tensor(math.log(scale), device=batcher.device)
+        self.log_scale = nn.Parameter(start, requires_grad=learned_scale)
         self.weight, self.name = weight, name
 
     def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
@@ -69,6 +70,12 @@ class ContrastiveTask:
         queries = [sample.query for sample in samples]
         targets = [sample.target for sample in samples]
         hard = [(one, wrong) for one in samples for wrong in one.negatives[: self.negatives]]
+        if self.batch < 2 and not devices.sum(len(hard)):
+            raise TrainError(
+                f"a step draws one query, {samples[0].id!r}, which has no hard negatives: there is "
+                "nothing it could be told apart from. Raise `batch` under `contrastive`, or mine "
+                "negatives."
+            )
         prompts = [*queries, *targets, *(wrong for _, wrong in hard)]
         owners = [*samples, *samples, *(one for one, _ in hard)]
         item = self.batcher.item
@@ -78,8 +85,9 @@ class ContrastiveTask:
             for owner, prompt in zip(owners[len(samples) :], prompts[len(samples) :], strict=True)
         ]
         chunks = token_chunks([len(one.token_ids) for one in encoded], self.chunk_tokens)
-        keys = _digests(prompts[len(samples) :])
-        groups = _numbers([sample.group or sample.id for sample in samples])
+        chunks += [[]] * (devices.passes(len(chunks)) - len(chunks))
+        keys = _digests(prompts[len(samples) :]).to(self.batcher.device)
+        groups = _numbers([one.group or one.id for one in samples]).to(self.batcher.device)
         where = torch.tensor([len(queries), len(targets), len(hard)]).cumsum(0).tolist()
 
         def loss_of(vectors: Tensor) -> Tensor:
@@ -97,7 +105,13 @@ class ContrastiveTask:
             return loss * self.weight
 
         def encode(chunk: Sequence[int]) -> Tensor:
-            batch = self.batcher.pack([prompts[i] for i in chunk], [encoded[i] for i in chunk])
+            if not chunk:
+                return trainee(self.batcher.nothing(), "vectors", self.pooling)[:0]
+            batch = self.batcher.pack(
+                [prompts[i] for i in chunk],
+                [encoded[i] for i in chunk],
+                ids=[owners[i].id for i in chunk],
+            )
             return trainee(batch, "vectors", self.pooling)
 
         loss = cached_backward(
@@ -114,7 +128,16 @@ class ContrastiveTask:
         return [Part(self.name, mean, int(devices.sum(tokens)), tuple(one.id for one in samples))]
 
     def _own(self, devices: Devices) -> list[Match]:
-        """Draw a step's queries; return those of this process."""
+        """Draw a step's queries; return those of this process.
+
+        Raises:
+            TrainError: it has none, or a sample is no query with its target.
+        """
+        if self.batch < devices.world:
+            raise TrainError(
+                f"a step draws {self.batch} queries for {devices.world} processes, expected at "
+                "least one each; raise `batch` under `contrastive`."
+            )
         drawn = self.mixture.batch(self.batch)
         samples = [self.sources[name][number] for name, number in drawn]
         for sample in samples:

@@ -53,6 +53,7 @@ class GenerativeTask:
         learned = sum(sum(one.loss_mask[1:]) for one in encoded)
         everywhere = devices.sum(learned)
         chunks = token_chunks([len(one.token_ids) for one in encoded], self.micro_tokens)
+        chunks += [[]] * (devices.passes(len(chunks)) - len(chunks))
         total, tokens = 0.0, 0
         makers = [partial(self._micro_batch, samples, encoded, chunk) for chunk in chunks]
         for number, batch in enumerate(self.batcher.prefetch(makers)):
@@ -61,13 +62,22 @@ class GenerativeTask:
                 loss = trainee(batch, "loss")
                 devices.backward(loss * (self.weight * devices.world / everywhere))
             total += float(loss.detach())
-            tokens += batch.num_tokens
+            tokens += batch.num_tokens if chunks[number] else 0
         mean = devices.sum(total) / everywhere
         ids = tuple(sample.id for sample in samples)
         return [Part(self.name, mean, int(devices.sum(tokens)), ids)]
 
     def _own(self, devices: Devices) -> list[Chat]:
-        """Draw a step's conversations; return those of this process."""
+        """Draw a step's conversations; return those of this process.
+
+        Raises:
+            TrainError: it has none, or a sample is no conversation.
+        """
+        if self.batch < devices.world:
+            raise TrainError(
+                f"a step draws {self.batch} conversation(s) for {devices.world} processes, "
+                "expected at least one each; raise `batch` under `generative`."
+            )
         drawn = self.mixture.batch(self.batch)
         samples = [self.sources[name][number] for name, number in drawn]
         for sample in samples:
@@ -85,8 +95,15 @@ class GenerativeTask:
     def _micro_batch(
         self, samples: Sequence[Chat], encoded: Sequence[Encoded], chunk: Sequence[int]
     ) -> PackedBatch:
-        prompts = [samples[i].prompt for i in chunk]
-        return self.batcher.pack(prompts, [encoded[i] for i in chunk], labels=True)
+        if not chunk:
+            return self.batcher.nothing()
+        own = [samples[i] for i in chunk]
+        return self.batcher.pack(
+            [one.prompt for one in own],
+            [encoded[i] for i in chunk],
+            ids=[one.id for one in own],
+            labels=True,
+        )
 
     def state(self) -> dict[str, Any]:
         return {"mixture": self.mixture.state()}
