@@ -21,6 +21,7 @@ from visavis.cli.embed import embed
 from visavis.cli.fetch import fetch
 from visavis.cli.index import index
 from visavis.cli.inspect import inspect
+from visavis.cli.mine import mine
 from visavis.cli.train import train
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command()(chat)
 app.command()(embed)
 app.add_typer(index)
 app.add_typer(data)
+app.command()(mine)
 app.command()(train)
 app.command()(convert)
 app.command()(inspect)

@@ -324,6 +324,7 @@ def guess_format(path: Path) -> str:
         "mmeb": {"qry", "pos_text"},
         "vidore": {"query", "answer", "image"},
         "visrag": {"query", "source", "image"},
+        "scene-graph": {"predicate", "subject", "object"},
     }
     for name, keys in signs.items():
         if keys <= row.keys():

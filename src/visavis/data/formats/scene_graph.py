@@ -125,9 +125,7 @@ class Predicates:
         """Return the picture of a row."""
         return self.place.image(row.get("image") or row.get("image_path"))
 
-    def query(
-        self, picture: Image, size: tuple[int, int], subject: Thing, object: Thing
-    ) -> Prompt:
+    def query(self, picture: Image, size: tuple[int, int], subject: Thing, object: Thing) -> Prompt:
         """Return the question about two things of a picture."""
         options = self.options
         text = question(subject, object, size, form=options.question, marks=options.marks)
@@ -166,9 +164,7 @@ def graphs(rows: Rows, make: Predicates) -> Iterator[Graph]:
         if one.image_id not in found:
             found[one.image_id] = Graph(make.picture(row), [], [])
         graph = found[one.image_id]
-        graph.things += [
-            thing for thing in (one.subject, one.object) if thing not in graph.things
-        ]
+        graph.things += [thing for thing in (one.subject, one.object) if thing not in graph.things]
         graph.relations.append(one)
     yield from found.values()
 
