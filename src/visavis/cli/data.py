@@ -209,7 +209,7 @@ def _show_rest(count: int) -> None:
 
 def _show_sum(found: list[Findings]) -> None:
     problems = sum(len(one.problems) for one in found)
-    samples = sum(one.samples for one in found)
+    samples = sum(one.samples for one in found if not one.entry.test)
     if problems:
         typer.secho(f"{problems:,} problems; training would stop or mislead", fg="red", bold=True)
     else:

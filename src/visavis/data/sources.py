@@ -17,6 +17,7 @@ from visavis.registry import lookup
 
 NO_PICTURE = b"no picture of class"  # stands where features are made without one
 
+
 def openstax(root: Path, split: str) -> Iterator[Record]:
     """Textbook figures; the alt text is the caption, the printed caption an extra positive."""
     for key, fields, image in read_shards(_shards(root / "openstax-figures", split)):
