@@ -42,11 +42,13 @@ def test_new_parts_are_drawn_from_the_seed(own_cache: Path) -> None:
 
 
 def test_a_connector_is_taken_over(own_cache: Path, tmp_path: Path) -> None:
-    first = compose(composition(tiles=4), precision="f32", seed=1)
+    first = compose(composition(canvases=((1, 2), (2, 2))), precision="f32", seed=1)
     write_native(first, tmp_path)
-    second = compose(composition(tiles=4, connector_weights=str(tmp_path)), seed=2).vlm
+    second = compose(composition(canvases=((2, 2),), connector_weights=str(tmp_path)), seed=2).vlm
     for name in ("connector.queries", "image_newline"):
         assert torch.equal(first.vlm.get_parameter(name), second.get_parameter(name))
+    assert first.processor is not None and first.processor.tiles is not None
+    assert first.processor.tiles.grids == ((64, 128), (128, 128))  # width and height in pixels
     linear = composition(connector={"kind": "linear"}, connector_weights=str(tmp_path))
     with pytest.raises(CheckpointError, match="no connector that fits: connector.layers.0.weight"):
         compose(linear)

@@ -27,7 +27,7 @@ from visavis.checkpoints.transformers.config import vision_part, vit_config
 from visavis.checkpoints.transformers.layout import read_tower
 from visavis.checkpoints.transformers.processor import processor_config
 from visavis.checkpoints.weight_files import read_json, read_tensors, weight_files
-from visavis.errors import CheckpointError, InputError
+from visavis.errors import CheckpointError
 from visavis.model.config import (
     ConnectorConfig,
     DecoderConfig,
@@ -46,7 +46,6 @@ from visavis.processing.profile import PromptProfile
 from visavis.processing.tiling import TilesConfig
 
 EFFICIENTNET = "efficientnet-lite2"
-MAX_TILE_SIDE = 6
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Composition:
         connector_weights: a visavis folder whose connector is taken over; empty: a new one.
         turns: chat format by name; empty: the language model's own.
         resize: how pictures become the tower's square; empty: as its own processor says.
-        tiles: tiles of the largest canvas in LLaVA's anyres, 0: none. A canvas is any number of
-            rows and columns whose product is at most this.
+        canvases: columns and rows of tiles that a picture may be laid on (LLaVA's anyres); empty:
+            pictures are not tiled.
         max_tiles: shrink what exceeds so many tiles' tokens (anyres_max_N).
         image_size: of `efficientnet-lite2`.
         select_layer: hidden state of the tower; 0: -2 for towers with a class token, else the last.
@@ -74,7 +73,7 @@ class Composition:
     connector_weights: str = ""
     turns: str = ""
     resize: Literal["", "squash", "crop", "pad"] = ""
-    tiles: int = 0
+    canvases: tuple[tuple[int, int], ...] = ()
     max_tiles: int = 0
     image_size: int = 260
     select_layer: int = 0
@@ -89,7 +88,6 @@ def compose(
 
     Raises:
         CheckpointError, UnknownNameError, FetchError: a part cannot be loaded.
-        InputError: the parts do not fit together.
     """
     base = load_checkpoint(parts.language_model, precision=precision, device=device)
     tower, state, processor = open_tower(parts)
@@ -148,9 +146,20 @@ def composed_config(
 
 def composed_processor(parts: Composition, processor: ImageProcessorConfig) -> ImageProcessorConfig:
     """Return how pictures are sized for a model of parts, given how the tower's own files say."""
-    if parts.tiles:
-        return replace(processor, resize="squash", tiles=_tiles(parts, processor.size))
+    if parts.canvases:
+        return tiled(processor, parts.canvases)
     return replace(processor, resize=parts.resize) if parts.resize else processor
+
+
+def tiled(
+    processor: ImageProcessorConfig, canvases: tuple[tuple[int, int], ...]
+) -> ImageProcessorConfig:
+    """Return a processor that lays pictures on canvases of so many columns and rows of tiles."""
+    grids = tuple((columns * processor.size, rows * processor.size) for columns, rows in canvases)
+    tiles = TilesConfig(grids) if processor.tiles is None else replace(processor.tiles, grids=grids)
+    if tiles.axes == "hw":
+        tiles = replace(tiles, grids=tuple((height, width) for width, height in grids))
+    return replace(processor, resize="squash", tiles=tiles)
 
 
 def _take_connector(vlm: VLM, folder: Path) -> None:
@@ -225,14 +234,6 @@ def _head(parts: Composition, width: int) -> HeadConfig | None:
 
 
 def _merge(parts: Composition) -> MergeConfig:
-    if not parts.tiles:
+    if not parts.canvases:
         return MergeConfig()
     return MergeConfig("spatial", unpad=True, newline=True, max_tiles=parts.max_tiles)
-
-
-def _tiles(parts: Composition, tile: int) -> TilesConfig:
-    if not 1 <= parts.tiles <= MAX_TILE_SIDE**2:
-        raise InputError(f"tiles is {parts.tiles}, expected 1 to {MAX_TILE_SIDE**2}, or 0 for none")
-    sides = range(1, min(parts.tiles, MAX_TILE_SIDE) + 1)
-    grids = [(c * tile, r * tile) for r in sides for c in sides if r * c <= parts.tiles]
-    return TilesConfig(tuple(grids))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -39,6 +40,7 @@ class Batcher:
 
     Args:
         max_tokens: sequences longer than this are an error; None: the model's context.
+        cut: longer conversations lose their end instead.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class Batcher:
         *,
         features: Features | None = None,
         max_tokens: int | None = None,
+        cut: bool = False,
         threads: int = 2,
     ) -> None:
         self.encoder, self.device, self.features = encoder, device, features
         self.max_tokens = min(max_tokens or encoder.context_length, encoder.context_length)
+        self.cut = min(self.max_tokens, encoder.context_length - 1) if cut else None
         self.pool = ThreadPoolExecutor(threads)
         self.ahead = ThreadPoolExecutor(1)  # makes the next batch; waits for `pool`
 
@@ -61,7 +65,8 @@ class Batcher:
         Raises:
             TrainError: nothing of it would be learned, or it is too long; the message names it.
         """
-        encoded = self._encoded(sample.id, self.encoder.chat, sample.prompt, False)
+        chat = partial(self.encoder.chat, add_generation_prompt=False, cut=self.cut)
+        encoded = self._encoded(sample.id, chat, sample.prompt)
         if not any(encoded.loss_mask[1:]):
             raise TrainError(
                 f"nothing would be learned of {sample.id!r}: none of its "
@@ -76,14 +81,11 @@ class Batcher:
         Raises:
             TrainError: it cannot be; the message names it.
         """
-        return self._encoded(id, self.encoder.item, prompt, instruction)
+        return self._encoded(id, partial(self.encoder.item, instruction=instruction), prompt)
 
-    def _encoded(self, id: str, encode: Any, prompt: Prompt, setting: Any) -> Encoded:
+    def _encoded(self, id: str, encode: Callable[[Prompt], Encoded], prompt: Prompt) -> Encoded:
         try:
-            if encode == self.encoder.chat:
-                encoded: Encoded = encode(prompt, add_generation_prompt=setting)
-            else:
-                encoded = encode(prompt, setting)
+            encoded = encode(prompt)
         except VisavisError as error:
             raise TrainError(f"the sample {id!r} cannot be used: {error}") from error
         if len(encoded.token_ids) > self.max_tokens:

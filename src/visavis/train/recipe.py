@@ -18,6 +18,7 @@ from visavis.data.formats import FORMATS
 from visavis.data.sources import SOURCES, TRAINING_SOURCES
 from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
+from visavis.processing.profile import PROFILES
 from visavis.processing.turns import TURNS
 from visavis.registry import suggest
 
@@ -89,7 +90,7 @@ class ModelRecipe(_Strict):
     connector_weights: str = ""  # a run's model folder, whose connector is taken over
     turns: str = ""  # chat format by name; empty: the base's own
     resize: Literal["", "squash", "crop", "pad"] = ""
-    tiles: Annotated[int, Field(ge=0)] = 0
+    canvases: tuple[tuple[Count, Count], ...] = ()  # columns and rows of tiles (LLaVA's anyres)
     max_tiles: Annotated[int, Field(ge=0)] = 0
     image_size: Annotated[int, Field(ge=32)] = 260  # of efficientnet-lite2
     select_layer: int = 0
@@ -109,6 +110,12 @@ class ModelRecipe(_Strict):
             )
         if self.turns and self.turns not in TURNS:
             raise ValueError(f"unknown chat format {self.turns!r}: {suggest(self.turns, TURNS)}")
+        if self.profile and self.profile not in PROFILES:
+            raise ValueError(f"unknown profile {self.profile!r}: {suggest(self.profile, PROFILES)}")
+        if self.base and (self.connector_weights or self.resize or self.max_tiles):
+            raise ValueError(
+                "connector_weights, resize and max_tiles are of new models; `base` has its own"
+            )
         if self.quantize and self.lora is None:
             raise ValueError("quantized weights cannot be trained: add `lora`")
         return self
@@ -123,7 +130,7 @@ class ModelRecipe(_Strict):
             "connector_weights",
             "turns",
             "resize",
-            "tiles",
+            "canvases",
             "max_tiles",
             "image_size",
             "select_layer",
@@ -187,6 +194,7 @@ class Generative(_Strict):
     batch: Count = 16  # conversations of a step, of all processes together
     micro_tokens: Annotated[int, Field(ge=16)] = 4096  # of one pass through the model
     max_tokens: Annotated[int, Field(ge=8)] | None = None  # of one conversation
+    cut: bool = False  # longer ones lose their end, as LLaVA's do; else they are errors
     weight: Positive = 1.0
 
 
@@ -212,6 +220,7 @@ class StepsStage(_Strict):
     """Gradient steps through the model; with both objectives it is the joint task.
 
     Args:
+        turns: chat format of this stage, by name; empty: the model's.
         train: peak learning rate of each part that is trained.
         vision_from: of the vision tower, only this block and later ones.
         lora_from: of LoRA, only adapters of this block and later ones.
@@ -225,6 +234,7 @@ class StepsStage(_Strict):
     epochs: Positive | None = None
     generative: Generative | None = None
     contrastive: Contrastive | None = None
+    turns: str = ""
     train: dict[Part, Rate]
     vision_from: Annotated[int, Field(ge=0)] = 0
     lora_from: Annotated[int, Field(ge=0)] = 0
@@ -249,6 +259,8 @@ class StepsStage(_Strict):
             problems.append("give one of `steps` and `epochs`")
         if not self.train:
             problems.append("`train` names no part")
+        if self.turns and self.turns not in TURNS:
+            problems.append(f"unknown chat format {self.turns!r}: {suggest(self.turns, TURNS)}")
         if problems:
             raise ValueError(f"stage {self.name!r}: {'; '.join(problems)}")
         return self
@@ -323,6 +335,14 @@ class Recipe(_Strict):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def trains_whole(recipe: Recipe) -> bool:
+    """Return whether any stage trains the language model's or the tower's own weights."""
+    return any(
+        isinstance(stage, StepsStage) and {"language_model", "vision_tower"} & stage.train.keys()
+        for stage in recipe.stages
+    )
 
 
 def sources_of(stage: AnyStage) -> tuple[str, ...]:

@@ -17,13 +17,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from visavis.checkpoints.load import load_checkpoint
+from visavis.checkpoints.compose import compose, tiled
+from visavis.checkpoints.load import embed_as, load_checkpoint
 from visavis.checkpoints.loaded import Loaded
 from visavis.checkpoints.packing import unpack_linears
 from visavis.data.formats import fingerprint, open_source
@@ -51,6 +52,7 @@ from visavis.train.recipe import (
     Recipe,
     StepsStage,
     sources_of,
+    trains_whole,
 )
 from visavis.train.tasks import Task
 from visavis.train.tasks.contrastive import ContrastiveTask
@@ -119,7 +121,7 @@ def start(recipe: Recipe, data: Path, out: Path, report: Report) -> Run:
 
     _claim(recipe, out)
     cpu = not torch.cuda.is_available()
-    mixed = PRECISIONS[recipe.precision] if _trains_whole(recipe) else "no"
+    mixed = PRECISIONS[recipe.precision] if trains_whole(recipe) else "no"
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=mixed,
@@ -127,7 +129,7 @@ def start(recipe: Recipe, data: Path, out: Path, report: Report) -> Run:
         project_dir=str(out),
     )
     # What is trained whole stays float32 and computes in the recipe's precision.
-    precision = "f32" if _trains_whole(recipe) else recipe.precision
+    precision = "f32" if trains_whole(recipe) else recipe.precision
     device = str(accelerator.device)
     loaded = open_model(recipe.model, precision=precision, device=device, seed=recipe.seed)
     if recipe.model.quantize:
@@ -155,19 +157,13 @@ def open_model(model: ModelRecipe, *, precision: str, device: str, seed: int) ->
             profile=model.profile,
         )
     else:
-        from visavis.checkpoints.compose import compose
-
         loaded = compose(model.composition(), precision=precision, device=device, seed=seed)
+        if model.profile:
+            embed_as(loaded, model.profile)
+    if model.base and model.canvases and loaded.processor is not None:
+        loaded.processor = tiled(loaded.processor, model.canvases)
     unpack_linears(loaded.vlm.decoder)
     return loaded
-
-
-def _trains_whole(recipe: Recipe) -> bool:
-    """Return whether any stage trains the language model's or the tower's own weights."""
-    return any(
-        isinstance(stage, StepsStage) and {"language_model", "vision_tower"} & stage.train.keys()
-        for stage in recipe.stages
-    )
 
 
 def _claim(recipe: Recipe, out: Path) -> None:
@@ -243,7 +239,7 @@ def build_task(run: Run, stage: StepsStage) -> tuple[Task, int]:
     if stage.generative is not None:
         chat = stage.generative
         sources, mixture = _mixture(run, stage, chat)
-        batcher = _batcher(run, chat)
+        batcher = _batcher(run, stage, chat, cut=chat.cut)
         parts.append(
             GenerativeTask(
                 sources,
@@ -267,7 +263,7 @@ def build_task(run: Run, stage: StepsStage) -> tuple[Task, int]:
             ContrastiveTask(
                 sources,
                 mixture,
-                _batcher(run, match),
+                _batcher(run, stage, match),
                 Contrast(
                     symmetric=match.symmetric,
                     alpha=match.alpha,
@@ -301,12 +297,18 @@ def _mixture(
     return sources, Mixture(shares, seed=run.recipe.seed + sum(map(ord, stage.name)))
 
 
-def _batcher(run: Run, part: Generative | Contrastive) -> Batcher:
+def _batcher(
+    run: Run, stage: StepsStage, part: Generative | Contrastive, *, cut: bool = False
+) -> Batcher:
+    encoder = run.encoder
+    if stage.turns:
+        encoder = replace(encoder, profile=replace(encoder.profile, turns=stage.turns))
     return Batcher(
-        run.encoder,
+        encoder,
         run.accelerator.device,
         features=run.features,
         max_tokens=part.max_tokens,
+        cut=cut,
     )
 
 
