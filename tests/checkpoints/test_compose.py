@@ -1,4 +1,4 @@
-"""New models of parts: the made-up `tiny-random`, connectors that are new and that are taken over."""
+"""New models of parts: the made-up `tiny-random`, connectors new or taken over."""
 
 from __future__ import annotations
 

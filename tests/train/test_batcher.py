@@ -34,4 +34,4 @@ def test_long_conversations_lose_their_end(max_tokens: int | None) -> None:
 
 def test_pictures_are_not_cut() -> None:
     with pytest.raises(TrainError, match="an image cannot be cut"):
-        Batcher(tiny_model().encoder, max_tokens=16, cut=True).chat(talk("a"))
+        Batcher(tiny_model().encoder, max_tokens=8, cut=True).chat(talk("a"))
