@@ -167,7 +167,7 @@ def test_a_fingerprint_changes_when_the_samples_would(tmp_path: Path) -> None:
 def test_fingerprints_of_large_files_are_of_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visavis.data.formats.WHOLE_BYTES", 256)
+    monkeypatch.setattr("visavis.data.formats.contents.WHOLE_BYTES", 256)
     path = tmp_path / "train.jsonl"
     write_lines(path, [pair(number) for number in range(5)])
     first = fingerprint(spec("pairs", "train.jsonl"), tmp_path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Any, Protocol, overload
 
 from pydantic import ValidationError
 
-from visavis.data.drawings import PREFIX as DRAWN
-from visavis.data.drawings import VERSION as DRAWN_VERSION
+from visavis.data import drawings, shapes
+from visavis.data.formats import contents
 from visavis.data.formats.conversations import LlavaOptions, conversation
 from visavis.data.formats.named import RecordOptions, Records, from_record
 from visavis.data.formats.pairs import Mined, PairOptions, Pairs, Spread
@@ -29,17 +29,10 @@ from visavis.data.formats.place import Options, Place
 from visavis.data.formats.retrieval import HoundOptions, hound, mmeb, vidore, visrag
 from visavis.data.formats.rows import Row, Rows, find_files, open_rows
 from visavis.data.formats.scene_graph import Predicates, SceneGraphOptions, open_relations
-from visavis.data.records import Record
 from visavis.data.samples import Match, Sample
-from visavis.data.shapes import VERSION as SHAPES_VERSION
 from visavis.data.shapes import Scenes, ShapeOptions, shape_sample
-from visavis.data.sources import load_source
 from visavis.errors import TrainError, VisavisError
-from visavis.prompt import Stored
 from visavis.registry import lookup
-
-WHOLE_BYTES = 256 << 20  # files up to this size are hashed whole, larger ones in pieces
-PIECES = 256
 
 
 class SourceSpec(Protocol):
@@ -71,6 +64,7 @@ class Format:
         make: from place and options, what makes a sample of a row.
         options: which it takes.
         rows: from path, root and options to the rows.
+        content: from path and root to what changes when the rows do.
     """
 
     make: Callable[[Place, Any], Callable[[Row], Sample]]
@@ -78,6 +72,17 @@ class Format:
     rows: Callable[[str, Path, Any], Rows] = lambda path, root, options: open_rows(
         find_files(path, root)
     )
+    content: Callable[[str, Path], Iterable[bytes]] = contents.of_files
+
+
+def _versioned(module: Any) -> Callable[[str, Path], Iterable[bytes]]:
+    """Return the contents of what a module of our own draws."""
+    return lambda path, root: [f"{path} {module.VERSION}".encode()]
+
+
+def _relation_contents(path: str, root: Path) -> Iterable[bytes]:
+    drawn = path.startswith(drawings.PREFIX)
+    return (_versioned(drawings) if drawn else contents.of_files)(path, root)
 
 
 def _each(function: Callable[..., Sample]) -> Callable[[Place, Any], Any]:
@@ -94,11 +99,14 @@ FORMATS: dict[str, Format] = {
     "vidore": Format(_each(vidore)),
     "visrag": Format(_each(visrag)),
     "images": Format(
-        _each(classified), PictureOptions, lambda path, root, options: Folder(root / path)
+        _each(classified),
+        PictureOptions,
+        lambda path, root, options: Folder(root / path),
+        contents.of_pictures,
     ),
-    "records": Format(_each(from_record), RecordOptions, Records),
-    "shapes": Format(_each(shape_sample), ShapeOptions, Scenes),
-    "scene-graph": Format(Predicates, SceneGraphOptions, open_relations),
+    "records": Format(_each(from_record), RecordOptions, Records, contents.of_records),
+    "shapes": Format(_each(shape_sample), ShapeOptions, Scenes, _versioned(shapes)),
+    "scene-graph": Format(Predicates, SceneGraphOptions, open_relations, _relation_contents),
 }
 
 
@@ -202,7 +210,7 @@ def fingerprint(recipe: SourceSpec, root: Path) -> str:
     Files are hashed by content, those above 256 MiB by size and 256 pieces; of pictures outside of
     data files, those of the format `images` by name and size, others not at all.
     """
-    _, options = _format(recipe, recipe.path)
+    form, options = _format(recipe, recipe.path)
     kept = {
         "format": recipe.format,
         "options": options.model_dump(mode="json"),
@@ -210,24 +218,12 @@ def fingerprint(recipe: SourceSpec, root: Path) -> str:
         "instructions": [recipe.instruction, recipe.target_instruction],
     }
     digest = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8)
-    if recipe.format == "records":
-        for record in load_source(recipe.path, root):
-            _add_record(digest, record)
-    elif recipe.format == "shapes":
-        digest.update(f"{recipe.path} {SHAPES_VERSION}".encode())
-    elif recipe.format == "scene-graph" and recipe.path.startswith(DRAWN):
-        digest.update(f"{recipe.path} {DRAWN_VERSION}".encode())
-    elif recipe.format == "images":
-        for picture in Folder(root / recipe.path).pictures:
-            digest.update(f"{picture.relative_to(root)} {picture.stat().st_size}".encode())
-    else:
-        for path in find_files(recipe.path, root):
-            _add_file(digest, path)
+    for content in form.content(recipe.path, root):
+        digest.update(content)
     others = [str(value) for _, value in options if isinstance(value, Path)]
     for other in filter(None, [*others, recipe.negatives]):
-        whole = root / other
-        for path in sorted(whole.iterdir()) if whole.is_dir() else [whole]:
-            _add_file(digest, path)
+        for content in contents.of_file(root / other):
+            digest.update(content)
     return digest.hexdigest()
 
 
@@ -253,31 +249,3 @@ def _folder(spec: SourceSpec, root: Path) -> Path:
     if spec.format == "images":
         return root / spec.path
     return (root / spec.path).parent
-
-
-def _add_record(digest: Any, record: Record) -> None:
-    texts = replace(record, image=b"")
-    image = record.image.read() if isinstance(record.image, Stored) else record.image
-    digest.update(repr(texts).encode())
-    digest.update(image)
-
-
-def _add_file(digest: Any, path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            for start, length in _pieces(path.stat().st_size):
-                file.seek(start)
-                digest.update(file.read(length))
-            digest.update(str(path.stat().st_size).encode())
-    except OSError as error:
-        raise TrainError(f"cannot read {path}: {error}") from error
-
-
-def _pieces(size: int) -> Iterator[tuple[int, int]]:
-    """Yield what is hashed of a file: all of it, or pieces at even distances, both ends too."""
-    if size <= WHOLE_BYTES:
-        yield 0, size
-        return
-    length = WHOLE_BYTES // PIECES
-    for number in range(PIECES):
-        yield number * (size - length) // (PIECES - 1), length
