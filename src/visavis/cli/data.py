@@ -89,7 +89,7 @@ def _entries(name: str, root: Path, images: Path | None, test: bool) -> Iterator
     kind = guess_format(path)
     folder = "" if images is None else str(images.absolute())
     where = name if kind == "records" else str(path.absolute())
-    spec = SourceRecipe(format=kind, path=where, images=folder)  # type: ignore[arg-type]
+    spec = SourceRecipe(format=kind, path=where, images=folder)
     yield Entry(name, spec, root, test)
 
 
