@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from tests.fakes import picture, write_tiny_checkpoint
@@ -59,6 +61,7 @@ class TinyRun:
             self.model = load(write_tiny_checkpoint(Path(folder)), precision="f32", device="cpu")
         self.vlm = self.model.vlm
         self.batcher = Batcher(self.model.encoder)
+        AcceleratorState._reset_state()  # it is one per process, whatever the precision
         self.accelerator = Accelerator(cpu=True, mixed_precision=precision)
         self.trainee = Trainee(self.vlm)
         parts: dict[str, nn.Module | None] = {
@@ -70,15 +73,24 @@ class TinyRun:
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-    def generative(self, *, micro_tokens: int = 10_000, batch: int = 6) -> GenerativeTask:
-        samples = chats(9)
+    def generative(
+        self, *, micro_tokens: int = 10_000, batch: int = 6, samples: Sequence[Chat] = ()
+    ) -> GenerativeTask:
+        samples = samples or chats(9)
         mixture = Mixture({"chats": Share(len(samples))}, seed=3)
         return GenerativeTask(
             {"chats": samples}, mixture, self.batcher, batch=batch, micro_tokens=micro_tokens
         )
 
-    def contrastive(self, *, chunk_tokens: int = 10_000, batch: int = 6, **settings: Any) -> Any:
-        samples = matches(9)
+    def contrastive(
+        self,
+        *,
+        chunk_tokens: int = 10_000,
+        batch: int = 6,
+        samples: Sequence[Match] = (),
+        **settings: Any,
+    ) -> ContrastiveTask:
+        samples = samples or matches(9)
         mixture = Mixture({"matches": Share(len(samples))}, seed=5)
         return ContrastiveTask(
             {"matches": samples},
@@ -92,23 +104,30 @@ class TinyRun:
             **settings,
         )
 
-    def train(self, task: Task, folder: Path, **settings: Any) -> list[dict[str, Any]]:
+    def train(
+        self, task: Task, folder: Path, *, identity: str = "", **settings: Any
+    ) -> list[dict[str, Any]]:
         """Train; return the log."""
         lines: list[dict[str, Any]] = []
+        train_loop(self.stage(task, folder, lines.append, identity=identity, **settings))
+        return lines
+
+    def stage(
+        self, task: Task, folder: Path, log: Any, *, identity: str = "", **settings: Any
+    ) -> Run:
         rates = dict.fromkeys(self.groups, 1e-3)
         numbers = {"steps": 4, "learning_rates": rates, "log_every": 1, "save_every": 2, **settings}
-        train_loop(
-            Run(
-                self.trainee,
-                task,
-                self.groups,
-                LoopSettings(**numbers),
-                folder,
-                self.accelerator,
-                lines.append,
-            )
+        return Run(
+            self.trainee,
+            task,
+            self.groups,
+            LoopSettings(**numbers),
+            folder,
+            self.accelerator,
+            log,
+            rewind=getattr(log, "rewind", lambda step: None),
+            identity=identity,
         )
-        return lines
 
     def weights(self) -> torch.Tensor:
         return torch.cat([p.detach().flatten() for group in self.groups.values() for p in group])
