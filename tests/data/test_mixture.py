@@ -137,3 +137,14 @@ def test_processes_share_the_batches_of_one(tmp_path: Path, world: int) -> None:
     together = [read(rank, world) for rank in range(world)]
     for step, batch in enumerate(alone):
         assert sorted(batch) == sorted(itertools.chain(*(one[step] for one in together)))
+
+
+def test_samples_that_no_batch_held_come_first() -> None:
+    mixture = Mixture({"a": Share(3), "b": Share(2)}, seed=1)
+    drawn = mixture.batch(3)
+    listed = list(mixture.all_samples())
+    assert [one for was_drawn, one in listed if was_drawn] and len(listed) == 5
+    assert {one for was_drawn, one in listed[2:]} == set(drawn)
+    assert [was_drawn for was_drawn, _ in listed] == [False] * 2 + [True] * 3
+    fresh = list(Mixture({"a": Share(3), "b": Share(2)}, seed=1).all_samples())
+    assert [name for _, (name, _) in fresh] == ["a", "b", "a", "b", "a"]

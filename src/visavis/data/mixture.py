@@ -7,8 +7,9 @@ one on many see the same batches. Knows names and numbers; holds no sample.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 Drawn = tuple[str, int]  # name of the source, number of the sample in it
@@ -87,6 +88,17 @@ class Mixture:
             random.Random(f"{self.seed}/{name}/{epoch}").shuffle(order)
             self.orders[name] = (epoch, order)
         return self.orders[name][1]
+
+    def all_samples(self) -> Iterator[tuple[bool, Drawn]]:
+        """Yield every sample once, sources in turn, and whether it has been drawn; those that have
+        not come first."""
+        for drawn in (False, True):
+            columns = []
+            for name in self.shares:
+                order, taken = self._order(name, 0), self.drawn[name]
+                columns.append([(name, i) for i in (order[:taken] if drawn else order[taken:])])
+            for row in zip_longest(*columns):
+                yield from ((drawn, one) for one in row if one is not None)
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs to go on exactly here."""
