@@ -1,4 +1,4 @@
-"""Drawn shapes: the same every time, nothing of the test split in the other, words that are true."""
+"""Drawn shapes: the same every time, splits apart, words that are true."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from visavis.data.formats import fingerprint, open_source
+from visavis.data.formats.shapes import COLOURS, pairs
 from visavis.data.samples import Chat, Match
-from visavis.data.shapes import COLOURS, pairs
 from visavis.errors import TrainError
 from visavis.processing.images import decode_image
 from visavis.prompt import Prompt

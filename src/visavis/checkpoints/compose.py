@@ -23,6 +23,7 @@ from visavis.checkpoints.detect import NATIVE
 from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.load import load_checkpoint, resolve
 from visavis.checkpoints.loaded import Loaded, fingerprint
+from visavis.checkpoints.native import read_config
 from visavis.checkpoints.transformers.config import vision_part, vit_config
 from visavis.checkpoints.transformers.layout import read_tower
 from visavis.checkpoints.transformers.processor import processor_config
@@ -37,6 +38,7 @@ from visavis.model.config import (
     TowerConfig,
     ViTConfig,
     VLMConfig,
+    vlm_config_from_dict,
 )
 from visavis.model.connectors import build_connector
 from visavis.model.head import EmbeddingHead
@@ -90,7 +92,7 @@ def compose(
         CheckpointError, UnknownNameError, FetchError: a part cannot be loaded.
     """
     base = load_checkpoint(parts.language_model, precision=precision, device=device)
-    tower, state, processor = open_tower(parts)
+    tower, processor = tower_shape(parts)
     decoder = base.vlm.config.decoder
     # Image tokens are found by position, so any id may stand for them.
     config = composed_config(parts, decoder, tower, image_token_id=base.specials.pad_id or 0)
@@ -99,7 +101,7 @@ def compose(
         vlm = VLM(config)
     vlm.decoder = base.vlm.decoder
     assert vlm.tower is not None
-    vlm.tower.to_empty(device=device).load_state_dict(state)
+    vlm.tower.to_empty(device=device).load_state_dict(_tower_state(parts))
     torch.manual_seed(seed)
     vlm.connector = build_connector(config.connector).to(device)
     if config.head is not None:
@@ -186,44 +188,56 @@ def _take_connector(vlm: VLM, folder: Path) -> None:
             tensor.copy_(tensors[name].read())
 
 
-def open_tower(parts: Composition) -> tuple[TowerConfig, dict[str, Tensor], ImageProcessorConfig]:
-    """Return a tower's config, its tensors by our names, and how its pictures are sized.
+def tower_shape(parts: Composition) -> tuple[TowerConfig, ImageProcessorConfig]:
+    """Return a tower's config, and how its pictures are sized; no weight is read.
 
     Raises:
         CheckpointError, UnknownNameError: there is none, or of a kind that is not read.
     """
     if parts.vision_tower == EFFICIENTNET:
-        state, _ = load_efficientnet(bundled.fetch("nano")["vision_tower"])
         size = parts.image_size
         level = (127 / 255,) * 3
-        return (
-            EfficientNetConfig(2, size),
-            state,
-            ImageProcessorConfig(size, "squash", level, (128 / 255,) * 3),
-        )
+        processor = ImageProcessorConfig(size, "squash", level, (128 / 255,) * 3)
+        return EfficientNetConfig(2, size), processor
     folder = resolve(parts.vision_tower)
     if (folder / NATIVE).is_file():
-        seeing = load_checkpoint(folder, precision="f32", device="cpu")
-        if seeing.processor is None or seeing.vlm.config.tower is None:
+        found = read_config(folder)
+        whole = vlm_config_from_dict(found["config"])
+        if whole.tower is None or not found.get("processor"):
             raise CheckpointError(f"{folder} has no vision tower; name a model that has one.")
-        assert seeing.vlm.tower is not None
-        return seeing.vlm.config.tower, dict(seeing.vlm.tower.state_dict()), seeing.processor
+        return whole.tower, ImageProcessorConfig.from_dict(found["processor"])
     config_path, settings = folder / "config.json", folder / "preprocessor_config.json"
     if not config_path.is_file() or not settings.is_file():
         raise CheckpointError(
             f"{folder} is no vision tower: expected config.json and preprocessor_config.json of a "
-            f"CLIP, SigLIP or DINOv2, or the name {EFFICIENTNET!r}."
+            f"CLIP, SigLIP or DINOv2, a visavis folder, or the name {EFFICIENTNET!r}."
         )
-    config = vision_part(read_json(config_path))
-    tensors = read_tensors(weight_files(folder))
-    tower = vit_config(config)
+    tower = vit_config(vision_part(read_json(config_path)))
     processor = processor_config(read_json(settings))
     if processor.size != tower.image_size:
         raise CheckpointError(
             f"{settings} prepares pictures of {processor.size} pixels, but the tower takes "
             f"{tower.image_size}; one of the two files belongs to another model."
         )
-    return tower, read_tower(config, tensors, where=str(folder)), processor
+    return tower, processor
+
+
+def _tower_state(parts: Composition) -> dict[str, Tensor]:
+    """Return a tower's tensors by our names.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    if parts.vision_tower == EFFICIENTNET:
+        return load_efficientnet(bundled.fetch("nano")["vision_tower"])[0]
+    folder = resolve(parts.vision_tower)
+    if (folder / NATIVE).is_file():
+        tower = load_checkpoint(folder, precision="f32", device="cpu").vlm.tower
+        assert tower is not None
+        return dict(tower.state_dict())
+    tensors = read_tensors(weight_files(folder))
+    config = vision_part(read_json(folder / "config.json"))
+    return read_tower(config, tensors, where=str(folder))
 
 
 def _head(parts: Composition, width: int) -> HeadConfig | None:

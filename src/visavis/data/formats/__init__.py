@@ -19,8 +19,8 @@ from typing import Any, Protocol, overload
 
 from pydantic import ValidationError
 
-from visavis.data import drawings, shapes
-from visavis.data.formats import contents
+from visavis.data import drawings
+from visavis.data.formats import contents, shapes
 from visavis.data.formats.conversations import LlavaOptions, conversation
 from visavis.data.formats.named import RecordOptions, Records, from_record
 from visavis.data.formats.pairs import Mined, PairOptions, Pairs, Spread
@@ -29,8 +29,8 @@ from visavis.data.formats.place import Options, Place
 from visavis.data.formats.retrieval import HoundOptions, hound, mmeb, vidore, visrag
 from visavis.data.formats.rows import Row, Rows, find_files, open_rows
 from visavis.data.formats.scene_graph import Predicates, SceneGraphOptions, open_relations
+from visavis.data.formats.shapes import Scenes, ShapeOptions, shape_sample
 from visavis.data.samples import Match, Sample
-from visavis.data.shapes import Scenes, ShapeOptions, shape_sample
 from visavis.errors import TrainError, VisavisError
 from visavis.registry import lookup
 
