@@ -23,8 +23,18 @@ PREFIX = "drawn/"
 VERSION = 1  # of the drawings
 PICTURES = {"train": 400, "test": 12}
 SIDE = 100  # pixels
-NAMES = {"ball": "red", "box": "blue", "cup": "green", "lamp": "orange", "book": "purple"}
-NAMES |= {"coin": "gold"}
+NAMES = {
+    "sun": "gold",
+    "lamp": "orange",
+    "ball": "red",
+    "tin": "green",
+    "egg": "blue",
+    "mat": "tan",
+}
+USUAL = {
+    "sun": 0,
+    "mat": 2,
+}  # row of a 3 by 3 grid; where a thing is says much of what it is to others
 PREDICATES = ("left of", "right of", "above", "below", "inside", "around")
 
 
@@ -66,18 +76,22 @@ class Drawn:
 
 
 def scene(name: str) -> list[dict[str, Any]]:
-    """Return the things of a picture: class_name, and bbox in pixels. One lies inside another, the
-    rest overlap nothing."""
+    """Return the things of a picture: class_name, and bbox in pixels. The egg lies inside the tin,
+    the others overlap nothing; the sun stands above and the mat below."""
     draw = random.Random(f"scene {name}")
-    names = draw.sample(list(NAMES), len(NAMES))
-    cells = draw.sample([(x, y) for x in range(3) for y in range(3)], len(NAMES) - 1)
-    boxes = []
-    for x, y in cells:  # of a third of the side each
+    boxes: dict[str, list[int]] = {}
+    free = [(x, y) for y in range(3) for x in range(3)]
+    for thing in [*USUAL, *(one for one in NAMES if one not in USUAL)]:
+        if thing == "egg":
+            left, top, right, bottom = boxes["tin"]
+            ends = [right - draw.randint(3, 5), bottom - draw.randint(3, 5)]
+            boxes[thing] = [left + 4, top + 4, *ends]
+            continue
+        x, y = draw.choice([cell for cell in free if cell[1] == USUAL.get(thing, cell[1])])
+        free.remove((x, y))
         left, top = x * 33 + draw.randint(0, 8), y * 33 + draw.randint(0, 8)
-        boxes.append([left, top, left + draw.randint(14, 24), top + draw.randint(14, 24)])
-    left, top, right, bottom = boxes[0]
-    boxes.append([left + 4, top + 4, right - draw.randint(3, 5), bottom - draw.randint(3, 5)])
-    return [{"class_name": n, "bbox": box} for n, box in zip(names, boxes, strict=True)]
+        boxes[thing] = [left, top, left + draw.randint(14, 24), top + draw.randint(14, 24)]
+    return [{"class_name": one, "bbox": boxes[one]} for one in NAMES]
 
 
 def predicate(subject: list[int], object: list[int]) -> str:

@@ -107,7 +107,7 @@ def scene_graph(
     if not isinstance(source.make, Predicates):
         raise InputError(f"{source.name!r} is no source of the format scene-graph")
     make, spec = source.make, source.spec
-    found = list(graphs([source.rows[i] for i in range(len(source))], make))
+    found = graphs((source.rows[i] for i in range(len(source))), make)
     said = sorted({one.predicate for graph in found for one in graph.relations})
     names = list(predicates or said)
     missing = sorted(set(said) - set(names))

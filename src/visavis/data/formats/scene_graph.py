@@ -7,7 +7,7 @@ other pairs of the picture, then random ones; never one that is true for the pai
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,18 +155,17 @@ class Graph:
     relations: list[Relation]
 
 
-def graphs(rows: Rows, make: Predicates) -> Iterator[Graph]:
-    """Yield the pictures of rows, each once, in order."""
+def graphs(rows: Iterable[Row], make: Predicates) -> list[Graph]:
+    """Return the pictures of rows, each once, in order."""
     found: dict[str, Graph] = {}
-    for number in range(len(rows)):
-        row = rows[number]
+    for row in rows:
         one = relation(row)
         if one.image_id not in found:
             found[one.image_id] = Graph(make.picture(row), [], [])
         graph = found[one.image_id]
         graph.things += [thing for thing in (one.subject, one.object) if thing not in graph.things]
         graph.relations.append(one)
-    yield from found.values()
+    return list(found.values())
 
 
 def _statement(predicate: str) -> Prompt:
