@@ -92,7 +92,7 @@ def test_image_tokens_are_near_the_words_of_captions(tmp_path: Path) -> None:
     )
     words = words - words.mean(0)
     assert run.features is not None and vlm.connector is not None
-    unseen = run.features.get([Image(stamp(number)[1]) for number in range(100, 130)])
+    unseen = run.features.get([Image(stamp(n)[1]) for n in range(100, 130)], ["s"] * 30)
     tokens = vlm.connector(unseen).mean(1)  # [30, D]
     nearest = (tokens @ torch.nn.functional.normalize(words, dim=1).T).argmax(1)
     right = (nearest == torch.arange(100, 130) % 3).float().mean()

@@ -30,8 +30,8 @@ T = TypeVar("T")
 class Features(Protocol):
     """Where the vision tower's output of pictures is kept (see `features.py`)."""
 
-    def of(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Return features [N, P, W] of all pictures of prompts, in order."""
+    def of(self, prompts: Sequence[Prompt], ids: Sequence[str]) -> Tensor:
+        """Return features [N, P, W] of all pictures of prompts, in order; `ids` name them."""
         ...
 
 
@@ -116,7 +116,7 @@ class Batcher:
             batch.labels = next_token_labels(encoded)
         if any(prompt.visuals for prompt in prompts):
             if self.features is not None:
-                batch.features = self.features.of(prompts)
+                batch.features = self.features.of(prompts, ids)
             else:
                 batch.visuals = self._visuals(prompts, ids)
         return batch.to(self.device)

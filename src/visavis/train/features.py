@@ -41,6 +41,9 @@ LINE = re.compile(r"^(\d+) (\S+) ([0-9a-f]{8})\n", re.MULTILINE)  # a whole one,
 CHUNK = 32  # pictures that are decoded, and written, together
 
 
+Named = tuple[Image, str]  # with the id of its sample, for messages
+
+
 class Place(NamedTuple):
     """Where a picture's features lie."""
 
@@ -100,34 +103,42 @@ class FeatureStore:
                 if (int(row) + 1) * self.row_bytes <= size:
                     self.places[key] = Place(path.stem, int(row), int(checksum, 16))
 
-    def of(self, prompts: Sequence[Prompt]) -> Tensor:
+    def of(self, prompts: Sequence[Prompt], ids: Sequence[str]) -> Tensor:
         """Return features [N, P, W] of all pictures of prompts, in order, float32.
 
-        Raises:
-            TrainError: one of them is a video, or cannot be read.
-        """
-        visuals = [visual for prompt in prompts for visual in prompt.visuals]
-        pictures = [visual for visual in visuals if isinstance(visual, Image)]
-        if len(pictures) < len(visuals):
-            raise TrainError(
-                "a sample holds a video, and the feature cache keeps pictures only; set "
-                "feature_cache to false in the recipe, or take that source out."
-            )
-        return self.get(pictures)
+        Args:
+            ids: of the sample that each prompt is of.
 
-    def get(self, images: Sequence[Image], *, flip: bool = False) -> Tensor:
+        Raises:
+            TrainError: one of them is a video, or cannot be read; the message names the sample.
+        """
+        pictures, owners = [], []
+        for prompt, id in zip(prompts, ids, strict=True):
+            for visual in prompt.visuals:
+                if not isinstance(visual, Image):
+                    raise TrainError(
+                        f"the sample {id!r} holds a video, and the feature cache keeps pictures "
+                        "only; set feature_cache to false in the recipe, or take its source out."
+                    )
+                pictures.append(visual)
+                owners.append(id)
+        return self.get(pictures, owners)
+
+    def get(self, images: Sequence[Image], ids: Sequence[str], *, flip: bool = False) -> Tensor:
         """Return features [N, P, W] of pictures, float32; those not stored yet are computed.
 
         Args:
+            ids: of their samples, for messages.
             flip: mirror the pictures left to right first.
 
         Raises:
             TrainError: a picture cannot be read, or the store is full.
         """
         with self.lock:
-            keys = [key_of(image, flip) for image in images]
+            keys = _keys(images, ids, flip)
             found = {key: self._read(key) for key in dict.fromkeys(keys)}
-            absent = {k: i for k, i in zip(keys, images, strict=True) if found[k] is None}
+            named = zip(keys, zip(images, ids, strict=True), strict=True)
+            absent = {key: one for key, one in named if found[key] is None}
             for computed in self._compute(absent, flip):
                 found |= computed
             rows = [row for key in keys if (row := found[key]) is not None]
@@ -136,6 +147,7 @@ class FeatureStore:
     def add(
         self,
         images: Sequence[Image],
+        ids: Sequence[str],
         *,
         flip: bool = False,
         report: Callable[[int], None] = lambda count: None,
@@ -146,15 +158,15 @@ class FeatureStore:
             report: told of how many pictures they were just computed.
         """
         with self.lock:
-            wanted = {key_of(image, flip): image for image in images}
-            absent = {key: image for key, image in wanted.items() if key not in self.places}
+            named = zip(_keys(images, ids, flip), zip(images, ids, strict=True), strict=True)
+            absent = {key: one for key, one in named if key not in self.places}
             for computed in self._compute(absent, flip):
                 report(len(computed))
 
-    def means(self, images: Sequence[Image], *, flip: bool = False) -> Tensor:
+    def means(self, images: Sequence[Image], ids: Sequence[str], *, flip: bool = False) -> Tensor:
         """Return the mean over patches of each picture, float32 [N, W]."""
-        chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
-        return torch.cat([self.get(chunk, flip=flip).mean(1) for chunk in chunks])
+        chunks = [slice(i, i + CHUNK) for i in range(0, len(images), CHUNK)]
+        return torch.cat([self.get(images[c], ids[c], flip=flip).mean(1) for c in chunks])
 
     def put(self, keys: Sequence[str], features: np.ndarray) -> None:
         """Append features [N, P, W], float16, under new keys.
@@ -206,14 +218,14 @@ class FeatureStore:
         row = np.array(stored[place.row])
         return row if zlib.crc32(row.tobytes()) == place.checksum else None
 
-    def _compute(self, images: Mapping[str, Image], flip: bool) -> Iterator[dict[str, np.ndarray]]:
+    def _compute(self, images: Mapping[str, Named], flip: bool) -> Iterator[dict[str, np.ndarray]]:
         """Compute and store pictures' features, some at a time; the next ones are decoded
         meanwhile."""
         items = list(images.items())
         chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
 
-        def decode(chunk: list[tuple[str, Image]]) -> list[Future[np.ndarray]]:
-            return [self.pool.submit(self._pixels, image, flip) for _, image in chunk]
+        def decode(chunk: list[tuple[str, Named]]) -> list[Future[np.ndarray]]:
+            return [self.pool.submit(self._pixels, *named, flip) for _, named in chunk]
 
         coming = decode(chunks[0]) if chunks else []
         for chunk, following in zip(chunks, [*chunks[1:], []], strict=False):
@@ -223,11 +235,11 @@ class FeatureStore:
             self.put(keys, features)
             yield dict(zip(keys, features, strict=True))
 
-    def _pixels(self, image: Image, flip: bool) -> np.ndarray:
+    def _pixels(self, image: Image, id: str, flip: bool) -> np.ndarray:
         try:
             pixels = process_image(decode_image(image), self.processor)  # [3, S, S]
         except InputError as error:
-            raise TrainError(f"a picture of the data cannot be read: {error}") from error
+            raise _unreadable(id, error) from error
         return pixels[..., ::-1].copy() if flip else pixels
 
     @torch.inference_mode()
@@ -250,6 +262,23 @@ class FeatureStore:
 def key_of(image: Image, flip: bool = False) -> str:
     """Return what a picture's features are filed under."""
     return content_hash(image) + ("-flip" if flip else "")
+
+
+def _keys(images: Sequence[Image], ids: Sequence[str], flip: bool) -> list[str]:
+    keys = []
+    for image, id in zip(images, ids, strict=True):
+        try:
+            keys.append(key_of(image, flip))
+        except InputError as error:
+            raise _unreadable(id, error) from error
+    return keys
+
+
+def _unreadable(id: str, error: InputError) -> TrainError:
+    return TrainError(
+        f"a picture of the sample {id!r} cannot be read: {error} Leave the record out or mend the "
+        "file; `visavis data check` finds all of them."
+    )
 
 
 def tower_digest(vlm: VLM, processor: ImageProcessorConfig) -> str:

@@ -187,7 +187,7 @@ def means_of(
     run: Run, store: FeatureStore, name: str, records: Sequence[Record], *, flip: bool = False
 ) -> Tensor:
     """Return the mean features of records' pictures, float32 [N, W]."""
-    images = [Image(record.image) for record in records]
+    images, keys = [Image(record.image) for record in records], [record.key for record in records]
     done = 0
 
     def tell(count: int) -> None:
@@ -195,8 +195,8 @@ def means_of(
         done += count
         run.report(f"features of {name}", done, len(images), "")
 
-    store.add(images, flip=flip, report=tell)
-    return store.means(images, flip=flip)
+    store.add(images, keys, flip=flip, report=tell)
+    return store.means(images, keys, flip=flip)
 
 
 def make_class_features(run: Run) -> None:
@@ -233,16 +233,17 @@ def make_class_features(run: Run) -> None:
 def _made(run: Run, store: FeatureStore, others: Sequence[str], num: int, seed: int) -> np.ndarray:
     """Return features of the first classes that look like no picture in particular."""
     sources = {run.recipe.data[name].path: (name, records_of(run, name)) for name in others}
-    images = [Image(record.image) for _, records in sources.values() for record in records]
-    if not images:
+    pictures = [record for _, records in sources.values() for record in records]
+    if not pictures:
         raise TrainError(f"{CLASSES!r} needs another source of records: features are made of its")
     means = torch.cat([means_of(run, store, *source) for source in sources.values()])
     _, classifier = load_efficientnet(bundled.fetch("nano")["vision_tower"])
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(images), (num,), generator=generator).tolist()
+    numbers = torch.randint(len(pictures), (num,), generator=generator).tolist()
+    chosen = [pictures[number] for number in numbers]
     grids = class_grids(
         class_shifts(classifier, means)[:num],
-        store.get([images[number] for number in chosen]),
+        store.get([Image(record.image) for record in chosen], [record.key for record in chosen]),
         means.mean(0),
         generator,
     )
