@@ -178,7 +178,8 @@ def write_labels(
     strange = sorted(set(said) - set(known))
     if strange:
         raise TrainError(
-            f"{len(strange)} predicates are not in the vocabulary, the first is {strange[0]!r}; "
+            f"{len(strange)} of the {len(said)} predicates that samples have are not in the "
+            f"vocabulary, the first is {strange[0]!r}; "
             "complete it, or leave it away to take those of the data."
         )
     same_image = other_pairs(relations)
