@@ -209,7 +209,8 @@ def _take_step(run: Run, processes: Processes, state: State) -> None:
     if processes.is_main:
         run.report(state.step, state.meter.line())
     if state.step % settings.log_every == 0 or state.step == settings.steps:
-        line = {"step": state.step, "rate": rate, "norm": norms, **state.meter.take()}
+        rates = {name: settings.learning_rates[name] * rate for name in norms}
+        line = {"step": state.step, "rate": rates, "norm": norms, **state.meter.take()}
         if processes.is_main:
             run.log(line)
             run.accelerator.log(flat(line), step=state.step)

@@ -74,6 +74,7 @@ class Meter:
             "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
             "tokens": self.tokens,
             "tokens_per_second": round(self.speed),
+            "seconds": round(time.perf_counter() - self.started, 3),
         }
         if self.utilisation is not None:
             line["mfu"] = round(self.utilisation, 4)

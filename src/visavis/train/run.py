@@ -6,6 +6,8 @@
     out/<stage>.safetensors   what a stage of fitting found
     out/log.jsonl             one line per log interval, over all stages
     out/trained.json          what each stage trains, part by part
+    out/samples.json          what the model says to a few samples after each stage
+    out/report.html           all of that to look at
     out/model/                the folder `visavis.load` reads, renewed after each stage
 
 Knows the kinds of stages; objectives, loop and layouts are elsewhere.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +47,7 @@ from visavis.train.lora import add_lora
 from visavis.train.meter import RunLog
 from visavis.train.objectives import Contrast
 from visavis.train.output import save_model
+from visavis.train.predictions import predict
 from visavis.train.recipe import (
     Contrastive,
     Drawn,
@@ -54,10 +58,12 @@ from visavis.train.recipe import (
     sources_of,
     trains_whole,
 )
+from visavis.train.report import write_report
 from visavis.train.tasks import Task
 from visavis.train.tasks.contrastive import ContrastiveTask
 from visavis.train.tasks.generative import GenerativeTask
 from visavis.train.tasks.joint import JointTask
+from visavis.train.trackers import choose_trackers
 from visavis.train.trainee import Trainee
 
 if TYPE_CHECKING:
@@ -111,6 +117,7 @@ def run_recipe(
             problems = save_model(run.loaded, recipe, out / "model")
             log = RunLog(out / "log.jsonl", stage.name)
             log({"saved": "model", "problems": problems})
+            write_report(out)
         run.accelerator.wait_for_everyone()
     return out / "model"
 
@@ -121,13 +128,22 @@ def start(recipe: Recipe, data: Path, out: Path, report: Report) -> Run:
 
     _claim(recipe, out)
     cpu = not torch.cuda.is_available()
-    mixed = PRECISIONS[recipe.precision] if trains_whole(recipe) else "no"
+    if cpu and recipe.precision == "f16":
+        raise TrainError(
+            "float16 is trained on GPUs only, and there is none; set precision to bf16 or f32."
+        )
+    mixed = "no"
+    if trains_whole(recipe) or recipe.precision == "f16":  # whose gradients need scaling
+        mixed = PRECISIONS[recipe.precision]
+    trackers, note = choose_trackers(recipe.trackers, asked="trackers" in recipe.model_fields_set)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=mixed,
-        log_with=list(recipe.trackers) or None,
-        project_dir=str(out),
+        log_with=trackers or None,
+        project_dir=str(out / "curves"),
     )
+    if note and accelerator.is_main_process:
+        print(f"visavis: {note}", file=sys.stderr)
     # What is trained whole stays float32 and computes in the recipe's precision.
     precision = "f32" if trains_whole(recipe) else recipe.precision
     device = str(accelerator.device)
@@ -230,6 +246,8 @@ def run_steps(run: Run, stage: StepsStage) -> None:
     )
     vlm.requires_grad_(False).eval()
     vlm.decoder.recompute = False
+    if run.accelerator.is_main_process:
+        _add(run.out / "samples.json", stage.name, lambda: predict(run.loaded, task))
 
 
 def build_task(run: Run, stage: StepsStage) -> tuple[Task, int]:
@@ -327,10 +345,15 @@ def identity(run: Run, stage: StepsStage) -> str:
 
 def _write_table(run: Run, stage: StepsStage, groups: dict[str, Any], rates: Any) -> None:
     """Add what a stage trains to `trained.json`."""
-    if not run.accelerator.is_main_process:
-        return
-    path = run.out / "trained.json"
-    tables = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    tables[stage.name] = trainable_table(run.loaded.vlm, groups, rates)
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    if run.accelerator.is_main_process:
+        table = trainable_table(run.loaded.vlm, groups, rates)
+        _add(run.out / "trained.json", stage.name, lambda: table)
+
+
+def _add(path: Path, name: str, make: Callable[[], Any]) -> None:
+    """Add a stage's entry to a JSON file, unless it has one."""
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if name not in entries:
+        entries[name] = make()
+        with write_atomically(path) as temporary:
+            temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
