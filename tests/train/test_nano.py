@@ -12,6 +12,7 @@ from visavis.checkpoints.native import FORMAT
 from visavis.data.sources import load_source
 from visavis.evaluate.zeroshot import zero_shot
 from visavis.prompt import Image
+from visavis.train.plan import plan
 from visavis.train.recipe import read_recipe
 from visavis.train.run import run_recipe
 
@@ -30,6 +31,17 @@ CUT = [
     "data.vqa-rad.cap=50",
     "trackers=[]",
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_nano_has_no_problems(shared_data: Path) -> None:
+    planned = plan(read_recipe(RECIPE), shared_data)
+    assert planned.problems == []
+    chat, answers = planned.stages[1:3]
+    for stage in (chat, answers):
+        assert stage.tokens_per_step == pytest.approx(768, rel=0.1)
+    assert [row["trained"] for row in answers.trains if row["part"] == "tower"] == [0]
 
 
 @pytest.mark.slow
