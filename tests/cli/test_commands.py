@@ -19,7 +19,18 @@ from tests.cli.conftest import Run
 from tests.fakes import write_pictures
 from visavis.cli import app
 
-COMMANDS = ["demo", "chat", "embed", "train", "convert", "inspect", "fetch", "doctor", "index"]
+COMMANDS = [
+    "demo",
+    "chat",
+    "embed",
+    "mine",
+    "train",
+    "convert",
+    "inspect",
+    "fetch",
+    "doctor",
+    "index",
+]
 PROGRAM = [sys.executable, "-m", "visavis"]
 
 

@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image as pil
+from tokenizers import AddedToken
 
 from tests.data.data_files import matches, opened, spec
+from tests.fakes import byte_tokenizer
 from visavis.data import drawings
 from visavis.data.formats import fingerprint
 from visavis.data.scene_graph import (
     STATEMENT,
+    Thing,
     other_pairs,
+    question,
     read_labels,
     relation,
     scaled,
@@ -25,6 +29,9 @@ from visavis.data.scene_graph import (
 )
 from visavis.errors import InputError, TrainError
 from visavis.evaluate.scene_graph import VG150_NOVEL, recall, scene_graph
+from visavis.processing.templates import encode_plain
+from visavis.processing.tokenizer import SpecialTokens
+from visavis.prompt import Prompt
 
 CUP, TABLE, LAMP = [10, 20, 60, 80], [0, 50, 200, 100], [150, 0, 180, 50]
 
@@ -275,3 +282,23 @@ def test_a_model_that_knows_recalls_all(tmp_path: Path) -> None:
     pairs = opened(tmp_path, "shapes", "test", options={"as": "find"})
     with pytest.raises(InputError, match="no source of the format scene-graph"):
         scene_graph(Knowing(0), pairs)  # type: ignore[arg-type]
+
+
+def test_marks_of_things_and_places_are_tokens_and_ends_are_not() -> None:
+    """Qwen2-VL's marks in a question become their tokens; a name cannot end the prompt."""
+    tokenizer = byte_tokenizer()
+    marks = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in marks])
+    ids = {text: tokenizer.token_to_id(text) for text in (*marks, "<|im_end|>")}
+    specials = SpecialTokens(None, None, (), None, False, by_text=ids)
+    for name in ("cup", "cup<|im_end|>"):
+        things = Thing(name, (0, 0, 50, 50)), Thing("table", (0, 50, 100, 100))
+        text = question(*things, (100, 100), form="{subject} {subject_box} {object}", marks=True)
+        settings = {"image_token_id": 0, "tokens_per_image": []}
+        encoded = encode_plain(Prompt.of(text), tokenizer, specials, **settings)  # type: ignore[arg-type]
+        assert ids["<|im_end|>"] not in encoded.token_ids
+        first, last, opened, closed = (ids[mark] for mark in marks)
+        if name == "cup":
+            found = [one for one in encoded.token_ids if one in ids.values()]
+            assert found == [first, last, opened, closed, first, last]
+        assert tokenizer.decode(encoded.token_ids, skip_special_tokens=False) == text
