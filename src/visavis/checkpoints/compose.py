@@ -57,7 +57,8 @@ class Composition:
     Args:
         language_model, vision_tower: names, hub names or paths.
         connector: its kind and numbers (`ConnectorConfig`), widths left out.
-        connector_weights: a visavis folder whose connector is taken over; empty: a new one.
+        connector_weights: path of a visavis folder whose connector is taken over; empty: a
+            new one.
         turns: chat format by name; empty: the language model's own.
         resize: how pictures become the tower's square; empty: as its own processor says.
         canvases: columns and rows of tiles that a picture may be laid on (LLaVA's anyres); empty:
@@ -110,7 +111,7 @@ def compose(
         newline = torch.randn(decoder.width, device=device) / math.sqrt(decoder.width)
         vlm.image_newline = torch.nn.Parameter(newline)
     if parts.connector_weights:
-        _take_connector(vlm, resolve(parts.connector_weights))
+        _take_connector(vlm, Path(parts.connector_weights))
     processor = composed_processor(parts, processor)
     turns = parts.turns or base.profile.turns
     identity = {"parts": repr(parts), "base": base.fingerprint, "seed": seed}
@@ -170,6 +171,8 @@ def _take_connector(vlm: VLM, folder: Path) -> None:
     Raises:
         CheckpointError: it has none, or of another shape.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}, which the connector is to be taken from, is no folder.")
     tensors = read_tensors(sorted(folder.glob("*.safetensors"))).entries
     own = {
         name: tensor

@@ -58,8 +58,9 @@ def trainable_table(
     """Return a row per part of the model: its parameters, how many are trained, at what rate."""
     trained = {id(p): name for name, parameters in groups.items() for p in parameters}
     rows: list[dict[str, object]] = []
-    for name, module in vlm.named_children():
-        parameters = list(module.parameters())
+    parts = [(name, list(module.parameters())) for name, module in vlm.named_children()]
+    parts += [(name, [own]) for name, own in vlm.named_parameters(recurse=False)]
+    for name, parameters in parts:
         mine = [p for p in parameters if id(p) in trained]
         kinds = sorted({trained[id(p)] for p in mine})
         rows.append(

@@ -48,9 +48,10 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def unknown(self, where: str, name: str) -> None:
+        how = "with `visavis fetch nano` " if name == "smollm2-135m" else ""
         self.problems.append(
             f"{where}: {name} is not on this machine and its shape is not known here, so nothing "
-            "can be said of it; fetch it and ask again."
+            f"can be said of it; fetch it {how}and ask again."
         )
 
     def from_afar(self, name: str) -> None:
@@ -71,11 +72,11 @@ def model_outline(model: ModelRecipe, found: Findings) -> tuple[Outline | None, 
         return replace(outline, processor=processor), words
     text, words = _whole(model.language_model, "model.language_model", found)
     tower = _tower(model, found)
-    if model.connector_weights:
-        try:
-            find(model.connector_weights)
-        except VisavisError as error:
-            found.problems.append(f"model.connector_weights: {error}")
+    if model.connector_weights and not Path(model.connector_weights).is_dir():
+        found.problems.append(
+            f"model.connector_weights: {model.connector_weights} is no folder; expected the model "
+            "that another run left (its out/model), or leave it out for a new connector."
+        )
     if text is None or tower is None:
         return None, words
     parts = model.composition()
