@@ -27,10 +27,11 @@ NAME = "tiny-random"
 VERSION = 1  # of its numbers
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 WORDS = (  # each is one token, with the blank before it; all else is read byte by byte
-    "user assistant system You are a helpful assistant. A chat between curious user and an artificial"
-    " intelligence gives detailed, polite answers to the user's questions. USER: ASSISTANT: What is on"
-    " the left right? Which colour shape Describe picture. Find Represent given image with question:"
-    " a red green blue yellow purple black circle square triangle cross ring left of"
+    "user assistant system You are a helpful assistant. A chat between curious user and an"
+    " artificial intelligence gives detailed, polite answers to the user's questions."
+    " USER: ASSISTANT: What is on the left right? Which colour shape Describe picture. Find"
+    " Represent given image with question: a red green blue yellow purple black circle square"
+    " triangle cross ring left of"
 )
 HALF = (0.5, 0.5, 0.5)
 
