@@ -12,10 +12,12 @@ import pytest
 from PIL import Image as pil
 from tokenizers import AddedToken
 
+from tests.conftest import REPOSITORY
 from tests.data.data_files import matches, opened, spec
 from tests.fakes import byte_tokenizer
+from visavis import load
 from visavis.data import drawings
-from visavis.data.formats import fingerprint
+from visavis.data.formats import fingerprint, open_source
 from visavis.data.scene_graph import (
     STATEMENT,
     Thing,
@@ -32,6 +34,8 @@ from visavis.evaluate.scene_graph import VG150_NOVEL, recall, scene_graph
 from visavis.processing.templates import encode_plain
 from visavis.processing.tokenizer import SpecialTokens
 from visavis.prompt import Prompt
+from visavis.train.recipe import read_recipe
+from visavis.train.run import run_recipe
 
 CUP, TABLE, LAMP = [10, 20, 60, 80], [0, 50, 200, 100], [150, 0, 180, 50]
 
@@ -302,3 +306,15 @@ def test_marks_of_things_and_places_are_tokens_and_ends_are_not() -> None:
             found = [one for one in encoded.token_ids if one in ids.values()]
             assert found == [first, last, opened, closed, first, last]
         assert tokenizer.decode(encoded.token_ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.slow
+def test_the_tiny_recipe_learns(tmp_path: Path) -> None:
+    """Mean recall on pictures that were never seen, before and after training."""
+    recipe = read_recipe(REPOSITORY / "recipes/tiny-scene-graph.yaml")
+    source = open_source(recipe.data["test"], tmp_path, name="test")
+    before = scene_graph(load("tiny-random", precision="f32"), source)
+    model = load(run_recipe(recipe, tmp_path, tmp_path / "out"), precision="f32")
+    after = scene_graph(model, source)
+    assert before["mR@50"] < 0.4 and after["mR@50"] > before["mR@50"] + 0.2
+    assert after["R@100"] > before["R@100"] + 0.1
