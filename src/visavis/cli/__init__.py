@@ -12,6 +12,7 @@ import typer
 
 from visavis import __version__
 from visavis.cli.chat import chat
+from visavis.cli.compose import compose
 from visavis.cli.console import Group, quiet_broken_pipe
 from visavis.cli.convert import convert
 from visavis.cli.data import data
@@ -39,6 +40,7 @@ app.command()(embed)
 app.add_typer(index)
 app.add_typer(data)
 app.command()(mine)
+app.command()(compose)
 app.command()(train)
 app.command()(convert)
 app.command()(inspect)

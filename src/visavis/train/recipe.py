@@ -371,14 +371,32 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: {problem['msg']}"
-            for problem in error.errors()
-        ]
-        raise TrainError(
-            f"{path} has {len(lines)} problem(s): " + "; ".join(lines) + ". "
-            "Compare with recipes/tiny-llava.yaml."
-        ) from error
+        raise _wrong(str(path), error, "Compare with recipes/tiny-llava.yaml.") from error
+
+
+def read_model(settings: Iterable[str]) -> ModelRecipe:
+    """Return the `model` part of a recipe from `dotted.name=value` each.
+
+    Raises:
+        TrainError: they are no model of parts.
+    """
+    data: dict[str, Any] = {"connector": {}}
+    for setting in settings:
+        _override(data, setting)
+    try:
+        return ModelRecipe.model_validate(data)
+    except ValidationError as error:
+        hint = "Names are those under `model` in a recipe: language_model, vision_tower, …"
+        raise _wrong("the model", error, hint) from error
+
+
+def _wrong(what: str, error: ValidationError, hint: str) -> TrainError:
+    lines = [
+        f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: "
+        + problem["msg"].removeprefix("Value error, ").removesuffix(".")
+        for problem in error.errors()
+    ]
+    return TrainError(f"{what} has {len(lines)} problem(s): {'; '.join(lines)}. {hint}")
 
 
 def _override(data: Any, override: str) -> None:
