@@ -181,7 +181,7 @@ def test_bad_input_is_one_line(run: Run, tiny: str, pairs: Path, tmp_path: Path)
         ((tiny, pairs, "-o", "n.jsonl", "--nearest", 0), "no negatives are wanted"),
         ((tiny, pairs, "-o", "n.jsonl", "--corpus", "no.jsonl"), "cannot read no.jsonl"),
         ((tiny, pairs, "-o", "n.jsonl", "--label-files", "x"), "are of scene graphs"),
-        ((tiny, pairs, "-o", "pictures"), "pictures"),
+        ((tiny, pairs, "-o", "pictures"), "pictures is a folder"),
     ):
         result = run("mine", *words)
         assert result.exit_code == 2, result.output

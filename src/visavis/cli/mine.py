@@ -116,6 +116,8 @@ def mine(
         seed=seed,
         faiss=faiss,
     )
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder, expected the name of a file for JSON lines")
     samples = _recipe(data, source, root) if data.suffix in (".yaml", ".yml") else None
     samples = samples or _file(data, form, images)
     others = read_corpus(corpus) if corpus is not None else []
@@ -124,7 +126,7 @@ def mine(
 
     loaded = visavis.load(model, precision=precision, device=device)
     kept = cache if cache is not None else out.with_name(f"{out.stem}-vectors")
-    catalogue = Catalogue(samples, others)
+    catalogue = Catalogue(samples, others, progress=show_progress())
     report = Report()
     with VectorStore(kept / _identity(loaded, precision), loaded.embedding_dim) as store:
         found = mined(

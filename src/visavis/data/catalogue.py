@@ -17,6 +17,7 @@ from pathlib import Path
 from visavis.data.samples import Match, Sample
 from visavis.errors import InputError, VisavisError
 from visavis.processing.images import content_hash
+from visavis.progress import track
 from visavis.prompt import Document, Image, Prompt, Stored, Text, Video
 
 
@@ -68,12 +69,19 @@ class Catalogue:
     Args:
         samples: queries with targets; conversations are an error.
         others: more that can be found, such as a larger corpus.
+        progress: show a bar on stderr; every picture is read once.
 
     Attributes:
         left_out: what cannot be read, each with the reason.
     """
 
-    def __init__(self, samples: Sequence[Sample], others: Sequence[Prompt] = ()) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        others: Sequence[Prompt] = (),
+        *,
+        progress: bool = False,
+    ) -> None:
         self.samples, self.others = samples, others
         self.entries: list[Entry] = []
         self.items = Items()
@@ -83,7 +91,8 @@ class Catalogue:
         self.by_group: dict[str, set[int]] = {}
         self.by_pictures: dict[str, dict[int, None]] = {}  # in the order of the samples
         wrong: list[tuple[int, list[str]]] = []  # of each entry the negatives it has
-        for number in range(len(samples)):
+        numbers = range(len(samples))
+        for number in track(numbers, "reading", weights=[1] * len(numbers), show=progress):
             name = f"sample {number + 1}"
             try:
                 sample = samples[number]
