@@ -30,9 +30,9 @@ from visavis.model.config import DecoderConfig, Qwen2VLTowerConfig, ViTConfig, V
 from visavis.model.fusion import count_tokens
 from visavis.model.visual import Shape
 from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.images import ImageProcessorConfig, image_size
 from visavis.processing.visuals import shape_of, sized_by_company
-from visavis.prompt import Prompt, Text
+from visavis.prompt import Image, Prompt, Text
 from visavis.train.meter import flops_per_token
 
 LOOKED_AT = 24  # samples of each source
@@ -73,6 +73,8 @@ class Reader:
                     found.tokens += tokens
                     found.learned += tokens * (message.role == "assistant")
         for visual in prompt.visuals:
+            if isinstance(visual, Image):
+                image_size(visual)  # that it is there, even where its size does not matter
             if self.processor is None:
                 continue
             shape = shape_of(visual, self.processor, alone)
@@ -136,14 +138,18 @@ def survey(
     for number in range(0, found.size, max(1, found.size // LOOKED_AT)):
         try:
             sample = samples[number]
-            if not isinstance(sample, kind):
-                chat, match = "a conversation", "a query with its target"
-                what, wanted = (chat, match) if isinstance(sample, Chat) else (match, chat)
-                found.problems.append(f"the sample {sample.id!r} is {what}, expected {wanted}")
-                break
-            length = _length(sample, reader, negatives)
         except VisavisError as error:
             found.problems.append(str(error))
+            continue
+        if not isinstance(sample, kind):
+            chat, match = "a conversation", "a query with its target"
+            what, wanted = (chat, match) if isinstance(sample, Chat) else (match, chat)
+            found.problems.append(f"the sample {sample.id!r} is {what}, expected {wanted}")
+            break
+        try:
+            length = _length(sample, reader, negatives)
+        except VisavisError as error:
+            found.problems.append(f"the sample {sample.id!r} cannot be used: {error}")
             continue
         found.longest = max(found.longest, (length.longest, sample.id))
         lengths.append((length.tokens, length.learned, length.patches))

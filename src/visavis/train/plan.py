@@ -36,6 +36,7 @@ from visavis.train.recipe import (
 )
 
 REACHED = 0.4  # share of the speed of matrix products that training is taken to reach
+MAX_LISTED = 3  # problems of a source's samples
 FITTED = {"words": "connector", "head": "head"}  # what stages without gradient steps find
 
 Sources = Mapping[str, Sequence[Sample]]
@@ -290,7 +291,13 @@ def _survey(
     chats = isinstance(part, Generative)
     negatives = part.negatives if isinstance(part, Contrastive) else None
     survey = estimate.survey(samples, Chat if chats else Match, reader, negatives)
-    found.problems += [f"stage {stage.name!r}, {name!r}: {one}" for one in survey.problems]
+    where, more = f"stage {stage.name!r}, {name!r}:", len(survey.problems) - MAX_LISTED
+    found.problems += [f"{where} {one}" for one in survey.problems[:MAX_LISTED]]
+    if more > 0:
+        found.problems.append(
+            f"{where} and {more} more of the samples that were looked at; `visavis data check` "
+            "looks at all"
+        )
     length, id = survey.longest
     most = min(part.max_tokens or reader.config.decoder.context_length, 10**9)
     if length > most and not getattr(part, "cut", False):
