@@ -23,8 +23,8 @@ class Trainee(nn.Module):
     """A model that is trained.
 
     Attributes:
-        autocast: entered around each pass, and left after it: what it casts without gradients must
-            not serve a pass with them.
+        autocast: entered around each pass and left after it, so that losses over vectors are
+            computed in float32.
         sharded: whether processes gather parameters together, so that all must use the same.
     """
 
