@@ -220,14 +220,13 @@ def _fit(
     for vision in visions:
         if not vision["model_type"].startswith("dinov2"):
             continue
-        grid = size // vit_config(vision).patch_size
-        prefix = places.tower + ("dinov2." if len(visions) == 2 else "")
-        stored = entries.get(prefix + POSITIONS)
-        if stored is not None and len(stored.shape) == 3 and stored.shape[1] != 1 + grid**2:
-            shape = (1, 1 + grid**2, stored.shape[2])
-            entries[prefix + POSITIONS] = StoredTensor(
-                stored.dtype, shape, partial(_resized, stored, grid)
-            )
+        tower = vit_config(vision)
+        grid = size // tower.patch_size
+        name = places.tower + ("dinov2." if len(visions) == 2 else "") + POSITIONS
+        stored = entries.get(name)
+        if stored is not None and stored.shape == (1, 1 + tower.grid**2, tower.width):
+            shape = (1, 1 + grid**2, tower.width)
+            entries[name] = StoredTensor(stored.dtype, shape, partial(_resized, stored, grid))
 
 
 def _resized(stored: StoredTensor, grid: int) -> Tensor:
