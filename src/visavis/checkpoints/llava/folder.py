@@ -184,8 +184,7 @@ def open_llava(
         if start:
             added = (*(("<im_patch>",) if data.get("mm_use_im_patch_token") else ()), start, end)
         entries |= _first_stage(folder / PROJECTOR, entries, len(added))
-    if added:
-        text = {**text, "vocab_size": entries[EMBEDDINGS].shape[0]}
+        text = {**text, "vocab_size": text.get("vocab_size", 32000) + len(added)}
     files += [file for adapter in adapters for file in adapter.files]
     # The names of this layout have one spelling.
     entries = dict(merged(TensorFiles(entries), adapters, str).entries)
@@ -333,7 +332,7 @@ def _fetched_tower(folder: Path, data: Json) -> Path | None:
     try:
         return None if wanted is None else hub.fetch(wanted)
     except FetchError as error:
-        message = _no_tower(folder, data, "its vision tower")
+        message = _no_tower(folder, data, "its weights" if known_tower(data) else "its settings")
         raise CheckpointError(f"{message} ({error})") from error
 
 
