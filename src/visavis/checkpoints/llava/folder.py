@@ -184,7 +184,8 @@ def open_llava(
         if start:
             added = (*(("<im_patch>",) if data.get("mm_use_im_patch_token") else ()), start, end)
         entries |= _first_stage(folder / PROJECTOR, entries, len(added))
-        text = {**text, "vocab_size": text.get("vocab_size", 32000) + len(added)}
+    if added:
+        text = {**text, "vocab_size": entries[EMBEDDINGS].shape[0]}
     files += [file for adapter in adapters for file in adapter.files]
     # The names of this layout have one spelling.
     entries = dict(merged(TensorFiles(entries), adapters, str).entries)
