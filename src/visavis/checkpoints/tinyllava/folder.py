@@ -238,6 +238,6 @@ def _resized(stored: StoredTensor, grid: int) -> Tensor:
 def _turns(data: Json, text: Json, *, captions: bool) -> str:
     """Return the chat format. A stage may have seen captions only: what it was, no file says."""
     named = data.get(TURNS_SETTING)
-    if isinstance(named, str) and named in TURNS:
+    if isinstance(named, str) and (named in TURNS or not named):
         return named
     return "" if captions else turns_of(data, text)
