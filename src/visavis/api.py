@@ -108,7 +108,8 @@ def load(
         profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2" or
             "llave".
         base: the language model that a folder without one was trained on.
-        vision_tower: the folder of a vision tower that the checkpoint names and does not hold.
+        vision_tower: the folder of a vision tower that the checkpoint names and does not hold, or
+            the mmproj file of a .gguf model.
 
     Raises:
         UnknownNameError: no such name, path or chat format; the message lists the nearest names.

@@ -61,13 +61,14 @@ def load_gguf(
             f"that, and this file with it: visavis.load('model.gguf', vision_tower={str(path)!r})."
         )
     config = VLMConfig(decoder=decoder_config(file))
-    specials = special_tokens(file.metadata)
     half = vision = None
     if vision_tower is not None:
         vision, half = _open_half(vision_tower, config.decoder.width, path)
+        paths = [*paths, vision_tower]
+    specials = special_tokens(file.metadata)
+    if half is not None:
         # Without a placeholder in the vocabulary any id will do: images are found by position.
         config = half.joined(config, specials.by_text.get(PLACEHOLDER, 0))
-        paths = [*paths, vision_tower]
     dtype = auto_dtype(precision, device)
     state: dict[str, Tensor] = {}
     for name, array in decoder_state(file):
