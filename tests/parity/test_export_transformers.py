@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -29,6 +30,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import visavis
+from tests.checkpoints.anyres_files import save_next, save_onevision
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.checkpoints.transformers_files import (
     CHATML,
@@ -191,3 +193,30 @@ def test_what_no_class_has_is_named(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "in")
     with pytest.raises(CheckpointError, match=r"embedding head.*--to native"):
         exported(folder, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_llava_next(tmp_path: Path) -> None:
+    save_next(tmp_path / "in")
+    ours = exported(tmp_path / "in", tmp_path / "out")
+    assert_written(tmp_path / "out", ours, "LLaVA-NeXT")
+
+
+@torch.no_grad()
+def test_llava_onevision(tmp_path: Path) -> None:
+    """Its whole processor needs torchvision for videos, so the one that wrote the source asks."""
+    _, processor = save_onevision(tmp_path / "in")
+    ours = exported(tmp_path / "in", tmp_path / "out")
+    peer = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    images = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert images.image_grid_pinpoints == processor.image_processor.image_grid_pinpoints
+    picked = picture(1, (90, 61))
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    rendered = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    inputs = processor(text=rendered, images=[picked], return_tensors="pt")
+    inputs["pixel_values"] = images(picked, return_tensors="pt")["pixel_values"]
+    trace = ours.trace({"image": picked, "text": "What is this?"})
+    assert trace.token_ids.tolist() == inputs["input_ids"][0].tolist()
+    assert_close(torch.from_numpy(trace.logits), peer(**inputs).logits[0], "OneVision")

@@ -41,7 +41,10 @@ def convert(
         ),
     ] = "auto",
     kind: Annotated[
-        str, typer.Option("--kind", help="With gguf: the type of its tensors, such as Q8_0.")
+        str,
+        typer.Option(
+            "--kind", help="With gguf: the type of its tensors, such as Q8_0; F16 if not given."
+        ),
     ] = "",
     merge_adapter: Annotated[
         Path | None, typer.Option(help="A LoRA adapter of IN, merged into it.")
@@ -104,7 +107,7 @@ def convert(
     if verify:
         from visavis.convert.verify import verify as compare
 
-        verdict = compare(done, kind=kind)
+        verdict = compare(done)
     size = sum(file.stat().st_size for file in done.files)
     if as_json:
         names = [str(file.relative_to(done.out.parent)) for file in done.files]
@@ -112,6 +115,7 @@ def convert(
             "out": str(done.out),
             "to": to,
             "precision": done.precision,
+            **({"kind": done.kind} if done.kind else {}),
             "bytes": size,
             "files": names,
             "lost": done.lost,
@@ -134,6 +138,7 @@ def _print(verdict: Verdict) -> None:
     typer.echo(f"opened by {verdict.asked}; expected: {limits}")
     rows = [["check", "cosine", "KL", ""]]
     for check in verdict.checks:
+        near = "" if check.cosine is None else f"{check.cosine:.6f}"
         kl = "" if check.kl is None else f"{check.kl:.2e}"
-        rows.append([check.name, f"{check.cosine:.6f}", kl, "" if check.same else "differs"])
+        rows.append([check.name, near, kl, "" if check.same else "differs"])
     print_columns(rows)
