@@ -29,7 +29,7 @@ from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
 from visavis.checkpoints.gguf.split import open_model
 from visavis.checkpoints.llava.folder import open_llava
 from visavis.checkpoints.names import NameTable
-from visavis.checkpoints.native import read_config
+from visavis.checkpoints.native import read_config, read_settings
 from visavis.checkpoints.phi3v.folder import open_phi3v
 from visavis.checkpoints.tinyllava.folder import open_tinyllava
 from visavis.checkpoints.transformers.config import vlm_config
@@ -44,8 +44,8 @@ from visavis.checkpoints.weight_files import (
     read_tensors,
     weight_files,
 )
-from visavis.errors import CheckpointError, InputError
-from visavis.model.config import VLMConfig, vlm_config_from_dict
+from visavis.errors import CheckpointError
+from visavis.model.config import VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
 
@@ -311,12 +311,7 @@ def _plain(file: GGUFFile) -> dict[str, Any]:
 def _native(layout: Layout) -> Description:
     path = layout.path
     data = read_config(path)
-    try:
-        config = vlm_config_from_dict(data["config"])
-        processor = data.get("processor")
-        pictures = ImageProcessorConfig.from_dict(processor) if processor else None
-    except (TypeError, KeyError, InputError) as error:
-        raise CheckpointError(f"{path} has a config this version cannot read: {error}") from error
+    config, _, processor = read_settings(path, data)
     files = sorted(path.glob("*.safetensors"))
     headers = read_headers(files)
     problems = []
@@ -334,7 +329,7 @@ def _native(layout: Layout) -> Description:
         tensors=_entries(headers),
         files=[path / NATIVE, *files, *bundle_files(data)],
         profile={key: str(value) for key, value in data["profile"].items() if value},
-        processor=pictures,
+        processor=processor,
         problems=problems,
     )
 
