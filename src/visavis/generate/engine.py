@@ -39,9 +39,9 @@ def generate(
         capacity=batch.num_tokens + min(max_new_tokens, 512),
     )
     logits = _prefill(vlm, batch, cache)
-    flat = FlatStep(decoder, cache) if can_flatten(decoder) else None
-    # With M-RoPE an image takes fewer positions than tokens.
+    # With M-RoPE an image takes fewer positions than tokens; after it all axes are equal again.
     ahead = int(batch.positions.max()) + 1 - batch.num_tokens
+    flat = FlatStep(decoder, cache, ahead) if can_flatten(decoder) else None
     for _ in range(max_new_tokens - 1):
         token = sample(logits)
         if token in stop_ids:
