@@ -30,7 +30,8 @@ from visavis.checkpoints.writing import (
     write_tensors,
     write_words,
 )
-from visavis.model.config import ViTConfig, VLMConfig
+from visavis.model.config import DecoderConfig, RopeScaling, ViTConfig, VLMConfig
+from visavis.model.rope import Rope
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.turns import TURNS
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # what a model without placeholders gets
 ROWS = 64  # embeddings grow to a multiple of so many rows, as the library's converters do
 TILES = {"llava": None, "llava_next": "tile", "llava_onevision": "pad"}  # of several pictures
+LLAMA_3 = RopeScaling("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
@@ -105,15 +107,26 @@ def write_transformers(loaded: Loaded, folder: Path, *, progress: bool = False) 
 def library_norms(
     state: dict[str, Tensor], config: VLMConfig
 ) -> tuple[dict[str, Tensor], VLMConfig]:
-    """Return a Gemma whose norms hold 1 + weight (from a GGUF file) as the library's holds it."""
-    decoder = config.decoder
-    if decoder.embedding_scale == 1 or decoder.norm_offset:
-        return state, config
-    moved = {
-        name: tensor - 1 if name.startswith("decoder.") and "norm.weight" in name else tensor
-        for name, tensor in state.items()
-    }
-    return moved, replace(config, decoder=replace(decoder, norm_offset=1.0))
+    """Return a model from a GGUF file as the library spells it: Gemma's norms without the 1 that
+    its file adds, Llama 3's rotary stretch by its rule instead of its numbers."""
+    decoder = replace(config.decoder, rope_scaling=_by_rule(config.decoder))
+    if decoder.embedding_scale != 1 and not decoder.norm_offset:
+        decoder = replace(decoder, norm_offset=1.0)
+        state = {
+            name: tensor - 1 if name.startswith("decoder.") and "norm.weight" in name else tensor
+            for name, tensor in state.items()
+        }
+    return state, replace(config, decoder=decoder)
+
+
+def _by_rule(config: DecoderConfig) -> RopeScaling | None:
+    """Return the rule that gives a stretch that is listed frequency by frequency, if one does."""
+    listed = config.rope_scaling
+    if listed is None or listed.kind != "factors" or listed.magnitude != 1:
+        return listed
+    rule = replace(LLAMA_3, factor=round(max(listed.factors), 3))
+    ours, theirs = (Rope(replace(config, rope_scaling=s)).frequencies for s in (listed, rule))
+    return rule if torch.allclose(ours, theirs, rtol=1e-5) else listed
 
 
 def has_placeholder(loaded: Loaded) -> bool:
