@@ -22,7 +22,7 @@ from torch import Tensor
 from visavis.checkpoints import bundled
 from visavis.checkpoints.adapters import Adapter, read_adapter
 from visavis.checkpoints.detect import ADAPTER, CONFIG, NATIVE, PROJECTOR, Layout, detect
-from visavis.checkpoints.gguf.decoder import decoder_config
+from visavis.checkpoints.gguf.decoder import decoder_config, decoder_tensors
 from visavis.checkpoints.gguf.mmproj import read_half
 from visavis.checkpoints.gguf.model import find_parts
 from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
@@ -254,6 +254,11 @@ def _gguf(layout: Layout) -> Description:
         config, processor = found.joined(config, 0), found.processor
         tensors |= _blocks(vision)
         files = [*files, half]
+    problems = []
+    try:
+        next(decoder_tensors(file))  # names and shapes are checked before the first
+    except CheckpointError as error:
+        problems = [str(error)]
     has_template = "tokenizer.chat_template" in file.metadata
     return Description(
         layout=layout,
@@ -267,6 +272,7 @@ def _gguf(layout: Layout) -> Description:
             "chat template": "in the file" if has_template else "none",
         },
         processor=processor,
+        problems=problems,
     )
 
 
