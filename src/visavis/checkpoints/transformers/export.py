@@ -173,7 +173,10 @@ def chat_template(profile: PromptProfile, image: str, video: str = "") -> str:
 def lost_settings(profile: PromptProfile) -> list[str]:
     """Return the settings of a profile that config.json and its neighbours have no place for."""
     default = PromptProfile()
-    names = ("embed_prefix", "embed_suffix", "embed_image_end", "pooling", "instruction_form")
+    names = (
+        *("video_times", "embed_prefix", "embed_suffix", "embed_image_end", "pooling"),
+        "instruction_form",
+    )
     lost = [
         f"{name}={value!r}"
         for name in names
