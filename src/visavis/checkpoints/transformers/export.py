@@ -10,7 +10,7 @@ The configs are in `config_json.py` and `processor_json.py`, the names of tensor
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # what a model without placehol
 ROWS = 64  # embeddings grow to a multiple of so many rows, as the library's converters do
 TILES = {"llava": None, "llava_next": "tile", "llava_onevision": "pad"}  # of several pictures
 LLAMA_3 = RopeScaling("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+IN_TEMPLATE = ("turns", "jinja", "image_start", "image_end")  # of a profile
 PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
@@ -173,14 +174,11 @@ def chat_template(profile: PromptProfile, image: str, video: str = "") -> str:
 def lost_settings(profile: PromptProfile) -> list[str]:
     """Return the settings of a profile that config.json and its neighbours have no place for."""
     default = PromptProfile()
-    names = (
-        *("video_times", "embed_prefix", "embed_suffix", "embed_image_end", "pooling"),
-        "instruction_form",
-    )
     lost = [
-        f"{name}={value!r}"
-        for name in names
-        if (value := getattr(profile, name)) != getattr(default, name)
+        f"{f.name}={value!r}"
+        for f in fields(profile)
+        if f.name not in IN_TEMPLATE
+        and (value := getattr(profile, f.name)) != getattr(default, f.name)
     ]
     if profile.turns and not chat_jinja(TURNS[profile.turns]):
         lost.append(f"the chat format {profile.turns!r}")
