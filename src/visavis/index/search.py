@@ -148,7 +148,8 @@ class Index:
         """Return the `k` items nearest in meaning, best first.
 
         Args:
-            query: what `Prompt.of` takes: a str is text, a Path a picture, a dict may hold both.
+            query: what `Prompt.of` takes: a str is text, a Path a picture, video or document, a
+                dict may hold both.
             k: at most this many hits.
             filter: only sources that match this glob, for example "*/holiday/*".
 
