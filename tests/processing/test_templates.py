@@ -174,7 +174,7 @@ def test_an_image_that_the_template_drops_is_an_error(
 def test_a_template_that_moves_images_before_videos(
     smollm: tuple[Tokenizer, SpecialTokens],
 ) -> None:
-    """As OneVision's: each placeholder is the next of its kind, slots stay in the prompt's order."""
+    """As OneVision's: each placeholder is the next of its kind, slots in the prompt's order."""
     text_of = {number: text for text, number in smollm[1].by_text.items()}
     video_id = IMAGE_ID - 1
     loops = "".join(
