@@ -166,6 +166,7 @@ def base_state(
         adapted = name.removesuffix(".weight") + ".lora_a" in own
         is_norm = tensor.dim() == 1
         state[name] = tensor if adapted or is_norm else tensor.to(dtype)
+        file.release()
     if config.tower is not None:
         tower, _ = load_efficientnet(tower_path)
         state.update({f"tower.{name}": tensor for name, tensor in tower.items()})

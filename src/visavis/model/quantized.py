@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 32
+ROWS = 1024  # packed together: a multiple of the kernel's tiles, which are of 64 rows at most
 _regime = threading.local()
 
 
@@ -62,10 +63,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.digits = 1 + (int(codes.max()) > 15)
         if self.digits == 2:  # 16 * high + low
-            codes = torch.cat((codes >> 4, codes & 15), 1)
             minimum = torch.cat((minimum, torch.zeros_like(minimum)), 1)
             scale = torch.cat((16 * scale, scale), 1)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        packed = _pack(codes, self.digits)
         # the kernel computes (code - 8) * scale + zero
         both = torch.stack((scale, minimum + 8 * scale), -1)  # [out, in / 32, 2]
         self.register_buffer("packed", packed, persistent=False)
@@ -97,3 +97,13 @@ class PackedLinear(nn.Module):
             return base
         down, up = low.T, high.T
         return lambda x: torch.addmm(base(x), x @ down, up)
+
+
+def _pack(codes: Tensor, digits: int) -> Tensor:
+    """Return codes [out, in] as the kernel reads them, some rows at a time to take less memory."""
+    width = codes.shape[1] * digits
+    packed = torch.empty(len(codes), width // 2, dtype=torch.uint8)
+    for some, place in zip(codes.split(ROWS), packed.split(ROWS), strict=True):
+        parts = some if digits == 1 else torch.cat((some >> 4, some & 15), 1)
+        place.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(parts.int(), 1))
+    return packed

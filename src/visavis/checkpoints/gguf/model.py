@@ -74,6 +74,7 @@ def load_gguf(
     for name, array in decoder_state(file):
         tensor = torch.from_numpy(array)
         state[name] = tensor if tensor.dim() == 1 else tensor.to(dtype)
+        file.release()
     if vision is not None and half is not None:
         types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
         for name, tensor in half_state(vision, half):
