@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from visavis.errors import CheckpointError
+from visavis.errors import CheckpointError, CheckpointWarning
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
 INDEX = ".index.json"
@@ -148,10 +149,10 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
 
 
 def check_values(name: str, tensor: Tensor, where: str) -> None:
-    """Refuse weights that are not plain numbers.
+    """Refuse weights that are not plain numbers, and warn of those that are none at all.
 
     Raises:
-        CheckpointError: the tensor is of a quantised type, or holds NaN or infinite values.
+        CheckpointError: the tensor is of a quantised type.
     """
     if tensor.dtype not in FLOATS:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -160,10 +161,18 @@ def check_values(name: str, tensor: Tensor, where: str) -> None:
             "by another library: use the unquantised checkpoint or a GGUF file."
         )
     if not all(_is_finite(part) for part in tensor.flatten().split(CHUNK)):
-        raise CheckpointError(
-            f"{name} of {where} holds NaN or infinite values, expected finite weights; the "
-            "file is damaged or its training diverged: fetch it again, compare its sha256."
-        )
+        warn_not_finite(name, where)
+
+
+def warn_not_finite(name: str, where: str) -> None:
+    """Warn of NaN or infinite values in a tensor; what reads them will answer nonsense."""
+    warnings.warn(
+        f"{name} of {where} holds NaN or infinite values, expected finite weights; the file is "
+        "damaged or its training diverged, and whatever reads it answers nonsense: fetch it "
+        "again, compare its sha256.",
+        CheckpointWarning,
+        stacklevel=2,
+    )
 
 
 def _is_finite(numbers: Tensor) -> bool:
