@@ -21,7 +21,8 @@ from visavis.cli.console import (
 from visavis.errors import InputError, VisavisError
 
 if TYPE_CHECKING:
-    from visavis.api import Model, Reply
+    from visavis.api import Model
+    from visavis.generate.answer import Reply
     from visavis.prompt import Message
 
 HELP = "Type a question. /image PATH adds a picture to it, /new starts over, Ctrl-D ends."
