@@ -30,6 +30,11 @@ def packed_kernels() -> Iterator[None]:
         _regime.packed = False
 
 
+def decoding() -> bool:
+    """Return whether this thread is in a `packed_kernels` block: extending sequences by a token."""
+    return bool(getattr(_regime, "packed", False))
+
+
 class PackedLinear(nn.Module):
     """A linear layer without bias from group-wise integer codes.
 
