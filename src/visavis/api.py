@@ -124,10 +124,15 @@ class Model:
         )
 
     def __repr__(self) -> str:
-        dense = [m.dense for m in self.vlm.modules() if isinstance(m, PackedLinear)]
-        weights = {w.data_ptr(): w.numel() for w in (*self.vlm.parameters(), *dense)}
-        millions = sum(weights.values()) / 1e6
+        millions = self.num_parameters / 1e6
         return f"visavis.Model({self.name!r}, {millions:.0f} M parameters, {self.device})"
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has, packed ones too, shared ones once."""
+        packed = [m for m in self.vlm.modules() if isinstance(m, PackedLinear)]
+        shared = {w.data_ptr(): w.numel() for w in self.vlm.parameters()}
+        return sum(shared.values()) + sum(linear.num_weights for linear in packed)
 
     @property
     def takes_images(self) -> bool:

@@ -83,6 +83,16 @@ class PackedLinear(nn.Module):
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
 
+    @property
+    def num_weights(self) -> int:
+        return self.dense.numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """What one product of a decoded token reads."""
+        read = (self.packed, self.scales, self.low, self.high)
+        return sum(part.nbytes for part in read if part is not None)
+
     def forward(self, x: Tensor) -> Tensor:  # bfloat16 [T, in] -> [T, out]
         if not getattr(_regime, "packed", False):
             return F.linear(x, self.dense)
