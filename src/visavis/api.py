@@ -130,7 +130,10 @@ class Model:
     @property
     def num_parameters(self) -> int:
         """How many numbers the model has, packed ones too, shared ones once."""
-        packed = [m for m in self.vlm.modules() if isinstance(m, PackedLinear)]
+        decoder = self.vlm.decoder
+        tied = decoder.head if decoder.config.tied_head else None
+        modules = (module for module in self.vlm.modules() if module is not tied)
+        packed = [module for module in modules if isinstance(module, PackedLinear)]
         shared = {w.data_ptr(): w.numel() for w in self.vlm.parameters()}
         return sum(shared.values()) + sum(linear.num_weights for linear in packed)
 
