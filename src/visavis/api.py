@@ -154,7 +154,8 @@ class Model:
 
         Args:
             text: the user's message.
-            images: pictures it is about, in order: paths, PIL images, arrays or bytes.
+            images: pictures it is about, in order: paths, PIL images, arrays or bytes; videos and
+                documents too, as paths by their suffix or as `Video` and `Document`.
             history: earlier messages, `Message` or OpenAI-style dicts.
             stream: return at once; iterate the reply for pieces of text.
             settings: see `AnswerSettings`.
@@ -261,7 +262,8 @@ class Model:
         """Return one unit vector per item, float32 [N, D], in the order of the items.
 
         Args:
-            items: a list of what `Prompt.of` takes (a str is text, a Path a picture), or one item.
+            items: a list of what `Prompt.of` takes (a str is text, a Path a picture, or by its
+                suffix a video or document), or one item. A document is one item of all its pages.
             instruction: what the vectors are for; joined to each item's text as the model's
                 profile says.
             dim: keep only the first `dim` numbers, normalised again.

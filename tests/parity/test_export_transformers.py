@@ -7,6 +7,7 @@ classes open, offline.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,20 @@ from tests.checkpoints.transformers_files import (
     save_llava,
 )
 from tests.fakes import picture, write_tiny_checkpoint
+from tests.parity import test_gguf_families as gguf
+from tests.parity.decoders import random_ids
 from tests.parity.peers import assert_close, randomized
 from tests.parity.test_decoder_families import CLASSES, VARIANTS
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.transformers.export import write_transformers
 from visavis.errors import CheckpointError
+from visavis.model.config import RopeScaling
+from visavis.model.rope import Rope
+from visavis.model.vlm import VLM
 
 pytestmark = pytest.mark.parity
 
+LLAMA_3_1 = RopeScaling("llama3", factor=8.0, original_context=8192)
 SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": False},
@@ -186,7 +193,32 @@ def test_a_gguf_file(tmp_path: Path, nano_files: dict[str, Path]) -> None:
     trace = ours.trace(chat[0]["content"])
     assert trace.token_ids.tolist() == ids
     logits = peer(torch.tensor([ids])).logits[0]
-    assert_close(torch.from_numpy(trace.logits), logits, "SmolLM2 from GGUF")
+    scale = logits.abs().max()  # thirty real layers, so logits of some twenty
+    assert_close(torch.from_numpy(trace.logits) / scale, logits / scale, "SmolLM2 from GGUF")
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama"])
+@torch.no_grad()
+def test_what_gguf_spells_otherwise(name: str, tmp_path: Path) -> None:
+    """Gemma's norms with 1 added, and Llama 3's stretch as a list of numbers."""
+    peer = gguf.build_peer(name)
+    loaded = load_checkpoint(gguf.write(tmp_path / "a.gguf", name, peer), precision="f32")
+    if name == "llama":  # its file has no stretch, so one is put in: as GGUF has it, as a list
+        plain = replace(loaded.vlm.config.decoder, rope_base=5e5)
+        by_rule = Rope(replace(plain, rope_scaling=LLAMA_3_1)).frequencies
+        divisors = tuple((Rope(plain).frequencies / by_rule).tolist())
+        listed = replace(plain, rope_scaling=RopeScaling("factors", factors=divisors))
+        vlm = VLM(replace(loaded.vlm.config, decoder=listed))
+        vlm.load_state_dict(loaded.vlm.state_dict())
+        loaded.vlm = vlm.requires_grad_(False)
+    (tmp_path / "out").mkdir()
+    write_transformers(loaded, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    rope = again.config.rope_parameters
+    assert rope["rope_type"] == ("llama3" if name == "llama" else "default")
+    ids = random_ids(60)
+    ours = visavis.Model(loaded).trace(ids.tolist()).logits
+    assert_close(torch.from_numpy(ours), again(ids[None]).logits[0], f"{name} from GGUF")
 
 
 def test_what_no_class_has_is_named(tmp_path: Path) -> None:

@@ -145,6 +145,6 @@ def _detect_file(path: Path) -> Layout:
             f"{CONFIG} and tokenizer: give {path.parent}."
         )
     metadata: dict[str, Any] = open_gguf(path).metadata  # says what is wrong with any other file
-    architecture = metadata.get("general.architecture")
+    architecture = str(metadata.get("general.architecture"))
     why = f"a GGUF file with general.architecture {architecture!r}"
     return Layout("mmproj" if architecture == "clip" else "gguf", path, why, (path,))

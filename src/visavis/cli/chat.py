@@ -1,4 +1,5 @@
-"""`visavis chat`: ask a model, with pictures or without; talk with it when no text is given."""
+"""`visavis chat`: ask a model about pictures, videos and documents, or without any; talk with it
+when no text is given."""
 
 from __future__ import annotations
 
@@ -9,25 +10,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visavis.cli.console import (
-    DeviceOption,
+from visavis.cli.console import print_json, say
+from visavis.cli.options import (
+    DocumentsOption,
     ImagesOption,
     JsonOption,
+    Loading,
     ModelArgument,
-    PrecisionOption,
-    print_json,
-    say,
+    VideosOption,
+    loads_a_model,
+    visuals_of,
 )
 from visavis.errors import InputError, VisavisError
 
 if TYPE_CHECKING:
+<<<<<<< HEAD
     from visavis.api import Model
     from visavis.generate.answer import Reply
     from visavis.prompt import Message
+=======
+    from visavis.api import Model, Reply
+    from visavis.prompt import Message, Visual
+>>>>>>> main
 
-HELP = "Type a question. /image PATH adds a picture to it, /new starts over, Ctrl-D ends."
+HELP = (
+    "Type a question. /image PATH adds a picture to it, /video PATH a video, /document PATH a PDF; "
+    "/new starts over, Ctrl-D ends."
+)
 
 
+@loads_a_model
 def chat(
     model: ModelArgument,
     text: Annotated[
@@ -35,16 +47,20 @@ def chat(
         typer.Argument(metavar="TEXT", help="The question; without it, talk or read stdin."),
     ] = "",
     images: ImagesOption = [],  # noqa: B006 - typer copies it
+    videos: VideosOption = [],  # noqa: B006
+    documents: DocumentsOption = [],  # noqa: B006
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[
         float, typer.Option(help="0: the likeliest answer; higher: more variety.")
     ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Repeat the answer of an earlier seed.")] = None,
     as_json: JsonOption = False,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    loading: Loading,
 ) -> None:
-    """Ask about pictures, or anything.
+    """Ask about pictures, videos and documents, or anything.
+
+    What is shown stands before the text: pictures, then videos, then the pages of documents.
 
     [bold]Examples[/bold]
 
@@ -52,7 +68,9 @@ def chat(
 
       visavis chat nano "Which one is older?" -i one.jpg -i two.jpg --json
 
-      visavis chat model.gguf            (no text: talk with it)
+      visavis chat Qwen/Qwen2-VL-2B-Instruct "What happens?" --video clip.mp4
+
+      visavis chat llava.gguf --vision-tower mmproj.gguf            (no text: talk with it)
 
       cat question.txt | visavis chat nano
     """
@@ -62,14 +80,13 @@ def chat(
     if talks and as_json:
         raise InputError("--json needs the TEXT argument or text on stdin: it prints one answer")
 
-    import visavis
-
-    loaded = visavis.load(model, precision=precision, device=device)
+    loaded = loading.load(model)
+    visuals = visuals_of(images, videos, documents)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if talks:
-        _talk(loaded, images, settings)
+        _talk(loaded, visuals, settings)
         return
-    reply = loaded.chat(text, images, stream=not as_json, **settings)  # type: ignore[arg-type]
+    reply = loaded.chat(text, visuals, stream=not as_json, **settings)  # type: ignore[arg-type]
     if as_json:
         print_json(
             {
@@ -90,25 +107,28 @@ def _print_stream(reply: Reply) -> None:
     typer.echo()
 
 
-def _talk(model: Model, images: list[Path], settings: dict[str, int | float | None]) -> None:
+def _talk(model: Model, visuals: list[Visual], settings: dict[str, int | float | None]) -> None:
     """Answer line after line, each with everything said before."""
-    from visavis.prompt import Image, Message, Text
+    from visavis.prompt import Document, Image, Message, Text, Video
 
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 - gives input() line editing and history
     typer.echo(HELP, err=True)
     history: list[Message] = []
-    waiting = list(images)
+    kinds = {"/image": Image, "/video": Video, "/document": Document}
+    waiting = list(visuals)
     while True:
-        for image in waiting:
-            typer.echo(f"(picture: {image})", err=True)
+        for visual in waiting:
+            kind, name = type(visual).__name__.lower(), str(visual.source)
+            typer.echo(f"({kind}: {name})", err=True)
         try:
             line = input("> ").strip()
         except EOFError:
             typer.echo()
             return
-        if line.startswith("/image "):
-            waiting.append(Path(line.removeprefix("/image ").strip()).expanduser())
+        command, _, rest = line.partition(" ")
+        if command in kinds and rest.strip():
+            waiting.append(kinds[command](Path(rest.strip()).expanduser()))
         elif line == "/new":
             history, waiting = [], []
         elif line.startswith("/"):
@@ -121,6 +141,6 @@ def _talk(model: Model, images: list[Path], settings: dict[str, int | float | No
                 say(f"error: {error}")
                 waiting = []
                 continue
-            asked = Message("user", (*map(Image, waiting), Text(line)))
+            asked = Message("user", (*waiting, Text(line)))
             history += [asked, Message("assistant", (Text(reply.text),))]
             waiting = []

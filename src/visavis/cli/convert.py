@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visavis.cli.console import (
-    JsonOption,
     human_bytes,
     print_columns,
     print_json,
     say,
     show_progress,
 )
+from visavis.cli.options import BaseOption, JsonOption, TurnsOption, VisionTowerOption
 from visavis.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,15 +49,9 @@ def convert(
     merge_adapter: Annotated[
         Path | None, typer.Option(help="A LoRA adapter of IN, merged into it.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The model below, where IN is an adapter or first stage.")
-    ] = None,
-    vision_tower: Annotated[
-        Path | None, typer.Option(help="The folder of a vision tower that IN names and lacks.")
-    ] = None,
-    turns: Annotated[
-        str, typer.Option(help="The chat format, by name, of a model that brings none.")
-    ] = "",
+    base: BaseOption = None,
+    vision_tower: VisionTowerOption = None,
+    turns: TurnsOption = "",
     verify: Annotated[
         bool,
         typer.Option(

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from visavis.cli.console import (
-    JsonOption,
     human_bytes,
     print_columns,
     print_json,
     show_progress,
 )
+from visavis.cli.options import JsonOption
 
 
 def train(

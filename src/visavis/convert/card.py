@@ -20,10 +20,14 @@ UNKNOWN = (
 )
 
 
-def model_card(loaded: Loaded, source: Path, to: str, stored: str, lost: list[str]) -> str:
+def model_card(
+    loaded: Loaded, source: Path, named: str, to: str, stored: str, lost: list[str]
+) -> str:
     """Return the text of README.md.
 
     Args:
+        source: the files that were converted.
+        named: what they are called, without folders of this machine.
         stored: what the weights are stored in.
         lost: settings that the layout has no place for.
     """
@@ -58,10 +62,10 @@ def model_card(loaded: Loaded, source: Path, to: str, stored: str, lost: list[st
         "",
         "| | |",
         "|---|---|",
-        f"| source | `{source.name}`, fingerprint `{loaded.fingerprint}` |",
+        f"| source | `{named}`, fingerprint `{loaded.fingerprint}` |",
         *(f"| {name} | {what} |" for name, what in parts.items() if what),
         f"| weights in | {stored} |",
-        f"| made with | `visavis convert {source.name} OUT --to {to} {option} {stored}` |",
+        f"| made with | `visavis convert {named} OUT --to {to} {option} {stored}` |",
         "",
         "```python",
         usage,

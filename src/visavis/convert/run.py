@@ -108,7 +108,8 @@ def convert(
         else:
             with write_folder_atomically(out) as folder:
                 written = _write(target, loaded, folder, settings)
-                card = model_card(loaded, path, to, kind or precision, written.lost)
+                named = path.name if Path(source).expanduser().exists() else str(source)
+                card = model_card(loaded, path, named, to, kind or precision, written.lost)
                 (folder / "README.md").write_text(card, encoding="utf-8")
                 for name in LICENCE_FILES:
                     if path.is_dir() and (path / name).is_file():

@@ -36,9 +36,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visavis.errors import ImageError, InputError, VisavisError
-from visavis.index.search import preview
+from visavis.index.items import preview, title, visual_of
 from visavis.index.store import StoredItem
-from visavis.prompt import Image, Prompt, Text
+from visavis.prompt import Image, Prompt, Text, Visual
 from visavis.prompt import Message as Turn
 
 if TYPE_CHECKING:
@@ -109,11 +109,12 @@ class Site:
     async def search(self, request: Request) -> Response:
         async with request.form(max_files=1, max_fields=8) as form:
             text = _field(form, "text").strip()
-            picture = await self._picture_source(form)
+            visual = await self._visual(form)
             k = _number(form, "k", default=24)
-        if not text and picture is None:
+        if not text and visual is None:
             raise InputError("nothing to look for: type some words or add a picture")
-        query = Prompt.of({"image": picture, "text": text or None})
+        parts = (*([visual] if visual else []), *([Text(text)] if text else []))
+        query = Prompt((Turn("user", parts),))
         hits = await self._in_worker(lambda: self.index.search(query, k=min(k, MAX_HITS)))
         found = [{**_describe(hit.item), "score": round(hit.score, 4)} for hit in hits]
         return JSONResponse({"hits": found})
@@ -136,10 +137,10 @@ class Site:
     async def chat(self, request: Request) -> Response:
         async with request.form(max_files=1, max_fields=8) as form:
             messages = _turns(_field(form, "messages"))
-            picture = await self._picture_source(form)
-        if picture is not None:  # the whole conversation is about it: it opens the first turn
+            visual = await self._visual(form)
+        if visual is not None:  # the whole conversation is about it: it opens the first turn
             first = messages[0]
-            messages[0] = Turn(first.role, (Image(picture), *first.parts))
+            messages[0] = Turn(first.role, (visual, *first.parts))
         return StreamingResponse(
             self._answer(messages),
             media_type="text/event-stream",
@@ -204,17 +205,18 @@ class Site:
     async def _in_worker(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.worker, work)
 
-    async def _picture_source(self, form: FormData) -> bytes | Path | None:
-        """Return the uploaded picture, or that of an indexed item."""
+    async def _visual(self, form: FormData) -> Visual | None:
+        """Return the uploaded picture, or what an indexed item shows."""
         upload = form.get("image")
         if isinstance(upload, UploadFile):
-            return await upload.read()
+            return Image(await upload.read())
         if not _field(form, "like"):
             return None
         item = await run_in_threadpool(self._item, _number(form, "like"))
-        if item.preview is None and not item.is_file:
+        visual = visual_of(item)
+        if visual is None:
             raise InputError(f"item {item.id} has no picture")
-        return item.preview or Path(item.source)
+        return visual
 
     def _item(self, item_id: int) -> StoredItem:
         item = self.index.item(item_id) if item_id < 2**63 else None
@@ -278,7 +280,7 @@ def _describe(item: StoredItem) -> dict[str, Any]:
     has_picture = item.is_file or item.preview is not None
     return {
         "id": item.id,
-        "name": Path(item.source).name if item.is_file else item.source,
+        "name": title(item),
         "source": item.source,
         "text": item.text,
         "picture": f"/api/items/{item.id}/picture?v={item.content[:8]}" if has_picture else None,

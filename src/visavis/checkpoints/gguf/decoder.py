@@ -34,6 +34,8 @@ from visavis.registry import suggest
 ROPE_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 
+MAX_WIDTH = 2**27  # no dimension of a real model is larger
+
 
 @dataclass(frozen=True)
 class StoredPart:
@@ -238,13 +240,17 @@ def _check_sizes(file: GGUFFile, config: DecoderConfig) -> None:
     )
     even_head = config.head_dim >= 2 and config.head_dim % 2 == 0
     rope_fits = 0 < config.rope_base < math.inf and config.sliding_window >= 0
-    if not layers or not heads_fit or not even_head or not rope_fits:
+    widths = [config.width, config.vocab_size]
+    widths += [config.per_layer(n, i) for n in (config.num_heads, config.ffn_width) for i in layers]
+    positive = all(0 < width < MAX_WIDTH for width in widths)
+    if not layers or not heads_fit or not even_head or not rope_fits or not positive:
         raise CheckpointError(
             f"{file.path}: {config.num_layers} layers, {config.num_heads} heads of size "
-            f"{config.head_dim}, {config.num_kv_heads} key-value heads and {len(file.tensors)} "
-            f"tensors (rope base {config.rope_base}) do not make a model; expected an even head "
-            "size and heads that divide evenly among key-value heads; the metadata is damaged, "
-            "fetch the file again"
+            f"{config.head_dim}, {config.num_kv_heads} key-value heads, width {config.width}, "
+            f"feed-forward {config.ffn_width}, vocabulary {config.vocab_size} and "
+            f"{len(file.tensors)} tensors (rope base {config.rope_base}) do not make a model; "
+            "expected an even head size and heads that divide evenly among key-value heads; the "
+            "metadata is damaged, fetch the file again"
         )
 
 

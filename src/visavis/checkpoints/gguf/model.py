@@ -55,7 +55,7 @@ def load_gguf(
         path, found = find_parts(path)
         vision_tower = vision_tower or found
     file, paths = open_model(path)
-    if file.metadata.get("general.architecture") == ARCHITECTURE:
+    if str(file.metadata.get("general.architecture")) == ARCHITECTURE:
         raise CheckpointError(
             f"{path} is the vision half of a model (mmproj), expected its language model; give "
             f"that, and this file with it: visavis.load('model.gguf', vision_tower={str(path)!r})."
@@ -102,7 +102,7 @@ def find_parts(folder: Path) -> tuple[Path, Path | None]:
     models, halves = [], []
     for path in sorted(folder.glob("*.gguf")):
         metadata = open_gguf(path).metadata
-        if metadata.get("general.architecture") == ARCHITECTURE:
+        if str(metadata.get("general.architecture")) == ARCHITECTURE:
             halves.append(path)
         elif metadata.get("split.no", 0) == 0:
             models.append(path)
@@ -118,7 +118,7 @@ def find_parts(folder: Path) -> tuple[Path, Path | None]:
 
 def _open_half(path: Path, width: int, model: Path) -> tuple[GGUFFile, Half]:
     file = open_gguf(path)
-    architecture = file.metadata.get("general.architecture")
+    architecture = str(file.metadata.get("general.architecture"))
     if architecture != ARCHITECTURE:
         raise CheckpointError(
             f"{path} has general.architecture {architecture!r}, expected {ARCHITECTURE!r}, the "
@@ -147,5 +147,6 @@ def _profile(file: GGUFFile) -> PromptProfile:
                 "newer visavis: upgrade it."
             ) from error
     number = metadata.get(f"{metadata['general.architecture']}.pooling_type")
+    number = number if isinstance(number, int) else None
     jinja = str(metadata.get("tokenizer.chat_template", ""))
     return PromptProfile(jinja=jinja, pooling="mean" if number == POOLING["mean"] else "last")

@@ -28,6 +28,7 @@ from visavis.checkpoints.llava.layout import (
     is_llave,
     known_tower,
     name_table,
+    tells_times,
     text_config,
     tiles_config,
     turns_of,
@@ -310,7 +311,13 @@ def _profile(found: Opened, folder: Path) -> PromptProfile:
     """Return how the checkpoint is asked and how it embeds."""
     start, end = image_tokens(found.data)
     jinja = "" if found.first_stage or found.turns else chat_template(folder)
-    profile = PromptProfile(turns=found.turns, jinja=jinja, image_start=start, image_end=end)
+    profile = PromptProfile(
+        turns=found.turns,
+        jinja=jinja,
+        image_start=start,
+        image_end=end,
+        video_times="llava-video" if tells_times(found.data) else "",
+    )
     return profile.embedding_as(PROFILES["llave"]) if is_llave(found.data) else profile
 
 

@@ -193,7 +193,7 @@ def _tensors(folder: Path) -> tuple[dict[str, StoredTensor], list[Path], bool]:
 
 def _processor(folder: Path, data: Json, vision: Json) -> ImageProcessorConfig:
     """Return how pictures are sized and normalised: the first tower's own way."""
-    dino = vision["model_type"].startswith("dinov2")
+    dino = str(vision["model_type"]).startswith("dinov2")
     size = DINOV2_PIXELS if dino else vit_config(vision).image_size
     path = folder / PROCESSOR
     found = read_json(path) if path.is_file() else image_processor(vision, size)

@@ -42,6 +42,7 @@ ARCHITECTURES = {
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
 }
+MAX_SHOWN = 200  # characters of a strange setting
 OTHERS = "`--to native` and `--to sentence-transformers` keep every part"
 
 
@@ -109,6 +110,8 @@ def decoder_json(config: DecoderConfig) -> dict[str, Any]:
             other = [name for name in names if getattr(read, name) != getattr(config, name)]
             nearest = other if nearest is None or len(other) < len(nearest) else nearest
     switches = ", ".join(f"{name}={getattr(config, name)!r}" for name in nearest or ["num_heads"])
+    if len(switches) > MAX_SHOWN:
+        switches = f"{switches[:MAX_SHOWN]}…"
     raise inexpressible(f"the language model ({switches})", "no family of transformers is like it")
 
 

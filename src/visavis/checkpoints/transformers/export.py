@@ -10,7 +10,7 @@ The configs are in `config_json.py` and `processor_json.py`, the names of tensor
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ from visavis.checkpoints.writing import (
     write_tensors,
     write_words,
 )
-from visavis.model.config import ViTConfig, VLMConfig
+from visavis.model.config import DecoderConfig, RopeScaling, ViTConfig, VLMConfig
+from visavis.model.rope import Rope
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.turns import TURNS
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # what a model without placeholders gets
 ROWS = 64  # embeddings grow to a multiple of so many rows, as the library's converters do
 TILES = {"llava": None, "llava_next": "tile", "llava_onevision": "pad"}  # of several pictures
+LLAMA_3 = RopeScaling("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+IN_TEMPLATE = ("turns", "jinja", "image_start", "image_end")  # of a profile
 PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
@@ -105,15 +108,26 @@ def write_transformers(loaded: Loaded, folder: Path, *, progress: bool = False) 
 def library_norms(
     state: dict[str, Tensor], config: VLMConfig
 ) -> tuple[dict[str, Tensor], VLMConfig]:
-    """Return a Gemma whose norms hold 1 + weight (from a GGUF file) as the library's holds it."""
-    decoder = config.decoder
-    if decoder.embedding_scale == 1 or decoder.norm_offset:
-        return state, config
-    moved = {
-        name: tensor - 1 if name.startswith("decoder.") and "norm.weight" in name else tensor
-        for name, tensor in state.items()
-    }
-    return moved, replace(config, decoder=replace(decoder, norm_offset=1.0))
+    """Return a model from a GGUF file as the library spells it: Gemma's norms without the 1 that
+    its file adds, Llama 3's rotary stretch by its rule instead of its numbers."""
+    decoder = replace(config.decoder, rope_scaling=_by_rule(config.decoder))
+    if decoder.embedding_scale != 1 and not decoder.norm_offset:
+        decoder = replace(decoder, norm_offset=1.0)
+        state = {
+            name: tensor - 1 if name.startswith("decoder.") and "norm.weight" in name else tensor
+            for name, tensor in state.items()
+        }
+    return state, replace(config, decoder=decoder)
+
+
+def _by_rule(config: DecoderConfig) -> RopeScaling | None:
+    """Return the rule that gives a stretch that is listed frequency by frequency, if one does."""
+    listed = config.rope_scaling
+    if listed is None or listed.kind != "factors" or listed.magnitude != 1:
+        return listed
+    rule = replace(LLAMA_3, factor=round(max(listed.factors), 3))
+    ours, theirs = (Rope(replace(config, rope_scaling=s)).frequencies for s in (listed, rule))
+    return rule if torch.allclose(ours, theirs, rtol=1e-5) else listed
 
 
 def has_placeholder(loaded: Loaded) -> bool:
@@ -160,11 +174,11 @@ def chat_template(profile: PromptProfile, image: str, video: str = "") -> str:
 def lost_settings(profile: PromptProfile) -> list[str]:
     """Return the settings of a profile that config.json and its neighbours have no place for."""
     default = PromptProfile()
-    names = ("embed_prefix", "embed_suffix", "embed_image_end", "pooling", "instruction_form")
     lost = [
-        f"{name}={value!r}"
-        for name in names
-        if (value := getattr(profile, name)) != getattr(default, name)
+        f"{f.name}={value!r}"
+        for f in fields(profile)
+        if f.name not in IN_TEMPLATE
+        and (value := getattr(profile, f.name)) != getattr(default, f.name)
     ]
     if profile.turns and not chat_jinja(TURNS[profile.turns]):
         lost.append(f"the chat format {profile.turns!r}")
