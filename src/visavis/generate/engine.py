@@ -167,8 +167,7 @@ class Engine:
             return self._several([sequence])[0]
         if self.flat is None or self.flat[0] is not cache:
             self.flat = (cache, FlatStep(decoder, cache, sequence.ahead))
-        with packed_kernels():
-            return self.flat[1](sequence.tokens[-1])
+        return self.flat[1](sequence.tokens[-1])
 
     def _several(self, sequences: list[Generation]) -> Tensor:
         """Extend each sequence by its last token; return the scores of the next, [B, vocab]."""

@@ -23,11 +23,11 @@ _regime = threading.local()
 @contextmanager
 def packed_kernels() -> Iterator[None]:
     """Within this block, and in this thread, packed linears read their integers."""
-    _regime.packed = True
+    before, _regime.packed = decoding(), True
     try:
         yield
     finally:
-        _regime.packed = False
+        _regime.packed = before
 
 
 def decoding() -> bool:
