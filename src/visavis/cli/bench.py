@@ -8,20 +8,12 @@ from typing import Annotated
 
 import typer
 
-from visavis.cli.console import (
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    PrecisionOption,
-    human_bytes,
-    print_columns,
-    print_json,
-    say,
-    show_progress,
-)
+from visavis.cli.console import human_bytes, print_columns, print_json, say, show_progress
+from visavis.cli.options import JsonOption, Loading, ModelArgument, loads_a_model
 from visavis.errors import InputError
 
 
+@loads_a_model
 def bench(
     model: ModelArgument = "nano",
     runs: Annotated[int, typer.Option(help="How often each rate is measured.")] = 3,
@@ -29,8 +21,8 @@ def bench(
         Path | None, typer.Option("--picture", help="Draw the shares reached into this .svg file.")
     ] = None,
     as_json: JsonOption = False,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    loading: Loading,
 ) -> None:
     """Measure a model on this machine: loading, reading, saying, embedding, and the floor of each.
 
@@ -46,13 +38,12 @@ def bench(
     if picture is not None and picture.suffix != ".svg":
         raise InputError(f"--picture is {str(picture)!r}, expected a name that ends in .svg")
 
-    import visavis
     from visavis.bench.measure import Report, measure
     from visavis.bench.picture import draw
     from visavis.files import write_atomically
 
     started = time.perf_counter()
-    loaded = visavis.load(model, precision=precision, device=device)
+    loaded = loading.load(model)
     report = None
     for said in measure(loaded, time.perf_counter() - started, runs=runs):
         if isinstance(said, Report):

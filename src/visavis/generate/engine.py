@@ -86,7 +86,11 @@ class Engine:
             sequence = self.waiting.popleft()
             if sequence.done:
                 return []
-            self._take(sequence, self._prefill(sequence))
+            try:
+                self._take(sequence, self._prefill(sequence))
+            except BaseException:
+                sequence.done, sequence.cache = True, None
+                raise
             self.active.append(sequence)
             return [sequence]
         if not self.active:
@@ -115,7 +119,12 @@ class Engine:
         finally:
             for sequence in mine:
                 sequence.stop()
-            self._drop_done()
+            self.drop()
+
+    def drop(self) -> None:
+        """Return the memory of sequences that have ended, and forget those that still wait."""
+        self.waiting = deque(one for one in self.waiting if not one.done)
+        self._drop_done()
 
     def _drop_done(self) -> None:
         for sequence in [one for one in self.active if one.done]:
