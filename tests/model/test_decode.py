@@ -110,8 +110,9 @@ def test_after_an_image_on_three_axes() -> None:
         for position, token in enumerate([5, 17, 80], start=8 + ahead):
             x = decoder.embed_tokens(torch.tensor([token]))
             axes = torch.tensor([[position]] * 3)
-            hidden = decoder(x, axes, Layout((1,), (slow,)))[-1]
-            assert torch.equal(step(token), decoder.logits(hidden)[0])
+            with packed_kernels():
+                hidden = decoder(x, axes, Layout((1,), (slow,)))[-1]
+                assert torch.equal(step(token), decoder.logits(hidden)[0])
     assert ahead == -2
 
 

@@ -27,7 +27,7 @@ from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.loaded import Loaded
 from visavis.generate.engine import generate
-from visavis.generate.sampling import make_sampler
+from visavis.generate.sampling import Sampler, Sampling
 from visavis.model.batch import PackedBatch
 from visavis.model.config import ViTConfig
 from visavis.model.towers.vit import ViT
@@ -71,7 +71,7 @@ def read(loaded: Loaded) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def greedy(loaded: Loaded, length: int) -> list[int]:
     batch = loaded.vlm.resolve_images(batch_of(loaded))
-    sampler = make_sampler(0.0, None)
+    sampler = Sampler(Sampling())
     stop = frozenset(loaded.specials.eot_ids)
     return list(generate(loaded.vlm, batch, sampler, max_new_tokens=length, stop_ids=stop))
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from visavis import __version__
+from visavis.cli.bench import bench
 from visavis.cli.chat import chat
 from visavis.cli.console import Group, quiet_broken_pipe, say
 from visavis.cli.convert import convert
@@ -39,6 +40,7 @@ app.add_typer(index)
 app.command()(train)
 app.command()(convert)
 app.command()(inspect)
+app.command()(bench)
 app.command()(fetch)
 app.command()(doctor)
 

@@ -24,7 +24,8 @@ from visavis.cli.options import (
 from visavis.errors import InputError, VisavisError
 
 if TYPE_CHECKING:
-    from visavis.api import Model, Reply
+    from visavis.api import Model
+    from visavis.generate.answer import AnswerSettings, Reply
     from visavis.prompt import Message, Visual
 
 HELP = (
@@ -48,6 +49,17 @@ def chat(
         float, typer.Option(help="0: the likeliest answer; higher: more variety.")
     ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Repeat the answer of an earlier seed.")] = None,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out what is less likely than this.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    stop: Annotated[list[str], typer.Option(help="A text that ends the answer.")] = [],  # noqa: B006
+    schema: Annotated[
+        Path | None, typer.Option(help="A file with the JSON schema that the answer keeps to.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="A regular expression that the answer matches.")
+    ] = None,
     as_json: JsonOption = False,
     *,
     loading: Loading,
@@ -66,6 +78,8 @@ def chat(
 
       visavis chat llava.gguf --vision-tower mmproj.gguf            (no text: talk with it)
 
+      visavis chat nano "How many cats?" -i cat.jpg --regex "[0-9]+"
+
       cat question.txt | visavis chat nano
     """
     talks = not text and sys.stdin.isatty()
@@ -76,11 +90,22 @@ def chat(
 
     loaded = loading.load(model)
     visuals = visuals_of(images, videos, documents)
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings: AnswerSettings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
+        "schema": None if schema is None else _read_schema(schema),
+        "regex": regex,
+    }
     if talks:
         _talk(loaded, visuals, settings)
         return
-    reply = loaded.chat(text, visuals, stream=not as_json, **settings)  # type: ignore[arg-type]
+    reply = loaded.chat(text, visuals, stream=not as_json, **settings)
     if as_json:
         print_json(
             {
@@ -101,7 +126,16 @@ def _print_stream(reply: Reply) -> None:
     typer.echo()
 
 
-def _talk(model: Model, visuals: list[Visual], settings: dict[str, int | float | None]) -> None:
+def _read_schema(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read the schema {str(path)!r}: {error}; check the path."
+        ) from None
+
+
+def _talk(model: Model, visuals: list[Visual], settings: AnswerSettings) -> None:
     """Answer line after line, each with everything said before."""
     from visavis.prompt import Document, Image, Message, Text, Video
 
@@ -129,7 +163,7 @@ def _talk(model: Model, visuals: list[Visual], settings: dict[str, int | float |
             typer.echo(HELP, err=True)
         elif line:
             try:
-                reply = model.chat(line, waiting, history=history, stream=True, **settings)  # type: ignore[arg-type]
+                reply = model.chat(line, waiting, history=history, stream=True, **settings)
                 _print_stream(reply)
             except VisavisError as error:
                 say(f"error: {error}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from visavis.model.config import DecoderConfig
 from visavis.model.decoder import ACTIVATIONS, Block, Decoder
 from visavis.model.kv_cache import KVCache
-from visavis.model.quantized import PackedLinear
+from visavis.model.quantized import PackedLinear, packed_kernels
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -55,7 +55,8 @@ class FlatStep:
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = layer(x, cos, sin, keys, values, past)
         cache.advance(1)
-        return self.head(decoder.norm(x).to(decoder.dtype))[0].float()
+        with packed_kernels():
+            return self.head(decoder.norm(x).to(decoder.dtype))[0].float()
 
 
 class _Layer:

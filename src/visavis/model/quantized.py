@@ -24,11 +24,16 @@ _regime = threading.local()
 @contextmanager
 def packed_kernels() -> Iterator[None]:
     """Within this block, and in this thread, packed linears read their integers."""
-    _regime.packed = True
+    before, _regime.packed = decoding(), True
     try:
         yield
     finally:
-        _regime.packed = False
+        _regime.packed = before
+
+
+def decoding() -> bool:
+    """Return whether this thread is in a `packed_kernels` block: extending sequences by a token."""
+    return bool(getattr(_regime, "packed", False))
 
 
 class PackedLinear(nn.Module):
@@ -77,6 +82,16 @@ class PackedLinear(nn.Module):
         low, high = low_rank if low_rank is not None else (None, None)
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
+
+    @property
+    def num_weights(self) -> int:
+        return self.dense.numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """What one product of a decoded token reads."""
+        read = (self.packed, self.scales, self.low, self.high)
+        return sum(part.nbytes for part in read if part is not None)
 
     def forward(self, x: Tensor) -> Tensor:  # bfloat16 [T, in] -> [T, out]
         if not getattr(_regime, "packed", False):
