@@ -42,6 +42,22 @@ def test_pictures_on_their_own():
     assert parts(Image(PIXEL)) == (Image(PIXEL),)
 
 
+def test_a_path_is_what_its_suffix_says():
+    video, document = Path("a.MP4"), Path("b.pdf")
+    assert parts(video) == (Video(video),)
+    assert parts(document) == (Document(document),)
+    assert parts(Path("c.gif")) == (Image(Path("c.gif")),)
+    assert parts(Path("folder.x/frames")) == (Image(Path("folder.x/frames")),)
+    asked = Prompt.chat("what?", images=["a.webm", document, "c.png", Image("d.mov")])
+    assert asked.messages[0].parts == (
+        *(Video("a.webm"), Document(document), Image("c.png"), Image("d.mov"), Text("what?")),
+    )
+    # where a key says what it is, the suffix does not matter; and a str is still text
+    assert parts({"image": video}) == (Image(video),)
+    assert parts({"video": "c.gif"}) == (Video("c.gif"),)
+    assert parts("a.mp4") == (Text("a.mp4"),)
+
+
 def test_dict_keeps_the_order_of_its_keys():
     assert parts({"image": "a.jpg", "text": "t"}) == (Image(Path("a.jpg")), Text("t"))
     assert parts({"text": "t", "image": ["a.jpg", Path("b.png")]}) == (

@@ -43,7 +43,7 @@ ROWS = [
     {"checkpoints"},
     {"generate", "embed"},
     {"api"},
-    {"train", "evaluate", "index", "data", "convert", "interop"},
+    {"train", "evaluate", "index", "data", "convert", "interop", "bench"},
     {"__init__"},
     {"serve", "cli", "demo", "__main__"},
 ]

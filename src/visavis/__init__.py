@@ -13,8 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visavis.api import Model, Reply, Trace, load
+    from visavis.api import Model, Trace, load
     from visavis.errors import VisavisError
+    from visavis.generate.answer import Reply
     from visavis.index import Hit, Index
     from visavis.prompt import Document, Image, Message, Prompt, Text, Video
 
@@ -36,8 +37,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "visavis.api": ("Model", "Reply", "Trace", "load"),
+    "visavis.api": ("Model", "Trace", "load"),
     "visavis.errors": ("VisavisError",),
+    "visavis.generate.answer": ("Reply",),
     "visavis.index": ("Hit", "Index"),
     "visavis.prompt": ("Document", "Image", "Message", "Prompt", "Text", "Video"),
 }

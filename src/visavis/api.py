@@ -6,12 +6,11 @@ checkpoint layout, template or network of its own; index, server and command lin
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -20,8 +19,11 @@ from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.loaded import Loaded
 from visavis.embed.encoder import cut, embed_batch, embedding_dim, kept_dim
 from visavis.errors import InputError
-from visavis.generate.engine import generate
-from visavis.generate.sampling import make_sampler
+from visavis.generate.answer import Answer, AnswerSettings, Reply
+from visavis.generate.engine import Engine, Generation
+from visavis.generate.grammar import Grammar
+from visavis.generate.prefix import PrefixCache
+from visavis.generate.sampling import Sampler, Sampling
 from visavis.model.batch import PackedBatch
 from visavis.model.quantized import PackedLinear
 from visavis.model.visual import Shape, Visual
@@ -36,39 +38,6 @@ from visavis.progress import track
 from visavis.prompt import Image, Prompt, Video
 
 DEFAULT_BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens read and written; image tokens count as prompt tokens."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds from the call to the first token, and from there to the last."""
-
-    prefill_s: float
-    decode_s: float
-
-
-@dataclass
-class Reply:
-    """An answer. Iterating yields its text piece by piece; the other fields are whole afterwards.
-
-    `finish_reason` is "stop" when the model ended its turn, "length" when the limit did.
-    """
-
-    pieces: Iterator[str] = field(repr=False)
-    text: str = ""
-    usage: Usage = Usage(0, 0)
-    timings: Timings = Timings(0.0, 0.0)
-    finish_reason: str = ""
-
-    def __iter__(self) -> Iterator[str]:
-        return self.pieces
 
 
 @dataclass(frozen=True)
@@ -107,7 +76,8 @@ def load(
         profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2" or
             "llave".
         base: the language model that a folder without one was trained on.
-        vision_tower: the folder of a vision tower that the checkpoint names and does not hold.
+        vision_tower: the folder of a vision tower that the checkpoint names and does not hold, or
+            the mmproj file of a .gguf model.
 
     Raises:
         UnknownNameError: no such name, path or chat format; the message lists the nearest names.
@@ -142,13 +112,22 @@ class Model:
         self.embedding_dim = embedding_dim(loaded.vlm, loaded.profile.pooling)
         self.device = next(loaded.vlm.parameters()).device
         self.image_cache = FeatureCache()
+        self.prefixes: PrefixCache | None = PrefixCache()
         self.encoder = loaded.encoder
 
     def __repr__(self) -> str:
-        dense = [m.dense for m in self.vlm.modules() if isinstance(m, PackedLinear)]
-        weights = {w.data_ptr(): w.numel() for w in (*self.vlm.parameters(), *dense)}
-        millions = sum(weights.values()) / 1e6
+        millions = self.num_parameters / 1e6
         return f"visavis.Model({self.name!r}, {millions:.0f} M parameters, {self.device})"
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has, packed ones too, shared ones once."""
+        decoder = self.vlm.decoder
+        tied = decoder.head if decoder.config.tied_head else None
+        modules = (module for module in self.vlm.modules() if module is not tied)
+        packed = [module for module in modules if isinstance(module, PackedLinear)]
+        shared = {w.data_ptr(): w.numel() for w in self.vlm.parameters()}
+        return sum(shared.values()) + sum(linear.num_weights for linear in packed)
 
     @property
     def takes_images(self) -> bool:
@@ -160,47 +139,108 @@ class Model:
         images: Iterable[Any] = (),
         *,
         history: Iterable[Any] = (),
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        seed: int | None = None,
         stream: bool = False,
+        **settings: Unpack[AnswerSettings],
     ) -> Reply:
         """Answer a message about images, after an optional history.
 
         Args:
             text: the user's message.
-            images: pictures it is about, in order: paths, PIL images, arrays or bytes.
+            images: pictures it is about, in order: paths, PIL images, arrays or bytes; videos and
+                documents too, as paths by their suffix or as `Video` and `Document`.
             history: earlier messages, `Message` or OpenAI-style dicts.
-            max_new_tokens: stop after this many tokens.
-            temperature: 0 for the likeliest answer, higher for variety; `seed` repeats it.
             stream: return at once; iterate the reply for pieces of text.
+            settings: see `AnswerSettings`.
 
         Raises:
             InputError: a wrong type, an empty message, images for a text-only model.
             ImageError: a picture cannot be read.
             ContextLengthError: the prompt is longer than the model's context.
         """
-        started = time.perf_counter()
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-        sample = make_sampler(temperature, seed)
-        prompt = expand(Prompt.chat(text, images, history))
-        encoded = self.encoder.chat(prompt)
-        room = self.context_length - len(encoded.token_ids)
-        batch = self._batch([(prompt, encoded)])
-        tokens = generate(
-            self.vlm,
-            batch,
-            sample,
-            max_new_tokens=min(max_new_tokens, room),
-            stop_ids=frozenset(self.specials.eot_ids),
+        answer = self.ask(Prompt.chat(text, images, history), **settings)
+        engine = Engine(self.vlm, prefixes=self.prefixes)
+        answer.reply.pieces = (
+            piece for _ in engine.run([answer.sequence]) if (piece := answer.update())
         )
-        reply = Reply(pieces=iter(()))
-        reply.pieces = self._pieces(reply, tokens, batch.num_tokens, max_new_tokens, started)
         if not stream:
-            for _ in reply:
+            for _ in answer.reply:
                 pass
-        return reply
+        return answer.reply
+
+    def chat_many(
+        self,
+        prompts: Iterable[Any],
+        *,
+        max_sequences: int = 16,
+        progress: bool = False,
+        **settings: Unpack[AnswerSettings],
+    ) -> list[Reply]:
+        """Answer many prompts, several at a time; each answer is what `chat` gives.
+
+        Args:
+            prompts: what `Prompt.of` takes each: texts, dicts of image and text, messages.
+            max_sequences: how many answers grow at the same time.
+            settings: see `AnswerSettings`.
+
+        Raises:
+            InputError, ImageError, ContextLengthError: see `chat`.
+        """
+        answers = [self.ask(Prompt.of(prompt), **settings) for prompt in prompts]
+        of = {answer.sequence: answer for answer in answers}
+        engine = Engine(self.vlm, max_sequences=max_sequences, prefixes=self.prefixes)
+        ended = (one for one in engine.run(of) if of[one].update() is not None and one.done)
+        for _ in track(ended, "answering", weights=[1] * len(of), show=progress):
+            pass
+        return [answer.reply for answer in answers]
+
+    def ask(self, prompt: Prompt, **settings: Unpack[AnswerSettings]) -> Answer:
+        """Return an answer that an `Engine` of this model can grow.
+
+        Raises:
+            InputError, ImageError, ContextLengthError: see `chat`.
+        """
+        limit = settings.pop("max_new_tokens", 256)
+        if limit < 1:
+            raise InputError(f"max_new_tokens is {limit}, expected at least 1.")
+        stop = settings.pop("stop", ())
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        schema, regex = settings.pop("schema", None), settings.pop("regex", None)
+        constraint = None
+        if schema is not None or regex is not None:
+            constraint = self._grammar(schema, regex).start()
+        prompt = expand(prompt)
+        encoded = self.encoder.chat(prompt)
+        read = encoded.token_ids
+        drawn = Sampling(**settings)  # type: ignore[misc]  # what is left are its fields
+        sampler = Sampler(drawn, read=read, constraint=constraint)
+        sequence = Generation(
+            lambda: self._batch([(prompt, encoded)]),
+            sampler,
+            min(limit, self.context_length - len(read)),
+            frozenset(self.specials.eot_ids),
+            names=self._names(prompt, encoded),
+        )
+        stops += [self.encoder.stop] if self.encoder.stop else []
+        return Answer(sequence, self.tokenizer, tuple(filter(None, stops)))
+
+    def _names(self, prompt: Prompt, encoded: Encoded) -> tuple[Hashable, ...]:
+        """Return what each token is: its id, or a place in an image of some content."""
+        names: list[Hashable] = list(encoded.token_ids)
+        alone = self.encoder.alone(prompt)
+        for visual, (start, count) in zip(prompt.visuals, encoded.image_slots, strict=True):
+            content = f"{content_hash(visual)}:{alone}"
+            names[start : start + count] = ((content, place) for place in range(count))
+        return tuple(names)
+
+    def _grammar(self, schema: Any, regex: str | None) -> Grammar:
+        config = self.vlm.config.decoder
+        return Grammar(
+            self.tokenizer,
+            vocab_size=config.vocab_size,
+            eos_id=min(self.specials.eot_ids),
+            schema=schema,
+            regex=regex,
+        )
 
     def embed(
         self,
@@ -214,7 +254,8 @@ class Model:
         """Return one unit vector per item, float32 [N, D], in the order of the items.
 
         Args:
-            items: a list of what `Prompt.of` takes (a str is text, a Path a picture), or one item.
+            items: a list of what `Prompt.of` takes (a str is text, a Path a picture, or by its
+                suffix a video or document), or one item. A document is one item of all its pages.
             instruction: what the vectors are for; joined to each item's text as the model's
                 profile says.
             dim: keep only the first `dim` numbers, normalised again.
@@ -324,43 +365,3 @@ class Model:
             batch.image_counts = tuple(len(tokens) for tokens, _ in seen)
             batch.image_means = torch.stack([mean for _, mean in seen])
         return batch.to(self.device)
-
-    def _pieces(
-        self, reply: Reply, tokens: Iterator[int], prompt_tokens: int, limit: int, started: float
-    ) -> Iterator[str]:
-        """Yield text as it becomes complete: a character may need several tokens."""
-        ids: list[int] = []
-        first: float | None = None
-        shown = 0  # tokens whose text has been yielded
-        stop = self.encoder.stop
-        unfinished = ("\ufffd", *(stop[:length] for length in range(1, len(stop))))
-        stopped = False
-        for token in tokens:
-            first = first or time.perf_counter()
-            ids.append(token)
-            piece = self._text_after(ids, shown)
-            stopped = bool(stop) and stop in piece
-            if stopped:
-                break
-            if piece and not piece.endswith(unfinished):
-                shown = len(ids)
-                reply.text += piece
-                yield piece
-        piece = self._text_after(ids, shown)
-        if piece := piece[: piece.index(stop)] if stopped else piece:
-            reply.text += piece
-            yield piece
-        ended = time.perf_counter()
-        first = first or ended
-        reply.usage = Usage(prompt_tokens, len(ids))
-        reply.timings = Timings(first - started, ended - first)
-        reply.finish_reason = "length" if len(ids) >= limit and not stopped else "stop"
-
-    def _text_after(self, ids: list[int], shown: int) -> str:
-        """Return the text that tokens after `shown` add to what precedes them.
-
-        A few tokens before are decoded too, because a token's text may depend on its neighbours.
-        """
-        start = max(0, shown - 4)
-        before = self.tokenizer.decode(ids[start:shown], skip_special_tokens=True)
-        return self.tokenizer.decode(ids[start:], skip_special_tokens=True)[len(before) :]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
 def track(
-    items: Sequence[Item], description: str, *, weights: Sequence[int], show: bool
+    items: Iterable[Item], description: str, *, weights: Sequence[int], show: bool
 ) -> Iterator[Item]:
     """Yield `items`, moving a bar by each item's weight; no bar when `show` is off."""
     if not show:

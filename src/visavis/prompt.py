@@ -31,6 +31,11 @@ ITEM_TYPES = (
 IMAGE_TYPES = "a path, a data: URI, PIL image, numpy array, bytes or visavis.Image"
 VIDEO_TYPES = "a path, a data: URI, bytes or a list of pictures in order"
 DOCUMENT_TYPES = "a path or data: URI of a PDF, or its bytes"
+# What a path is where nothing else says so: by its suffix one of these, else a picture.
+VIDEO_SUFFIXES = frozenset(
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
+)
+DOCUMENT_SUFFIXES = frozenset((".pdf",))
 MAX_DATA_URI_BYTES = 64 * 2**20  # decoded size of one picture, video or document in a message
 _OPENAI_TYPES = "'text', 'image_url', 'video_url', 'video' or 'file'"
 _URL_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")  # 2+ letters: "C:/x.png" is a path
@@ -219,11 +224,13 @@ class Prompt:
 
     @classmethod
     def of(cls, item: Any) -> Prompt:
-        """Return what `item` means. A plain str is always text; a Path is always a picture.
+        """Return what `item` means. A plain str is always text; a Path is a picture,
+        or by its suffix a video or document (an animated GIF is a picture, unless it is given as a
+        video).
 
         Example:
             "a cat"                                  ->  user: Text
-            Path("cat.jpg")                          ->  user: Image
+            Path("cat.jpg"), Path("a.mp4")           ->  user: Image; user: Video
             {"image": "cat.jpg", "text": "who?"}     ->  user: Image, Text (in the dict's order)
             {"video": "a.mp4"}, {"document": "a.pdf"}  ->  user: Video; user: Document
             [{"type": "text", "text": "who?"}, {"type": "image_url", "image_url": {"url": "…"}}]
@@ -238,10 +245,8 @@ class Prompt:
             return cls((item,))
         if isinstance(item, (str, Text)):
             return cls((Message("user", (item if isinstance(item, Text) else Text(item),)),))
-        if isinstance(item, (Video, Document)):
-            return cls((Message("user", (item,)),))
-        if isinstance(item, (Path, Image)) or _is_pixels(item):
-            return cls((Message("user", (_image(item),)),))
+        if isinstance(item, (Path, *_VISUALS)) or _is_pixels(item):
+            return cls((Message("user", (_visual(item),)),))
         if isinstance(item, Mapping):
             if "role" in item:
                 return cls((_openai_message(item),))
@@ -274,7 +279,8 @@ class Prompt:
         Args:
             text: the question; may be empty when there is an image.
             images: pictures as paths (str or Path), data: URIs, PIL images, arrays, bytes; a
-                single one need not be in a list. `Video`s and `Document`s may stand among them.
+                single one need not be in a list. Videos and documents may stand among them: paths
+                by their suffix, or `Video` and `Document`.
             history: earlier turns, as `Message` or OpenAI-style dicts.
         """
         if isinstance(history, (str, bytes, Mapping, Message)):
@@ -311,7 +317,20 @@ def _dict_parts(item: Mapping[str, Any]) -> tuple[Part, ...]:
 
 
 def _visuals(value: Any) -> list[Visual]:
-    return [part if isinstance(part, _VISUALS) else Image(part) for part in _listed(value)]
+    return [_visual(part) for part in _listed(value)]
+
+
+def _visual(value: Any) -> Visual:
+    """What is to be seen; of a path, what its suffix says."""
+    if isinstance(value, _VISUALS):
+        return value
+    image = Image(value)
+    suffix = image.source.suffix.lower() if isinstance(image.source, Path) else ""
+    if suffix in VIDEO_SUFFIXES:
+        return Video(image.source)  # type: ignore[arg-type]
+    if suffix in DOCUMENT_SUFFIXES:
+        return Document(image.source)  # type: ignore[arg-type]
+    return image
 
 
 def _listed(value: Any) -> Iterable[Any]:

@@ -9,10 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.checkpoints.hub_server import hub_server
+from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
+from tests.checkpoints.transformers_files import save_qwen2
+from visavis import load
 from visavis.checkpoints.hub import HubId, parse, wanted_files
-from visavis.errors import FetchError
+from visavis.errors import CheckpointError, FetchError
 
 # A process of its own: the hub's library reads its settings from the environment once.
 FETCH = """
@@ -165,3 +170,48 @@ def test_one_format_of_weights(listed: list[str], wanted: list[int]) -> None:
 def test_names_with_patterns_in_them_are_no_patterns() -> None:
     with pytest.raises(FetchError, match="none of visavis"):
         wanted_files(["*", "c?nfig.json"], HubId("o/n"))
+
+
+LOAD = """
+import json, sys, visavis
+from visavis.errors import CheckpointError
+for path in sys.argv[1:]:
+    try:
+        print(len(visavis.load(path, precision="f32", device="cpu").embed(["text"])[0]))
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_the_parts_that_a_checkpoint_names(tmp_path: Path) -> None:
+    """The vision tower of an original LLaVA, and the base of an adapter."""
+    peer = tiny_peer()
+    save_tower(tmp_path / "hub" / "someone" / "tower", peer)
+    llava, adapter = tmp_path / "llava", tmp_path / "adapter"
+    save_original(llava, peer, with_tower=False, mm_vision_tower="someone/tower")
+    save_qwen2(tmp_path / "hub" / "someone" / "base")
+    save_lora(adapter, base="someone/base")
+    settings = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    with hub_server(tmp_path / "hub") as hub:
+        settings["HF_ENDPOINT"] = hub.url
+        command = [sys.executable, "-c", LOAD, str(llava), str(adapter)]
+        online = subprocess.run(
+            command, env=os.environ | settings, capture_output=True, text=True, check=True
+        )
+    assert online.stdout == "32\n32\n", online.stderr
+    save_lora(adapter, base="someone/other")
+    with pytest.raises(CheckpointError, match=r"someone/other.* HF_HUB_OFFLINE is set"):
+        load(adapter)
+    with pytest.raises(CheckpointError, match=r"vision_tower='…'.* HF_HUB_OFFLINE is set"):
+        load(llava)
+
+
+def save_lora(folder: Path, base: str) -> None:
+    folder.mkdir(exist_ok=True)
+    pair = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{name}.weight": torch.ones(*shape)
+        for name, shape in (("A", (4, 32)), ("B", (32, 4)))
+    }
+    save_file(pair, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config))

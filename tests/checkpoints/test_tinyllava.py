@@ -23,6 +23,8 @@ from visavis.checkpoints.tinyllava.export import config_json, write_tinyllava
 from visavis.checkpoints.tinyllava.layout import text_config, turns_of, vision_configs, vlm_config
 from visavis.checkpoints.transformers.decoders import decoder_config
 from visavis.checkpoints.transformers.processor import processor_config
+from visavis.convert import convert
+from visavis.convert.run import stored_precision
 from visavis.errors import CheckpointError
 from visavis.model.config import MergeConfig
 from visavis.model.decoder import Decoder
@@ -209,6 +211,16 @@ def test_what_is_written_is_read_as_the_same(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(state[key], t) for key, t in first.vlm.state_dict().items())
     image = picture(1)
     assert (load(tmp_path / "to").embed([image]) == load(tmp_path / "from").embed([image])).all()
+
+
+def test_a_stage_becomes_a_repository(tmp_path: Path) -> None:
+    files.save_stage(tmp_path / "stage", Peer())
+    assert stored_precision(tmp_path / "stage") == "f32"
+    done = convert(tmp_path / "stage", tmp_path / "whole", to="tinyllava", turns="tinyllava_llama")
+    assert tmp_path / "whole" / "model.safetensors" in done.files
+    assert load(tmp_path / "whole").profile.turns == "tinyllava_llama"
+    convert(tmp_path / "stage", tmp_path / "unsaid", to="tinyllava")
+    assert load(tmp_path / "unsaid").profile.turns == ""  # the format is not made up
 
 
 def test_names_of_published_parts_are_written() -> None:

@@ -60,7 +60,7 @@ def test_chat_reads_the_question_from_a_pipe(run: Run, tiny: str) -> None:
 
 
 def test_chat_talks_on_a_terminal(tiny: str, tmp_path: Path) -> None:
-    """Two questions and a picture through a real pseudo-terminal; a bad picture ends nothing."""
+    """Questions and a picture through a real pseudo-terminal; bad files end nothing."""
     pty = pytest.importorskip("pty", reason="needs a Unix pseudo-terminal")
     (path,) = write_pictures(tmp_path, 1)
     ours, theirs = pty.openpty()
@@ -69,12 +69,13 @@ def test_chat_talks_on_a_terminal(tiny: str, tmp_path: Path) -> None:
         command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     os.close(theirs)
-    os.write(ours, f"hello\n/image {path}\nand this?\n/image nowhere.png\nx\n/new\n\x04".encode())
+    os.write(ours, f"hello\n/image {path}\nand this?\n/image nowhere.png\nx\n".encode())
+    os.write(ours, b"/document nowhere.pdf\nx\n/video\n/new\n\x04")
     out, err = child.communicate(timeout=120)
     os.close(ours)
     assert child.returncode == 0, err
     assert out.count("> ") >= 6
-    assert "nowhere.png" in err and "does not exist" in err
+    assert "nowhere.png" in err and "nowhere.pdf" in err and err.count("does not exist") == 2
     assert "Traceback" not in err
 
 

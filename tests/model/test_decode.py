@@ -12,7 +12,9 @@ from visavis.model.config import DecoderConfig
 from visavis.model.decode import FlatStep, can_flatten
 from visavis.model.decoder import Decoder
 from visavis.model.kv_cache import KVCache
+from visavis.model.mrope import positions
 from visavis.model.quantized import PackedLinear, packed_kernels
+from visavis.model.visual import Shape
 from visavis.train.lora import LoRALinear, add_lora
 from visavis.train.qlora import quantize_decoder
 from visavis.train.recipe import LoraRecipe
@@ -111,6 +113,27 @@ def test_a_low_rank_pair_is_added_to_the_integers() -> None:
     expected = torch.nn.functional.linear(x.float(), merged)
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
     assert (found - plain(x).float()).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_after_an_image_on_three_axes() -> None:
+    """A prompt of M-RoPE ends at a position below its length; what follows counts on from there."""
+    torch.manual_seed(3)
+    config = replace(CONFIG, mrope_sections=(2, 3, 3))
+    decoder = Decoder(config).eval()
+    prompt, read = torch.randn(8, 64), positions(8, [(2, 4)], [Shape(rows=4, columns=4)])
+    ahead = int(read.max()) + 1 - 8
+    slow, fast = (KVCache(config, dtype=torch.float32, capacity=8) for _ in range(2))
+    with torch.inference_mode():
+        for cache in (slow, fast):
+            decoder(prompt, read, Layout((8,), (cache,)))
+        step = FlatStep(decoder, fast, ahead)
+        for position, token in enumerate([5, 17, 80], start=8 + ahead):
+            x = decoder.embed_tokens(torch.tensor([token]))
+            axes = torch.tensor([[position]] * 3)
+            with packed_kernels():
+                hidden = decoder(x, axes, Layout((1,), (slow,)))[-1]
+                assert torch.equal(step(token), decoder.logits(hidden)[0])
+    assert ahead == -2
 
 
 def test_other_switches_take_the_modules() -> None:

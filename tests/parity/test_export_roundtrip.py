@@ -22,6 +22,7 @@ import visavis
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.checkpoints.transformers_files import IMAGE_SIZE, TEXT, VISION, save_llava
 from tests.fakes import byte_tokenizer, picture
+from tests.parity import test_llava_original_anyres as anyres
 from tests.parity.peers import TOLERANCE
 from visavis.checkpoints.llava.export import write_llava
 from visavis.checkpoints.load import load_checkpoint
@@ -30,6 +31,7 @@ from visavis.checkpoints.native import write_native
 from visavis.checkpoints.transformers.export import write_transformers
 from visavis.checkpoints.weight_files import read_tensors, weight_files
 from visavis.checkpoints.writing import whole_state, write_tensors
+from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, DecoderConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
@@ -108,6 +110,35 @@ def test_the_original_layout_comes_back(aspect: str, tied: bool, tmp_path: Path)
     assert second.vlm.config == first.vlm.config and second.processor == first.processor
     second.profile = first.profile
     assert np.array_equal(logits(first), logits(second))
+
+
+ANYRES = {  # what transformers has too
+    "anyres, vicuna",
+    "anyres, mistral, listed in text",
+    "anyres_max_2, qwen2, siglip, range",
+}
+
+
+@pytest.mark.parametrize("name", anyres.VARIANTS)
+def test_the_original_layout_with_tiles_comes_back(name: str, tmp_path: Path) -> None:
+    anyres.save(tmp_path / "in", **anyres.VARIANTS[name]())
+    first = load_checkpoint(tmp_path / "in", precision="f32", device="cpu", turns="vicuna_v1")
+    prompt = {"image": picture(1, (90, 61)), "text": "What is this?"}
+    expected = visavis.Model(first).trace(prompt)
+    second = through(tmp_path / "llava", write_llava, first)
+    assert_same(first, second)
+    assert second.vlm.config == first.vlm.config and second.processor == first.processor
+    second.profile = first.profile
+    assert np.array_equal(visavis.Model(second).trace(prompt).logits, expected.logits)
+    if name not in ANYRES:
+        with pytest.raises(CheckpointError, match="cannot be written in this layout"):
+            through(tmp_path / "transformers", write_transformers, first)
+        return
+    third = visavis.Model(through(tmp_path / "transformers", write_transformers, first))
+    found = third.trace(prompt)
+    assert [n for _, n in found.image_slots] == [n for _, n in expected.image_slots]
+    rows = expected.logits.shape[1]
+    assert np.abs(found.logits[:, :rows] - expected.logits).max() <= TOLERANCE
 
 
 def test_shards_are_the_whole(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ classes open, offline.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -29,6 +31,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import visavis
+from tests.checkpoints.anyres_files import save_next, save_onevision
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.checkpoints.transformers_files import (
     CHATML,
@@ -39,14 +42,20 @@ from tests.checkpoints.transformers_files import (
     save_llava,
 )
 from tests.fakes import picture, write_tiny_checkpoint
+from tests.parity import test_gguf_families as gguf
+from tests.parity.decoders import random_ids
 from tests.parity.peers import assert_close, randomized
 from tests.parity.test_decoder_families import CLASSES, VARIANTS
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.transformers.export import write_transformers
 from visavis.errors import CheckpointError
+from visavis.model.config import RopeScaling
+from visavis.model.rope import Rope
+from visavis.model.vlm import VLM
 
 pytestmark = pytest.mark.parity
 
+LLAMA_3_1 = RopeScaling("llama3", factor=8.0, original_context=8192)
 SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": False},
@@ -184,10 +193,62 @@ def test_a_gguf_file(tmp_path: Path, nano_files: dict[str, Path]) -> None:
     trace = ours.trace(chat[0]["content"])
     assert trace.token_ids.tolist() == ids
     logits = peer(torch.tensor([ids])).logits[0]
-    assert_close(torch.from_numpy(trace.logits), logits, "SmolLM2 from GGUF")
+    scale = logits.abs().max()  # thirty real layers, so logits of some twenty
+    assert_close(torch.from_numpy(trace.logits) / scale, logits / scale, "SmolLM2 from GGUF")
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama"])
+@torch.no_grad()
+def test_what_gguf_spells_otherwise(name: str, tmp_path: Path) -> None:
+    """Gemma's norms with 1 added, and Llama 3's stretch as a list of numbers."""
+    peer = gguf.build_peer(name)
+    loaded = load_checkpoint(gguf.write(tmp_path / "a.gguf", name, peer), precision="f32")
+    if name == "llama":  # its file has no stretch, so one is put in: as GGUF has it, as a list
+        plain = replace(loaded.vlm.config.decoder, rope_base=5e5)
+        by_rule = Rope(replace(plain, rope_scaling=LLAMA_3_1)).frequencies
+        divisors = tuple((Rope(plain).frequencies / by_rule).tolist())
+        listed = replace(plain, rope_scaling=RopeScaling("factors", factors=divisors))
+        vlm = VLM(replace(loaded.vlm.config, decoder=listed))
+        vlm.load_state_dict(loaded.vlm.state_dict())
+        loaded.vlm = vlm.requires_grad_(False)
+    (tmp_path / "out").mkdir()
+    write_transformers(loaded, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    rope = again.config.rope_parameters
+    assert rope["rope_type"] == ("llama3" if name == "llama" else "default")
+    ids = random_ids(60)
+    ours = visavis.Model(loaded).trace(ids.tolist()).logits
+    assert_close(torch.from_numpy(ours), again(ids[None]).logits[0], f"{name} from GGUF")
 
 
 def test_what_no_class_has_is_named(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "in")
     with pytest.raises(CheckpointError, match=r"embedding head.*--to native"):
         exported(folder, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_llava_next(tmp_path: Path) -> None:
+    save_next(tmp_path / "in")
+    ours = exported(tmp_path / "in", tmp_path / "out")
+    assert_written(tmp_path / "out", ours, "LLaVA-NeXT")
+
+
+@torch.no_grad()
+def test_llava_onevision(tmp_path: Path) -> None:
+    """Its whole processor needs torchvision for videos, so the one that wrote the source asks."""
+    _, processor = save_onevision(tmp_path / "in")
+    ours = exported(tmp_path / "in", tmp_path / "out")
+    peer = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    images = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert images.image_grid_pinpoints == processor.image_processor.image_grid_pinpoints
+    picked = picture(1, (90, 61))
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    rendered = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    inputs = processor(text=rendered, images=[picked], return_tensors="pt")
+    inputs["pixel_values"] = images(picked, return_tensors="pt")["pixel_values"]
+    trace = ours.trace({"image": picked, "text": "What is this?"})
+    assert trace.token_ids.tolist() == inputs["input_ids"][0].tolist()
+    assert_close(torch.from_numpy(trace.logits), peer(**inputs).logits[0], "OneVision")

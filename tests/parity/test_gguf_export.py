@@ -16,7 +16,6 @@ from tests.parity.test_gguf_families import VARIANTS, build_peer, write
 from visavis.checkpoints.gguf.export import write_gguf
 from visavis.checkpoints.gguf.quantize import FILE_TYPES
 from visavis.checkpoints.gguf.reader import open_gguf
-from visavis.checkpoints.gguf.verify import verify
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.loaded import Loaded
 from visavis.model.config import RopeScaling
@@ -133,15 +132,6 @@ def test_openelm_of_other_widths_per_layer(tmp_path: Path) -> None:
     again = load_checkpoint(path, precision="f32", device="cpu")
     assert again.vlm.config == loaded.vlm.config
     assert_close(logits(again), logits(loaded), "openelm")
-    assert distance(again, path) < 0.02
-
-
-def test_the_report_tells_a_good_export_from_a_bad_one(tmp_path: Path) -> None:
-    loaded = load_variant(tmp_path, "qwen2")
-    texts = ["ab word3 word4, word5?", "word17"]
-    good = verify(loaded, write_gguf(loaded, tmp_path / "good", kind="F16"), texts=texts)
-    poor = verify(loaded, write_gguf(loaded, tmp_path / "poor", kind="Q4_0"), texts=texts)
-    assert [row.prompt for row in good.rows] == texts
-    assert good.cosine > 0.9999 and good.divergence < 1e-4
-    assert all(row.agreement == 1 for row in good.rows)
-    assert poor.cosine < good.cosine and poor.divergence > good.divergence
+    worst = distance(again, path)
+    print(f"openelm: log probabilities differ by {worst:.1e} from llama.cpp's")
+    assert worst < 0.02

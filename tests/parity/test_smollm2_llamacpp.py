@@ -18,7 +18,7 @@ from tests.gguf_files import write_gguf
 from tests.llamacpp import LlamaCpp, llama_cpp
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.generate.engine import generate
-from visavis.generate.sampling import make_sampler
+from visavis.generate.sampling import Sampler, Sampling
 from visavis.processing.pack import pack
 from visavis.processing.templates import Encoded
 
@@ -60,7 +60,7 @@ def peer(nano_files: dict[str, Path]) -> Iterator[LlamaCpp]:
 def our_tokens(model: visavis.Model, ids: list[int]) -> list[int]:
     batch = pack([Encoded(ids, [], [False] * len(ids))])
     stop = frozenset(model.specials.eot_ids)
-    greedy = make_sampler(0.0, None)
+    greedy = Sampler(Sampling())
     return list(generate(model.vlm, batch, greedy, max_new_tokens=NUM_TOKENS, stop_ids=stop))
 
 

@@ -124,8 +124,9 @@ def test_pages_that_are_not_there(monkeypatch):
         decode_image(Image(Page(pdf(), 7)))
     monkeypatch.setattr(documents, "MAX_PAGES", 3)
     with pytest.raises(InputError, match=r"4 pages .*at most 3.*pages=\(1, 2\)"):
-        pages(Document(pdf(4)))
-    assert len(pages(Document(pdf(4), pages=(2, 3, 4)))) == 3
+        expand(Prompt.of(Document(pdf(4))))
+    assert len(expand(Prompt.of(Document(pdf(4), pages=(2, 3, 4)))).visuals) == 3
+    assert len(pages(Document(pdf(4)))) == 4  # each in a prompt of its own
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,8 @@ def test_paths_that_are_no_pictures(function, tmp_path, monkeypatch):
         (b"just some words", "just some wo"),
         (b"%PDF-1.7 ...", "PDF"),
         (b'<?xml version="1.0"?><svg/>', "SVG"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0", "a video; pass it as visavis.Video"),
+        (b"\0\0\0\x20ftypheic\0\0\0\0", "HEIC"),
         (b"\n<!DOCTYPE html><html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
@@ -417,6 +419,11 @@ def test_find_images(tmp_path):
         path.touch()
     expected = [tmp_path / name for name in ("a.png", "b.JPG", "sub/c.webp")]
     assert find_images(tmp_path) == find_images([str(tmp_path), tmp_path / "a.png"]) == expected
+    for name in ("sub/e.MP4", "f.pdf"):
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == expected
+    others = [tmp_path / "f.pdf", tmp_path / "sub" / "e.MP4"]
+    assert find_images(tmp_path, with_others=True) == sorted([*expected, *others])
     named = [tmp_path / "notes.txt", tmp_path / "b.JPG"]
     assert find_images(named) == named  # named files are taken, in the order given
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visavis.checkpoints import hub
 from visavis.checkpoints.transformers.settings import number, require, section, without_nulls
 from visavis.checkpoints.weight_files import (
     FLOATS,
@@ -29,7 +30,7 @@ from visavis.checkpoints.weight_files import (
     read_headers,
     read_json,
 )
-from visavis.errors import CheckpointError
+from visavis.errors import CheckpointError, FetchError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there is read
@@ -196,16 +197,23 @@ def merged(
 
 
 def _named_base(folder: Path) -> Path:
-    """Return the base that an adapter names, if it is a folder of this machine."""
+    """Return the base that an adapter names: a folder of this machine, or from the hub."""
     named = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
     places = [folder / str(named), Path(str(named))] if named else []
     found = next((place for place in places if place.is_dir()), None)
-    if found is None:
-        raise CheckpointError(
-            f"{folder} is an adapter of {named!r}, which is no folder here; fetch that model and "
-            "give its folder: visavis.load(…, base='…')."
-        )
-    return found
+    if found is not None:
+        return found
+    try:
+        wanted = hub.parse(str(named))
+        if wanted is not None:
+            return hub.fetch(wanted)
+        reason = "it is no name on the hub either"
+    except FetchError as error:
+        reason = str(error)
+    raise CheckpointError(
+        f"{folder} is an adapter of {named!r}, which is no folder here; fetch that model and give "
+        f"its folder: visavis.load(…, base='…'). ({reason})"
+    )
 
 
 def _low_rank(

@@ -22,14 +22,14 @@ from torch import Tensor
 from visavis.checkpoints import bundled
 from visavis.checkpoints.adapters import Adapter, read_adapter
 from visavis.checkpoints.detect import ADAPTER, CONFIG, NATIVE, PROJECTOR, Layout, detect
-from visavis.checkpoints.gguf.decoder import decoder_config
+from visavis.checkpoints.gguf.decoder import decoder_config, decoder_tensors
 from visavis.checkpoints.gguf.mmproj import read_half
 from visavis.checkpoints.gguf.model import find_parts
 from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
 from visavis.checkpoints.gguf.split import open_model
 from visavis.checkpoints.llava.folder import open_llava
 from visavis.checkpoints.names import NameTable
-from visavis.checkpoints.native import read_config
+from visavis.checkpoints.native import read_config, read_settings
 from visavis.checkpoints.phi3v.folder import open_phi3v
 from visavis.checkpoints.tinyllava.folder import open_tinyllava
 from visavis.checkpoints.transformers.config import vlm_config
@@ -44,8 +44,8 @@ from visavis.checkpoints.weight_files import (
     read_tensors,
     weight_files,
 )
-from visavis.errors import CheckpointError, InputError
-from visavis.model.config import VLMConfig, vlm_config_from_dict
+from visavis.errors import CheckpointError
+from visavis.model.config import VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
 
@@ -254,6 +254,11 @@ def _gguf(layout: Layout) -> Description:
         config, processor = found.joined(config, 0), found.processor
         tensors |= _blocks(vision)
         files = [*files, half]
+    problems = []
+    try:
+        next(decoder_tensors(file))  # names and shapes are checked before the first
+    except CheckpointError as error:
+        problems = [str(error)]
     has_template = "tokenizer.chat_template" in file.metadata
     return Description(
         layout=layout,
@@ -267,6 +272,7 @@ def _gguf(layout: Layout) -> Description:
             "chat template": "in the file" if has_template else "none",
         },
         processor=processor,
+        problems=problems,
     )
 
 
@@ -311,12 +317,7 @@ def _plain(file: GGUFFile) -> dict[str, Any]:
 def _native(layout: Layout) -> Description:
     path = layout.path
     data = read_config(path)
-    try:
-        config = vlm_config_from_dict(data["config"])
-        processor = data.get("processor")
-        pictures = ImageProcessorConfig.from_dict(processor) if processor else None
-    except (TypeError, KeyError, InputError) as error:
-        raise CheckpointError(f"{path} has a config this version cannot read: {error}") from error
+    config, _, processor = read_settings(path, data)
     files = sorted(path.glob("*.safetensors"))
     headers = read_headers(files)
     problems = []
@@ -334,7 +335,7 @@ def _native(layout: Layout) -> Description:
         tensors=_entries(headers),
         files=[path / NATIVE, *files, *bundle_files(data)],
         profile={key: str(value) for key, value in data["profile"].items() if value},
-        processor=pictures,
+        processor=processor,
         problems=problems,
     )
 

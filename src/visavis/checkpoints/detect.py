@@ -145,6 +145,8 @@ def _detect_file(path: Path) -> Layout:
             f"{CONFIG} and tokenizer: give {path.parent}."
         )
     metadata: dict[str, Any] = open_gguf(path).metadata  # says what is wrong with any other file
-    architecture = metadata.get("general.architecture")
+    architecture = str(metadata.get("general.architecture"))
     why = f"a GGUF file with general.architecture {architecture!r}"
+    if "split.count" in metadata:
+        why += f", one of {metadata['split.count']} parts"
     return Layout("mmproj" if architecture == "clip" else "gguf", path, why, (path,))

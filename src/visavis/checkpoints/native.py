@@ -25,7 +25,7 @@ from visavis.checkpoints import bundled
 from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.gguf import decoder as gguf_decoder
 from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
-from visavis.checkpoints.loaded import Loaded, auto_dtype, build, fingerprint
+from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
 from visavis.checkpoints.packing import pack_linears
 from visavis.checkpoints.writing import (
     Written,
@@ -36,13 +36,15 @@ from visavis.checkpoints.writing import (
 )
 from visavis.errors import CheckpointError
 from visavis.files import write_atomically
-from visavis.model.config import VLMConfig, to_dict, vlm_config_from_dict
+from visavis.model.config import Qwen2VLTowerConfig, VLMConfig, to_dict, vlm_config_from_dict
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import build_tokenizer, load_tokenizer, special_tokens
 
 FORMAT = "visavis/1"
 CONFIG_NAME = "visavis.json"
+MAX_NUMBER = 2**27
+MAX_LAYERS = 1000
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -71,6 +73,43 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
+def read_settings(
+    folder: Path, data: dict[str, Any]
+) -> tuple[VLMConfig, PromptProfile, ImageProcessorConfig | None]:
+    """Return what `visavis.json` describes, checked to make a model.
+
+    Raises:
+        CheckpointError: a field is unknown, missing or of a value that no model has.
+    """
+    try:
+        _check_numbers(data["config"])
+        config = vlm_config_from_dict(data["config"])
+        blank(config, torch.float32)
+        if config.tower is not None and not isinstance(config.tower, Qwen2VLTowerConfig):
+            _check_numbers(config.tokens_per_image, "tokens per image")
+        if not all(isinstance(value, str) for value in data["profile"].values()):
+            raise ValueError(f"profile is {data['profile']}, expected texts")
+        profile = PromptProfile(**data["profile"])
+        processor = data.get("processor")
+        return config, profile, ImageProcessorConfig.from_dict(processor) if processor else None
+    except Exception as error:  # whatever wrong values lead modules to
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} does not describe a model that this version knows "
+            f"({type(error).__name__}: {error}). Upgrade visavis, or copy the folder again."
+        ) from error
+
+
+def _check_numbers(value: Any, key: str = "config") -> None:
+    """Refuse numbers beyond those of any real model, of which building one would take forever."""
+    if isinstance(value, dict | list):
+        for name, below in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(below, f"{key}.{name}")
+    elif isinstance(value, int | float):
+        limit = MAX_LAYERS if key.endswith(("num_layers", "depth")) else MAX_NUMBER
+        if not -limit <= value <= limit:
+            raise ValueError(f"{key} is {value}, expected at most {limit}")
+
+
 def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -> Loaded:
     """Load a folder in visavis' own layout.
 
@@ -79,16 +118,7 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
         FetchError: the base weights of a bundle cannot be had.
     """
     data = read_config(folder)
-    try:
-        config = vlm_config_from_dict(data["config"])
-        profile = PromptProfile(**data["profile"])
-        processor = data.get("processor")
-        processor_config = ImageProcessorConfig.from_dict(processor) if processor else None
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG_NAME} has a field this version does not know or lacks one: {error}. "
-            "Upgrade visavis, or copy the folder again."
-        ) from error
+    config, profile, processor = read_settings(folder, data)
     dtype = auto_dtype(precision, device)
     gguf = None
     weights = sorted(folder.glob("*.safetensors"))
@@ -116,7 +146,7 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
         tokenizer=tokenizer,
         specials=specials,
         profile=profile,
-        processor=processor_config,
+        processor=processor,
         fingerprint=fingerprint(files, data),
         files=files,
     )
@@ -136,6 +166,7 @@ def base_state(
         adapted = name.removesuffix(".weight") + ".lora_a" in own
         is_norm = tensor.dim() == 1
         state[name] = tensor if adapted or is_norm else tensor.to(dtype)
+        file.release()
     if config.tower is not None:
         tower, _ = load_efficientnet(tower_path)
         state.update({f"tower.{name}": tensor for name, tensor in tower.items()})

@@ -48,6 +48,7 @@ def pack_linears(decoder: Decoder, file: GGUFFile, low_rank: LowRank | None = No
         owner, _, attribute = path.rpartition(".")
         packed = PackedLinear(*_codes(stored), linear.weight.detach(), pairs.get(f"decoder.{path}"))
         setattr(decoder.get_submodule(owner), attribute, packed)
+        file.release()
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(lambda item: pack(*item), decoder_tensors(file)))
@@ -75,11 +76,14 @@ def _codes(stored: list[StoredPart]) -> tuple[torch.Tensor, torch.Tensor, torch.
         scales.append(found.scale)
         if found.minimum is None:
             zero = PACKABLE[part.type]
-            codes.append((found.codes.astype(np.int16) + zero).astype(np.uint8))
+            codes.append(found.codes.view(np.uint8) + np.uint8(zero))  # wraps around as it should
             minimums.append(-zero * found.scale)
         else:
             codes.append(found.codes)
             minimums.append(found.minimum)
-    joined = (np.concatenate(arrays) for arrays in (codes, scales, minimums))
+    joined = (
+        np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        for arrays in (codes, scales, minimums)
+    )
     first, second, third = (torch.from_numpy(array) for array in joined)
     return first, second, third

@@ -6,14 +6,16 @@ need when they run.
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import typer
 
 from visavis import __version__
+from visavis.cli.bench import bench
 from visavis.cli.chat import chat
 from visavis.cli.compose import compose
-from visavis.cli.console import Group, quiet_broken_pipe
+from visavis.cli.console import Group, quiet_broken_pipe, say
 from visavis.cli.convert import convert
 from visavis.cli.data import data
 from visavis.cli.demo import demo
@@ -44,6 +46,7 @@ app.command()(compose)
 app.command()(train)
 app.command()(convert)
 app.command()(inspect)
+app.command()(bench)
 app.command()(fetch)
 app.command()(doctor)
 
@@ -71,5 +74,6 @@ def about(
 
 def main() -> None:
     """Run the program: exit code 0 done, 2 an error the user can mend, 130 interrupted."""
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     with quiet_broken_pipe():
         app(prog_name="visavis")

@@ -1,4 +1,5 @@
-"""`visavis chat`: ask a model, with pictures or without; talk with it when no text is given."""
+"""`visavis chat`: ask a model about pictures, videos and documents, or without any; talk with it
+when no text is given."""
 
 from __future__ import annotations
 
@@ -9,24 +10,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visavis.cli.console import (
-    DeviceOption,
+from visavis.cli.console import print_json, say
+from visavis.cli.options import (
+    DocumentsOption,
     ImagesOption,
     JsonOption,
+    Loading,
     ModelArgument,
-    PrecisionOption,
-    print_json,
-    say,
+    VideosOption,
+    loads_a_model,
+    visuals_of,
 )
 from visavis.errors import InputError, VisavisError
 
 if TYPE_CHECKING:
-    from visavis.api import Model, Reply
-    from visavis.prompt import Message
+    from visavis.api import Model
+    from visavis.generate.answer import AnswerSettings, Reply
+    from visavis.prompt import Message, Visual
 
-HELP = "Type a question. /image PATH adds a picture to it, /new starts over, Ctrl-D ends."
+HELP = (
+    "Type a question. /image PATH adds a picture to it, /video PATH a video, /document PATH a PDF; "
+    "/new starts over, Ctrl-D ends."
+)
 
 
+@loads_a_model
 def chat(
     model: ModelArgument,
     text: Annotated[
@@ -34,16 +42,31 @@ def chat(
         typer.Argument(metavar="TEXT", help="The question; without it, talk or read stdin."),
     ] = "",
     images: ImagesOption = [],  # noqa: B006 - typer copies it
+    videos: VideosOption = [],  # noqa: B006
+    documents: DocumentsOption = [],  # noqa: B006
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[
         float, typer.Option(help="0: the likeliest answer; higher: more variety.")
     ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Repeat the answer of an earlier seed.")] = None,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out what is less likely than this.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    stop: Annotated[list[str], typer.Option(help="A text that ends the answer.")] = [],  # noqa: B006
+    schema: Annotated[
+        Path | None, typer.Option(help="A file with the JSON schema that the answer keeps to.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="A regular expression that the answer matches.")
+    ] = None,
     as_json: JsonOption = False,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    loading: Loading,
 ) -> None:
-    """Ask about pictures, or anything.
+    """Ask about pictures, videos and documents, or anything.
+
+    What is shown stands before the text: pictures, then videos, then the pages of documents.
 
     [bold]Examples[/bold]
 
@@ -51,7 +74,11 @@ def chat(
 
       visavis chat nano "Which one is older?" -i one.jpg -i two.jpg --json
 
-      visavis chat model.gguf            (no text: talk with it)
+      visavis chat Qwen/Qwen2-VL-2B-Instruct "What happens?" --video clip.mp4
+
+      visavis chat llava.gguf --vision-tower mmproj.gguf            (no text: talk with it)
+
+      visavis chat nano "How many cats?" -i cat.jpg --regex "[0-9]+"
 
       cat question.txt | visavis chat nano
     """
@@ -61,14 +88,24 @@ def chat(
     if talks and as_json:
         raise InputError("--json needs the TEXT argument or text on stdin: it prints one answer")
 
-    import visavis
-
-    loaded = visavis.load(model, precision=precision, device=device)
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    loaded = loading.load(model)
+    visuals = visuals_of(images, videos, documents)
+    settings: AnswerSettings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
+        "schema": None if schema is None else _read_schema(schema),
+        "regex": regex,
+    }
     if talks:
-        _talk(loaded, images, settings)
+        _talk(loaded, visuals, settings)
         return
-    reply = loaded.chat(text, images, stream=not as_json, **settings)  # type: ignore[arg-type]
+    reply = loaded.chat(text, visuals, stream=not as_json, **settings)
     if as_json:
         print_json(
             {
@@ -89,37 +126,49 @@ def _print_stream(reply: Reply) -> None:
     typer.echo()
 
 
-def _talk(model: Model, images: list[Path], settings: dict[str, int | float | None]) -> None:
+def _read_schema(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read the schema {str(path)!r}: {error}; check the path."
+        ) from None
+
+
+def _talk(model: Model, visuals: list[Visual], settings: AnswerSettings) -> None:
     """Answer line after line, each with everything said before."""
-    from visavis.prompt import Image, Message, Text
+    from visavis.prompt import Document, Image, Message, Text, Video
 
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 - gives input() line editing and history
     typer.echo(HELP, err=True)
     history: list[Message] = []
-    waiting = list(images)
+    kinds = {"/image": Image, "/video": Video, "/document": Document}
+    waiting = list(visuals)
     while True:
-        for image in waiting:
-            typer.echo(f"(picture: {image})", err=True)
+        for visual in waiting:
+            kind, name = type(visual).__name__.lower(), str(visual.source)
+            typer.echo(f"({kind}: {name})", err=True)
         try:
             line = input("> ").strip()
         except EOFError:
             typer.echo()
             return
-        if line.startswith("/image "):
-            waiting.append(Path(line.removeprefix("/image ").strip()).expanduser())
+        command, _, rest = line.partition(" ")
+        if command in kinds and rest.strip():
+            waiting.append(kinds[command](Path(rest.strip()).expanduser()))
         elif line == "/new":
             history, waiting = [], []
         elif line.startswith("/"):
             typer.echo(HELP, err=True)
         elif line:
             try:
-                reply = model.chat(line, waiting, history=history, stream=True, **settings)  # type: ignore[arg-type]
+                reply = model.chat(line, waiting, history=history, stream=True, **settings)
                 _print_stream(reply)
             except VisavisError as error:
                 say(f"error: {error}")
                 waiting = []
                 continue
-            asked = Message("user", (*map(Image, waiting), Text(line)))
+            asked = Message("user", (*waiting, Text(line)))
             history += [asked, Message("assistant", (Text(reply.text),))]
             waiting = []

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from visavis.cli.console import JsonOption, human_bytes, print_json
+from visavis.cli.console import human_bytes, print_json
+from visavis.cli.options import JsonOption
 from visavis.errors import InputError
 
 

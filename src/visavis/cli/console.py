@@ -1,4 +1,4 @@
-"""What the commands share: options, error lines, exit codes, printing. Knows no command."""
+"""What the commands share: error lines, exit codes, printing. Knows no command."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -18,24 +17,6 @@ from visavis.errors import VisavisError
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A bundled name (nano), a folder, a .gguf file or a hub id."
-    ),
-]
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A bundled name, a folder, a .gguf file or a hub id.")
-]
-ImagesOption = Annotated[
-    list[Path], typer.Option("--image", "-i", help="A picture; may be given several times.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-PrecisionOption = Annotated[
-    str, typer.Option("--precision", help="What matmuls compute in: auto, f32, bf16 or f16.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 
 class Group(TyperGroup):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visavis.cli.console import (
-    JsonOption,
     human_bytes,
     print_columns,
     print_json,
     say,
     show_progress,
 )
+from visavis.cli.options import BaseOption, JsonOption, TurnsOption, VisionTowerOption
 from visavis.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,20 +41,17 @@ def convert(
         ),
     ] = "auto",
     kind: Annotated[
-        str, typer.Option("--kind", help="With gguf: the type of its tensors, such as Q8_0.")
+        str,
+        typer.Option(
+            "--kind", help="With gguf: the type of its tensors, such as Q8_0; F16 if not given."
+        ),
     ] = "",
     merge_adapter: Annotated[
         Path | None, typer.Option(help="A LoRA adapter of IN, merged into it.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The model below, where IN is an adapter or first stage.")
-    ] = None,
-    vision_tower: Annotated[
-        Path | None, typer.Option(help="The folder of a vision tower that IN names and lacks.")
-    ] = None,
-    turns: Annotated[
-        str, typer.Option(help="The chat format, by name, of a model that brings none.")
-    ] = "",
+    base: BaseOption = None,
+    vision_tower: VisionTowerOption = None,
+    turns: TurnsOption = "",
     verify: Annotated[
         bool,
         typer.Option(
@@ -104,7 +101,7 @@ def convert(
     if verify:
         from visavis.convert.verify import verify as compare
 
-        verdict = compare(done, kind=kind)
+        verdict = compare(done)
     size = sum(file.stat().st_size for file in done.files)
     if as_json:
         names = [str(file.relative_to(done.out.parent)) for file in done.files]
@@ -112,6 +109,7 @@ def convert(
             "out": str(done.out),
             "to": to,
             "precision": done.precision,
+            **({"kind": done.kind} if done.kind else {}),
             "bytes": size,
             "files": names,
             "lost": done.lost,
@@ -134,6 +132,7 @@ def _print(verdict: Verdict) -> None:
     typer.echo(f"opened by {verdict.asked}; expected: {limits}")
     rows = [["check", "cosine", "KL", ""]]
     for check in verdict.checks:
+        near = "" if check.cosine is None else f"{check.cosine:.6f}"
         kl = "" if check.kl is None else f"{check.kl:.2e}"
-        rows.append([check.name, f"{check.cosine:.6f}", kl, "" if check.same else "differs"])
+        rows.append([check.name, near, kl, "" if check.same else "differs"])
     print_columns(rows)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visavis.cli.console import JsonOption, print_columns, print_json, say, show_progress
+from visavis.cli.console import print_columns, print_json, say, show_progress
+from visavis.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from visavis.data.check import Entry, Findings

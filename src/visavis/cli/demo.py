@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from visavis.cli.console import (
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    PrecisionOption,
     print_json,
     say,
     show_progress,
 )
+from visavis.cli.options import JsonOption, Loading, ModelOption, loads_a_model
 
 if TYPE_CHECKING:
     from visavis.demo.run import DemoResult
 
 
+@loads_a_model
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the index and the contact sheet.")
@@ -35,8 +33,8 @@ def demo(
     ] = 8484,
     model: ModelOption = "nano",
     as_json: JsonOption = False,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    loading: Loading,
 ) -> None:
     """Search sample pictures by words and by picture, ask about one, then serve a page for it all.
 
@@ -54,10 +52,9 @@ def demo(
 
         require_web_packages()  # now, not after minutes of work
 
-    import visavis
     from visavis.demo.run import TEXT_QUERIES, run_demo
 
-    loaded = visavis.load(model, precision=precision, device=device)
+    loaded = loading.load(model)
     result = run_demo(loaded, output, progress=show_progress())
     if as_json:
         _print_json(result)

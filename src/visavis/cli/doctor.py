@@ -15,7 +15,8 @@ from typing import Any
 import typer
 
 from visavis import __version__
-from visavis.cli.console import JsonOption, human_bytes, print_columns, print_json
+from visavis.cli.console import human_bytes, print_columns, print_json
+from visavis.cli.options import JsonOption
 
 EXIT_BROKEN = 1
 REQUIRED = ("torch", "numpy", "pillow", "tokenizers", "safetensors", "jinja2", "typer")
@@ -25,6 +26,8 @@ OPTIONAL = {
     "starlette": "serve",
     "uvicorn": "serve",
     "easy-vqa": "train",
+    "av": "video",
+    "pypdfium2": "pdf",
 }
 
 

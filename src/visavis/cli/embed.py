@@ -1,4 +1,5 @@
-"""`visavis embed`: texts and pictures to unit vectors, as JSON lines or a NumPy file."""
+"""`visavis embed`: texts, pictures, videos and pages to unit vectors, as JSON lines or a NumPy
+file."""
 
 from __future__ import annotations
 
@@ -8,24 +9,32 @@ from typing import Annotated, Any
 
 import typer
 
-from visavis.cli.console import (
-    DeviceOption,
+from visavis.cli.console import print_json, show_progress
+from visavis.cli.options import (
+    DocumentsOption,
     ImagesOption,
     JsonOption,
+    Loading,
     ModelArgument,
-    PrecisionOption,
-    print_json,
-    show_progress,
+    VideosOption,
+    loads_a_model,
+    visuals_of,
 )
 from visavis.errors import InputError
 
 
+@loads_a_model
 def embed(
     model: ModelArgument,
     texts: Annotated[
         list[str], typer.Option("--text", "-t", help="A text; may be given several times.")
     ] = [],  # noqa: B006 - typer copies it
     images: ImagesOption = [],  # noqa: B006 - typer copies it
+    videos: VideosOption = [],  # noqa: B006
+    documents: DocumentsOption = [],  # noqa: B006
+    whole: Annotated[
+        bool, typer.Option("--whole", help="One vector for each document, not for each page.")
+    ] = False,
     items: Annotated[
         Path | None,
         typer.Option(help='A file of JSON lines such as {"image": "a.jpg", "text": "a cat"}.'),
@@ -36,33 +45,40 @@ def embed(
     instruction: Annotated[str | None, typer.Option(help="What the vectors are for.")] = None,
     dim: Annotated[int | None, typer.Option(help="Keep only this many numbers.")] = None,
     as_json: JsonOption = False,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    loading: Loading,
 ) -> None:
-    """Turn texts and pictures into unit vectors: texts first, then pictures, then --items.
+    """Turn texts, pictures, videos and the pages of documents into unit vectors.
 
-    Without --output, each vector is one JSON line on stdout.
+    In this order, those of --items last. Without --output, each vector is one JSON line on stdout.
 
     [bold]Examples[/bold]
 
       visavis embed nano --text "a cat" --image cat.jpg
 
       visavis embed nano --items captions.jsonl --output vectors.npy
+
+      visavis embed adapter --base Qwen/Qwen2-VL-2B-Instruct --profile vlm2vec-v2 --document a.pdf
     """
-    wanted: list[Any] = [*texts, *images, *(_read_items(items) if items else [])]
-    if not wanted:
-        raise InputError("nothing to embed: give --text, --image or --items, as often as you like")
+    if not (texts or images or videos or documents or items):
+        raise InputError(
+            "nothing to embed: give --text, --image, --video, --document or --items, as often as "
+            "you like"
+        )
     if output is not None and output.suffix != ".npy":
         raise InputError(f"--output is {str(output)!r}, expected a name that ends in .npy")
 
     import numpy as np
 
-    import visavis
     from visavis.files import write_atomically
 
-    loaded = visavis.load(model, precision=precision, device=device)
+    named = [(text, text) for text in texts] + _seen(images, videos, documents, whole)
+    named += [(item, item) for item in (_read_items(items) if items else [])]
+    shown, wanted = [name for name, _ in named], [item for _, item in named]
+    if not wanted:
+        raise InputError(f"nothing to embed: --items {items} holds no lines")
+    loaded = loading.load(model)
     vectors = loaded.embed(wanted, instruction=instruction, dim=dim, progress=show_progress())
-    shown = [str(item) if isinstance(item, Path) else item for item in wanted]
     if output is not None:
         try:
             with write_atomically(output) as temporary, temporary.open("wb") as file:
@@ -81,6 +97,24 @@ def embed(
         return
     for item, row in zip(shown, rows, strict=True):
         print_json({"item": item, "vector": row})
+
+
+def _seen(
+    images: list[Path], videos: list[Path], documents: list[Path], whole: bool
+) -> list[tuple[Any, Any]]:
+    """Return what is to be seen, each with its name."""
+    from visavis.processing.documents import pages
+    from visavis.prompt import Document
+
+    found: list[tuple[Any, Any]] = []
+    for visual in visuals_of(images, videos, documents):
+        name = str(visual.source)
+        if isinstance(visual, Document) and not whole:
+            numbered = enumerate(pages(visual), 1)
+            found += [(f"{name}#page={number}", page) for number, page in numbered]
+        else:
+            found.append((name, visual))
+    return found
 
 
 def _read_items(path: Path) -> list[Any]:

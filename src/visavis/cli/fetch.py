@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from visavis.cli.console import JsonOption, human_bytes, print_columns, print_json
+from visavis.cli.console import human_bytes, print_columns, print_json
+from visavis.cli.options import JsonOption
 
 
 def fetch(

@@ -1,22 +1,23 @@
-"""`visavis index`: add pictures to an index file and find them again by words or by picture."""
+"""`visavis index`: add pictures, videos and pages to an index file and find them again by words or
+by what they look like."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visavis.cli.console import (
-    DeviceOption,
+from visavis.cli.console import print_columns, print_json, say, show_progress
+from visavis.cli.options import (
+    DocumentsOption,
     ImagesOption,
     JsonOption,
+    Loading,
     ModelOption,
-    PrecisionOption,
-    print_columns,
-    print_json,
-    say,
-    show_progress,
+    VideosOption,
+    loads_a_model,
+    visuals_of,
 )
 from visavis.errors import InputError
 
@@ -24,23 +25,28 @@ if TYPE_CHECKING:
     from visavis.index import Index
 
 index = typer.Typer(
-    name="index", help="Make and search an index of pictures.", no_args_is_help=True
+    name="index",
+    help="Make and search an index of pictures, videos and pages.",
+    no_args_is_help=True,
 )
 IndexArgument = Annotated[Path, typer.Argument(metavar="INDEX", help="The index file.")]
 
 
 @index.command()
+@loads_a_model
 def add(
     index_path: IndexArgument,
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Pictures, or folders of pictures.")
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Pictures, videos, PDFs, or folders of them."),
     ],
     model: ModelOption = "nano",
     as_json: JsonOption = False,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    loading: Loading,
 ) -> None:
-    """Add pictures; known ones cost nothing, changed ones are read again.
+    """Add pictures, videos and the pages of PDFs; known ones cost nothing, changed ones are read
+    again.
 
     Interrupt it whenever you like: the same command goes on where it stopped.
 
@@ -50,7 +56,7 @@ def add(
 
       visavis index add photos.idx cat.jpg dog.jpg --json
     """
-    opened = _open(index_path, model, precision, device)
+    opened = _open(index_path, model, loading)
     report = opened.add(paths, progress=show_progress())
     for _, reason in report.failed:
         say(f"left out: {reason}")
@@ -80,20 +86,23 @@ def add(
 
 
 @index.command()
+@loads_a_model
 def search(
     index_path: IndexArgument,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.")] = "",
     images: ImagesOption = [],  # noqa: B006 - typer copies it
+    videos: VideosOption = [],  # noqa: B006
+    documents: DocumentsOption = [],  # noqa: B006
     k: Annotated[int, typer.Option("-k", help="How many hits.")] = 10,
     source: Annotated[
         str | None, typer.Option("--filter", help='Only paths like this, for example "*/2024/*".')
     ] = None,
     model: ModelOption = "nano",
     as_json: JsonOption = False,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    loading: Loading,
 ) -> None:
-    """Find pictures by words, by a picture, or by both.
+    """Find pictures, videos and pages by words, by a picture, a video or a document, or by both.
 
     [bold]Examples[/bold]
 
@@ -103,10 +112,13 @@ def search(
 
       visavis index search photos.idx "the same at night" --image bridge.jpg --json
     """
-    if not text.strip() and not images:
+    from visavis.prompt import Message, Prompt, Text
+
+    visuals = visuals_of(images, videos, documents)
+    if not text.strip() and not visuals:
         raise InputError("nothing to look for: give TEXT, --image PATH or both")
-    query: dict[str, Any] = {"image": images or None, "text": text or None}
-    hits = _open(index_path, model, precision, device).search(query, k=k, filter=source)
+    query = Prompt((Message("user", (*visuals, *([Text(text)] if text else []))),))
+    hits = _open(index_path, model, loading).search(query, k=k, filter=source)
     if as_json:
         print_json([{"score": round(h.score, 6), "source": h.source} for h in hits])
     elif hits:
@@ -116,25 +128,28 @@ def search(
 
 
 @index.command()
+@loads_a_model
 def prune(
     index_path: IndexArgument,
     model: ModelOption = "nano",
     as_json: JsonOption = False,
+    *,
+    loading: Loading,
 ) -> None:
-    """Forget pictures whose files no longer exist.
+    """Forget what is no longer there: files, and pages that documents no longer have.
 
     [bold]Example[/bold]
 
       visavis index prune photos.idx
     """
-    gone = _open(index_path, model, "auto", "auto").prune()
+    gone = _open(index_path, model, loading).prune()
     if as_json:
         print_json({"removed": gone})
     else:
         typer.echo("\n".join([*gone, f"{len(gone)} removed"]))
 
 
-def _open(path: Path, model: str, precision: str, device: str) -> Index:
+def _open(path: Path, model: str, loading: Loading) -> Index:
     import visavis
 
-    return visavis.Index(path, visavis.load(model, precision=precision, device=device))
+    return visavis.Index(path, loading.load(model))

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visavis.cli.console import (
-    JsonOption,
-    ModelArgument,
     human_bytes,
     print_columns,
     print_json,
     say,
 )
+from visavis.cli.options import JsonOption, ModelArgument
 
 if TYPE_CHECKING:
     from visavis.checkpoints.compare import Comparison

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visavis.cli.console import (
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    PrecisionOption,
-    print_json,
-    say,
-    show_progress,
-)
+from visavis.cli.console import print_json, say, show_progress
+from visavis.cli.options import JsonOption, Loading, ModelArgument, loads_a_model
 from visavis.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +22,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # of what was left out
 
 
+@loads_a_model
 def mine(
     model: ModelArgument,
     data: Annotated[
@@ -76,8 +70,8 @@ def mine(
         Path | None, typer.Option(help="Of scene graphs: predicates with commas between them.")
     ] = None,
     as_json: JsonOption = False,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    loading: Loading,
 ) -> None:
     """Find hard negatives: items near a query, or near the right answer, that are not right.
 
@@ -122,13 +116,11 @@ def mine(
     samples = samples or _file(data, form, images)
     others = read_corpus(corpus) if corpus is not None else []
 
-    import visavis
-
-    loaded = visavis.load(model, precision=precision, device=device)
+    loaded = loading.load(model)
     kept = cache if cache is not None else out.with_name(f"{out.stem}-vectors")
     catalogue = Catalogue(samples, others, progress=show_progress())
     report = Report()
-    with VectorStore(kept / _identity(loaded, precision), loaded.embedding_dim) as store:
+    with VectorStore(kept / _identity(loaded, loading.precision), loaded.embedding_dim) as store:
         found = mined(
             loaded,
             catalogue,

@@ -10,13 +10,13 @@ import typer
 
 from visavis.cli.console import (
     EXIT_ERROR,
-    JsonOption,
     human_bytes,
     print_columns,
     print_json,
     say,
     show_progress,
 )
+from visavis.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from visavis.train.plan import Plan, StagePlan

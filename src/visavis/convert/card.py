@@ -20,8 +20,17 @@ UNKNOWN = (
 )
 
 
-def model_card(loaded: Loaded, source: Path, to: str, precision: str, lost: list[str]) -> str:
-    """Return the text of README.md."""
+def model_card(
+    loaded: Loaded, source: Path, named: str, to: str, stored: str, lost: list[str]
+) -> str:
+    """Return the text of README.md.
+
+    Args:
+        source: the files that were converted.
+        named: what they are called, without folders of this machine.
+        stored: what the weights are stored in.
+        lost: settings that the layout has no place for.
+    """
     target, licence = TARGETS[to], source_licence(source)
     config = loaded.vlm.config
     vision = config.tower is not None
@@ -36,6 +45,7 @@ def model_card(loaded: Loaded, source: Path, to: str, precision: str, lost: list
         "reader": "AutoProcessor" if vision else "AutoTokenizer",
     }
     usage = target.usage.format(folder=".", **names).rstrip()
+    option = "--kind" if target.kinds else "--precision"
     front = [
         "---",
         *([f"license: {licence}"] if licence else []),
@@ -52,10 +62,10 @@ def model_card(loaded: Loaded, source: Path, to: str, precision: str, lost: list
         "",
         "| | |",
         "|---|---|",
-        f"| source | `{source.name}`, fingerprint `{loaded.fingerprint}` |",
+        f"| source | `{named}`, fingerprint `{loaded.fingerprint}` |",
         *(f"| {name} | {what} |" for name, what in parts.items() if what),
-        f"| weights in | {precision} |",
-        f"| made with | `visavis convert {source.name} OUT --to {to} --precision {precision}` |",
+        f"| weights in | {stored} |",
+        f"| made with | `visavis convert {named} OUT --to {to} {option} {stored}` |",
         "",
         "```python",
         usage,

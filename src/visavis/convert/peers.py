@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from visavis.checkpoints.gguf.model import find_parts
 from visavis.convert.probes import Answer, Probe
 
 NUM_TOLD = 50  # likeliest tokens that llama.cpp is asked for
@@ -100,7 +101,7 @@ def ask_llama_cpp(
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(place)
+    parameters.model.path = str(find_parts(place)[0] if place.is_dir() else place)
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0
     parameters.n_ctx = 512

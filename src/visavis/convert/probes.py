@@ -13,7 +13,7 @@ from PIL import Image
 
 TEXTS = (
     "A cup of coffee stands on a wooden table.",
-    "Wie spät ist es?  Es ist 12:30 Uhr — fast Mittag.",
+    "猫が窓のそばで寝ています。  12:30 — déjà midi ?",
     "def area(radius):\n    return 3.14159 * radius**2\n",
     "Name three colours of the rainbow, separated by commas.",
 )
@@ -66,15 +66,15 @@ def probes(with_pictures: bool) -> list[Probe]:
     return asked
 
 
-def cosine(first: Answer, second: Answer) -> float:
-    """Return the smaller cosine of vectors and hidden states, of what both have."""
+def cosine(first: Answer, second: Answer) -> float | None:
+    """Return the smaller cosine of vectors and hidden states; None if one has neither."""
     pairs = [(first.vector, second.vector), (first.hidden, second.hidden)]
     found = [
         float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
         for a, b in pairs
         if a is not None and b is not None
     ]
-    return min(found, default=1.0)
+    return min(found, default=None)
 
 
 def divergence(first: Answer, second: Answer) -> float | None:

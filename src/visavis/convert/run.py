@@ -18,6 +18,7 @@ from typing import Any
 
 from visavis.checkpoints.adapters import adapter_chain
 from visavis.checkpoints.detect import detect
+from visavis.checkpoints.gguf.model import find_parts
 from visavis.checkpoints.gguf.split import open_model
 from visavis.checkpoints.load import load_checkpoint, resolve
 from visavis.checkpoints.loaded import Loaded
@@ -41,6 +42,7 @@ class Conversion:
 
     Attributes:
         loaded: the model that was written, still loaded.
+        kind: the type of a GGUF file's tensors.
         files: what was written, in its place.
         lost: settings that the layout has no place for.
     """
@@ -50,6 +52,7 @@ class Conversion:
     out: Path
     target: str
     precision: str
+    kind: str
     files: list[Path]
     lost: list[str] = field(default_factory=list)
 
@@ -75,7 +78,8 @@ def convert(
         to: a name of `TARGETS`.
         precision: what the weights are stored in: "f32", "bf16", "f16", or "auto": as they are in
             the source, bf16 if it is quantised.
-        kind: GGUF only: the type of its tensors, such as Q8_0.
+        kind: GGUF only: the type of its tensors, such as Q8_0; empty: as `precision`, F16 if
+            that is "auto".
         turns, base, vision_tower: see `visavis.load`.
         force: replace a model that is at `out`.
 
@@ -90,21 +94,22 @@ def convert(
         raise InputError(f"kind {kind!r} was given for {to}, which has no kinds; leave it.")
     single = to == "gguf" and out.suffix == GGUF
     _check_place(out, path, force=force, single=single)
+    if target.kinds:
+        kind = kind.upper() or ("F16" if precision == "auto" else precision.upper())
     below = None if base is None else resolve(base)
     precision = stored_precision(path, below) if precision == "auto" else precision
     loaded = load_checkpoint(
         path, precision=precision, device="cpu", turns=turns, base=base, vision_tower=vision_tower
     )
-    settings: dict[str, Any] = {"kind": kind.upper()} if kind else {}
-    if not target.kinds:
-        settings["progress"] = progress
+    settings: dict[str, Any] = {"kind": kind} if target.kinds else {"progress": progress}
     try:
         if single:
             files, lost = _write_beside(target, loaded, out, settings), []
         else:
             with write_folder_atomically(out) as folder:
                 written = _write(target, loaded, folder, settings)
-                card = model_card(loaded, path, to, precision, written.lost)
+                named = path.name if Path(source).expanduser().exists() else str(source)
+                card = model_card(loaded, path, named, to, kind or precision, written.lost)
                 (folder / "README.md").write_text(card, encoding="utf-8")
                 for name in LICENCE_FILES:
                     if path.is_dir() and (path / name).is_file():
@@ -116,7 +121,7 @@ def convert(
             f"cannot write {out}: {error.strerror or error}; nothing was left there. Free some "
             "space, or choose another place."
         ) from error
-    return Conversion(loaded, path, out, to, precision, files, lost)
+    return Conversion(loaded, path, out, to, precision, kind, files, lost)
 
 
 def stored_precision(path: Path, base: Path | None = None) -> str:
@@ -126,21 +131,23 @@ def stored_precision(path: Path, base: Path | None = None) -> str:
         CheckpointError: its files are damaged, or of no layout that is known.
     """
     sizes: Counter[str] = Counter()
-    if path.is_file():
-        file, _ = open_model(path)
+    kind = detect(path).kind
+    if kind == "gguf":
+        file, _ = open_model(find_parts(path)[0] if path.is_dir() else path)
         names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         for tensor in file.tensors.values():
             type_name = str(getattr(tensor.type, "name", tensor.type))
             sizes[names.get(type_name, type_name)] += math.prod(tensor.shape)
     else:
-        if detect(path).kind == "adapter":
+        if kind == "adapter":
             _, path = adapter_chain(path, base)
         elif base is not None:
             path = base
         if (path / CONFIG_NAME).is_file() and "bundle" in read_config(path):
             return QUANTISED
-        found = sorted(path.glob("*.safetensors")) or weight_files(path)
-        for stored in read_headers(found).values():
+        # Wherever they lie: TinyLLaVA has a folder for each part.
+        files = sorted(path.rglob("*.safetensors")) or sorted(path.rglob("pytorch_model*.bin"))
+        for stored in read_headers(files or weight_files(path)).values():
             sizes[str(stored.dtype).removeprefix("torch.")] += math.prod(stored.shape)
     most = sizes.most_common(1)
     return PRECISIONS.get(most[0][0], QUANTISED) if most else QUANTISED

@@ -19,7 +19,8 @@ from visavis.files import write_atomically
 from visavis.index import Hit, Index
 
 if TYPE_CHECKING:
-    from visavis.api import Model, Reply
+    from visavis.api import Model
+    from visavis.generate.answer import Reply
 
 TEXT_QUERIES = (
     "a cup of coffee",

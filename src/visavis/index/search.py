@@ -1,4 +1,4 @@
-"""Add pictures and other items, find them again by meaning: `Index`.
+"""Add pictures, videos, pages and other items, find them again by meaning: `Index`.
 
     paths, items ──► content hash ──► known? nothing to do
                                 └──► model.embed, a batch at a time ──► store   (one commit each)
@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from visavis.errors import InputError, StoreError, VisavisError
+from visavis.index.items import file_of, picture_of, preview, shown_by, source_of, still_there
 from visavis.index.store import Row, Stamp, Store, StoredItem
-from visavis.processing.images import content_hash, decode_image
+from visavis.processing.documents import pages
+from visavis.processing.images import content_hash
 from visavis.processing.opening import find_images
 from visavis.progress import track
-from visavis.prompt import Prompt, Text
+from visavis.prompt import Document, Prompt, Text, Visual
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -46,7 +48,8 @@ class Hit:
     item: StoredItem = field(repr=False)
 
     def preview(self, size: int = 256) -> PILImage | str:
-        """Return a small picture, at most `size` pixels a side, or the text of a text item."""
+        """Return a small picture, at most `size` pixels a side (of a video its middle frame), or
+        the text of a text item."""
         return preview(self.item, size)
 
 
@@ -114,9 +117,10 @@ class Index:
         Interrupted, it keeps every finished batch; the same call again does only what is missing.
 
         Args:
-            paths_or_items: one or a list of: paths (str or Path) of pictures or of folders, which
-                are searched recursively; or items that `Prompt.of` takes, texts as dict(text=…).
-                A dict may name its own `source`, which a later item of that name replaces.
+            paths_or_items: one or a list of: paths (str or Path) of pictures, videos and PDF
+                documents, each page of which is an item, or of folders, which are searched
+                recursively; or items that `Prompt.of` takes, texts as dict(text=…). A dict may
+                name its own `source`, which a later item of that name replaces.
             progress: show a bar on stderr.
 
         Raises:
@@ -148,7 +152,8 @@ class Index:
         """Return the `k` items nearest in meaning, best first.
 
         Args:
-            query: what `Prompt.of` takes: a str is text, a Path a picture, a dict may hold both.
+            query: what `Prompt.of` takes: a str is text, a Path a picture, video or document, a
+                dict may hold both.
             k: at most this many hits.
             filter: only sources that match this glob, for example "*/holiday/*".
 
@@ -170,9 +175,11 @@ class Index:
         return [Hit(score, item.source, item) for score, item in found if item is not None]
 
     def prune(self) -> list[str]:
-        """Forget files that no longer exist; return their paths."""
+        """Forget files that no longer exist, and pages that documents no longer have; return
+        their paths."""
         self._must_exist()
-        gone = [source for source in self._store.file_sources() if not Path(source).is_file()]
+        num_pages: dict[Path, int] = {}
+        gone = [s for s in self._store.file_sources() if not still_there(s, num_pages)]
         self._store.remove(gone)
         return gone
 
@@ -205,10 +212,18 @@ class Index:
         for item in items:
             is_path = isinstance(item, (str, Path))
             try:
-                found = _from_path(item) if is_path else [_from_item(item)]
+                files = find_images(item, with_others=True) if is_path else ()
+                found = [] if is_path else [_from_item(item)]
             except VisavisError as error:
                 report.failed.append((str(item) if is_path else type(item).__name__, str(error)))
                 continue
+            for file in files:
+                # Absolute, so that the index works from any folder; links stay as they were named.
+                path = Path(os.path.abspath(file))
+                try:
+                    found += _from_file(path)
+                except VisavisError as error:
+                    report.failed.append((str(path), str(error)))
             entries.update((entry.source, entry) for entry in found)
         return list(entries.values())
 
@@ -272,24 +287,15 @@ class Index:
         return self._matrix[1:]
 
 
-def preview(item: StoredItem, size: int = 256) -> PILImage | str:
-    """Return a small picture of an item, or its text if it has none.
-
-    Raises:
-        ImageError: the file is gone or no longer readable.
-    """
-    if item.preview is None and not item.is_file:
-        return item.text
-    picture = decode_image(Path(item.source) if item.preview is None else item.preview)
-    picture.thumbnail((size, size))
-    return picture
-
-
-def _from_path(path: str | Path) -> list[_Entry]:
-    files = find_images(path)
-    # Absolute, so that the index works from any folder; links are kept as the user named them.
-    absolute = [Path(os.path.abspath(file)) for file in files]
-    return [_Entry(str(file), Prompt.of(file), is_file=True) for file in absolute]
+def _from_file(file: Path) -> list[_Entry]:
+    """Return the item that a file is, or those that a document's pages are."""
+    (part,) = Prompt.of(file).messages[0].parts
+    if not isinstance(part, Document):
+        return [_Entry(str(file), Prompt.of(part), is_file=True)]
+    return [
+        _Entry(f"{file}#page={number}", Prompt.of(page), is_file=True)
+        for number, page in enumerate(pages(part), 1)
+    ]
 
 
 def _from_item(item: Any) -> _Entry:
@@ -298,30 +304,33 @@ def _from_item(item: Any) -> _Entry:
         source = str(item["source"])
         item = {key: value for key, value in item.items() if key != "source"}
     prompt = Prompt.of(item)
-    images = [image.source for image in prompt.images]
     if source is not None:
         return _Entry(source, prompt, is_file=False)
-    if len(images) == 1 and isinstance(images[0], Path):
-        path = os.path.abspath(images[0].expanduser())
+    visuals = _visuals(prompt)
+    if len(visuals) == 1 and (path := source_of(visuals[0])):
         has_text = bool(prompt.text.strip())
         return _Entry(f"{path} + {prompt.text}" if has_text else path, prompt, not has_text)
-    if all(isinstance(part, Text) for message in prompt.messages for part in message.parts):
+    if not visuals:
         return _Entry(prompt.text, prompt, is_file=False)
     return _Entry(f"item {_hash_parts(prompt)}", prompt, is_file=False)
+
+
+def _visuals(prompt: Prompt) -> list[Visual]:
+    return [p for m in prompt.messages for p in m.parts if not isinstance(p, Text)]
 
 
 def _stamp(entry: _Entry) -> Stamp:
     if not entry.is_file:
         return Stamp()
     try:
-        status = os.stat(entry.source)
+        status = os.stat(file_of(entry.source))
     except OSError:  # it vanished since it was listed: reading it says so in better words
         return Stamp()
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
 def _content(entry: _Entry) -> str:
-    return content_hash(Path(entry.source)) if entry.is_file else _hash_parts(entry.prompt)
+    return content_hash(shown_by(entry.source)) if entry.is_file else _hash_parts(entry.prompt)
 
 
 def _hash_parts(prompt: Prompt) -> str:
@@ -341,10 +350,11 @@ def _row(entry: _Entry, content: str, stamp: Stamp, vector: np.ndarray) -> Row:
 
 
 def _kept_preview(entry: _Entry) -> bytes | None:
-    """A small JPEG of a picture that is nowhere else to be found later."""
-    if entry.is_file or not entry.prompt.images:
+    """A small JPEG of what is nowhere else to be found later."""
+    visuals = _visuals(entry.prompt)
+    if entry.is_file or not visuals:
         return None
-    picture = decode_image(entry.prompt.images[0]).copy()  # it may be the user's own object
+    picture = picture_of(visuals[0])
     picture.thumbnail((KEPT_PREVIEW_SIZE, KEPT_PREVIEW_SIZE))
     encoded = io.BytesIO()
     picture.save(encoded, "JPEG", quality=85)

@@ -94,6 +94,25 @@ class PackedBatch:
             image_means=means,
         )
 
+    def after(self, start: int) -> PackedBatch:
+        """Return what follows the first `start` tokens of a batch of one sequence; needs
+        `image_tokens`."""
+        assert len(self.lengths) == 1
+        rest: dict[str, Any] = {
+            "token_ids": self.token_ids[start:],
+            "positions": self.positions[..., start:],
+            "lengths": (self.lengths[0] - start,),
+        }
+        if self.image_positions is not None and self.image_tokens is not None:
+            kept = self.image_positions >= start
+            if not kept.any():
+                rest |= dict.fromkeys(("image_positions", "image_tokens", "image_means"))
+            else:
+                rest["image_positions"] = self.image_positions[kept] - start
+                rest["image_tokens"] = self.image_tokens[kept]
+            rest["image_counts"] = ()  # an image may be cut in two
+        return replace(self, **rest)
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with its tensors on a device."""
         moved: dict[str, Any] = {

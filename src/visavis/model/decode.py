@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from visavis.model.config import DecoderConfig
 from visavis.model.decoder import ACTIVATIONS, Block, Decoder
 from visavis.model.kv_cache import KVCache
-from visavis.model.quantized import PackedLinear
+from visavis.model.quantized import PackedLinear, packed_kernels
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -27,17 +27,21 @@ def can_flatten(decoder: Decoder) -> bool:
     """Return whether `FlatStep` computes this decoder."""
     config = decoder.config
     plain = config.norm == "rms" and not config.norm_offset and not config.qk_norm and config.gated
-    simple = not (config.parallel_block or config.sliding_window or config.mrope_sections)
+    simple = not (config.parallel_block or config.sliding_window)
     on_cpu = decoder.embed.weight.device.type == "cpu"
     return plain and simple and on_cpu and config.rotary_dim == config.head_dim
 
 
 class FlatStep:
-    """Extends one sequence by one token at a time; inference only."""
+    """Extends one sequence by one token at a time; inference only.
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+    Args:
+        ahead: by how much a token's position exceeds the number of tokens before it.
+    """
+
+    def __init__(self, decoder: Decoder, cache: KVCache, ahead: int = 0) -> None:
         assert can_flatten(decoder)
-        self.decoder, self.cache = decoder, cache
+        self.decoder, self.cache, self.ahead = decoder, cache, ahead
         self.layers = [_Layer(block, decoder.config, i) for i, block in enumerate(decoder.blocks)]
         self.head = multiply(decoder.head)
 
@@ -47,11 +51,12 @@ class FlatStep:
         past = cache.length
         cache.reserve(past + 1)
         x = decoder.embed_tokens(torch.tensor([token]))  # [1, D]
-        cos, sin = decoder.rope(torch.tensor([past]), decoder.dtype)
+        cos, sin = decoder.rope(torch.tensor([past + self.ahead]), decoder.dtype)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = layer(x, cos, sin, keys, values, past)
         cache.advance(1)
-        return self.head(decoder.norm(x).to(decoder.dtype))[0].float()
+        with packed_kernels():
+            return self.head(decoder.norm(x).to(decoder.dtype))[0].float()
 
 
 class _Layer:

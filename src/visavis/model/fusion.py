@@ -45,7 +45,7 @@ def count_tokens(config: VLMConfig, shape: Shape) -> int:
         num_patches = shape.frames * shape.rows * shape.columns
         return connector_tokens(config.connector, num_patches)
     merge, per_view = config.merge, config.tokens_per_image
-    if merge.kind == "flat":
+    if merge.kind == "flat" and not _is_pooled(shape, merge):
         return shape.views * per_view
     side = round(per_view**0.5)
     if merge.kind == "hd":
@@ -68,7 +68,7 @@ def arrange(tokens: Tensor, shape: Shape, merge: MergeConfig, newline: Tensor | 
     Args:
         newline: the learned vector [D], where the config has one; of `hd` both, [2, D].
     """
-    if merge.kind == "flat":
+    if merge.kind == "flat" and not _is_pooled(shape, merge):
         return tokens.flatten(0, 1)
     side = round(tokens.shape[1] ** 0.5)
     if merge.kind == "hd":
@@ -117,6 +117,10 @@ def shrunk(height: int, width: int, side: int, merge: MergeConfig) -> tuple[int,
         return height, width
     times = (height * width / (merge.max_tiles * side * side)) ** 0.5
     return (int(height // times), int(width // times)) if times > 1.1 else (height, width)
+
+
+def _is_pooled(shape: Shape, merge: MergeConfig) -> bool:
+    return shape.video and merge.video_pool > 1
 
 
 def pooled_side(side: int, merge: MergeConfig) -> int:

@@ -61,6 +61,23 @@ class KVCache:
         assert 0 <= length <= self.length
         self.length = length
 
+    def fork(self, length: int, capacity: int) -> KVCache:
+        """Return a cache of its own with the first `length` tokens, and room for `capacity`."""
+        assert 0 <= length <= self.length
+        copy = object.__new__(KVCache)
+        copy.length = length
+        copy.keys, copy.values = [], []
+        for stores, mine in ((copy.keys, self.keys), (copy.values, self.values)):
+            for old in mine:
+                new = old.new_empty(old.shape[0], max(capacity, length), old.shape[2])
+                new[:, :length] = old[:, :length]
+                stores.append(new)
+        return copy
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(store.nbytes for store in (*self.keys, *self.values))
+
     def _grow(self, layer: int, needed: int) -> None:
         for store in (self.keys, self.values):
             old = store[layer]

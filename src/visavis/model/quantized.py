@@ -17,17 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 32
+ROWS = 1024  # packed together: a multiple of the kernel's tiles, which are of 64 rows at most
 _regime = threading.local()
 
 
 @contextmanager
 def packed_kernels() -> Iterator[None]:
     """Within this block, and in this thread, packed linears read their integers."""
-    _regime.packed = True
+    before, _regime.packed = decoding(), True
     try:
         yield
     finally:
-        _regime.packed = False
+        _regime.packed = before
+
+
+def decoding() -> bool:
+    """Return whether this thread is in a `packed_kernels` block: extending sequences by a token."""
+    return bool(getattr(_regime, "packed", False))
 
 
 class PackedLinear(nn.Module):
@@ -62,10 +68,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.digits = 1 + (int(codes.max()) > 15)
         if self.digits == 2:  # 16 * high + low
-            codes = torch.cat((codes >> 4, codes & 15), 1)
             minimum = torch.cat((minimum, torch.zeros_like(minimum)), 1)
             scale = torch.cat((16 * scale, scale), 1)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        packed = _pack(codes, self.digits)
         # the kernel computes (code - 8) * scale + zero
         both = torch.stack((scale, minimum + 8 * scale), -1)  # [out, in / 32, 2]
         self.register_buffer("packed", packed, persistent=False)
@@ -77,6 +82,16 @@ class PackedLinear(nn.Module):
         low, high = low_rank if low_rank is not None else (None, None)
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
+
+    @property
+    def num_weights(self) -> int:
+        return self.dense.numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """What one product of a decoded token reads."""
+        read = (self.packed, self.scales, self.low, self.high)
+        return sum(part.nbytes for part in read if part is not None)
 
     def forward(self, x: Tensor) -> Tensor:  # bfloat16 [T, in] -> [T, out]
         if not getattr(_regime, "packed", False):
@@ -97,3 +112,13 @@ class PackedLinear(nn.Module):
             return base
         down, up = low.T, high.T
         return lambda x: torch.addmm(base(x), x @ down, up)
+
+
+def _pack(codes: Tensor, digits: int) -> Tensor:
+    """Return codes [out, in] as the kernel reads them, some rows at a time to take less memory."""
+    width = codes.shape[1] * digits
+    packed = torch.empty(len(codes), width // 2, dtype=torch.uint8)
+    for some, place in zip(codes.split(ROWS), packed.split(ROWS), strict=True):
+        parts = some if digits == 1 else torch.cat((some >> 4, some & 15), 1)
+        place.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(parts.int(), 1))
+    return packed

@@ -42,15 +42,27 @@ def expand(prompt: Prompt) -> Prompt:
 
 
 def _expand_parts(message: Message) -> tuple[Part, ...]:
-    return tuple(
-        expanded
-        for part in message.parts
-        for expanded in (pages(part) if isinstance(part, Document) else (part,))
-    )
+    expanded: list[Part] = []
+    for part in message.parts:
+        found = pages(part) if isinstance(part, Document) else (part,)
+        if len(found) > MAX_PAGES:
+            assert isinstance(part, Document)
+            raise InputError(
+                f"{len(found)} pages of {name_of(_file(part.source), 'document')}, expected at "
+                f"most {MAX_PAGES} in one prompt; name those you mean: visavis.Document(path, "
+                "pages=(1, 2))"
+            )
+        expanded += found
+    return tuple(expanded)
 
 
 def pages(document: Document) -> tuple[Image, ...]:
-    """Return a picture of each page, or of those the document names; none is rendered yet."""
+    """Return a picture of each page, or of those the document names; none is rendered yet.
+
+    Raises:
+        ImageError: the document cannot be read.
+        InputError: it has fewer pages than were named.
+    """
     source = _file(document.source)
     with _open(source) as pdf:
         num_pages = len(pdf)
@@ -59,11 +71,6 @@ def pages(document: Document) -> tuple[Image, ...]:
     if max(numbers) > num_pages:
         raise InputError(
             f"page {max(numbers)} of {name}, which has {num_pages} pages; pages count from 1"
-        )
-    if len(numbers) > MAX_PAGES:
-        raise InputError(
-            f"{len(numbers)} pages of {name}, expected at most {MAX_PAGES} in one prompt; name "
-            "those you mean: visavis.Document(path, pages=(1, 2))"
         )
     return tuple(Image(Page(source, number)) for number in numbers)
 

@@ -6,8 +6,8 @@ and only where the number of tokens depends on it. Knows configs; runs no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,8 @@ from visavis.processing.templates import (
 )
 from visavis.processing.tokenizer import SpecialTokens
 from visavis.processing.turns import TURNS
-from visavis.processing.visuals import shape_of, sized_by_company
-from visavis.prompt import Prompt, Text
+from visavis.processing.visuals import shape_of, sized_by_company, times_of
+from visavis.prompt import Message, Part, Prompt, Text, Video
 from visavis.registry import lookup
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class PromptEncoder:
             InputError: the model cannot chat, or not about what the prompt holds.
             ContextLengthError: the prompt is longer than the model's context.
         """
+        prompt = self._timed(prompt)
         shapes, profile = self._shapes(prompt), self.profile
         settings = self._settings(shapes)
         if profile.turns:
@@ -175,6 +176,20 @@ class PromptEncoder:
             )
         alone, processor = self.alone(prompt), self.processor
         return [shape_of(one, processor, alone) for one in prompt.visuals if processor]
+
+    def _timed(self, prompt: Prompt) -> Prompt:
+        """Return a prompt with each video's times in words after it, where the profile has them."""
+        processor = self.processor
+        if not self.profile.video_times or processor is None:
+            return prompt
+
+        def timed(message: Message) -> Iterator[Part]:
+            for part in message.parts:
+                yield part
+                if isinstance(part, Video):
+                    yield Text(times_of(part, processor) + "\n")
+
+        return Prompt(tuple(replace(one, parts=tuple(timed(one))) for one in prompt.messages))
 
     def _settings(self, shapes: Sequence[Shape]) -> dict[str, Any]:
         return {

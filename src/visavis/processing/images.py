@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 import threading
 import warnings
@@ -40,11 +41,13 @@ from visavis.registry import suggest
 MAX_PIXELS = 64_000_000  # read from the header, before anything is decoded
 MAX_SIDE = 65_535  # longest side, also what JPEG itself allows
 
-# What files that are not pictures start with → what to say about them.
+# What files that are not pictures start with, as patterns → what to say about them.
 _NOT_PICTURES: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "it is a PDF document; pass it as visavis.Document(path)"),
+    (b"....ftyp(heic|heix|hevc|mif1)", "it is a HEIC picture; export it as JPEG"),
+    (b"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "it is a video; pass it as visavis.Video(path)"),
     (b"<svg", "it is an SVG drawing; export it as PNG"),
-    (b"<?xml", "it is XML, perhaps an SVG drawing; export it as PNG"),
+    (rb"<\?xml", "it is XML, perhaps an SVG drawing; export it as PNG"),
     (b"<!doctype html", "it is a web page, perhaps a failed download; download the picture again"),
     (b"<html", "it is a web page, perhaps a failed download; download the picture again"),
     (b"version https://git-lfs", "it is a Git LFS pointer; run `git lfs pull`"),
@@ -197,7 +200,8 @@ def _open_header(data: BinaryIO, name: str) -> pil.Image:
     except UnidentifiedImageError:
         data.seek(0)
         start = data.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").lower()
-        hints = (hint for magic, hint in _NOT_PICTURES if start.startswith(magic.lower()))
+        flags = re.IGNORECASE | re.DOTALL
+        hints = (hint for magic, hint in _NOT_PICTURES if re.match(magic, start, flags))
         hint = next(hints, "it is damaged or of another kind; open it in a viewer and save as PNG")
         raise ImageError(
             f"{name} is not a picture that can be read (it starts {start[:12]!r}), expected one "

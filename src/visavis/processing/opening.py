@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from visavis.errors import ImageError
-from visavis.prompt import Stored
+from visavis.prompt import DOCUMENT_SUFFIXES, VIDEO_SUFFIXES, Stored
 
 # Pillow's name of a format → the suffixes that `find_images` takes for it. Formats that start
 # another program (EPS), or that nearly any bytes match (TGA, PCX), are left out on purpose.
@@ -78,12 +78,17 @@ def open_source(source: Path | bytes | Stored, what: str = "image") -> BinaryIO:
     return opened
 
 
-def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+def find_images(
+    paths: str | Path | Iterable[str | Path], *, with_others: bool = False
+) -> list[Path]:
     """Return the picture files under `paths`, without duplicates.
 
     Folders are searched recursively and in sorted order for the suffixes in FORMATS; hidden files
     and folders (".…") are left out and links to folders are not followed. A file that is named
     itself is taken whatever its suffix is.
+
+    Args:
+        with_others: look for videos and documents too.
 
     Raises:
         ImageError: a path does not exist, or a folder cannot be read or holds no picture.
@@ -92,7 +97,7 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path).expanduser()
         if path.is_dir():
-            found.update(dict.fromkeys(_walk(path)))
+            found.update(dict.fromkeys(_walk(path, with_others)))
         elif path.exists():
             found[path] = None
         else:
@@ -103,7 +108,9 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path, with_others: bool) -> list[Path]:
+    wanted = SUFFIXES | VIDEO_SUFFIXES | DOCUMENT_SUFFIXES if with_others else SUFFIXES
+
     def unreadable(error: OSError) -> None:
         raise ImageError(
             f"folder {error.filename!r} cannot be read ({error.strerror}); "
@@ -115,14 +122,14 @@ def _walk(folder: Path) -> list[Path]:
     for root, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+            if not name.startswith(".") and Path(name).suffix.lower() in wanted:
                 pictures.append(Path(root, name))
             else:
                 others += 1
     if not pictures:
         raise ImageError(
-            f"folder {name_of(folder)} holds no pictures ({others} other files), expected some "
-            f"with the suffix {' '.join(sorted(SUFFIXES))}"
+            f"folder {name_of(folder)} holds no pictures{', videos or PDFs' * with_others} "
+            f"({others} other files), expected some with the suffix {' '.join(sorted(wanted))}"
         )
     return sorted(pictures)
 

@@ -10,7 +10,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-CHAT_FIELDS = ("turns", "jinja", "image_start", "image_end")  # the others are for embedding
+CHAT_FIELDS = (
+    "turns",
+    "jinja",
+    "image_start",
+    "image_end",
+    "video_times",
+)  # the others are for embedding
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class PromptProfile:
         jinja: a chat template's source; both empty: the checkpoint cannot chat.
         image_start, image_end: special tokens around each image's own (LLaVA 1.0's
             mm_use_im_start_end), within what `turns` writes there.
+        video_times: whose sentence on a video's length and its frames' times stands after each
+            video in chat; empty: nobody's.
         embed_prefix, embed_suffix: text around an item that is embedded.
         embed_image_end: text after each of its images.
         pooling: `head` is the trained embedding head, `last` the final hidden state of the last
@@ -35,6 +43,7 @@ class PromptProfile:
     jinja: str = ""
     image_start: str = ""
     image_end: str = ""
+    video_times: Literal["", "llava-video"] = ""
     embed_prefix: str = ""
     embed_suffix: str = ""
     embed_image_end: str = ""

@@ -334,13 +334,13 @@ def _add_tokens(tokenizer: Tokenizer, path: Path, config: Mapping[str, Any]) -> 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
     """Return the tokens that a folder adds to its vocabulary, by id."""
     special = {_text(config.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
-    special |= {_text(one) for one in config.get("additional_special_tokens", [])}
-    found: dict[int, dict[str, Any]] = {
-        number: {"content": text, "special": text in special}
-        for text, number in _json(folder / "added_tokens.json").items()
-    }
-    decoder = config.get("added_tokens_decoder", {})
     try:
+        special |= {_text(one) for one in config.get("additional_special_tokens", [])}
+        found: dict[int, dict[str, Any]] = {
+            number: {"content": text, "special": text in special}
+            for text, number in _json(folder / "added_tokens.json").items()
+        }
+        decoder = config.get("added_tokens_decoder", {})
         found |= {int(number): settings for number, settings in decoder.items()}
         return {
             number: AddedToken(

@@ -152,6 +152,24 @@ def survey(video: Video, config: VideoConfig) -> tuple[int, tuple[int, int]]:
         return len(indices), reader.read(indices[:1])[0].size
 
 
+def describe_times(video: Video, config: VideoConfig) -> str:
+    """Return `time_instruction` of the frames that `read_frames` will give; none is decoded where
+    the file says when they are shown."""
+    with _open(video) as reader:
+        indices = _sample(reader, config, video)
+        return time_instruction(reader.duration, [reader.times[index] for index in indices])
+
+
+def middle_frame(video: Video) -> pil.Image:
+    """Return the frame that stands for a video where one picture must; the first is often black.
+
+    Raises:
+        ImageError: the video cannot be read.
+    """
+    with _open(video) as reader:
+        return reader.read([len(reader.times) // 2])[0]
+
+
 def _sample(reader: _Reader, config: VideoConfig, video: Video) -> list[int]:
     indices = sample(len(reader.times), reader.rate, config, video.frames)
     width, height = reader.size

@@ -18,7 +18,7 @@ from visavis.processing.images import (
     image_size,
     process_image,
 )
-from visavis.processing.video import VideoConfig, read_frames, survey
+from visavis.processing.video import VideoConfig, describe_times, read_frames, survey
 from visavis.prompt import Image, Video
 
 
@@ -50,6 +50,15 @@ def shape_of(visual: Image | Video, processor: ImageProcessorConfig, alone: bool
     if processor.tiles is not None:
         return tiling.image_shape(image_size(visual), processor, alone)
     return Shape()
+
+
+def times_of(video: Video, processor: ImageProcessorConfig) -> str:
+    """Return what LLaVA-Video's prompts say on the times of a video's frames.
+
+    Raises:
+        ImageError, InputError: see `shape_of`.
+    """
+    return describe_times(video, _frames_of(processor))
 
 
 def pixels_of(

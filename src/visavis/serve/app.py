@@ -7,7 +7,7 @@
     POST /api/chat                    form: messages (JSON), image or like; server-sent events
 
 Files are handed out by their number in the index, never by path. All work of the model happens in
-one thread, one request after another.
+one thread, where answers to several people grow together.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import threading
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -36,9 +36,12 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visavis.errors import ImageError, InputError, VisavisError
-from visavis.index.search import preview
+from visavis.generate.answer import Reply
+from visavis.generate.desk import Desk
+from visavis.generate.engine import Engine
+from visavis.index.items import preview, title, visual_of
 from visavis.index.store import StoredItem
-from visavis.prompt import Image, Prompt, Text
+from visavis.prompt import Image, Prompt, Text, Visual
 from visavis.prompt import Message as Turn
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ HEADERS = (
 )
 
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 
 def create_app(model: Model, index: Index, *, examples: Sequence[str] = ()) -> Starlette:
@@ -82,13 +86,13 @@ def create_app(model: Model, index: Index, *, examples: Sequence[str] = ()) -> S
 
 
 class Site:
-    """The endpoints, and the one thread in which the model works."""
+    """The endpoints, and the desk at which the model works."""
 
     def __init__(self, model: Model, index: Index, examples: Sequence[str]) -> None:
         self.model = model
         self.index = index
         self.examples = list(examples)
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.desk = Desk(model.ask, Engine(model.vlm, prefixes=model.prefixes))
         self._encoded = lru_cache(maxsize=NUM_KEPT_PICTURES)(_encode_picture)
 
     async def page(self, request: Request) -> Response:
@@ -109,11 +113,12 @@ class Site:
     async def search(self, request: Request) -> Response:
         async with request.form(max_files=1, max_fields=8) as form:
             text = _field(form, "text").strip()
-            picture = await self._picture_source(form)
+            visual = await self._visual(form)
             k = _number(form, "k", default=24)
-        if not text and picture is None:
+        if not text and visual is None:
             raise InputError("nothing to look for: type some words or add a picture")
-        query = Prompt.of({"image": picture, "text": text or None})
+        parts = (*([visual] if visual else []), *([Text(text)] if text else []))
+        query = Prompt((Turn("user", parts),))
         hits = await self._in_worker(lambda: self.index.search(query, k=min(k, MAX_HITS)))
         found = [{**_describe(hit.item), "score": round(hit.score, 4)} for hit in hits]
         return JSONResponse({"hits": found})
@@ -136,10 +141,10 @@ class Site:
     async def chat(self, request: Request) -> Response:
         async with request.form(max_files=1, max_fields=8) as form:
             messages = _turns(_field(form, "messages"))
-            picture = await self._picture_source(form)
-        if picture is not None:  # the whole conversation is about it: it opens the first turn
+            visual = await self._visual(form)
+        if visual is not None:  # the whole conversation is about it: it opens the first turn
             first = messages[0]
-            messages[0] = Turn(first.role, (Image(picture), *first.parts))
+            messages[0] = Turn(first.role, (visual, *first.parts))
         return StreamingResponse(
             self._answer(messages),
             media_type="text/event-stream",
@@ -150,71 +155,53 @@ class Site:
         """Yield server-sent events: pieces of text, then `done` or `error`."""
         events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        gone = threading.Event()
 
         def send(event: dict[str, Any] | None) -> None:
             with suppress(RuntimeError):  # the server is being closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def work() -> None:
-            try:
-                self._generate(messages, gone, send)
-            except VisavisError as error:
+        def ended(future: Future[Reply]) -> None:
+            error = None if future.cancelled() else future.exception()
+            if isinstance(error, VisavisError):
                 send({"error": str(error)})
-            except Exception as error:
+            elif error is not None:
                 send({"error": f"the model failed ({type(error).__name__}); see the terminal"})
-                raise
-            finally:
-                send(None)
+                log.error("an answer failed", exc_info=error)
+            elif not future.cancelled():
+                reply = future.result()
+                seconds = reply.timings.prefill_s + reply.timings.decode_s
+                tokens = reply.usage.completion_tokens
+                done = {"done": reply.finish_reason, "tokens": tokens, "seconds": round(seconds, 2)}
+                send(done)
+            send(None)
 
-        working = loop.run_in_executor(self.worker, work)
+        answer = self.desk.answer(
+            Prompt(tuple(messages)),
+            lambda piece: send({"piece": piece}),
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        answer.add_done_callback(ended)
         try:
             while (event := await events.get()) is not None:
                 yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-            await working
         finally:
-            gone.set()
-
-    def _generate(
-        self,
-        messages: list[Turn],
-        gone: threading.Event,
-        send: Callable[[dict[str, Any]], None],
-    ) -> None:
-        if gone.is_set():
-            return
-        *history, question = messages
-        visuals = [part for part in question.parts if not isinstance(part, Text)]
-        text = "\n".join(part.text for part in question.parts if isinstance(part, Text))
-        reply = self.model.chat(
-            text, visuals, history=history, max_new_tokens=MAX_NEW_TOKENS, stream=True
-        )
-        for piece in reply:
-            if gone.is_set():
-                return
-            send({"piece": piece})
-        send(
-            {
-                "done": reply.finish_reason,
-                "tokens": reply.usage.completion_tokens,
-                "seconds": round(reply.timings.prefill_s + reply.timings.decode_s, 2),
-            }
-        )
+            answer.cancel()
 
     async def _in_worker(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self.worker, work)
+        return await asyncio.wrap_future(self.desk.work(work))
 
-    async def _picture_source(self, form: FormData) -> bytes | Path | None:
-        """Return the uploaded picture, or that of an indexed item."""
+    async def _visual(self, form: FormData) -> Visual | None:
+        """Return the uploaded picture, or what an indexed item shows."""
         upload = form.get("image")
         if isinstance(upload, UploadFile):
-            return await upload.read()
+            return Image(await upload.read())
         if not _field(form, "like"):
             return None
         item = await run_in_threadpool(self._item, _number(form, "like"))
-        if item.preview is None and not item.is_file:
+        visual = visual_of(item)
+        if visual is None:
             raise InputError(f"item {item.id} has no picture")
-        return item.preview or Path(item.source)
+        return visual
 
     def _item(self, item_id: int) -> StoredItem:
         item = self.index.item(item_id) if item_id < 2**63 else None
@@ -278,7 +265,7 @@ def _describe(item: StoredItem) -> dict[str, Any]:
     has_picture = item.is_file or item.preview is not None
     return {
         "id": item.id,
-        "name": Path(item.source).name if item.is_file else item.source,
+        "name": title(item),
         "source": item.source,
         "text": item.text,
         "picture": f"/api/items/{item.id}/picture?v={item.content[:8]}" if has_picture else None,

@@ -21,7 +21,9 @@ def trainable_groups(vlm: VLM, stage: StepsStage) -> dict[str, list[nn.Parameter
         TrainError: the model lacks a part.
     """
     vlm.requires_grad_(False)
-    found = {part: _parameters(vlm, part, stage) for part in stage.train}
+    found: dict[str, list[nn.Parameter]] = {
+        part: _parameters(vlm, part, stage) for part in stage.train
+    }
     for part, parameters in found.items():
         if not parameters:
             raise TrainError(

@@ -19,7 +19,7 @@ from visavis.checkpoints.loaded import Loaded
 from visavis.embed.encoder import pooled
 from visavis.errors import VisavisError
 from visavis.generate.engine import generate
-from visavis.generate.sampling import make_sampler
+from visavis.generate.sampling import Sampler, Sampling
 from visavis.processing.images import content_hash, decode_image
 from visavis.processing.templates import Encoded
 from visavis.prompt import Image, Prompt, Text
@@ -72,7 +72,7 @@ def _answer(loaded: Loaded, task: GenerativeTask, id: str, prompt: Prompt) -> Ro
     ids = generate(
         vlm,
         task.batcher.pack([question], [encoded], ids=[id]),
-        make_sampler(0.0, None),
+        Sampler(Sampling()),
         max_new_tokens=min(NEW_TOKENS, room),
         stop_ids=frozenset(loaded.specials.eot_ids),
     )

@@ -67,7 +67,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, linear.weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.linear.weight.to(gradient.dtype), None
 
 

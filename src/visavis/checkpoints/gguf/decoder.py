@@ -26,6 +26,7 @@ from visavis.checkpoints.gguf.architectures import (
     shape_of,
 )
 from visavis.checkpoints.gguf.reader import GGUFFile, TensorInfo
+from visavis.checkpoints.weight_files import warn_not_finite
 from visavis.errors import CheckpointError
 from visavis.model.config import DecoderConfig, PerLayer, RopeScaling
 from visavis.registry import suggest
@@ -33,6 +34,8 @@ from visavis.registry import suggest
 # Expected, but no weights of ours: they become config.rope_scaling.
 ROPE_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+
+MAX_WIDTH = 2**27  # no dimension of a real model is larger
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,7 @@ def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
     """Yield each tensor of ours by name, as float32.
 
     Raises:
-        CheckpointError: as `decoder_tensors`; a type that cannot be dequantised; values that
-            are not finite.
+        CheckpointError: as `decoder_tensors`; a type that cannot be dequantised.
     """
     for info in file.tensors.values():
         if info.type not in quants.SUPPORTED:
@@ -156,10 +158,7 @@ def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
         with np.errstate(all="ignore"):
             finite = np.isfinite(array.sum())
         if not finite:
-            raise CheckpointError(
-                f"{file.path}: {ours} holds NaN or infinite values, expected finite weights; the "
-                "file is damaged, fetch it again and compare its sha256"
-            )
+            warn_not_finite(ours, str(file.path))
         yield ours, array
 
 
@@ -238,13 +237,17 @@ def _check_sizes(file: GGUFFile, config: DecoderConfig) -> None:
     )
     even_head = config.head_dim >= 2 and config.head_dim % 2 == 0
     rope_fits = 0 < config.rope_base < math.inf and config.sliding_window >= 0
-    if not layers or not heads_fit or not even_head or not rope_fits:
+    widths = [config.width, config.vocab_size]
+    widths += [config.per_layer(n, i) for n in (config.num_heads, config.ffn_width) for i in layers]
+    positive = all(0 < width < MAX_WIDTH for width in widths)
+    if not layers or not heads_fit or not even_head or not rope_fits or not positive:
         raise CheckpointError(
             f"{file.path}: {config.num_layers} layers, {config.num_heads} heads of size "
-            f"{config.head_dim}, {config.num_kv_heads} key-value heads and {len(file.tensors)} "
-            f"tensors (rope base {config.rope_base}) do not make a model; expected an even head "
-            "size and heads that divide evenly among key-value heads; the metadata is damaged, "
-            "fetch the file again"
+            f"{config.head_dim}, {config.num_kv_heads} key-value heads, width {config.width}, "
+            f"feed-forward {config.ffn_width}, vocabulary {config.vocab_size} and "
+            f"{len(file.tensors)} tensors (rope base {config.rope_base}) do not make a model; "
+            "expected an even head size and heads that divide evenly among key-value heads; the "
+            "metadata is damaged, fetch the file again"
         )
 
 

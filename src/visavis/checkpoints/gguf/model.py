@@ -55,24 +55,26 @@ def load_gguf(
         path, found = find_parts(path)
         vision_tower = vision_tower or found
     file, paths = open_model(path)
-    if file.metadata.get("general.architecture") == ARCHITECTURE:
+    if str(file.metadata.get("general.architecture")) == ARCHITECTURE:
         raise CheckpointError(
             f"{path} is the vision half of a model (mmproj), expected its language model; give "
             f"that, and this file with it: visavis.load('model.gguf', vision_tower={str(path)!r})."
         )
     config = VLMConfig(decoder=decoder_config(file))
-    specials = special_tokens(file.metadata)
     half = vision = None
     if vision_tower is not None:
         vision, half = _open_half(vision_tower, config.decoder.width, path)
+        paths = [*paths, vision_tower]
+    specials = special_tokens(file.metadata)
+    if half is not None:
         # Without a placeholder in the vocabulary any id will do: images are found by position.
         config = half.joined(config, specials.by_text.get(PLACEHOLDER, 0))
-        paths = [*paths, vision_tower]
     dtype = auto_dtype(precision, device)
     state: dict[str, Tensor] = {}
     for name, array in decoder_state(file):
         tensor = torch.from_numpy(array)
         state[name] = tensor if tensor.dim() == 1 else tensor.to(dtype)
+        file.release()
     if vision is not None and half is not None:
         types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
         for name, tensor in half_state(vision, half):
@@ -101,7 +103,7 @@ def find_parts(folder: Path) -> tuple[Path, Path | None]:
     models, halves = [], []
     for path in sorted(folder.glob("*.gguf")):
         metadata = open_gguf(path).metadata
-        if metadata.get("general.architecture") == ARCHITECTURE:
+        if str(metadata.get("general.architecture")) == ARCHITECTURE:
             halves.append(path)
         elif metadata.get("split.no", 0) == 0:
             models.append(path)
@@ -117,7 +119,7 @@ def find_parts(folder: Path) -> tuple[Path, Path | None]:
 
 def _open_half(path: Path, width: int, model: Path) -> tuple[GGUFFile, Half]:
     file = open_gguf(path)
-    architecture = file.metadata.get("general.architecture")
+    architecture = str(file.metadata.get("general.architecture"))
     if architecture != ARCHITECTURE:
         raise CheckpointError(
             f"{path} has general.architecture {architecture!r}, expected {ARCHITECTURE!r}, the "
@@ -146,5 +148,6 @@ def _profile(file: GGUFFile) -> PromptProfile:
                 "newer visavis: upgrade it."
             ) from error
     number = metadata.get(f"{metadata['general.architecture']}.pooling_type")
+    number = number if isinstance(number, int) else None
     jinja = str(metadata.get("tokenizer.chat_template", ""))
     return PromptProfile(jinja=jinja, pooling="mean" if number == POOLING["mean"] else "last")

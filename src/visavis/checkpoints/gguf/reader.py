@@ -79,6 +79,12 @@ class GGUFFile:
         info = self.tensors[name]
         return self._data[info.offset : info.offset + info.nbytes]
 
+    def release(self) -> None:
+        """Let the pages that were read go; they are read again when they are needed."""
+        mapped = getattr(self._data.base, "obj", None)  # none of a split file, which maps nothing
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def dequantize(self, name: str) -> np.ndarray:
         """Return a tensor as float32 in its shape.
 

@@ -22,7 +22,7 @@ class SplitGGUF(GGUFFile):
     """Several open files as one: tensors stay in the file that holds them."""
 
     def __init__(self, parts: list[GGUFFile]) -> None:
-        first = parts[0]
+        self.parts, first = parts, parts[0]
         metadata = {k: v for k, v in first.metadata.items() if not k.startswith("split.")}
         self.owner: dict[str, GGUFFile] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -39,6 +39,10 @@ class SplitGGUF(GGUFFile):
     def raw(self, name: str) -> np.ndarray:
         """Return a tensor's bytes, a read-only uint8 view of its mapped file."""
         return self.owner[name].raw(name)
+
+    def release(self) -> None:
+        for part in self.parts:
+            part.release()
 
 
 def part_names(name: str) -> list[str]:

@@ -88,7 +88,8 @@ def write_llava(loaded: Loaded, folder: Path, *, progress: bool = False) -> Writ
     ]
     table = name_table(text, vision, read)
     files += write_tensors(folder, write_as(read, table, state), dtype=dtype, progress=progress)
-    return Written(files, [*lost_settings(loaded.profile), *_lost_turns(data, text, loaded)])
+    profile = replace(loaded.profile, video_times="")  # it has a place here
+    return Written(files, [*lost_settings(profile), *_lost_turns(data, text, loaded)])
 
 
 def _config(
@@ -121,6 +122,7 @@ def _config(
         "mm_vision_select_feature": "patch" if config.select_feature == "patch" else "cls_patch",
         "mm_use_im_start_end": start_end,
         "mm_use_im_patch_token": False,
+        "add_time_instruction": bool(loaded.profile.video_times),
         "tune_mm_mlp_adapter": False,
         "unfreeze_mm_vision_tower": True,  # the tower's weights are those in this folder
         **_merge(config.merge),
@@ -168,8 +170,9 @@ def _projector(connector: ConnectorConfig | None) -> str:
 
 
 def _merge(merge: MergeConfig) -> dict[str, Any]:
+    pool = {"mm_spatial_pool_mode": merge.video_pool_mode} if merge.video_pool > 1 else {}
     if merge.kind == "flat":
-        return {"mm_patch_merge_type": "flat"}
+        return {"mm_patch_merge_type": "flat", **pool}
     return {
         "mm_patch_merge_type": "spatial_unpad" if merge.unpad else "spatial",
         "mm_newline_position": merge.video_newline,

@@ -5,7 +5,7 @@
     vision_tower/  or a folder that the caller or config.json names
 
 The tower's weights come from the checkpoint if it holds any (they may have been trained there),
-else from the tower's folder. Executes nothing and fetches nothing.
+else from the tower's folder, which may be fetched from the hub. Executes nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from visavis.checkpoints import hub
 from visavis.checkpoints.adapters import Adapter, merged
 from visavis.checkpoints.detect import PROJECTOR, is_first_stage
 from visavis.checkpoints.llava.layout import (
@@ -27,6 +28,7 @@ from visavis.checkpoints.llava.layout import (
     is_llave,
     known_tower,
     name_table,
+    tells_times,
     text_config,
     tiles_config,
     turns_of,
@@ -54,7 +56,7 @@ from visavis.checkpoints.weight_files import (
     read_json,
     weight_files,
 )
-from visavis.errors import CheckpointError
+from visavis.errors import CheckpointError, FetchError
 from visavis.model.config import VLMConfig
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PROFILES, PromptProfile
@@ -92,7 +94,7 @@ def load_llava(
     Raises:
         CheckpointError: a file is absent or damaged, or the files do not belong together.
     """
-    found = open_llava(folder, base=base, adapters=adapters, vision_tower=vision_tower)
+    found = open_llava(folder, base=base, adapters=adapters, vision_tower=vision_tower, fetch=True)
     if found.lacking is not None:
         raise found.lacking
     data, config, processor = found.data, found.config, found.processor
@@ -156,8 +158,12 @@ def open_llava(
     base: Path | None = None,
     adapters: Sequence[Adapter] = (),
     vision_tower: Path | None = None,
+    fetch: bool = False,
 ) -> Opened:
     """Find the parts of a model; see `load_llava`.
+
+    Args:
+        fetch: a vision tower that is needed and not here may be fetched from the hub.
 
     Raises:
         CheckpointError: a file is absent or damaged, or the files do not belong together.
@@ -179,14 +185,17 @@ def open_llava(
         if start:
             added = (*(("<im_patch>",) if data.get("mm_use_im_patch_token") else ()), start, end)
         entries |= _first_stage(folder / PROJECTOR, entries, len(added))
-        text = {**text, "vocab_size": text.get("vocab_size", 32000) + len(added)}
+    if added:
+        text = {**text, "vocab_size": entries[EMBEDDINGS].shape[0]}
     files += [file for adapter in adapters for file in adapter.files]
     # The names of this layout have one spelling.
     entries = dict(merged(TensorFiles(entries), adapters, str).entries)
     tower = _tower_folder(folder, data, vision_tower)
+    has_tower = any(name.startswith(TOWER_PREFIX) for name in entries)
+    if fetch and tower is None and (not has_tower or known_tower(data) is None):
+        tower = _fetched_tower(folder, data)
     vision = _vision_config(folder, data, tower)
     lacking = None
-    has_tower = any(name.startswith(TOWER_PREFIX) for name in entries)
     if not has_tower and tower is None:
         lacking = _no_tower(folder, data, "its weights")
     elif not has_tower and tower is not None:
@@ -302,7 +311,13 @@ def _profile(found: Opened, folder: Path) -> PromptProfile:
     """Return how the checkpoint is asked and how it embeds."""
     start, end = image_tokens(found.data)
     jinja = "" if found.first_stage or found.turns else chat_template(folder)
-    profile = PromptProfile(turns=found.turns, jinja=jinja, image_start=start, image_end=end)
+    profile = PromptProfile(
+        turns=found.turns,
+        jinja=jinja,
+        image_start=start,
+        image_end=end,
+        video_times="llava-video" if tells_times(found.data) else "",
+    )
     return profile.embedding_as(PROFILES["llave"]) if is_llave(found.data) else profile
 
 
@@ -317,6 +332,16 @@ def _tower_folder(folder: Path, data: Json, given: Path | None) -> Path | None:
         return given
     places = [folder / "vision_tower", folder / str(data["mm_vision_tower"])]
     return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
+
+
+def _fetched_tower(folder: Path, data: Json) -> Path | None:
+    """Return the vision tower from the hub, if its name is one there."""
+    wanted = hub.parse(str(data["mm_vision_tower"]))
+    try:
+        return None if wanted is None else hub.fetch(wanted)
+    except FetchError as error:
+        message = _no_tower(folder, data, "its weights" if known_tower(data) else "its settings")
+        raise CheckpointError(f"{message} ({error})") from error
 
 
 def _vision_config(folder: Path, data: Json, tower: Path | None) -> Json:

@@ -169,18 +169,22 @@ def _merge(config: Json) -> MergeConfig:
     kind = config.get("mm_patch_merge_type", "flat")
     known = kind in ("flat", "spatial", "spatial_unpad")
     require("mm_patch_merge_type", kind, known, "'flat', 'spatial' or 'spatial_unpad'")
+    mode: Any = config.get("mm_spatial_pool_mode", "bilinear")
+    modes = ("bilinear", "average", "max")
+    require("mm_spatial_pool_mode", mode, mode in modes, f"one of {', '.join(modes)}")
     if kind == "flat":
         most_tiles(config)
-        return MergeConfig()
+        if "mm_spatial_pool_mode" not in config:
+            return MergeConfig()
+        feature = config.get("mm_vision_select_feature", "patch")
+        require("mm_vision_select_feature", feature, feature == "patch", "'patch' to pool frames")
+        return MergeConfig(video_pool=2, video_pool_mode=mode)
     newline = kind == "spatial_unpad"  # the learned vector exists with it only
     place: Any = config.get("mm_newline_position", "one_token")
     places = ("one_token", "grid", "frame", "no_token")
     require("mm_newline_position", place, place in places, f"one of {', '.join(places)}")
     needs = newline or place in ("one_token", "no_token")
     require("mm_newline_position", place, needs, "'one_token' or 'no_token' without unpadding")
-    mode: Any = config.get("mm_spatial_pool_mode", "bilinear")
-    modes = ("bilinear", "average", "max")
-    require("mm_spatial_pool_mode", mode, mode in modes, f"one of {', '.join(modes)}")
     return MergeConfig(
         "spatial",
         unpad=newline,
@@ -279,6 +283,11 @@ def turns_of(config: Json, text: Json) -> str:
 def is_llave(config: Json) -> bool:
     """Return whether a checkpoint was trained to embed, with LLaVE's loss."""
     return "alpha" in config and "logit_scale" in config
+
+
+def tells_times(config: Json) -> bool:
+    """Return whether a checkpoint was trained with the times of a video's frames in words."""
+    return bool(config.get("add_time_instruction"))
 
 
 def image_tokens(config: Json) -> tuple[str, str]:

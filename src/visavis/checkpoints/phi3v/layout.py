@@ -67,7 +67,8 @@ def vision_config(config: Json) -> Json:
         CheckpointError: it is not known.
     """
     named = section(config, "img_processor").get("model_name")
-    require("img_processor.model_name", named, named in KNOWN_TOWERS, " or ".join(KNOWN_TOWERS))
+    known = str(named) in KNOWN_TOWERS
+    require("img_processor.model_name", named, known, " or ".join(KNOWN_TOWERS))
     return KNOWN_TOWERS[str(named)][0]
 
 

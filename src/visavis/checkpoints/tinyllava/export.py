@@ -61,9 +61,9 @@ def write_tinyllava(loaded: Loaded, folder: Path, *, progress: bool = False) -> 
     processor = processor_json(loaded.processor)
     data["image_aspect_ratio"] = "pad" if loaded.processor.resize == "pad" else "square"
     lost = lost_settings(replace(profile, turns=""))
-    if profile.turns and profile.turns != turns_of(data, text):
+    if profile.turns != turns_of(data, text):
         data[TURNS_SETTING] = profile.turns
-    elif profile.jinja:
+    if profile.jinja and not profile.turns:
         lost.append("the chat template")
     folder.mkdir(parents=True, exist_ok=True)
     files = [write_json(folder / "config.json", data), write_json(folder / PROCESSOR, processor)]

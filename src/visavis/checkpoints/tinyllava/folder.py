@@ -193,7 +193,7 @@ def _tensors(folder: Path) -> tuple[dict[str, StoredTensor], list[Path], bool]:
 
 def _processor(folder: Path, data: Json, vision: Json) -> ImageProcessorConfig:
     """Return how pictures are sized and normalised: the first tower's own way."""
-    dino = vision["model_type"].startswith("dinov2")
+    dino = str(vision["model_type"]).startswith("dinov2")
     size = DINOV2_PIXELS if dino else vit_config(vision).image_size
     path = folder / PROCESSOR
     found = read_json(path) if path.is_file() else image_processor(vision, size)
@@ -220,14 +220,13 @@ def _fit(
     for vision in visions:
         if not vision["model_type"].startswith("dinov2"):
             continue
-        grid = size // vit_config(vision).patch_size
-        prefix = places.tower + ("dinov2." if len(visions) == 2 else "")
-        stored = entries.get(prefix + POSITIONS)
-        if stored is not None and len(stored.shape) == 3 and stored.shape[1] != 1 + grid**2:
-            shape = (1, 1 + grid**2, stored.shape[2])
-            entries[prefix + POSITIONS] = StoredTensor(
-                stored.dtype, shape, partial(_resized, stored, grid)
-            )
+        tower = vit_config(vision)
+        grid = size // tower.patch_size
+        name = places.tower + ("dinov2." if len(visions) == 2 else "") + POSITIONS
+        stored = entries.get(name)
+        if stored is not None and stored.shape == (1, 1 + tower.grid**2, tower.width):
+            shape = (1, 1 + grid**2, tower.width)
+            entries[name] = StoredTensor(stored.dtype, shape, partial(_resized, stored, grid))
 
 
 def _resized(stored: StoredTensor, grid: int) -> Tensor:
@@ -239,6 +238,6 @@ def _resized(stored: StoredTensor, grid: int) -> Tensor:
 def _turns(data: Json, text: Json, *, captions: bool) -> str:
     """Return the chat format. A stage may have seen captions only: what it was, no file says."""
     named = data.get(TURNS_SETTING)
-    if isinstance(named, str) and named in TURNS:
+    if isinstance(named, str) and (named in TURNS or not named):
         return named
     return "" if captions else turns_of(data, text)

@@ -65,7 +65,7 @@ OLD_PLACES = Places("", "lm_head", "model.vision_tower.vision_tower.", "model.mm
 def is_old(config: Json) -> bool:
     """Return whether a config.json is one of the older repositories'."""
     classes = config.get("architectures")
-    return isinstance(classes, list) and bool(classes) and classes[0] in OLD_CLASSES
+    return isinstance(classes, list) and bool(classes) and str(classes[0]) in OLD_CLASSES
 
 
 def modern(config: Json) -> dict[str, Any]:

@@ -10,7 +10,7 @@ The configs are in `config_json.py` and `processor_json.py`, the names of tensor
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from visavis.checkpoints.loaded import Loaded
 from visavis.checkpoints.transformers.chat_jinja import chat_jinja
-from visavis.checkpoints.transformers.config_json import config_json
+from visavis.checkpoints.transformers.config_json import config_json, inexpressible
 from visavis.checkpoints.transformers.layout import write
 from visavis.checkpoints.transformers.processor_json import pinpoints, processor_json
 from visavis.checkpoints.writing import (
@@ -30,15 +30,20 @@ from visavis.checkpoints.writing import (
     write_tensors,
     write_words,
 )
-from visavis.model.config import ViTConfig, VLMConfig
+from visavis.model.config import DecoderConfig, RopeScaling, ViTConfig, VLMConfig
+from visavis.model.rope import Rope
+from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.turns import TURNS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-IMAGE_TOKEN = "<image>"  # what a model without a placeholder gets
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # what a model without placeholders gets
 ROWS = 64  # embeddings grow to a multiple of so many rows, as the library's converters do
+TILES = {"llava": None, "llava_next": "tile", "llava_onevision": "pad"}  # of several pictures
+LLAMA_3 = RopeScaling("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+IN_TEMPLATE = ("turns", "jinja", "image_start", "image_end")  # of a profile
 PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
@@ -55,11 +60,11 @@ def write_transformers(loaded: Loaded, folder: Path, *, progress: bool = False) 
     state, config = library_norms(whole_state(loaded.vlm), loaded.vlm.config)
     tokenizer = loaded.tokenizer
     if config.tower is not None and not has_placeholder(loaded):
-        tokenizer, state, config = with_placeholder(tokenizer, state, config)
+        tokenizer, state, config = with_placeholders(tokenizer, state, config)
     data = config_json(config)
-    tiles = loaded.processor.tiles if loaded.processor else None
-    if tiles is not None:
-        data["image_grid_pinpoints"] = pinpoints(tiles)
+    processor = loaded.processor
+    if processor is not None and processor.tiles is not None:
+        data["image_grid_pinpoints"] = pinpoints(processor.tiles)
     dtype = loaded.vlm.decoder.dtype
     specials = loaded.specials
     data |= {
@@ -87,28 +92,42 @@ def write_transformers(loaded: Loaded, folder: Path, *, progress: bool = False) 
     if template:
         files.append(folder / "chat_template.jinja")
         files[-1].write_text(template, encoding="utf-8")
+    lost = lost_settings(loaded.profile)
     if config.tower is not None:
-        assert loaded.processor is not None
-        settings = processor_json(loaded.processor)
+        assert processor is not None
+        settings = processor_json(processor)
+        _check_tiles(data["model_type"], processor)
+        lost += ["videos"] if processor.video and not video else []
         files.append(write_json(folder / "preprocessor_config.json", settings))
         whole = _processor(data, config, image, video)
         files.append(write_json(folder / "processor_config.json", whole))
     files += write_tensors(folder, write(data, state), dtype=dtype, progress=progress)
-    return Written(files, lost_settings(loaded.profile))
+    return Written(files, lost)
 
 
 def library_norms(
     state: dict[str, Tensor], config: VLMConfig
 ) -> tuple[dict[str, Tensor], VLMConfig]:
-    """Return a Gemma whose norms hold 1 + weight (from a GGUF file) as the library's holds it."""
-    decoder = config.decoder
-    if decoder.embedding_scale == 1 or decoder.norm_offset:
-        return state, config
-    moved = {
-        name: tensor - 1 if name.startswith("decoder.") and "norm.weight" in name else tensor
-        for name, tensor in state.items()
-    }
-    return moved, replace(config, decoder=replace(decoder, norm_offset=1.0))
+    """Return a model from a GGUF file as the library spells it: Gemma's norms without the 1 that
+    its file adds, Llama 3's rotary stretch by its rule instead of its numbers."""
+    decoder = replace(config.decoder, rope_scaling=_by_rule(config.decoder))
+    if decoder.embedding_scale != 1 and not decoder.norm_offset:
+        decoder = replace(decoder, norm_offset=1.0)
+        state = {
+            name: tensor - 1 if name.startswith("decoder.") and "norm.weight" in name else tensor
+            for name, tensor in state.items()
+        }
+    return state, replace(config, decoder=decoder)
+
+
+def _by_rule(config: DecoderConfig) -> RopeScaling | None:
+    """Return the rule that gives a stretch that is listed frequency by frequency, if one does."""
+    listed = config.rope_scaling
+    if listed is None or listed.kind != "factors" or listed.magnitude != 1:
+        return listed
+    rule = replace(LLAMA_3, factor=round(max(listed.factors), 3))
+    ours, theirs = (Rope(replace(config, rope_scaling=s)).frequencies for s in (listed, rule))
+    return rule if torch.allclose(ours, theirs, rtol=1e-5) else listed
 
 
 def has_placeholder(loaded: Loaded) -> bool:
@@ -118,25 +137,28 @@ def has_placeholder(loaded: Loaded) -> bool:
     return number > 0 and number in loaded.tokenizer.get_added_tokens_decoder()
 
 
-def with_placeholder(
+def with_placeholders(
     tokenizer: Tokenizer, state: dict[str, Tensor], config: VLMConfig
 ) -> tuple[Tokenizer, dict[str, Tensor], VLMConfig]:
-    """Return a model that has the token `<image>`, with embeddings for it.
+    """Return a model that has the token `<image>`, OneVision's `<video>` too, and embeddings.
 
-    Rows that are new hold the mean of the others: pictures overwrite the placeholder's embedding,
+    Rows that are new hold the mean of the others: pictures overwrite a placeholder's embedding,
     and an output of mean size is never the likeliest.
     """
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    number = tokenizer.token_to_id(IMAGE_TOKEN)
-    assert number is not None
+    texts = [IMAGE_TOKEN, *([VIDEO_TOKEN] if config.merge.max_tiles else [])]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in texts])
+    known = tokenizer.get_vocab()
+    ids = [known[text] for text in texts]
     rows = config.decoder.vocab_size
-    if number >= rows:
-        rows = -(-(number + 1) // ROWS) * ROWS
+    if max(ids) >= rows:
+        rows = -(-(max(ids) + 1) // ROWS) * ROWS
         names = ("decoder.embed.weight", "decoder.head.weight", "decoder.head.bias")
         state = state | {name: _grown(state[name], rows) for name in names if name in state}
     decoder = replace(config.decoder, vocab_size=rows)
-    return tokenizer, state, replace(config, decoder=decoder, image_token_id=number)
+    image, video = (*ids, -1)[:2]
+    config = replace(config, decoder=decoder, image_token_id=image, video_token_id=video)
+    return tokenizer, state, config
 
 
 def chat_template(profile: PromptProfile, image: str, video: str = "") -> str:
@@ -152,15 +174,27 @@ def chat_template(profile: PromptProfile, image: str, video: str = "") -> str:
 def lost_settings(profile: PromptProfile) -> list[str]:
     """Return the settings of a profile that config.json and its neighbours have no place for."""
     default = PromptProfile()
-    names = ("embed_prefix", "embed_suffix", "embed_image_end", "pooling", "instruction_form")
     lost = [
-        f"{name}={value!r}"
-        for name in names
-        if (value := getattr(profile, name)) != getattr(default, name)
+        f"{f.name}={value!r}"
+        for f in fields(profile)
+        if f.name not in IN_TEMPLATE
+        and (value := getattr(profile, f.name)) != getattr(default, f.name)
     ]
     if profile.turns and not chat_jinja(TURNS[profile.turns]):
         lost.append(f"the chat format {profile.turns!r}")
     return lost
+
+
+def _check_tiles(kind: str, processor: ImageProcessorConfig) -> None:
+    """Refuse tiles that the class would not put together so, or would not cut.
+
+    Raises:
+        CheckpointError: it would not.
+    """
+    tiles = processor.tiles
+    if (None if tiles is None else tiles.multi_image) != TILES[kind]:
+        way = f"{processor.resize}" + (f", several: {tiles.multi_image}" if tiles else "")
+        raise inexpressible(f"the sizing of pictures ({way})", f"{PROCESSORS[kind]} has another")
 
 
 def _grown(tensor: Tensor, rows: int) -> Tensor:
