@@ -80,7 +80,7 @@ def test_flat_step_keeps_adapters() -> None:
             torch.nn.init.normal_(adapted.lora_b)
     slow, fast = (KVCache(CONFIG, dtype=torch.float32, capacity=2) for _ in range(2))
     step = FlatStep(decoder, fast)
-    with torch.inference_mode():
+    with torch.inference_mode(), packed_kernels():
         for position, token in enumerate([5, 17, 80]):
             x = decoder.embed_tokens(torch.tensor([token]))
             hidden = decoder(x, torch.tensor([position]), Layout((1,), (slow,)))[-1]
