@@ -24,7 +24,7 @@ from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import SpecialTokens
 
 NAME = "tiny-random"
-VERSION = 1  # of its numbers
+VERSION = 2  # of its numbers
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 WORDS = (  # each is one token, with the blank before it; all else is read byte by byte
     "user assistant system You are a helpful assistant. A chat between curious user and an"
@@ -33,7 +33,8 @@ WORDS = (  # each is one token, with the blank before it; all else is read byte 
     " Represent given image with question: a red green blue yellow purple black circle square"
     " triangle cross ring left of"
 )
-HALF = (0.5, 0.5, 0.5)
+PAPER, INK = (0.8, 0.8, 0.8), (0.25, 0.25, 0.25)  # mean and deviation of drawings' pixels
+PATCH_STD, POSITION_STD, WORD_STD = 0.15, 0.1, 0.1
 
 
 def fetch() -> Path:
@@ -81,16 +82,17 @@ def write(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(VERSION)
         vlm = VLM(config)
-        nn.init.normal_(vlm.decoder.embed.weight, std=0.1)
+        nn.init.normal_(vlm.decoder.embed.weight, std=WORD_STD)
         assert isinstance(vlm.tower, ViT)
-        nn.init.normal_(vlm.tower.positions, std=0.3)
+        nn.init.normal_(vlm.tower.patch.weight, std=PATCH_STD)
+        nn.init.normal_(vlm.tower.positions, std=POSITION_STD)
     save_native(
         folder,
         name=NAME,
         config=config,
         tensors=vlm.state_dict(),
         profile=PromptProfile(turns="chatml-bare", embed_suffix="<|im_end|>"),
-        processor=ImageProcessorConfig(tower.image_size, "squash", HALF, HALF),
+        processor=ImageProcessorConfig(tower.image_size, "squash", PAPER, INK),
     )
     specials = SpecialTokens(None, end, (end,), end_of_text, False)
     write_words(folder, tokenizer, specials, context_length=decoder.context_length)
