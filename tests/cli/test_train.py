@@ -19,7 +19,12 @@ from tests.cli.conftest import Run
 RECIPES = Path(__file__).parents[2] / "recipes"
 LLAVA = RECIPES / "tiny-llava.yaml"
 LLAVE = RECIPES / "tiny-llave.yaml"
-SHORT = ("stages.0.steps=2", "stages.0.contrastive.batch=4")
+SHORT = (
+    "stages.0.steps=2",
+    "stages.0.generative.batch=4",
+    "stages.1.steps=2",
+    "stages.1.contrastive.batch=4",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,11 +95,12 @@ def start(folder: Path, *words: object) -> subprocess.Popen[str]:
 
 
 def test_an_interrupted_run_goes_on_with_the_same_command(run: Run, tmp_path: Path) -> None:
-    words = ("-m", "visavis", "train", LLAVE, "-o", "out", "stages.0.steps=12")
-    words = (*words, "stages.0.contrastive.batch=8", "stages.0.log_every=1")
+    words = ("-m", "visavis", "train", LLAVE, "-o", "out", *SHORT[:2])
+    words = (*words, "stages.0.log_every=1", "stages.1.steps=12")
+    words = (*words, "stages.1.contrastive.batch=8", "stages.1.log_every=1")
     child = start(tmp_path, *words)
     log = tmp_path / "out" / "log.jsonl"
-    while child.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 2):
+    while child.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 4):
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=120)
@@ -102,12 +108,12 @@ def test_an_interrupted_run_goes_on_with_the_same_command(run: Run, tmp_path: Pa
     assert "the same command" in errors
     result = run(*words[2:])
     assert result.exit_code == 0, result.output
-    assert len(losses(tmp_path / "out")) == 12
+    assert len(losses(tmp_path / "out")) == 2 + 12
 
 
 def test_two_processes_by_torchrun(run: Run, tmp_path: Path) -> None:
     """The steps are those of one process; the second says nothing."""
-    command = ("train", LLAVE, *SHORT, "stages.0.log_every=1", "--json")
+    command = ("train", LLAVE, *SHORT, "stages.1.log_every=1", "--json")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     both = start(tmp_path, *launcher, "-m", "visavis", *command, "-o", "both")
     printed, errors = both.communicate(timeout=240)
