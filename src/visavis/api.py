@@ -6,6 +6,7 @@ checkpoint layout, template or network of its own; index, server and command lin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -199,6 +200,7 @@ class Model:
         Raises:
             InputError, ImageError, ContextLengthError: see `chat`.
         """
+        started = time.perf_counter()
         limit = settings.pop("max_new_tokens", 256)
         if limit < 1:
             raise InputError(f"max_new_tokens is {limit}, expected at least 1.")
@@ -221,7 +223,7 @@ class Model:
             names=self._names(prompt, encoded),
         )
         stops += [self.encoder.stop] if self.encoder.stop else []
-        return Answer(sequence, self.tokenizer, tuple(filter(None, stops)))
+        return Answer(sequence, self.tokenizer, tuple(filter(None, stops)), started=started)
 
     def _names(self, prompt: Prompt, encoded: Encoded) -> tuple[Hashable, ...]:
         """Return what each token is: its id, or a place in an image of some content."""
