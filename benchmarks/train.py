@@ -20,7 +20,7 @@ NEAR = 0.02  # of a loss: both compute in bfloat16, in another order
 def main() -> int:
     options = parse_options("train", __doc__, runs=3)
     report = Report(options, "Training: packed and padded")
-    steps = 2 if options.quick else 8
+    steps = 2 if options.quick else 3
     with (
         tempfile.TemporaryDirectory() as folder,
         engines("_trainers.py", ["visavis", "transformers"], options) as started,
