@@ -5,7 +5,9 @@
                  from the prefix cache)              for all of them, each with its own cache
 
 A finished sequence leaves and a waiting one enters between two steps. Each sequence gets what it
-would get alone. Takes token ids and yields token ids; knows nothing of tokenizers or templates.
+would get alone. On CUDA the caches are pages of one pool and a step is one graph (`graphs.py`); a
+prompt that finds no free pages waits until a sequence has ended. Takes token ids and yields token
+ids; knows nothing of tokenizers or templates.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from visavis.errors import MemoryLimitError
 from visavis.generate.prefix import Names, PrefixCache
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
 from visavis.model.decode import FlatStep, can_flatten
+from visavis.model.graphs import StaticDecoder
 from visavis.model.kv_cache import KVCache
+from visavis.model.paged import Cache, PagedCache
 from visavis.model.quantized import packed_kernels
 from visavis.model.vlm import VLM
 
@@ -49,7 +54,7 @@ class Generation:
     num_prompt_tokens: int = 0
     num_reused: int = 0  # of those, taken from the prefix cache
     done: bool = False
-    cache: KVCache | None = None
+    cache: Cache | None = None
     ahead: int = 0  # by how much a token's position exceeds the number of tokens before it
 
     def stop(self) -> None:
@@ -72,6 +77,8 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.active: list[Generation] = []
         self.flat: tuple[KVCache, FlatStep] | None = None
+        self.static = StaticDecoder.of(vlm.decoder)
+        self.full = False  # a prompt waits for pages
 
     def add(self, sequence: Generation) -> None:
         """Let a sequence wait for its turn."""
@@ -82,12 +89,19 @@ class Engine:
         """Read a waiting prompt if there is room, else grow all by a token; return who grew or
         ended."""
         self._drop_done()
-        if self.waiting and len(self.active) < self.max_sequences:
+        if self.waiting and len(self.active) < self.max_sequences and not self.full:
             sequence = self.waiting.popleft()
             if sequence.done:
                 return []
             try:
                 self._take(sequence, self._prefill(sequence))
+            except MemoryLimitError:
+                if not self.active:
+                    sequence.done = True
+                    raise
+                self.waiting.appendleft(sequence)
+                self.full = True
+                return []
             except BaseException:
                 sequence.done, sequence.cache = True, None
                 raise
@@ -129,6 +143,7 @@ class Engine:
     def _drop_done(self) -> None:
         for sequence in [one for one in self.active if one.done]:
             self.active.remove(sequence)
+            self.full = False
             cache, sequence.cache = sequence.cache, None
             if self.flat is not None and cache is self.flat[0]:
                 self.flat = None
@@ -142,12 +157,16 @@ class Engine:
         # With M-RoPE an image takes fewer positions than tokens.
         sequence.ahead = int(batch.positions.max()) + 1 - batch.num_tokens
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
-        cache = None
+        cache: Cache | None = None
+        self._make_room(capacity)
         if self.prefixes is not None and sequence.names:
             cache = self.prefixes.begin(sequence.names, capacity)
         if cache is not None:
             sequence.num_reused = cache.length
             batch = self.vlm.resolve_images(batch).after(cache.length)
+        elif self.static is not None:
+            cache = PagedCache(self.static.pool)
+            cache.reserve(capacity)
         else:
             cache = KVCache(
                 decoder.config,
@@ -158,6 +177,14 @@ class Engine:
         sequence.cache = cache
         hidden = self.vlm(batch, caches=(cache,))[-1]
         return decoder.logits(hidden[-1:])[0]
+
+    def _make_room(self, *lengths: int) -> None:
+        """Forget what was read before while there are too few pages for so many tokens each."""
+        if self.static is None or self.prefixes is None:
+            return
+        pool, known = self.static.pool, self.prefixes.entries
+        while known and len(pool.free) < sum(map(pool.pages_of, lengths)):
+            known.popitem(last=False)
 
     def _take(self, sequence: Generation, scores: Tensor) -> None:
         """Choose a sequence's next token, or end it."""
@@ -172,7 +199,7 @@ class Engine:
         """Extend the only sequence by one token; return the scores of the next, float32 [vocab]."""
         decoder, cache = self.vlm.decoder, sequence.cache
         assert cache is not None
-        if not can_flatten(decoder):
+        if not isinstance(cache, KVCache) or not can_flatten(decoder):
             return self._several([sequence])[0]
         if self.flat is None or self.flat[0] is not cache:
             self.flat = (cache, FlatStep(decoder, cache, sequence.ahead))
@@ -182,12 +209,16 @@ class Engine:
         """Extend each sequence by its last token; return the scores of the next, [B, vocab]."""
         decoder = self.vlm.decoder
         caches = tuple(one.cache for one in sequences if one.cache is not None)
-        device = caches[0].keys[0].device
-        tokens = torch.tensor([one.tokens[-1] for one in sequences], device=device)
+        tokens = [one.tokens[-1] for one in sequences]
         places = [c.length + one.ahead for c, one in zip(caches, sequences, strict=True)]
+        if self.static is not None:
+            self._make_room(*[1] * len(sequences))  # at most a page each
+            paged = [cache for cache in caches if isinstance(cache, PagedCache)]
+            return self.static(decoder, paged, tokens, places)
+        device = decoder.norm.weight.device
         with packed_kernels():
             layout = Layout((1,) * len(sequences), caches)
-            x = decoder.embed_tokens(tokens)
+            x = decoder.embed_tokens(torch.tensor(tokens, device=device))
             hidden = decoder(x, torch.tensor(places, device=device), layout)[-1]
             return decoder.logits(hidden)
 
