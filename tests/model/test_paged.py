@@ -56,7 +56,9 @@ def test_scores_are_those_of_a_plain_cache(window: int) -> None:
     def scores(cache: KVCache | PagedCache, ids: list[int]) -> Tensor:
         positions = torch.arange(cache.length, cache.length + len(ids))
         layout = Layout.of((len(ids),), (cache,))
-        return decoder.logits(decoder(decoder.embed_tokens(torch.tensor(ids)), positions, layout)[-1])
+        return decoder.logits(
+            decoder(decoder.embed_tokens(torch.tensor(ids)), positions, layout)[-1]
+        )
 
     with torch.inference_mode():
         for ids in ([1, 2, 3, 4, 5, 6, 7], [8], [9], [10, 11, 12]):

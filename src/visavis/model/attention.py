@@ -3,7 +3,8 @@
 Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `Layout` says where each
 sequence ends and what it has cached. On CUDA, in half precision, the whole stream goes through
 `varlen_attn`, with keys and values in pages where there is a cache (`paged_attention.py`);
-everywhere else each sequence goes through scaled-dot-product attention by itself. Knows nothing of projections, positions or rotary embeddings.
+everywhere else each sequence goes through scaled-dot-product attention by itself. Knows nothing of
+projections, positions or rotary embeddings.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Layout:
     lengths: tuple[int, ...]
     caches: tuple[Cache, ...] = field(default=())
     paging: Paging | None = None
+    _starts: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False)
 
     @staticmethod
     def of(lengths: tuple[int, ...], caches: tuple[Cache, ...]) -> Layout:
@@ -51,7 +53,10 @@ class Layout:
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """Return the running sum of lengths, starting with 0, int32 [B + 1]."""
-        return torch.tensor((0, *self.lengths), device=device).cumsum(0).to(torch.int32)
+        if device not in self._starts:  # once for all layers: the device waits for the copy
+            starts = torch.tensor((0, *self.lengths)).cumsum(0).to(torch.int32)
+            self._starts[device] = starts.to(device)
+        return self._starts[device]
 
 
 def attend(
@@ -73,8 +78,10 @@ def attend(
     """
     if layout.paging is not None:
         assert causal
-        return attend_paged(query, key, value, layout.paging, layer=layer, window=window)
-    if not layout.caches:
+        layout.paging.pool.write(layer, layout.paging.slots, key, value)
+        if layout.paging.past:
+            return attend_paged(query, layout.paging, layer=layer, window=window)
+    if not layout.caches or layout.paging is not None:
         if query.is_cuda and query.dtype != torch.float32:
             return _attend_varlen(query, key, value, layout, causal, window)
         if len(set(layout.lengths)) == 1 and not query.requires_grad:

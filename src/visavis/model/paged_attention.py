@@ -74,52 +74,32 @@ def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 def attend_paged(
     query: Tensor,  # [T, heads, head_dim]
-    key: Tensor,  # [T, kv_heads, head_dim]
-    value: Tensor,  # [T, kv_heads, head_dim]
     paging: Paging,
     *,
     layer: int,
     window: int = 0,
 ) -> Tensor:  # [T, heads, head_dim]
-    """Write new keys and values, then attend causally within each sequence, its past included."""
-    pool = paging.pool
-    pool.write(layer, paging.slots, key, value)
-    keys, values = pool.keys[layer], pool.values[layer]
+    """Attend causally within each sequence, all of whose keys and values are in the pool."""
+    keys, values = paging.pool.keys[layer], paging.pool.values[layer]
     if not has_kernel(keys.device, keys.dtype, keys.shape[-1]):
         return _attend_step(query, paging, layer, window)
     from torch.nn.attention.varlen import varlen_attn
 
     # One token sees everything there is; without a mask, heads that share a key head are read once.
     plain = paging.longest == 1 and not window
-    seen = (-1, -1) if plain else (window - 1 if window else -1, 0)
-    grouped = query.shape[1] != key.shape[1]
-    starts, longest = paging.starts, paging.longest
-    if paging.past:
-        out = varlen_attn(
-            query,
-            keys,
-            values,
-            starts,
-            paging.key_starts,
-            longest,
-            paging.table.shape[1] * pool.page,
-            window_size=seen,
-            enable_gqa=grouped,
-            seqused_k=paging.totals,
-            block_table=paging.table,
-        )
-    else:  # nothing to look up
-        out = varlen_attn(
-            query,
-            key,
-            value,
-            starts,
-            starts,
-            longest,
-            longest,
-            window_size=seen,
-            enable_gqa=grouped,
-        )
+    out = varlen_attn(
+        query,
+        keys,
+        values,
+        paging.starts,
+        paging.key_starts,
+        paging.longest,
+        paging.table.shape[1] * paging.pool.page,
+        window_size=(-1, -1) if plain else (window - 1 if window else -1, 0),
+        enable_gqa=query.shape[1] != keys.shape[2],
+        seqused_k=paging.totals,
+        block_table=paging.table,
+    )
     assert isinstance(out, Tensor)
     return out
 

@@ -36,14 +36,12 @@ class Rope:
         cos, sin = self.table(int(positions.max()) + 1, positions.device, dtype)
         return cos[positions], sin[positions]
 
-    def table(
-        self, needed: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def table(self, needed: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and signed sin of positions 0 to at least `needed` - 1."""
         found = self.tables.get((device, dtype))
         if found is None or found[0].shape[0] < needed:
             size = 1 << max(9, math.ceil(math.log2(needed)))
-            angles = torch.arange(size)[:, None] * self.frequencies  # [size, dim / 2]
+            angles = torch.arange(size, device="cpu")[:, None] * self.frequencies  # [size, dim / 2]
             cos, sin = signed_tables(angles, self.magnitude)
             found = (cos.to(device, dtype), sin.to(device, dtype))
             self.tables[device, dtype] = found
