@@ -5,7 +5,7 @@ are seen here (fake tensors compute nothing), what the kernel asks for and no wo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -206,27 +206,53 @@ def test_a_prompt_on_cuda_reads_pages_only_where_there_is_a_past(past: int) -> N
 # --- the capture itself, with stand-ins for what needs a device -----------------------------------
 
 
-class Recorded:
-    """A graph that records which step was captured and runs it again on `replay`."""
-
-    replays = 0
-
-    def replay(self) -> None:
-        Recorded.replays += 1
-
-
 def test_a_step_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
     class Stream:
-        def wait_stream(self, other: Stream) -> None: ...
+        def wait_stream(self, other: Stream) -> None:
+            calls.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    @contextmanager
+    def block(name: str) -> Iterator[None]:
+        calls.append(name)
+        yield
+        calls.append(f"end of {name}")
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: block("side"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: block("graph"))
     with fake_cuda():
         decoder, pool = half_decoder(CONFIG)
         step = Step(pool, StaticDecoder(decoder, pool).rotary, size=2, width=1)
+        computed = step.compute
+
+        def compute(decoder: Decoder) -> Tensor:
+            calls.append("compute")
+            return computed(decoder)
+
+        monkeypatch.setattr(step, "compute", compute)
         first = step.run(decoder)
         assert step.run(decoder) is first and first.shape == (2, CONFIG.vocab_size)
-    assert Recorded.replays == 2
+    warm_up = ["wait", "side", "compute", "compute", "end of side", "wait"]
+    assert calls == [*warm_up, "graph", "compute", "end of graph", "replay", "replay"]
+
+
+def test_pool_and_graphs_stay_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 22, 1 << 23))
+    with fake_cuda():
+        decoder, _ = half_decoder(CONFIG)
+        static = StaticDecoder.of(decoder)
+        assert static is not None and StaticDecoder.of(decoder) is static
+        bytes = static.pool.page_bytes * static.pool.num_pages
+        assert (1 << 20) < bytes <= (1 << 21)  # half of what is free
+        static.steps[1, 1] = Step(static.pool, static.rotary, 1, 1)
+        decoder.norm.weight = torch.nn.Parameter(torch.zeros(CONFIG.width).double())
+        again = StaticDecoder.of(decoder)
+        assert again is static and not static.steps

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,8 +78,12 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.active: list[Generation] = []
         self.flat: tuple[KVCache, FlatStep] | None = None
-        self.static = StaticDecoder.of(vlm.decoder)
         self.full = False  # a prompt waits for pages
+
+    @cached_property
+    def static(self) -> StaticDecoder | None:
+        """What decodes on CUDA, where a kernel reads pages."""
+        return StaticDecoder.of(self.vlm.decoder)
 
     def add(self, sequence: Generation) -> None:
         """Let a sequence wait for its turn."""
@@ -236,7 +241,8 @@ def generate(
     The first token arrives when the prompt has been read; stopping the iteration frees the cache.
     """
     sequence = Generation(lambda: batch, sample, max_new_tokens, stop_ids)
-    shown = 0
-    for _ in Engine(vlm).run([sequence]):
+    engine, shown = Engine(vlm), 0
+    engine.static = None  # training goes on after one answer: no pool that stays, no graphs
+    for _ in engine.run([sequence]):
         yield from sequence.tokens[shown:]
         shown = len(sequence.tokens)

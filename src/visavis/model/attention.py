@@ -1,10 +1,10 @@
 """Attention over packed sequences: one function, two backends.
 
 Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `Layout` says where each
-sequence ends and what it has cached. On CUDA, in half precision, the whole stream goes through
-`varlen_attn`, with keys and values in pages where there is a cache (`paged_attention.py`);
-everywhere else each sequence goes through scaled-dot-product attention by itself. Knows nothing of
-projections, positions or rotary embeddings.
+sequence ends and what it has cached. On CUDA (Ampere and newer), in half precision, the whole
+stream goes through `varlen_attn`, with keys and values in pages where there is a cache
+(`paged_attention.py`); everywhere else each sequence goes through scaled-dot-product attention by
+itself. Knows nothing of projections, positions or rotary embeddings.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def attend(
         if layout.paging.past:
             return attend_paged(query, layout.paging, layer=layer, window=window)
     if not layout.caches or layout.paging is not None:
-        if query.is_cuda and query.dtype != torch.float32:
+        if has_kernel(query.device, query.dtype, query.shape[-1]):
             return _attend_varlen(query, key, value, layout, causal, window)
         if len(set(layout.lengths)) == 1 and not query.requires_grad:
             return _attend_equal(query, key, value, layout, causal, window)

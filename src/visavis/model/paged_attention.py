@@ -7,6 +7,7 @@ stands where (`Paging`), not how it came there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -66,10 +67,15 @@ class Paging:
         )
 
 
+@functools.cache
 def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Return whether a kernel attends to keys in pages there."""
+    """Return whether `varlen_attn` takes keys of this kind there; it asks for an Ampere GPU."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
+    if device.type != "cuda" or not half or head_dim % 8 or head_dim > 256:
+        return False
+    if not torch.cuda.is_available():
+        return True  # tensors without numbers, to look at shapes
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_paged(
