@@ -5,7 +5,9 @@
                  from the prefix cache)              for all of them, each with its own cache
 
 A finished sequence leaves and a waiting one enters between two steps. Each sequence gets what it
-would get alone. Takes token ids and yields token ids; knows nothing of tokenizers or templates.
+would get alone. A sequence that is alone may grow by several tokens a step: those that were guessed
+(see `lookup.py`) and that its sampler says too. Takes token ids and yields token ids; knows nothing
+of tokenizers or templates.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from visavis.generate.lookup import Lookup
 from visavis.generate.prefix import Names, PrefixCache
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
-from visavis.model.decode import FlatStep, can_flatten
+from visavis.model.decode import FlatStep, can_flatten, is_row_by_row
 from visavis.model.kv_cache import KVCache
 from visavis.model.quantized import packed_kernels
 from visavis.model.vlm import VLM
@@ -50,6 +53,7 @@ class Generation:
     num_reused: int = 0  # of those, taken from the prefix cache
     done: bool = False
     cache: KVCache | None = None
+    lookup: Lookup | None = None  # where guesses can be checked
     ahead: int = 0  # by how much a token's position exceeds the number of tokens before it
 
     def stop(self) -> None:
@@ -72,6 +76,7 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.active: list[Generation] = []
         self.flat: tuple[KVCache, FlatStep] | None = None
+        self.guesses = is_row_by_row(vlm.decoder)
 
     def add(self, sequence: Generation) -> None:
         """Let a sequence wait for its turn."""
@@ -96,8 +101,10 @@ class Engine:
         if not self.active:
             return []
         grown = list(self.active)
-        scores = self._one(grown[0])[None] if len(grown) == 1 else self._several(grown)
-        for sequence, row in zip(grown, scores, strict=True):
+        if len(grown) == 1:
+            self._one(grown[0])
+            return grown
+        for sequence, row in zip(grown, self._several(grown), strict=True):
             self._take(sequence, row)
         return grown
 
@@ -141,6 +148,8 @@ class Engine:
         sequence.num_prompt_tokens = batch.num_tokens
         # With M-RoPE an image takes fewer positions than tokens.
         sequence.ahead = int(batch.positions.max()) + 1 - batch.num_tokens
+        if self.guesses:
+            sequence.lookup = Lookup(batch.token_ids.tolist())
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
         cache = None
         if self.prefixes is not None and sequence.names:
@@ -166,17 +175,28 @@ class Engine:
             sequence.done = True
             return
         sequence.tokens.append(token)
+        if sequence.lookup is not None:
+            sequence.lookup.say(token)
         sequence.done = len(sequence.tokens) >= sequence.max_new_tokens
 
-    def _one(self, sequence: Generation) -> Tensor:
-        """Extend the only sequence by one token; return the scores of the next, float32 [vocab]."""
+    def _one(self, sequence: Generation) -> None:
+        """Extend the only sequence by one token, or by as many as were guessed right."""
         decoder, cache = self.vlm.decoder, sequence.cache
         assert cache is not None
         if not can_flatten(decoder):
-            return self._several([sequence])[0]
+            self._take(sequence, self._several([sequence])[0])
+            return
         if self.flat is None or self.flat[0] is not cache:
             self.flat = (cache, FlatStep(decoder, cache, sequence.ahead))
-        return self.flat[1](sequence.tokens[-1])
+        draft = sequence.lookup.draft() if sequence.lookup is not None else []
+        past = cache.length
+        scores = self.flat[1].several((sequence.tokens[-1], *draft))
+        for row, guess in zip(scores, (*draft, None), strict=True):
+            self._take(sequence, row)
+            past += 1
+            if sequence.done or sequence.tokens[-1] != guess:
+                break
+        cache.truncate(past)
 
     def _several(self, sequences: list[Generation]) -> Tensor:
         """Extend each sequence by its last token; return the scores of the next, [B, vocab]."""
