@@ -21,6 +21,7 @@ from visavis.checkpoints.loaded import Loaded
 from visavis.embed.encoder import cut, embed_batch, embedding_dim, kept_dim
 from visavis.errors import InputError
 from visavis.generate.answer import Answer, AnswerSettings, Reply
+from visavis.generate.beams import Beams, Search
 from visavis.generate.engine import Engine, Generation
 from visavis.generate.grammar import Grammar
 from visavis.generate.prefix import PrefixCache
@@ -158,6 +159,11 @@ class Model:
             ImageError: a picture cannot be read.
             ContextLengthError: the prompt is longer than the model's context.
         """
+        if stream and settings.get("beams", 1) > 1:
+            raise InputError(
+                "beams and stream do not go together: which beam wins is known at the end; leave "
+                "one of them."
+            )
         answer = self.ask(Prompt.chat(text, images, history), **settings)
         engine = Engine(self.vlm, prefixes=self.prefixes)
         answer.reply.pieces = (
@@ -204,22 +210,35 @@ class Model:
         limit = settings.pop("max_new_tokens", 256)
         if limit < 1:
             raise InputError(f"max_new_tokens is {limit}, expected at least 1.")
+        beams = Beams(
+            settings.pop("beams", 1),
+            settings.pop("length_penalty", 1.0),
+            settings.pop("early_stopping", False),
+        )
         stop = settings.pop("stop", ())
         stops = [stop] if isinstance(stop, str) else list(stop)
         schema, regex = settings.pop("schema", None), settings.pop("regex", None)
         constraint = None
         if schema is not None or regex is not None:
             constraint = self._grammar(schema, regex).start()
+        drawn = Sampling(**settings)  # type: ignore[misc]  # what is left are its fields
+        if beams.number > 1 and (drawn != Sampling() or constraint is not None):
+            raise InputError(
+                f"beams is {beams.number}: the likeliest answer is searched for, which goes with "
+                "no temperature, cuts, penalty, bias, seed, schema or regex; leave them, or beams."
+            )
         prompt = expand(prompt)
         encoded = self.encoder.chat(prompt)
-        read = encoded.token_ids
-        drawn = Sampling(**settings)  # type: ignore[misc]  # what is left are its fields
+        read, stops_at = encoded.token_ids, frozenset(self.specials.eot_ids)
+        limit = min(limit, self.context_length - len(read))
+        search = Search(beams, max_new_tokens=limit, stop_ids=stops_at)
         sampler = Sampler(drawn, read=read, constraint=constraint)
         sequence = Generation(
             lambda: self._batch([(prompt, encoded)]),
             sampler,
-            min(limit, self.context_length - len(read)),
-            frozenset(self.specials.eot_ids),
+            limit,
+            stops_at,
+            search=search if beams.number > 1 else None,
             names=self._names(prompt, encoded),
         )
         stops += [self.encoder.stop] if self.encoder.stop else []

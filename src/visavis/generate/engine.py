@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from visavis.generate.beams import Search
 from visavis.generate.lookup import Lookup
 from visavis.generate.prefix import Names, PrefixCache
 from visavis.model.attention import Layout
@@ -40,6 +41,7 @@ class Generation:
         sample: the next token of scores [vocab].
         max_new_tokens: end after this many.
         stop_ids: tokens that end the answer; they are not part of it.
+        search: finds the answer instead of `sample`, in one step.
         names: of the prompt's tokens, to share what was read (see `prefix.py`); empty: do not.
     """
 
@@ -47,6 +49,7 @@ class Generation:
     sample: Callable[[Tensor], int]
     max_new_tokens: int
     stop_ids: frozenset[int]
+    search: Search | None = None
     names: Names = ()
     tokens: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
@@ -92,7 +95,11 @@ class Engine:
             if sequence.done:
                 return []
             try:
-                self._take(sequence, self._prefill(sequence))
+                scores = self._prefill(sequence)
+                if sequence.search is None:
+                    self._take(sequence, scores)
+                else:
+                    self._search(sequence, sequence.search, scores)
             except BaseException:
                 sequence.done, sequence.cache = True, None
                 raise
@@ -178,6 +185,27 @@ class Engine:
         if sequence.lookup is not None:
             sequence.lookup.say(token)
         sequence.done = len(sequence.tokens) >= sequence.max_new_tokens
+
+    def _search(self, sequence: Generation, search: Search, scores: Tensor) -> None:
+        """Find a sequence's answer, of the scores of its first token."""
+        cache, start = sequence.cache, sequence.num_prompt_tokens
+        assert cache is not None
+        caches, scores = [cache], scores[None]
+        while parents := search.take(scores):
+            free = [one for number, one in enumerate(caches) if number not in parents]
+            following = []
+            for number, parent in enumerate(parents):
+                one = caches[parent]
+                if parent in parents[:number]:  # another beam has it already
+                    one = free.pop() if free else one.fork(one.length, one.keys[0].shape[1])
+                    one.follow(caches[parent], start)
+                following.append(one)
+            caches = following
+            beams = zip(search.tokens, caches, strict=True)
+            scores = self._several(
+                [replace(sequence, tokens=tokens, cache=one) for tokens, one in beams]
+            )
+        sequence.tokens, sequence.cache, sequence.done = search.best, caches[0], True
 
     def _one(self, sequence: Generation) -> None:
         """Extend the only sequence by one token, or by as many as were guessed right."""

@@ -74,6 +74,14 @@ class KVCache:
                 stores.append(new)
         return copy
 
+    def follow(self, other: KVCache, start: int) -> None:
+        """Hold what `other` does, whose first `start` tokens are this one's too."""
+        self.reserve(other.length)
+        pairs = zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True)
+        for mine, theirs in pairs:
+            mine[:, start : other.length] = theirs[:, start : other.length]
+        self.length = other.length
+
     @property
     def num_bytes(self) -> int:
         return sum(store.nbytes for store in (*self.keys, *self.values))
