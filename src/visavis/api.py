@@ -16,6 +16,7 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
+from visavis.checkpoints.bundled import cache_dir
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.loaded import Loaded
 from visavis.embed.encoder import cut, embed_batch, embedding_dim, kept_dim
@@ -32,14 +33,16 @@ from visavis.model.visual import Shape, Visual
 from visavis.model.vlm import TOWER_BATCH, Seen
 from visavis.processing.documents import expand
 from visavis.processing.feature_cache import FeatureCache
+from visavis.processing.feature_folder import FeatureFolder
 from visavis.processing.images import content_hash
 from visavis.processing.pack import batches, pack
 from visavis.processing.templates import Encoded
 from visavis.processing.visuals import pixels_of
 from visavis.progress import track
-from visavis.prompt import Image, Prompt, Video
+from visavis.prompt import Image, Page, Prompt, Stored, Video
 
 DEFAULT_BATCH_TOKENS = 2048
+SEEING = 1  # goes up when our code makes something else of the same picture, for what is on disk
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def load(
     profile: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
+    image_cache: str | Path | None = None,
 ) -> Model:
     """Load a model by bundled name (`nano`, `smollm2-135m`), folder or .gguf file.
 
@@ -80,6 +84,8 @@ def load(
         base: the language model that a folder without one was trained on.
         vision_tower: the folder of a vision tower that the checkpoint names and does not hold, or
             the mmproj file of a .gguf model.
+        image_cache: a folder that keeps what pictures become from one process to the next, at most
+            4 GB, by content and model; "auto": one in the cache of the bundled models.
 
     Raises:
         UnknownNameError: no such name, path or chat format; the message lists the nearest names.
@@ -95,7 +101,11 @@ def load(
         base=base,
         vision_tower=vision_tower,
     )
-    return Model(loaded)
+    model = Model(loaded)
+    if image_cache is not None:
+        folder = cache_dir() / "features" if image_cache == "auto" else Path(image_cache)
+        model.image_cache.folder = FeatureFolder(folder.expanduser(), model.seen_by)
+    return model
 
 
 class Model:
@@ -130,6 +140,15 @@ class Model:
         packed = [module for module in modules if isinstance(module, PackedLinear)]
         shared = {w.data_ptr(): w.numel() for w in self.vlm.parameters()}
         return sum(shared.values()) + sum(linear.num_weights for linear in packed)
+
+    @property
+    def seen_by(self) -> str:
+        """All that decides what a picture becomes: weights, sizes, number types, device, code."""
+        types = sorted({str(weight.dtype) for weight in self.vlm.parameters()})
+        return (
+            f"{SEEING}, torch {torch.__version__}, {self.fingerprint}, {self.processor}, {types}, "
+            f"{self.device.type}"
+        )
 
     @property
     def takes_images(self) -> bool:
@@ -347,7 +366,7 @@ class Model:
         missing = {}
         for key, pair in zip(keys, pairs, strict=True):
             if (kept := self.image_cache.get(key)) is not None:
-                found[key] = (kept[0], kept[1])
+                found[key] = (kept[0].to(self.device), kept[1].to(self.device))
             else:
                 missing[key] = pair
         todo = list(missing.items())
@@ -370,9 +389,10 @@ class Model:
                     seen = self.vlm.see(
                         [Visual(one, shape) for one, (_, shape) in zip(pixels, ready, strict=True)]
                     )
-                for (key, _), (tokens, mean) in zip(chunk, seen, strict=True):
+                for (key, (visual, _)), (tokens, mean) in zip(chunk, seen, strict=True):
                     found[key] = (tokens.clone(), mean.clone())
-                    self.image_cache.put(key, found[key])
+                    if not _changed(visual, key):
+                        self.image_cache.put(key, found[key])
         return [found[key] for key in keys]
 
     def _batch(self, pairs: Sequence[tuple[Prompt, Encoded]]) -> PackedBatch:
@@ -386,3 +406,9 @@ class Model:
             batch.image_counts = tuple(len(tokens) for tokens, _ in seen)
             batch.image_means = torch.stack([mean for _, mean in seen])
         return batch.to(self.device)
+
+
+def _changed(visual: Image | Video, key: str) -> bool:
+    """Return whether a file holds something else by now than what its key was made of."""
+    kept_elsewhere = isinstance(visual.source, Path | Page | Stored)
+    return kept_elsewhere and not key.startswith(content_hash(visual))
