@@ -85,3 +85,19 @@ def test_a_prompt_that_never_fits_says_so() -> None:
         replies(engine, model, PROMPTS[:2])
     assert engine.static is not None and len(engine.static.pool.free) == 3
     assert not engine.busy
+
+
+def test_beams_share_pages_and_return_them() -> None:
+    model = tiny_model()
+    engine = engine_of(model, 400)
+    for prompt in PROMPTS[:2]:
+        answer = model.ask(prompt, max_new_tokens=12, beams=4)
+        for _ in engine.run([answer.sequence]):
+            answer.update()
+        plain = model.ask(prompt, max_new_tokens=12, beams=4)
+        for _ in Engine(model.vlm).run([plain.sequence]):
+            plain.update()
+        assert answer.sequence.tokens == plain.sequence.tokens
+    assert engine.static is not None
+    pool = engine.static.pool
+    assert len(pool.free) == pool.num_pages - 1

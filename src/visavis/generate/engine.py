@@ -6,25 +6,28 @@
 
 A finished sequence leaves and a waiting one enters between two steps. Each sequence gets what it
 would get alone. On CUDA the caches are pages of one pool and a step is one graph (`graphs.py`); a
-prompt that finds no free pages waits until a sequence has ended. Takes token ids and yields token
-ids; knows nothing of tokenizers or templates.
+prompt that finds no free pages waits until a sequence has ended. A sequence that is alone may grow
+by several tokens a step: those that were guessed (see `lookup.py`) and that its sampler says too.
+Takes token ids and yields token ids; knows nothing of tokenizers or templates.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from visavis.errors import MemoryLimitError
+from visavis.generate.beams import Search
+from visavis.generate.lookup import Lookup
 from visavis.generate.prefix import Names, PrefixCache
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
-from visavis.model.decode import FlatStep, can_flatten
+from visavis.model.decode import FlatStep, can_flatten, is_row_by_row
 from visavis.model.graphs import StaticDecoder
 from visavis.model.kv_cache import KVCache
 from visavis.model.paged import Cache, PagedCache
@@ -43,6 +46,7 @@ class Generation:
         sample: the next token of scores [vocab].
         max_new_tokens: end after this many.
         stop_ids: tokens that end the answer; they are not part of it.
+        search: finds the answer instead of `sample`, in one step.
         names: of the prompt's tokens, to share what was read (see `prefix.py`); empty: do not.
     """
 
@@ -50,12 +54,14 @@ class Generation:
     sample: Callable[[Tensor], int]
     max_new_tokens: int
     stop_ids: frozenset[int]
+    search: Search | None = None
     names: Names = ()
     tokens: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_reused: int = 0  # of those, taken from the prefix cache
     done: bool = False
     cache: Cache | None = None
+    lookup: Lookup | None = None  # where guesses can be checked
     ahead: int = 0  # by how much a token's position exceeds the number of tokens before it
 
     def stop(self) -> None:
@@ -78,6 +84,7 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.active: list[Generation] = []
         self.flat: tuple[KVCache, FlatStep] | None = None
+        self.guesses = is_row_by_row(vlm.decoder)
         self.full = False  # a prompt waits for pages
 
     @cached_property
@@ -99,10 +106,14 @@ class Engine:
             if sequence.done:
                 return []
             try:
-                self._take(sequence, self._prefill(sequence))
+                scores = self._prefill(sequence)
+                if sequence.search is None:
+                    self._take(sequence, scores)
+                else:
+                    self._search(sequence, sequence.search, scores)
             except MemoryLimitError:
-                if not self.active:
-                    sequence.done = True
+                if not self.active or sequence.cache is not None:  # not for want of room alone
+                    sequence.done, sequence.cache = True, None
                     raise
                 self.waiting.appendleft(sequence)
                 self.full = True
@@ -115,8 +126,10 @@ class Engine:
         if not self.active:
             return []
         grown = list(self.active)
-        scores = self._one(grown[0])[None] if len(grown) == 1 else self._several(grown)
-        for sequence, row in zip(grown, scores, strict=True):
+        if len(grown) == 1:
+            self._one(grown[0])
+            return grown
+        for sequence, row in zip(grown, self._several(grown), strict=True):
             self._take(sequence, row)
         return grown
 
@@ -161,6 +174,8 @@ class Engine:
         sequence.num_prompt_tokens = batch.num_tokens
         # With M-RoPE an image takes fewer positions than tokens.
         sequence.ahead = int(batch.positions.max()) + 1 - batch.num_tokens
+        if self.guesses:
+            sequence.lookup = Lookup(batch.token_ids.tolist())
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
         cache: Cache | None = None
         self._make_room(capacity)
@@ -198,17 +213,54 @@ class Engine:
             sequence.done = True
             return
         sequence.tokens.append(token)
+        if sequence.lookup is not None:
+            sequence.lookup.say(token)
         sequence.done = len(sequence.tokens) >= sequence.max_new_tokens
 
-    def _one(self, sequence: Generation) -> Tensor:
-        """Extend the only sequence by one token; return the scores of the next, float32 [vocab]."""
+    def _search(self, sequence: Generation, search: Search, scores: Tensor) -> None:
+        """Find a sequence's answer, of the scores of its first token."""
+        cache, start = sequence.cache, sequence.num_prompt_tokens
+        assert cache is not None
+        caches, scores = [cache], scores[None]
+        while parents := search.take(scores):
+            free = [one for number, one in enumerate(caches) if number not in parents]
+            following = []
+            for number, parent in enumerate(parents):
+                one = caches[parent]
+                if parent in parents[:number]:  # another beam has it already
+                    self._make_room(one.capacity)
+                    spare = free.pop() if free else None
+                    if isinstance(one, KVCache) and isinstance(spare, KVCache):
+                        spare.follow(one, start)  # it has the prompt
+                        one = spare
+                    else:
+                        one = one.fork(one.length, one.capacity)
+                following.append(one)
+            caches = following
+            beams = zip(search.tokens, caches, strict=True)
+            scores = self._several(
+                [replace(sequence, tokens=tokens, cache=one) for tokens, one in beams]
+            )
+        sequence.tokens, sequence.cache, sequence.done = search.best, caches[0], True
+
+    def _one(self, sequence: Generation) -> None:
+        """Extend the only sequence by one token, or by as many as were guessed right."""
         decoder, cache = self.vlm.decoder, sequence.cache
         assert cache is not None
         if not isinstance(cache, KVCache) or not can_flatten(decoder):
-            return self._several([sequence])[0]
+            self._take(sequence, self._several([sequence])[0])
+            return
         if self.flat is None or self.flat[0] is not cache:
             self.flat = (cache, FlatStep(decoder, cache, sequence.ahead))
-        return self.flat[1](sequence.tokens[-1])
+        draft = sequence.lookup.draft() if sequence.lookup is not None else []
+        past = cache.length
+        scores = self.flat[1].several((sequence.tokens[-1], *draft))
+        for row, guess in zip(scores, (*draft, None), strict=True):
+            self._take(sequence, row)
+            past += 1
+            if sequence.done or sequence.tokens[-1] != guess:
+                break
+        cache.truncate(past)
 
     def _several(self, sequences: list[Generation]) -> Tensor:
         """Extend each sequence by its last token; return the scores of the next, [B, vocab]."""

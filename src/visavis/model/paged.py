@@ -178,6 +178,11 @@ class PagedCache:
         return fork
 
     @property
+    def capacity(self) -> int:
+        """How many tokens there is room for."""
+        return len(self.pages) * self.pool.page
+
+    @property
     def num_bytes(self) -> int:
         """What its pages take, those it shares included."""
         return len(self.pages) * self.pool.page_bytes
