@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fakes import picture, tiny_model
+from tests.varlen import use_kernel
 from visavis.api import Model
 from visavis.errors import MemoryLimitError
 from visavis.generate.engine import Engine
@@ -61,6 +62,22 @@ def test_answers_are_those_of_plain_caches(
     assert bool(kept) == shared
     kept.clear()
     assert len(pool.free) == pool.num_pages - 1
+
+
+def test_the_way_of_cuda_says_the_same(
+    expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and steps through the kernel's definition, over pages of 256 tokens."""
+    use_kernel(monkeypatch)
+    model = tiny_model()
+    prefixes = PrefixCache()
+    engine = Engine(model.vlm, max_sequences=3, prefixes=prefixes)
+    assert engine.static is not None and engine.static.pool.page == 256
+    for _ in range(2):
+        assert replies(engine, model, PROMPTS) == expected
+    assert prefixes.entries
+    prefixes.entries.clear()
+    assert len(engine.static.pool.free) == engine.static.pool.num_pages - 1
 
 
 def test_prompts_wait_for_pages_and_what_was_read_makes_room(expected: list[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.varlen import use_kernel
 from visavis.model.attention import Layout
 from visavis.model.config import DecoderConfig
 from visavis.model.decoder import Decoder
@@ -62,20 +63,28 @@ def answer(decoder: Decoder, prompt: list[int], count: int) -> tuple[list[int], 
     return tokens, scores[:-1]
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_tokens_are_those_of_the_ordinary_path(family: str) -> None:
-    """Sequences of different lengths, one more every few steps, the first gone before the last."""
+def test_tokens_are_those_of_the_ordinary_path(
+    family: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences of different lengths, one more every few steps, the first gone before the last;
+    with what the kernel would compute of its arguments too."""
     decoder = decoder_of(FAMILIES[family])
     pool = PagePool(decoder.config, dtype=torch.float32, max_bytes=1 << 18, page=4)
     static = StaticDecoder(decoder, pool)
     expected = [answer(decoder, prompt, 9) for prompt in PROMPTS]
     active: list[tuple[int, PagedCache, list[int]]] = []
     waiting, ended = list(range(len(PROMPTS))), 0
+    if kernel:
+        use_kernel(monkeypatch)
     while waiting or active:
         if waiting and len(active) < 3:
             number, cache = waiting.pop(0), PagedCache(pool)
-            first = int(read(decoder, PROMPTS[number], cache).argmax())
+            read(decoder, PROMPTS[number][:2], cache)  # a prompt in two parts
+            cache.truncate(min(1, len(PROMPTS[number]) - 1))
+            first = int(read(decoder, PROMPTS[number][cache.length :], cache).argmax())
             active.append((number, cache, [first]))
         caches = [cache for _, cache, _ in active]
         last = [tokens[-1] for _, _, tokens in active]
