@@ -9,7 +9,7 @@ import torch
 
 from visavis.model.attention import Layout
 from visavis.model.config import DecoderConfig
-from visavis.model.decode import FlatStep, can_flatten
+from visavis.model.decode import FlatStep, can_flatten, is_row_by_row
 from visavis.model.decoder import Decoder
 from visavis.model.kv_cache import KVCache
 from visavis.model.mrope import positions
@@ -139,3 +139,17 @@ def test_after_an_image_on_three_axes() -> None:
 def test_other_switches_take_the_modules() -> None:
     for change in ({"norm": "layer"}, {"qk_norm": True}, {"sliding_window": 4}, {"gated": False}):
         assert not can_flatten(Decoder(replace(CONFIG, **change)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_several_tokens_at_a_time_are_each_alone(count: int) -> None:
+    torch.manual_seed(4)
+    decoder = packed_decoder(CONFIG)
+    alone, together = (
+        FlatStep(decoder, KVCache(CONFIG, dtype=decoder.dtype, capacity=2)) for _ in range(2)
+    )
+    assert is_row_by_row(decoder) and not is_row_by_row(Decoder(CONFIG))
+    with torch.inference_mode():
+        for tokens in torch.randint(96, (5, count)).tolist():
+            expected = torch.stack([alone(token) for token in tokens])
+            assert torch.equal(together.several(tokens), expected)
