@@ -20,6 +20,10 @@ class ContextLengthError(InputError):
     """More tokens than the model's context holds; raised before any work is done."""
 
 
+class OutOfMemoryError(VisavisError):
+    """More memory than there is; the message says what for, and what would take less."""
+
+
 class UnknownNameError(InputError):
     """A name that no registry knows; the message lists the nearest ones."""
 
