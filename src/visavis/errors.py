@@ -24,6 +24,10 @@ class OutOfMemoryError(VisavisError):
     """More memory than there is; the message says what for, and what would take less."""
 
 
+class MemoryLimitError(OutOfMemoryError):
+    """More keys and values than the memory set aside for them holds."""
+
+
 class UnknownNameError(InputError):
     """A name that no registry knows; the message lists the nearest ones."""
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import visavis
 from tests.fakes import picture, tiny_model
+from visavis.generate import prefix
 from visavis.generate.engine import Engine
 from visavis.generate.prefix import PrefixCache
 from visavis.prompt import Prompt
@@ -151,3 +152,26 @@ def test_scores_do_not_depend_on_how_much_was_known() -> None:
             pass
     assert answer.sequence.num_reused > 16
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_stream_may_be_collected_while_prompts_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()
+    model.prefixes = PrefixCache()
+    expected = model.chat("what is this, and why?", max_new_tokens=5).text
+    streams = [
+        model.chat(f"{number} is a number", max_new_tokens=9, stream=True) for number in range(4)
+    ]
+    assert all(next(iter(stream)) for stream in streams)
+    compare = prefix.common
+
+    def common(*given: Any) -> int:
+        if streams:
+            streams.pop()  # its prompt is kept here and now
+        return compare(*given)
+
+    monkeypatch.setattr(prefix, "common", common)
+    for _ in range(3):
+        assert model.chat("what is this, and why?", max_new_tokens=5).text == expected
+    assert not streams and len(model.prefixes.entries) == 5

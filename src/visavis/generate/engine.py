@@ -5,9 +5,10 @@
                  from the prefix cache)              for all of them, each with its own cache
 
 A finished sequence leaves and a waiting one enters between two steps. Each sequence gets what it
-would get alone. A sequence that is alone may grow by several tokens a step: those that were guessed
-(see `lookup.py`) and that its sampler says too. Takes token ids and yields token ids; knows nothing
-of tokenizers or templates.
+would get alone. On CUDA the caches are pages of one pool and a step is one graph (`graphs.py`); a
+prompt that finds no free pages waits until a sequence has ended. A sequence that is alone may grow
+by several tokens a step: those that were guessed (see `lookup.py`) and that its sampler says too.
+Takes token ids and yields token ids; knows nothing of tokenizers or templates.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from visavis.errors import InputError
+from visavis.errors import InputError, MemoryLimitError
 from visavis.generate.beams import Search
 from visavis.generate.lookup import Lookup
 from visavis.generate.prefix import Names, PrefixCache
@@ -28,7 +30,9 @@ from visavis.memory import enough_memory
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
 from visavis.model.decode import FlatStep, can_flatten, is_row_by_row
+from visavis.model.graphs import StaticDecoder
 from visavis.model.kv_cache import KVCache
+from visavis.model.paged import Cache, PagedCache
 from visavis.model.quantized import packed_kernels
 from visavis.model.vlm import VLM
 
@@ -59,7 +63,7 @@ class Generation:
     num_reused: int = 0  # of those, taken from the prefix cache
     done: bool = False
     error: Exception | None = None  # what ended it, where something of its own went wrong
-    cache: KVCache | None = None
+    cache: Cache | None = None
     lookup: Lookup | None = None  # where guesses can be checked
     ahead: int = 0  # by how much a token's position exceeds the number of tokens before it
 
@@ -89,6 +93,12 @@ class Engine:
         self.active: list[Generation] = []
         self.flat: tuple[KVCache, FlatStep] | None = None
         self.guesses = is_row_by_row(vlm.decoder)
+        self.full = False  # a prompt waits for pages
+
+    @cached_property
+    def static(self) -> StaticDecoder | None:
+        """What decodes on CUDA, where a kernel reads pages."""
+        return StaticDecoder.of(self.vlm.decoder)
 
     def add(self, sequence: Generation) -> None:
         """Let a sequence wait for its turn."""
@@ -103,12 +113,19 @@ class Engine:
         (`Generation.error`); what goes wrong in growing them all is raised.
         """
         self._drop_done()
-        if self.waiting and len(self.active) < self.max_sequences:
+        if self.waiting and len(self.active) < self.max_sequences and not self.full:
             sequence = self.waiting.popleft()
             if sequence.done:
                 return []
             with _on_its_own(sequence):
-                scores = self._prefill(sequence)
+                try:
+                    scores = self._prefill(sequence)
+                except MemoryLimitError:
+                    if not self.active:
+                        raise
+                    self.waiting.appendleft(sequence)
+                    self.full = True
+                    return []
                 self.active.append(sequence)
                 if sequence.search is None:
                     self._take(sequence, scores)
@@ -167,6 +184,7 @@ class Engine:
     def _drop_done(self) -> None:
         for sequence in [one for one in self.active if one.done]:
             self.active.remove(sequence)
+            self.full = False
             cache, sequence.cache = sequence.cache, None
             if self.flat is not None and cache is self.flat[0]:
                 self.flat = None
@@ -182,17 +200,21 @@ class Engine:
         if self.guesses:
             sequence.lookup = Lookup(batch.token_ids.tolist())
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
+        cache: Cache | None = None
         with enough_memory(
             f"reading a prompt of {batch.num_tokens} tokens ({sum(batch.image_counts)} of them of "
             f"{len(batch.image_counts)} images)",
             "Shorten it, use fewer or smaller images, or load the model with a smaller precision.",
         ):
-            cache = None
+            self._make_room(capacity)
             if self.prefixes is not None and sequence.names:
                 cache = self.prefixes.begin(sequence.names, capacity)
             if cache is not None:
                 sequence.num_reused = cache.length
                 batch = self.vlm.resolve_images(batch).after(cache.length)
+            elif self.static is not None:
+                cache = PagedCache(self.static.pool)
+                cache.reserve(capacity)
             else:
                 cache = KVCache(
                     decoder.config,
@@ -204,6 +226,14 @@ class Engine:
             scores = decoder.logits(hidden[-1:])[0]
         sequence.cache = cache
         return scores
+
+    def _make_room(self, *lengths: int) -> None:
+        """Forget what was read before while there are too few pages for so many tokens each."""
+        if self.static is None or self.prefixes is None:
+            return
+        pool, known = self.static.pool, self.prefixes.entries
+        while known and len(pool.free) < sum(map(pool.pages_of, lengths)):
+            known.popitem(last=False)
 
     def _take(self, sequence: Generation, scores: Tensor) -> None:
         """Choose a sequence's next token, or end it."""
@@ -227,8 +257,13 @@ class Engine:
             for number, parent in enumerate(parents):
                 one = caches[parent]
                 if parent in parents[:number]:  # another beam has it already
-                    one = free.pop() if free else one.fork(one.length, one.keys[0].shape[1])
-                    one.follow(caches[parent], start)
+                    self._make_room(one.capacity)
+                    spare = free.pop() if free else None
+                    if isinstance(one, KVCache) and isinstance(spare, KVCache):
+                        spare.follow(one, start)  # it has the prompt
+                        one = spare
+                    else:
+                        one = one.fork(one.length, one.capacity)
                 following.append(one)
             caches = following
             beams = zip(search.tokens, caches, strict=True)
@@ -241,7 +276,7 @@ class Engine:
         """Extend the only sequence by one token, or by as many as were guessed right."""
         decoder, cache = self.vlm.decoder, sequence.cache
         assert cache is not None
-        if not can_flatten(decoder):
+        if not isinstance(cache, KVCache) or not can_flatten(decoder):
             scores = self._several([sequence])[0]
             with _on_its_own(sequence):
                 self._take(sequence, scores)
@@ -263,17 +298,21 @@ class Engine:
         """Extend each sequence by its last token; return the scores of the next, [B, vocab]."""
         decoder = self.vlm.decoder
         caches = _caches(sequences)
-        device = caches[0].keys[0].device
-        tokens = torch.tensor([one.tokens[-1] for one in sequences], device=device)
+        tokens = [one.tokens[-1] for one in sequences]
         places = [c.length + one.ahead for c, one in zip(caches, sequences, strict=True)]
+        if self.static is not None:
+            self._make_room(*[1] * len(sequences))  # at most a page each
+            paged = [cache for cache in caches if isinstance(cache, PagedCache)]
+            return self.static(decoder, paged, tokens, places)
+        device = decoder.norm.weight.device
         with packed_kernels():
             layout = Layout((1,) * len(sequences), caches)
-            x = decoder.embed_tokens(tokens)
+            x = decoder.embed_tokens(torch.tensor(tokens, device=device))
             hidden = decoder(x, torch.tensor(places, device=device), layout)[-1]
             return decoder.logits(hidden)
 
 
-def _caches(sequences: Iterable[Generation]) -> tuple[KVCache, ...]:
+def _caches(sequences: Iterable[Generation]) -> tuple[Cache, ...]:
     return tuple(one.cache for one in sequences if one.cache is not None)
 
 
@@ -299,7 +338,8 @@ def generate(
     The first token arrives when the prompt has been read; stopping the iteration frees the cache.
     """
     sequence = Generation(lambda: batch, sample, max_new_tokens, stop_ids)
-    shown = 0
-    for _ in Engine(vlm).run([sequence]):
+    engine, shown = Engine(vlm), 0
+    engine.static = None  # training goes on after one answer: no pool that stays, no graphs
+    for _ in engine.run([sequence]):
         yield from sequence.tokens[shown:]
         shown = len(sequence.tokens)

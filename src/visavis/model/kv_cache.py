@@ -83,6 +83,11 @@ class KVCache:
         self.length = other.length
 
     @property
+    def capacity(self) -> int:
+        """How many tokens there is room for before it grows."""
+        return self.keys[0].shape[1]
+
+    @property
     def num_bytes(self) -> int:
         return sum(store.nbytes for store in (*self.keys, *self.values))
 
