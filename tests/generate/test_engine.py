@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -168,10 +169,12 @@ def test_a_stream_may_be_collected_while_prompts_are_compared(
 
     def common(*given: Any) -> int:
         if streams:
-            streams.pop()  # its prompt is kept here and now
+            streams.pop()
+            gc.collect()  # its prompt is kept here and now
         return compare(*given)
 
     monkeypatch.setattr(prefix, "common", common)
     for _ in range(3):
         assert model.chat("what is this, and why?", max_new_tokens=5).text == expected
+    gc.collect()
     assert not streams and len(model.prefixes.entries) == 5
