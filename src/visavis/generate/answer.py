@@ -95,7 +95,7 @@ class Answer:
         started: float,
     ) -> None:
         self.sequence, self.tokenizer, self.stops = sequence, tokenizer, stops
-        self.reply = Reply(pieces=(piece for piece in ()))
+        self.reply = Reply(pieces=_nothing())
         self.started = started  # of time.perf_counter, when the question came
         self.first = 0.0  # when the first token came
         self.seen = 0  # tokens looked at
@@ -145,3 +145,7 @@ class Answer:
         start = max(0, self.shown - CONTEXT)
         before = self.tokenizer.decode(ids[start : self.shown], skip_special_tokens=True)
         return self.tokenizer.decode(ids[start:], skip_special_tokens=True)[len(before) :]
+
+
+def _nothing() -> Generator[str]:
+    yield from ()
