@@ -24,8 +24,9 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 ENGINES = {
     "decode": {"visavis", "llama.cpp", "transformers"},
     "prefill": {"visavis", "llama.cpp", "transformers"},
-    "embed": {"visavis", "transformers"},
+    "embed": {"visavis", "transformers", "sentence-transformers"},
     "load": {"visavis", "llama.cpp", "transformers"},
+    "picture": {"visavis", "visavis, first question"},
 }
 
 
