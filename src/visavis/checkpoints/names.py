@@ -121,7 +121,7 @@ def to_ours(
         expected: name and shape of every tensor the model needs.
         sizes: rows of the parts of fused tensors, by layer.
         where: the file or folder, for messages.
-        convert: what is done to each tensor, or part of one that is fused, when it is read.
+        convert: what is done to each tensor when it has been read.
 
     Raises:
         CheckpointError: listing what is missing, unexpected, there twice or of another shape.
@@ -195,11 +195,11 @@ class _Group:
             if self.row.axes and part.shape[1:] == self.row.axes:
                 part = part.flatten(1)
             wrong += _misshapen(name, part, (height, *shape[1:]))
-            parts.append(part if wrong else convert(part))
+            parts.append(part)
         problems += wrong
-        if len(parts) == 1 or wrong:
+        if wrong:
             return parts[0]
-        return torch.cat(parts)
+        return convert(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 def to_theirs(state: Mapping[str, Tensor], table: NameTable, sizes: Sizes) -> dict[str, Tensor]:

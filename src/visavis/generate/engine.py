@@ -157,7 +157,8 @@ class Engine:
             )
         sequence.cache = cache
         hidden = self.vlm(batch, caches=(cache,))[-1]
-        return decoder.logits(hidden[-1:])[0]
+        with packed_kernels():  # always one row
+            return decoder.logits(hidden[-1:])[0]
 
     def _take(self, sequence: Generation, scores: Tensor) -> None:
         """Choose a sequence's next token, or end it."""

@@ -28,7 +28,7 @@ def can_flatten(decoder: Decoder) -> bool:
     config = decoder.config
     plain = config.norm == "rms" and not config.norm_offset and not config.qk_norm and config.gated
     simple = not (config.parallel_block or config.sliding_window)
-    on_cpu = decoder.embed.weight.device.type == "cpu"
+    on_cpu = decoder.norm.weight.device.type == "cpu"
     return plain and simple and on_cpu and config.rotary_dim == config.head_dim
 
 

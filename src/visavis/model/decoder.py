@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from visavis.model.attention import Layout, attend
 from visavis.model.config import DecoderConfig
 from visavis.model.layers import Embedding, Linear
-from visavis.model.quantized import decoding
+from visavis.model.quantized import PackedEmbedding, decoding
 from visavis.model.rope import Rope, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.rope = Rope(config)
-        self.embed = Embedding(config.vocab_size, config.width)
+        self.embed: Embedding | PackedEmbedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = Norm(config.width, config)
         self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
@@ -120,7 +120,8 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What matmuls compute in."""
-        return self.embed.weight.dtype
+        embed = self.embed
+        return embed.dtype if isinstance(embed, PackedEmbedding) else embed.weight.dtype
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Return float32 embeddings [T, D] of int64 ids [T]."""

@@ -121,6 +121,8 @@ def decoder_config(file: GGUFFile) -> DecoderConfig:
 def decoder_tensors(file: GGUFFile) -> Iterator[tuple[str, list[StoredPart]]]:
     """Yield each tensor of ours by name, as the stored parts whose rows make it up.
 
+    Their bytes are in memory until the next tensor is asked for.
+
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape; all are named.
     """
@@ -136,6 +138,8 @@ def decoder_tensors(file: GGUFFile) -> Iterator[tuple[str, list[StoredPart]]]:
                 raw = _halves_apart(raw, config.head_dim)
             stored.append(StoredPart(raw, info.type, info.shape))
         yield ours, stored
+        for part in parts:
+            file.release(part.name)
 
 
 def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
@@ -145,24 +149,46 @@ def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
         CheckpointError: as `decoder_tensors`; a type that cannot be dequantised; values that
             are not finite.
     """
+    check_types(file)
+    for ours, stored in decoder_tensors(file):
+        yield ours, dequantized(file, ours, stored)
+
+
+def check_types(file: GGUFFile) -> None:
+    """Refuse a file with tensors that cannot be dequantised.
+
+    Raises:
+        CheckpointError: naming one, and the types that can be.
+    """
     for info in file.tensors.values():
         if info.type not in quants.SUPPORTED:
-            file.dequantize(info.name)  # raises, naming the tensor and the types that can be
-    for ours, stored in decoder_tensors(file):
-        num_rows = sum(part.shape[0] for part in stored)
-        array = np.empty((num_rows, *stored[0].shape[1:]), np.float32)
-        start = 0
-        for part in stored:
-            part.dequantize(array[start : start + part.shape[0]])
-            start += part.shape[0]
-        with np.errstate(all="ignore"):
-            finite = np.isfinite(array.sum())
-        if not finite:
-            raise CheckpointError(
-                f"{file.path}: {ours} holds NaN or infinite values, expected finite weights; the "
-                "file is damaged, fetch it again and compare its sha256"
-            )
-        yield ours, array
+            file.dequantize(info.name)
+
+
+def dequantized(file: GGUFFile, ours: str, stored: list[StoredPart]) -> np.ndarray:
+    """Return one tensor of ours as float32.
+
+    Raises:
+        CheckpointError: values that are not finite.
+    """
+    num_rows = sum(part.shape[0] for part in stored)
+    array = np.empty((num_rows, *stored[0].shape[1:]), np.float32)
+    start = 0
+    for part in stored:
+        part.dequantize(array[start : start + part.shape[0]])
+        start += part.shape[0]
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(array.sum())
+    if not finite:
+        raise not_finite(file, ours)
+    return array
+
+
+def not_finite(file: GGUFFile, ours: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file.path}: {ours} holds NaN or infinite values, expected finite weights; the "
+        "file is damaged, fetch it again and compare its sha256"
+    )
 
 
 def gguf_state(

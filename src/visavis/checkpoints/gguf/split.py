@@ -34,11 +34,14 @@ class SplitGGUF(GGUFFile):
                         "expected once; parts of two models are mixed, fetch them again."
                     )
                 tensors[name], self.owner[name] = info, part
-        super().__init__(first.path, np.empty(0, np.uint8), metadata, tensors)
+        super().__init__(first.path, b"", metadata, tensors)
 
     def raw(self, name: str) -> np.ndarray:
         """Return a tensor's bytes, a read-only uint8 view of its mapped file."""
         return self.owner[name].raw(name)
+
+    def release(self, name: str) -> None:
+        self.owner[name].release(name)
 
 
 def part_names(name: str) -> list[str]:
