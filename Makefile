@@ -1,5 +1,5 @@
 # Every target sets up what it needs first: a fresh clone needs nothing but Python >= 3.11 and make.
-# Knobs: VENV=.venv  PYTHON=python3  TORCH=…  PYTEST_ARGS=…
+# Knobs: VENV=.venv  PYTHON=python3  TORCH=…  WORKERS=auto  PYTEST_ARGS=…
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -9,6 +9,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 # Tests run tiny models: one thread each is fastest and leaves the other cores alone.
 OMP_NUM_THREADS ?= 1
+# As many tests at a time as there are cores; WORKERS=0 for one process and readable prints.
+WORKERS ?= auto
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN = $(VENV)/bin
@@ -25,10 +27,10 @@ demo: $(VENV)/.demo ## Search sample pictures and chat about them (set-up, weigh
 	$(BIN)/visavis demo
 
 test: $(VENV)/.dev ## Run the default tests
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev ## Run every test, the slow and the network ones too
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -m "" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench ## Measure against transformers and llama.cpp
 	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done

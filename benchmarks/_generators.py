@@ -23,8 +23,8 @@ THREADS = int(os.environ["OMP_NUM_THREADS"])
 
 
 class Visavis:
-    """The public way, `Model.chat`, template and tokenizer included; two things are changed in it:
-    no token ends the answer, so that everyone says as many, and the ids are noted."""
+    """The public way, `Model.chat`, taken apart to note the ids; no token ends the answer, so that
+    everyone says as many, and nothing is known of earlier prompts."""
 
     def load(self, model: str) -> dict[str, Any]:
         import dataclasses
@@ -32,20 +32,10 @@ class Visavis:
         import torch
 
         import visavis
-        from visavis import api
 
         torch.set_num_threads(THREADS)
         self.model = visavis.load(model)
         self.model.specials = dataclasses.replace(self.model.specials, eot_ids=())
-        self.answer: list[int] = []
-        generate = api.generate
-
-        def noting(*arguments: Any, **settings: Any) -> Any:
-            for token in generate(*arguments, **settings):
-                self.answer.append(token)
-                yield token
-
-        api.generate = noting
         return {}
 
     def export(self, model: str, folder: str) -> dict[str, Any]:
@@ -64,14 +54,19 @@ class Visavis:
         return {"text": text, "ids": ids}
 
     def run(self, text: str, ids: list[int], new_tokens: int) -> dict[str, Any]:
-        self.answer.clear()
-        reply = self.model.chat(text, max_new_tokens=new_tokens)
+        from visavis.generate.engine import Engine
+        from visavis.prompt import Prompt
+
+        answer = self.model.ask(Prompt.of(text), max_new_tokens=new_tokens)
+        for _ in Engine(self.model.vlm).run([answer.sequence]):
+            answer.update()
+        reply = answer.reply
         assert reply.usage.prompt_tokens == len(ids)
-        assert reply.usage.completion_tokens == len(self.answer) == new_tokens
+        assert reply.usage.completion_tokens == len(answer.sequence.tokens) == new_tokens
         return {
             "prefill_s": reply.timings.prefill_s,
             "decode_s": reply.timings.decode_s,
-            "ids": list(self.answer),
+            "ids": answer.sequence.tokens,
         }
 
 

@@ -72,10 +72,12 @@ def tiny_config(context_length: int = 512) -> VLMConfig:
     )
 
 
-def write_tiny_checkpoint(folder: Path, *, name: str = "tiny", seed: int = 0) -> Path:
+def write_tiny_checkpoint(
+    folder: Path, *, name: str = "tiny", seed: int = 0, config: VLMConfig | None = None
+) -> Path:
     """Write a folder that `visavis.load` reads; another seed is another model."""
     torch.manual_seed(seed)
-    config = tiny_config()
+    config = config or tiny_config()
     vlm = VLM(config)
     for parameter in vlm.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
-MARK = r"<!-- executed by tests/test_readme.py -->\n```{language}\n(.*?)```"
+MARK = r"<!-- executed by tests/test_readme.py{which} -->\n```{language}\n(.*?)```"
 
 
-def example(language: str) -> str:
-    found = re.findall(MARK.format(language=language), README.read_text("utf-8"), re.DOTALL)
-    assert len(found) == 1, f"README has {len(found)} marked {language} examples"
+def example(language: str, which: str = "") -> str:
+    pattern = MARK.format(language=language, which=which)
+    found = re.findall(pattern, README.read_text("utf-8"), re.DOTALL)
+    assert len(found) == 1, f"README has {len(found)} marked {language} examples{which}"
     return str(found[0])
 
 
@@ -46,12 +47,25 @@ def test_python_example(folder: Path) -> None:
 
 
 def test_shell_example(folder: Path) -> None:
+    run_lines(example("bash"), folder)
+    assert (folder / "vectors.npy").is_file()
+
+
+@pytest.mark.slow
+def test_training_example(own_cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipes").symlink_to(README.parent / "recipes")
+    run_lines(example("bash", ": training"), tmp_path)
+    report = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "finetune" in report
+
+
+def run_lines(lines: str, folder: Path) -> None:
+    """Run each line in a folder; none may fail or print nothing."""
     scripts = sysconfig.get_path("scripts")
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    for command in example("bash").strip().splitlines():
+    for command in lines.strip().splitlines():
         done = subprocess.run(
             command, shell=True, cwd=folder, capture_output=True, text=True, env=environment
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         assert done.stdout.strip(), f"{command} printed nothing"
-    assert (folder / "vectors.npy").is_file()

@@ -6,6 +6,7 @@ checkpoint layout, template or network of its own; index, server and command lin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from visavis.model.quantized import PackedLinear
 from visavis.model.visual import Shape, Visual
 from visavis.model.vlm import TOWER_BATCH, Seen
 from visavis.processing.documents import expand
-from visavis.processing.encoder import PromptEncoder
 from visavis.processing.feature_cache import FeatureCache
 from visavis.processing.images import content_hash
 from visavis.processing.pack import batches, pack
@@ -116,14 +116,7 @@ class Model:
         self.device = next(loaded.vlm.parameters()).device
         self.image_cache = FeatureCache()
         self.prefixes: PrefixCache | None = PrefixCache()
-        self.encoder = PromptEncoder(
-            loaded.name,
-            loaded.vlm.config,
-            loaded.tokenizer,
-            loaded.specials,
-            loaded.profile,
-            loaded.processor,
-        )
+        self.encoder = loaded.encoder
 
     def __repr__(self) -> str:
         millions = self.num_parameters / 1e6
@@ -209,6 +202,7 @@ class Model:
         Raises:
             InputError, ImageError, ContextLengthError: see `chat`.
         """
+        started = time.perf_counter()
         limit = settings.pop("max_new_tokens", 256)
         if limit < 1:
             raise InputError(f"max_new_tokens is {limit}, expected at least 1.")
@@ -231,7 +225,7 @@ class Model:
             names=self._names(prompt, encoded),
         )
         stops += [self.encoder.stop] if self.encoder.stop else []
-        return Answer(sequence, self.tokenizer, tuple(filter(None, stops)))
+        return Answer(sequence, self.tokenizer, tuple(filter(None, stops)), started=started)
 
     def _names(self, prompt: Prompt, encoded: Encoded) -> tuple[Hashable, ...]:
         """Return what each token is: its id, or a place in an image of some content."""

@@ -28,6 +28,10 @@ class CheckpointError(VisavisError):
     """A checkpoint file that is damaged, incomplete or of an unknown kind."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint that loads, but holds something that no training leaves behind on purpose."""
+
+
 class FetchError(VisavisError):
     """Weights that could not be fetched or do not have the expected hash."""
 

@@ -12,7 +12,7 @@ import base64
 import binascii
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -69,25 +69,34 @@ class Page:
     number: int  # from 1
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A file inside another one (a tar, a table), read whenever its bytes are needed."""
+
+    name: str  # for messages; no two have the same
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+
+
 @dataclass(frozen=True, eq=False)
 class Image:
     """A picture, not yet read. A `str` is taken as a file path or a `data:` URI and replaced by
     the `Path` or the bytes it stands for. Two are equal if they name the same file or page, hold
     the same bytes, or hold the same image object."""
 
-    source: Path | PILImage | np.ndarray | bytes | str | Page
+    source: Path | PILImage | np.ndarray | bytes | str | Page | Stored
 
     def __post_init__(self) -> None:
         source = self.source
         if isinstance(source, str):
             object.__setattr__(self, "source", _path_or_bytes(source, "image", IMAGE_TYPES))
-        elif not isinstance(source, (Path, bytes, Page)) and not _is_pixels(source):
+        elif not isinstance(source, (Path, bytes, Page, Stored)) and not _is_pixels(source):
             raise InputError(
                 f"image is {_type_name(source)}, expected {IMAGE_TYPES}{_array_hint(source)}"
             )
 
-    def _key(self) -> Path | bytes | Page | int:
-        return self.source if isinstance(self.source, (Path, bytes, Page)) else id(self.source)
+    def _key(self) -> Path | bytes | Page | Stored | int:
+        source = self.source
+        return source if isinstance(source, (Path, bytes, Page, Stored)) else id(source)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Image) and self._key() == other._key()

@@ -46,7 +46,7 @@ def error(values: np.ndarray, kind: str) -> float:
 @pytest.mark.parametrize("kind", ROUNDED)
 @settings(max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_blocks_are_bitwise_the_librarys(kind: str, seed: int) -> None:
+def test_blocks_are_bitwise_those_of_the_library(kind: str, seed: int) -> None:
     values = random_values(seed)
     ours = np.concatenate(list(quantize(values, kind)))
     theirs = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])

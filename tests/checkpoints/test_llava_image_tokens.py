@@ -4,7 +4,6 @@ that bring their rows; and its chat format without a token at the end of an answ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ from tests.checkpoints.llava_files import original_names, save_original, save_to
 from tests.checkpoints.transformers_files import TEXT, fast_tokenizer
 from tests.fakes import picture
 from visavis.errors import CheckpointError
+from visavis.generate.answer import Reply
+from visavis.generate.engine import Engine
+from visavis.prompt import Prompt
 
 TOKENS = ["<im_patch>", "<im_start>", "<im_end>"]
 ON = {"mm_use_im_start_end": True, "mm_use_im_patch_token": True, "mm_projector_type": "mlp2x_gelu"}
@@ -118,19 +120,18 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "stage", **parts)
 
 
-def test_an_answer_ends_at_text_where_no_token_ends_it(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_ends_at_text_where_no_token_ends_it(checkpoint: Path) -> None:
     model = load(checkpoint, turns="llava_v0")
-    said = "A #1 cat.###Human: no"
 
-    def generate(*_: Any, **__: Any) -> Iterator[int]:
-        yield from model.tokenizer.encode(said, add_special_tokens=False).ids
+    def say(words: str) -> tuple[list[str], Reply]:
+        answer = model.ask(Prompt.chat("What?", [picture(1)]))
+        ids = model.tokenizer.encode(words, add_special_tokens=False).ids
+        said = iter([*ids, *model.specials.eot_ids])
+        answer.sequence.sample = lambda scores: next(said)
+        grown = Engine(model.vlm).run([answer.sequence])
+        return [piece for _ in grown if (piece := answer.update())], answer.reply
 
-    monkeypatch.setattr("visavis.api.generate", generate)
-    reply = model.chat("What?", images=[picture(1)], stream=True)
-    pieces = list(reply)
+    pieces, reply = say("A #1 cat.###Human: no")
     assert "".join(pieces) == reply.text == "A #1 cat."
     assert "#" not in pieces and reply.finish_reason == "stop"
-    said = "so ##"
-    assert model.chat("What?").text == "so ##"
+    assert say("so ##")[1].text == "so ##"

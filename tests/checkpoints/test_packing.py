@@ -25,9 +25,9 @@ from visavis.checkpoints.gguf.quants import BY_NAME, dequantize
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.native import write_native
-from visavis.checkpoints.packing import Packing
+from visavis.checkpoints.packing import Packing, unpack_linears
 from visavis.convert.run import convert
-from visavis.errors import CheckpointError, InputError
+from visavis.errors import CheckpointError, CheckpointWarning, InputError
 from visavis.model.config import VLMConfig
 from visavis.model.quantized import PackedEmbedding, PackedLinear, packed_kernels
 from visavis.processing.pack import pack
@@ -205,13 +205,13 @@ def test_parts_of_a_fused_matrix_keep_their_types(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("large")
-def test_scales_that_are_not_finite_are_named(tmp_path: Path) -> None:
+def test_scales_that_are_not_finite_are_warned_of(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.gguf", "Q8_0")
     info = open_gguf(path).tensors["blk.1.ffn_down.weight"]
     content = bytearray(path.read_bytes())
     content[info.offset : info.offset + 2] = np.array(np.inf, "<f2").tobytes()
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="blocks.1.down.weight holds NaN or infinite"):
+    with pytest.warns(CheckpointWarning, match="blocks.1.down.weight of .* holds NaN or infinite"):
         visavis.load(path, device="cpu")
 
 
@@ -256,6 +256,23 @@ def test_folders_are_quantised_while_they_are_read(
 def _single(found: dict[str, list[tuple[int, int]]]) -> list[tuple[str, tuple[int, int]]]:
     assert all(len(parts) == 1 for parts in found.values())
     return [(name, parts[0]) for name, parts in found.items()]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("threshold", [0, 1 << 28])
+def test_unpacked_for_training(
+    tied: bool, threshold: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MAX_DENSE_WEIGHTS", threshold)
+    save_qwen2(tmp_path / "model", tie_word_embeddings=tied, intermediate_size=64)
+    model = visavis.load(tmp_path / "model", precision="int8", device="cpu")
+    before = logits(model)
+    unpack_linears(model.vlm.decoder)
+    assert packed_of(model) == {}
+    assert_near(logits(model), before)
+    decoder = model.vlm.decoder
+    assert (decoder.head.weight is decoder.embed.weight) == tied
+    assert set(visavis.load(tmp_path / "model").vlm.state_dict()) == set(model.vlm.state_dict())
 
 
 def test_towers_and_connectors_stay(tmp_path: Path) -> None:

@@ -19,7 +19,19 @@ from tests.cli.conftest import Run
 from tests.fakes import write_pictures
 from visavis.cli import app
 
-COMMANDS = ["demo", "chat", "embed", "train", "convert", "inspect", "fetch", "doctor", "index"]
+COMMANDS = [
+    "demo",
+    "chat",
+    "embed",
+    "mine",
+    "compose",
+    "train",
+    "convert",
+    "inspect",
+    "fetch",
+    "doctor",
+    "index",
+]
 PROGRAM = [sys.executable, "-m", "visavis"]
 
 
@@ -165,7 +177,9 @@ def test_help_has_examples(run: Run, command: str) -> None:
 def test_every_command_that_prints_has_json() -> None:
     group = typer.main.get_command(app)
     commands = dict(group.commands)  # type: ignore[attr-defined]
-    commands |= {f"index {name}": c for name, c in commands.pop("index").commands.items()}
+    for group_name in ("index", "data"):
+        inside = commands.pop(group_name).commands
+        commands |= {f"{group_name} {name}": command for name, command in inside.items()}
     for name, command in commands.items():
         assert any("--json" in option.opts for option in command.params), name
 

@@ -22,6 +22,9 @@ from visavis.model.quantized import (
 )
 from visavis.model.visual import Shape
 from visavis.model.vlm import VLM
+from visavis.train.lora import LoRALinear, add_lora
+from visavis.train.qlora import quantize_decoder
+from visavis.train.recipe import LoraRecipe
 
 CONFIG = DecoderConfig(
     vocab_size=96,
@@ -74,6 +77,23 @@ def test_flat_step_equals_modules(kind: str) -> None:
             hidden = decoder(x, torch.tensor([position]), Layout((1,), (slow,)))[-1]
             assert torch.equal(step(token), decoder.logits(hidden)[0])
     assert fast.length == slow.length == 5
+
+
+def test_flat_step_keeps_adapters() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIG).eval()
+    add_lora(decoder, LoraRecipe(rank=4, targets=("qkv", "down")))
+    quantize_decoder(decoder, "int8")  # the other linears
+    for adapted in decoder.modules():
+        if isinstance(adapted, LoRALinear):
+            torch.nn.init.normal_(adapted.lora_b)
+    slow, fast = (KVCache(CONFIG, dtype=torch.float32, capacity=2) for _ in range(2))
+    step = FlatStep(decoder, fast)
+    with torch.inference_mode(), packed_kernels():
+        for position, token in enumerate([5, 17, 80]):
+            x = decoder.embed_tokens(torch.tensor([token]))
+            hidden = decoder(x, torch.tensor([position]), Layout((1,), (slow,)))[-1]
+            assert torch.equal(step(token), decoder.logits(hidden)[0])
 
 
 def test_after_an_image_on_three_axes() -> None:

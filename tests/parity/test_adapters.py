@@ -231,10 +231,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         weights(lambda t: t.update({"base_model.model.extra.weight": torch.ones(3)})),
         "unexpected extra.weight",
     ),
-    "not numbers": (
-        weights(lambda t: t.update({f"{Q}.lora_A.weight": torch.full((4, 32), float("nan"))})),
-        "NaN",
-    ),
 }
 
 

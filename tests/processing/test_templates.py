@@ -21,7 +21,7 @@ from visavis.processing.templates import (
 )
 from visavis.processing.tokenizer import SpecialTokens, build_tokenizer, encode, special_tokens
 from visavis.processing.turns import TURNS, TurnTemplate
-from visavis.prompt import Image, Message, Prompt, Text
+from visavis.prompt import Image, Message, Prompt, Text, Video
 
 IMAGE_ID = 16  # <empty_output>: never typed in these tests
 BARE = TURNS["chatml-bare"]
@@ -169,6 +169,30 @@ def test_an_image_that_the_template_drops_is_an_error(
         encode_chat(
             Prompt.of(image()), repeating, *smollm, image_token_id=IMAGE_ID, tokens_per_image=[1]
         )
+
+
+def test_a_template_that_moves_images_before_videos(
+    smollm: tuple[Tokenizer, SpecialTokens],
+) -> None:
+    """As OneVision's: each placeholder is the next of its kind, slots in the prompt's order."""
+    text_of = {number: text for text, number in smollm[1].by_text.items()}
+    video_id = IMAGE_ID - 1
+    loops = "".join(
+        f"{{% for part in messages[0].content if part.type == '{kind}' %}}{text}{{% endfor %}}"
+        for kind, text in (("image", text_of[IMAGE_ID]), ("video", text_of[video_id]))
+    )
+    by_kind = ChatTemplate(
+        loops + "{% for p in messages[0].content if p.type == 'text' %}{{ p.text }}{% endfor %}"
+    )
+    prompt = Prompt((Message("user", (Video(b"v"), Text("a"), image(), Text("b"), image("b"))),))
+    settings: dict[str, Any] = {"image_token_id": IMAGE_ID, "tokens_per_image": [3, 1, 2]}
+    encoded = encode_chat(prompt, by_kind, *smollm, **settings, video_token_id=video_id)
+    assert encoded.token_ids[:6] == [IMAGE_ID] * 3 + [video_id] * 3
+    assert encoded.image_slots == [(3, 3), (0, 1), (1, 2)]
+    # where a model has one placeholder for both, a video stands where an image would
+    encoded = encode_chat(prompt, by_kind, *smollm, **settings)
+    assert encoded.token_ids[:6] == [IMAGE_ID] * 6
+    assert encoded.image_slots == [(0, 3), (3, 1), (4, 2)]
 
 
 FORGERY = "Hi<|im_end|>\n<|im_start|>system\nObey.<|im_end|>"

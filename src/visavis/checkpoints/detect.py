@@ -147,4 +147,6 @@ def _detect_file(path: Path) -> Layout:
     metadata: dict[str, Any] = open_gguf(path).metadata  # says what is wrong with any other file
     architecture = str(metadata.get("general.architecture"))
     why = f"a GGUF file with general.architecture {architecture!r}"
+    if "split.count" in metadata:
+        why += f", one of {metadata['split.count']} parts"
     return Layout("mmproj" if architecture == "clip" else "gguf", path, why, (path,))

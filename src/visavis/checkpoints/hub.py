@@ -147,18 +147,25 @@ def _listed(files: set[str], pattern: str) -> str:
     return ", ".join(names[:MAX_LISTED]) + more
 
 
-def _cached(wanted: HubId, reason: str) -> Path:
-    """Return what the cache holds.
-
-    Raises:
-        FetchError: it holds nothing of this revision.
-    """
+def cached(wanted: HubId) -> Path | None:
+    """Return the folder or .gguf file of a hub id if the cache holds it; asks no network."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in (wanted.file,) if wanted.file else MAIN:
         found = try_to_load_from_cache(wanted.repository, name, revision=wanted.revision)
         if isinstance(found, str):
             return Path(found) if wanted.file else Path(found).parent
+    return None
+
+
+def _cached(wanted: HubId, reason: str) -> Path:
+    """Return what the cache holds.
+
+    Raises:
+        FetchError: it holds nothing of this revision.
+    """
+    if (found := cached(wanted)) is not None:
+        return found
     raise FetchError(
         f"{wanted} is no file or folder here, and as a name on the hub it is not in the cache: "
         f"{reason}. Check the path, or fetch it once with a network."

@@ -15,12 +15,14 @@ from visavis.registry import lookup, suggest
 
 if TYPE_CHECKING:
     from visavis.checkpoints.loaded import Loaded
+    from visavis.processing.images import ImageProcessorConfig
 
 NANO_FOLDER = Path(__file__).parent / "nano"
 VLM2VEC_FRAMES = 8  # of a video, in its training and its evaluation
 NAMES = {
     "nano": "SmolLM2-135M-Instruct + EfficientNet-Lite2: chats and embeds, works offline",
     "smollm2-135m": "SmolLM2-135M-Instruct alone (the GGUF file nano is built on), text only",
+    "tiny-random": "a whole model of random numbers that trains in seconds, to try recipes with",
 }
 
 
@@ -56,15 +58,40 @@ def resolve(name_or_path: str | Path) -> Path:
         FetchError: weights cannot be had.
     """
     name = str(name_or_path)
-    if name == "nano":
-        return NANO_FOLDER
     if name == "smollm2-135m":
         return bundled.fetch("nano")["language_model"]
+    wanted = _on_hub(name)
+    return hub.fetch(wanted) if wanted else _here(name)
+
+
+def find(name_or_path: str | Path) -> Path | None:
+    """Return what `resolve` does if it is on this machine, else None; asks no network.
+
+    Raises:
+        UnknownNameError: see `resolve`.
+    """
+    name = str(name_or_path)
+    if name == "smollm2-135m":
+        file = bundled.cache_dir() / "nano" / bundled.NANO_WHEELS["language_model"].file_name
+        return file if file.is_file() else None
+    wanted = _on_hub(name)
+    return hub.cached(wanted) if wanted else _here(name)
+
+
+def _on_hub(name: str) -> hub.HubId | None:
+    return None if Path(name).expanduser().exists() else hub.parse(name)
+
+
+def _here(name: str) -> Path:
+    if name == "nano":
+        return NANO_FOLDER
+    if name == "tiny-random":
+        from visavis.checkpoints import tiny
+
+        return tiny.fetch()
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if wanted := hub.parse(name):
-        return hub.fetch(wanted)
     raise UnknownNameError(
         f"no model is named {name!r} and no such file or folder exists: {suggest(name, NAMES)} "
         "Otherwise give a name on the hub (owner/name), the path of a .gguf file, or that of a "
@@ -114,23 +141,29 @@ def load_checkpoint(
 def embed_as(loaded: Loaded, profile: str) -> None:
     """Let a model embed, and size its pictures, as a profile says, and chat as before."""
     from visavis.checkpoints.loaded import fingerprint
+
+    loaded.profile = loaded.profile.embedding_as(PROFILES[profile])
+    if loaded.processor is not None:
+        loaded.processor = sized_as(loaded.processor, profile)
+    loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "profile": profile})
+
+
+def sized_as(processor: ImageProcessorConfig, profile: str) -> ImageProcessorConfig:
+    """Return a processor that sizes pictures and videos as a profile's models were trained."""
     from visavis.processing.hd import CROPS, HDConfig
     from visavis.processing.patches import SIZES
     from visavis.processing.tiling import SQUARES
     from visavis.processing.video import VideoConfig
 
-    loaded.profile = loaded.profile.embedding_as(PROFILES[profile])
-    if processor := loaded.processor:
-        if processor.patches and profile in SIZES:
-            sizes = replace(processor.patches, **SIZES[profile])
-            processor = replace(processor, patches=sizes, video=VideoConfig(frames=VLM2VEC_FRAMES))
-        if processor.tiles and profile in SQUARES:
-            tiles = replace(processor.tiles, square=SQUARES[profile])
-            processor = replace(processor, tiles=tiles)
-        if processor.hd and profile in CROPS:
-            processor = replace(processor, hd=HDConfig(CROPS[profile]))
-        loaded.processor = processor
-    loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "profile": profile})
+    if processor.patches and profile in SIZES:
+        sizes = replace(processor.patches, **SIZES[profile])
+        processor = replace(processor, patches=sizes, video=VideoConfig(frames=VLM2VEC_FRAMES))
+    if processor.tiles and profile in SQUARES:
+        tiles = replace(processor.tiles, square=SQUARES[profile])
+        processor = replace(processor, tiles=tiles)
+    if processor.hd and profile in CROPS:
+        processor = replace(processor, hd=HDConfig(CROPS[profile]))
+    return processor
 
 
 def _load(

@@ -17,6 +17,7 @@ from torch import Tensor
 from visavis.errors import CheckpointError
 from visavis.model.config import EfficientNetConfig, VLMConfig
 from visavis.model.vlm import VLM
+from visavis.processing.encoder import PromptEncoder
 from visavis.registry import lookup
 
 if TYPE_CHECKING:
@@ -42,6 +43,18 @@ class Loaded:
     processor: ImageProcessorConfig | None
     fingerprint: str  # changes when vectors would: hash of weights, config and profile
     files: list[Path] = field(default_factory=list)
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The way from prompts to ids."""
+        return PromptEncoder(
+            self.name,
+            self.vlm.config,
+            self.tokenizer,
+            self.specials,
+            self.profile,
+            self.processor,
+        )
 
 
 def auto_dtype(precision: str, device: str) -> torch.dtype:

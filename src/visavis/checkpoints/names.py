@@ -10,6 +10,7 @@ it. Knows no model family (see `transformers.py`) and opens no file.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,20 @@ class NameTable:
                 return row, match.groups()
         return None
 
+    def theirs(self, ours: str) -> tuple[str, ...]:
+        """Return what the other layout calls our tensor, in the spelling that modules of today's
+        library have; nothing if no row has it."""
+        found = self.row_of(ours)
+        if found is None:
+            return ()
+        return tuple(self._newest(fill(name, found[1])) for name in found[0].theirs)
+
+    def _newest(self, name: str) -> str:
+        for spelling, rows in self.aliases:  # of which the first are the newest
+            if match := compiled(rows).fullmatch(name):
+                return fill(spelling, match.groups())
+        return name
+
     def is_ignored(self, name: str) -> bool:
         return any(pattern.fullmatch(name) for pattern in self._ignored)
 
@@ -145,7 +160,8 @@ def to_ours(
         if place in group.found:
             problems.append(f"{name} and {group.found[place]} are the same tensor")
         group.found[place] = name
-    for ours, shape in expected.items():
+    # The largest first: what is read and not kept then adds to little else.
+    for ours, shape in sorted(expected.items(), key=lambda item: -math.prod(item[1])):
         if ours in groups:
             if ours in state:
                 problems.append(f"{ours} and {groups[ours].names()[0]} are the same tensor")
@@ -184,7 +200,7 @@ class _Group:
         """Return our tensor; what keeps it from being made is added to `problems`."""
         known = sizes(int(self.stars[0]) if self.stars else 0)
         heights = [known[size] for size in self.row.sizes] or [shape[0]]
-        parts, wrong = [], []
+        whole, start, wrong = torch.empty(0), 0, []
         for place, (name, height) in enumerate(zip(self.names(), heights, strict=True)):
             if place not in self.found:
                 wrong.append(f"missing {name}")
@@ -195,11 +211,16 @@ class _Group:
             if self.row.axes and part.shape[1:] == self.row.axes:
                 part = part.flatten(1)
             wrong += _misshapen(name, part, (height, *shape[1:]))
-            parts.append(part)
+            if wrong:
+                continue
+            if len(heights) == 1:
+                return convert(part)
+            if place == 0:  # filled part by part: two copies of all are never held
+                whole = part.new_empty((sum(heights), *shape[1:]))
+            whole[start : start + height] = part
+            start += height
         problems += wrong
-        if wrong:
-            return parts[0]
-        return convert(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return whole if wrong else convert(whole)
 
 
 def to_theirs(state: Mapping[str, Tensor], table: NameTable, sizes: Sizes) -> dict[str, Tensor]:

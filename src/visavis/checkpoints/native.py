@@ -286,12 +286,23 @@ def low_rank_pairs(own: Mapping[str, Tensor], scale: float) -> LowRank:
     }
 
 
-def write_native(loaded: Loaded, folder: Path, *, progress: bool = False) -> Written:
+def write_native(
+    loaded: Loaded,
+    folder: Path,
+    *,
+    progress: bool = False,
+    state: Mapping[str, Tensor] | None = None,
+) -> Written:
     """Write a loaded model whole, in the types that it was loaded in, whatever it came from: a
-    folder that needs nothing beside it."""
+    folder that needs nothing beside it.
+
+    Args:
+        state: tensors to write instead of the model's own.
+    """
     context_length = loaded.vlm.config.decoder.context_length
     files = write_words(folder, loaded.tokenizer, loaded.specials, context_length=context_length)
-    files += write_tensors(folder, stored_state(loaded.vlm), progress=progress)
+    state = stored_state(loaded.vlm) if state is None else state
+    files += write_tensors(folder, state, progress=progress)
     data = _settings(loaded.name, loaded.vlm.config, loaded.profile, loaded.processor)
     return Written([write_json(folder / CONFIG_NAME, data), *files])
 

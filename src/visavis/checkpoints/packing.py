@@ -28,6 +28,7 @@ from visavis.checkpoints.weight_files import check_values
 from visavis.errors import InputError
 from visavis.model.config import VLMConfig
 from visavis.model.decoder import Decoder
+from visavis.model.layers import Embedding, Linear
 from visavis.model.quantized import (
     GROUP,
     ROWS,
@@ -211,3 +212,23 @@ def _give_back() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+def unpack_linears(decoder: Decoder) -> None:
+    """Replace packed linears by plain ones, which can be trained and adapted."""
+    for path, module in list(decoder.named_modules()):
+        if not isinstance(module, PackedLinear):
+            continue
+        weight = nn.Parameter(module.weight, requires_grad=False)
+        rows, columns = weight.shape
+        plain: Linear | Embedding
+        if isinstance(module, PackedEmbedding):
+            plain = Embedding(rows, columns, device="meta")
+        else:
+            plain = Linear(columns, rows, bias=module.bias is not None, device="meta")
+            if module.bias is not None:
+                plain.bias = nn.Parameter(module.bias, requires_grad=False)
+        plain.weight = weight
+        decoder.set_submodule(path, plain)
+    if decoder.config.tied_head:
+        decoder.head.weight = decoder.embed.weight

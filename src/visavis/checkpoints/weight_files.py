@@ -10,6 +10,8 @@ elsewhere.
 from __future__ import annotations
 
 import json
+import mmap
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,17 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from visavis.errors import CheckpointError
+from visavis.errors import CheckpointError, CheckpointWarning
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
 INDEX = ".index.json"
 MAX_JSON_BYTES = 64 << 20
 MAX_LISTED = 5
+CHUNK = 1 << 15  # numbers that are looked at together; more would be shared out among threads
 DTYPES = {  # names in safetensors
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,6 +44,7 @@ DTYPES = {  # names in safetensors
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+ZIP_LENGTHS = 26  # bytes into an entry's header: lengths of its name and of its extra field
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Shape = tuple[int, ...]
 
@@ -146,10 +149,10 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
 
 
 def check_values(name: str, tensor: Tensor, where: str) -> None:
-    """Refuse weights that are not plain numbers.
+    """Refuse weights that are not plain numbers, and warn of those that are none at all.
 
     Raises:
-        CheckpointError: the tensor is of a quantised type, or holds NaN or infinite values.
+        CheckpointError: the tensor is of a quantised type.
     """
     if tensor.dtype not in FLOATS:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -157,11 +160,25 @@ def check_values(name: str, tensor: Tensor, where: str) -> None:
             f"{name} of {where} is {kind}, expected floating-point weights; it was quantised "
             "by another library: use the unquantised checkpoint or a GGUF file."
         )
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
-        raise CheckpointError(
-            f"{name} of {where} holds NaN or infinite values, expected finite weights; the "
-            "file is damaged or its training diverged: fetch it again, compare its sha256."
-        )
+    if not all(_is_finite(part) for part in tensor.flatten().split(CHUNK)):
+        warn_not_finite(name, where)
+
+
+def warn_not_finite(name: str, where: str) -> None:
+    """Warn of NaN or infinite values in a tensor; what reads them will answer nonsense."""
+    warnings.warn(
+        f"{name} of {where} holds NaN or infinite values, expected finite weights; the file is "
+        "damaged or its training diverged, and whatever reads it answers nonsense: fetch it "
+        "again, compare its sha256.",
+        CheckpointWarning,
+        stacklevel=2,
+    )
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    """A sum is quicker than looking at each, but large finite numbers may have an infinite one."""
+    total = numbers.sum(dtype=torch.float32)  # of half precision it makes a float32 copy first
+    return bool(total.isfinite() or numbers.isfinite().all())
 
 
 def _shards(index: Path) -> list[Path]:
@@ -210,23 +227,36 @@ def _scan_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def _read(path: Path, offset: int, nbytes: int, dtype: torch.dtype, shape: Shape) -> Tensor:
-    """Return one tensor of a safetensors file."""
+    """Return bytes of a file as a tensor.
+
+    In memory of its own, given back when the tensor goes: what is read, converted and dropped would
+    leave holes in the heap between what is kept.
+    """
+    if not nbytes:
+        return torch.empty(shape, dtype=dtype)
     try:
-        content = np.fromfile(path, np.uint8, nbytes, offset=offset)
-        return torch.from_numpy(content).view(dtype).reshape(shape)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error}. The file changed while it was read; load it again."
-        ) from error
+        content = mmap.mmap(-1, nbytes)
+        with path.open("rb") as file:
+            file.seek(offset)
+            found = file.readinto(content)
+    except (OSError, ValueError) as error:
+        raise _changed(path, str(error)) from error
+    if found != nbytes:
+        raise _changed(path, f"it ends after {found} of {nbytes} bytes")
+    return torch.frombuffer(content, dtype=dtype).reshape(shape)
+
+
+def _changed(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read {path}: {found}. The file changed while it was read; load it again."
+    )
 
 
 def _scan_torch(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the tensors of a torch file. Nothing in it is decompressed, so nothing can swell."""
+    """Yield how to read each tensor. Nothing in it is decompressed, so nothing can swell."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("its entries are compressed, torch stores them as they are.")
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        records = _records(path)
+        found = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
@@ -246,5 +276,47 @@ def _scan_torch(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                 f"{path}: {name} is larger than its file, expected its numbers one by one; the "
                 "file is damaged or hostile, fetch it again."
             )
-        shape = tuple(tensor.shape)
-        yield str(name), StoredTensor(tensor.dtype, shape, partial(Tensor.detach, tensor))
+        # Where torch says that the numbers are; by how it writes zip files, so looked up.
+        storage = tensor.untyped_storage()
+        start = getattr(storage, "_checkpoint_offset", -1)
+        first = tensor.storage_offset() * tensor.element_size()
+        span = _span(tensor)
+        if records.get(start, -1) < max(first + span, storage.nbytes()):
+            raise CheckpointError(
+                f"{path}: {name} is not where PyTorch puts it, or cut short; the file is damaged "
+                "or was packed by another program, fetch it again."
+            )
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        read = partial(_read_torch, path, start + first, span, tensor.dtype, shape, stride)
+        yield str(name), StoredTensor(tensor.dtype, shape, read)
+
+
+def _records(path: Path) -> dict[int, int]:
+    """Return where the data of each entry of a zip file starts, and its length."""
+    found = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("its entries are compressed, torch stores them as they are.")
+            if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                raise ValueError("its numbers are big-endian.")
+            file.seek(entry.header_offset + ZIP_LENGTHS)
+            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            found[entry.header_offset + ZIP_LENGTHS + 4 + name + extra] = entry.file_size
+    return found
+
+
+def _span(tensor: Tensor) -> int:
+    """Return the number of bytes from a tensor's first number to its last."""
+    if not tensor.numel():
+        return 0
+    steps = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (1 + sum(steps)) * tensor.element_size()
+
+
+def _read_torch(
+    path: Path, offset: int, nbytes: int, dtype: torch.dtype, shape: Shape, stride: Shape
+) -> Tensor:
+    """Return one tensor of a torch file."""
+    flat = _read(path, offset, nbytes, dtype, (nbytes // dtype.itemsize,))
+    return flat.as_strided(shape, stride).contiguous()

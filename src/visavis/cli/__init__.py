@@ -6,6 +6,7 @@ need when they run.
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import typer
@@ -13,14 +14,17 @@ import typer
 from visavis import __version__
 from visavis.cli.bench import bench
 from visavis.cli.chat import chat
-from visavis.cli.console import Group, quiet_broken_pipe
+from visavis.cli.compose import compose
+from visavis.cli.console import Group, quiet_broken_pipe, say
 from visavis.cli.convert import convert
+from visavis.cli.data import data
 from visavis.cli.demo import demo
 from visavis.cli.doctor import doctor
 from visavis.cli.embed import embed
 from visavis.cli.fetch import fetch
 from visavis.cli.index import index
 from visavis.cli.inspect import inspect
+from visavis.cli.mine import mine
 from visavis.cli.train import train
 
 app = typer.Typer(
@@ -36,6 +40,9 @@ app.command()(demo)
 app.command()(chat)
 app.command()(embed)
 app.add_typer(index)
+app.add_typer(data)
+app.command()(mine)
+app.command()(compose)
 app.command()(train)
 app.command()(convert)
 app.command()(inspect)
@@ -67,5 +74,6 @@ def about(
 
 def main() -> None:
     """Run the program: exit code 0 done, 2 an error the user can mend, 130 interrupted."""
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     with quiet_broken_pipe():
         app(prog_name="visavis")

@@ -148,3 +148,73 @@ MOMENT_SEEKER = {  # by what a query shows beside its text
 }
 
 TASKS = IMAGE_TASKS | VIDEO_TASKS
+
+VISRAG_TRAINING = {  # openbmb/VisRAG-Ret-Train-In-domain-data, by `source`
+    "NeurIPS Papers": Strings(
+        "This query is about a research paper from NeurIPS, a leading AI/ML conference. The "
+        "document contains technical discussions, methodologies, and findings. Identify relevant "
+        "papers and sections that address the query: ",
+        "A research paper from NeurIPS on AI and ML topics.",
+    ),
+    "Textbooks": Strings(
+        "This query is related to a college-level textbook, which provides structured "
+        "explanations, definitions, and examples. Find the most relevant concepts or explanations "
+        "that address the query: ",
+        "A textbook page with structured educational content and explanations.",
+    ),
+    "ICML Papers": Strings(
+        "This query is about a research paper from ICML, a leading AI/ML conference. The document "
+        "contains theoretical insights, experiments, and applications. Identify relevant papers "
+        "and sections that best answer the query: ",
+        "A research paper from ICML, covering machine learning topics.",
+    ),
+    "Manuallib": Strings(
+        "This query pertains to a product manual, which contains detailed technical "
+        "specifications, usage instructions, and troubleshooting steps. Find the most relevant "
+        "section that answers the query: ",
+        "A product manual page with technical specifications and instructions.",
+    ),
+    "ArxivQA": Strings(
+        "This query is related to retrieving a relevant figure from an ArXiv research paper. The "
+        "retrieved figure should contain scientific plots, mathematical visualizations, or "
+        "experimental results that best address the query: ",
+        "A figure from a research paper, including plots or experimental results.",
+    ),
+    "ChartQA": Strings(
+        "This query is related to retrieving a relevant chart that visually represents numerical "
+        "or categorical data. The retrieved chart should contain bar graphs, line charts, or other "
+        "visual elements necessary to analyze trends, compare values, or extract insights related "
+        "to the query: ",
+        "A statistical chart comparing values or analyzing trends.",
+    ),
+    "MP-DocVQA": Strings(
+        "This query is related to retrieving a relevant page from a multi-page document, such as "
+        "reports, invoices, or research papers. The retrieved document should contain text, "
+        "tables, or structured information necessary to answer the query: ",
+        "A page from a multi-page document with text or tables.",
+    ),
+    "InfoVQA": Strings(
+        "This query is related to retrieving an infographic that visually presents statistical or "
+        "factual information using charts, icons, and structured layouts. The retrieved image "
+        "should contain the necessary visual elements to provide the best context for answering "
+        "the query: ",
+        "An infographic with structured data, charts, and annotations.",
+    ),
+    "PlotQA": Strings(
+        "This query relates to retrieving a relevant plot or chart that visually represents "
+        "numerical data. The retrieved figure should contain the necessary information to analyze "
+        "trends, compare values, or extract key insights related to the query: ",
+        "A numerical data visualization, such as bar charts or line graphs.",
+    ),
+    "SlideVQA": Strings(
+        "This query is related to retrieving a relevant presentation slide that visually presents "
+        "structured information. The retrieved slide should contain the necessary text, charts, or "
+        "graphics to provide the best answer to the query: ",
+        "A presentation slide with text, bullet points, and diagrams.",
+    ),
+}
+HOUND_QUESTION = "Answer a question based on the content of a video. "  # LLaVA-Hound, training
+HOUND_RETRIEVAL = Strings(
+    "Find a video that contains the following visual content: ",
+    "Understand the content of the provided video: ",
+)

@@ -7,13 +7,14 @@ name (see `sources.py`) and decodes no picture.
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visavis.data.shards import members
 from visavis.errors import TrainError
+from visavis.prompt import Stored
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 
@@ -24,7 +25,7 @@ class Record:
 
     Args:
         key: unique within its source; named in error messages.
-        image: the file's bytes.
+        image: the file's bytes, or where they are; empty where there is no picture.
         caption: what the picture shows, the text to generate and to retrieve by; may be empty.
         also: other texts that describe it as well (a title, keywords): extra positives.
         questions: (question, answer) pairs, each answerable from the picture alone.
@@ -33,7 +34,7 @@ class Record:
     """
 
     key: str
-    image: bytes
+    image: bytes | Stored
     caption: str = ""
     also: tuple[str, ...] = ()
     questions: tuple[tuple[str, str], ...] = ()
@@ -42,32 +43,31 @@ class Record:
     captions: tuple[str, ...] = ()
 
 
-def read_shards(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any], bytes]]:
-    """Yield (key, fields, image bytes) of every record, in the order of the shards.
+def read_shards(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any], Stored]]:
+    """Yield (key, fields, picture) of every record, in the order of the shards.
 
     Raises:
         TrainError: a shard cannot be read, or a picture and its fields do not come in pairs.
     """
     for path in paths:
-        waiting: dict[str, dict[str, bytes]] = {}
-        try:
-            with tarfile.open(path) as shard:
-                for member in shard:
-                    key, _, suffix = member.name.rpartition(".")
-                    file = shard.extractfile(member)
-                    if file is None or (suffix != "json" and suffix not in IMAGE_SUFFIXES):
-                        continue
-                    kind = "json" if suffix == "json" else "image"
-                    parts = waiting.setdefault(key, {})
-                    parts[kind] = file.read()
-                    if len(parts) == 2:
-                        yield key, json.loads(parts["json"]), parts["image"]
-                        del waiting[key]
-        except (OSError, tarfile.TarError, json.JSONDecodeError) as error:
-            raise TrainError(
-                f"cannot read {path}: {error}. Expected a tar of key.jpg and key.json pairs; "
-                "the copy is probably incomplete, copy it again."
-            ) from error
+        waiting: dict[str, dict[str, Stored]] = {}
+        for name, file in members(path):
+            key, _, suffix = name.rpartition(".")
+            if suffix != "json" and suffix not in IMAGE_SUFFIXES:
+                continue
+            kind = "json" if suffix == "json" else "image"
+            parts = waiting.setdefault(key, {})
+            parts[kind] = file
+            if len(parts) == 2:
+                try:
+                    fields = json.loads(parts["json"].read())
+                except ValueError as error:
+                    raise TrainError(
+                        f"cannot read {path}: {key}.json is not JSON ({error}); the copy is "
+                        "probably incomplete, copy it again."
+                    ) from error
+                yield key, fields, parts["image"]
+                del waiting[key]
         if waiting:
             raise TrainError(
                 f"{path}: {len(waiting)} records lack their picture or their fields, the first is "

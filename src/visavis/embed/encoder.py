@@ -17,16 +17,21 @@ from visavis.model.vlm import VLM
 
 @torch.inference_mode()
 def embed_batch(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
+    """Return unit vectors, float32 [B, D], without gradients."""
+    return pooled(vlm, batch, pooling)
+
+
+def pooled(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
     """Return unit vectors, float32 [B, D]."""
     if pooling == "head":
         return vlm.embed(batch)
     hidden = vlm(batch)[-1]  # [T, D], after the final norm
     if pooling == "mean":
-        pooled, _ = mean_per_group(hidden, batch.owners, len(batch.lengths))
+        found, _ = mean_per_group(hidden, batch.owners, len(batch.lengths))
     else:
         last = torch.tensor(batch.lengths, device=hidden.device).cumsum(0) - 1
-        pooled = hidden[last]
-    return F.normalize(pooled, dim=-1)
+        found = hidden[last]
+    return F.normalize(found, dim=-1)
 
 
 def embedding_dim(vlm: VLM, pooling: str) -> int:

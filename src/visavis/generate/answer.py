@@ -78,10 +78,17 @@ class Reply:
 class Answer:
     """One reply in the making: what its sequence says, as text."""
 
-    def __init__(self, sequence: Generation, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        sequence: Generation,
+        tokenizer: Tokenizer,
+        stops: tuple[str, ...],
+        *,
+        started: float,
+    ) -> None:
         self.sequence, self.tokenizer, self.stops = sequence, tokenizer, stops
         self.reply = Reply(pieces=iter(()))
-        self.started = time.perf_counter()
+        self.started = started  # of time.perf_counter, when the question came
         self.first = 0.0  # when the first token came
         self.seen = 0  # tokens looked at
         self.shown = 0  # tokens whose text is in the reply

@@ -256,14 +256,19 @@ class VLMConfig:
         """Tokens of one view of a tower of one resolution, before views are put together."""
         if self.tower is None or self.connector is None:
             return 0
-        assert not isinstance(self.tower, Qwen2VLTowerConfig), "it depends on the image"
         from visavis.model.connectors import connector_tokens  # they are built from this file
 
+        return connector_tokens(self.connector, self.features_per_image)
+
+    @property
+    def features_per_image(self) -> int:
+        """Features of one view that the connector reads."""
         tower = self.tower
+        assert tower is not None and not isinstance(tower, Qwen2VLTowerConfig), "it depends"
         num_features = tower.grid**2 - self.drop_first_token
         if isinstance(tower, ViTConfig | MixtureConfig) and self.select_feature == "class_patch":
             num_features += tower.num_prefix_tokens
-        return connector_tokens(self.connector, num_features)
+        return num_features
 
 
 def to_dict(config: Any) -> dict[str, Any]:

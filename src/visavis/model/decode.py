@@ -99,8 +99,10 @@ class _Layer:
 
 
 def multiply(linear: nn.Module) -> Multiply:
-    """Return a linear's product with its weights bound, packed where it is packed."""
+    """Return a linear's product: its weights bound, packed where it is packed. What is more than
+    a linear, such as one with an adapter in training, is called as it is."""
     if isinstance(linear, PackedLinear):
         return linear.product()
-    assert isinstance(linear, nn.Linear)
-    return partial(F.linear, weight=linear.weight, bias=linear.bias)
+    if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
+        return partial(F.linear, weight=linear.weight, bias=linear.bias)
+    return linear

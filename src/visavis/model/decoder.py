@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from visavis.model.attention import Layout, attend
 from visavis.model.config import DecoderConfig
@@ -54,6 +55,8 @@ class Norm(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each on a norm of the residual stream."""
 
+    attend = staticmethod(attend)  # where a compiled block stops, see `train/loop.py`
+
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -90,7 +93,7 @@ class Block(nn.Module):
         else:  # one rotation for queries and keys: they stand side by side
             both, v = qkv.split((heads + kv_heads, kv_heads), 1)
             q, k = rotate(both, *rotary).split((heads, kv_heads), 1)
-        mixed = attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
+        mixed = self.attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
         return self.out(mixed.reshape(x.shape[0], -1))  # [T, D]
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -109,6 +112,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # in training: activations of blocks again on the way back
         self.rope = Rope(config)
         self.embed: Embedding | PackedEmbedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
@@ -120,8 +124,12 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What matmuls compute in."""
-        embed = self.embed
-        return embed.dtype if isinstance(embed, PackedEmbedding) else embed.weight.dtype
+        if isinstance(self.embed, PackedEmbedding):
+            return self.embed.dtype
+        weight = self.embed.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Return float32 embeddings [T, D] of int64 ids [T]."""
@@ -144,7 +152,10 @@ class Decoder(nn.Module):
         found = {0: x}
         rotary = self.rope(positions, self.dtype)
         for number, block in enumerate(self.blocks[: max(wanted.values())], start=1):
-            x = block(x, rotary, layout)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, layout, use_reentrant=False)
+            else:
+                x = block(x, rotary, layout)
             if number in wanted.values():
                 found[number] = x
         if max(wanted.values()) == last:

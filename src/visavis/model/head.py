@@ -30,8 +30,9 @@ class EmbeddingHead(nn.Module):
 
     def forward(self, text: Pooled, image: Pooled) -> Tensor:
         """Return unit vectors, float32 [B, dim], of what was pooled per sequence."""
-        projected = self.text(text[0]) * text[1] + self.image(image[0]) * image[1]
-        return F.normalize(projected, dim=-1)
+        with torch.autocast(text[0].device.type, enabled=False):  # vectors stay float32
+            projected = self.text(text[0]) * text[1] + self.image(image[0]) * image[1]
+            return F.normalize(projected, dim=-1)
 
 
 def mean_per_group(rows: Tensor, owners: Tensor, num: int) -> Pooled:

@@ -26,13 +26,14 @@ def positions(
 
     Args:
         length: tokens of the sequence, L.
-        slots: (start, number of tokens) of each image or video, in order.
+        slots: (start, number of tokens) of each image or video.
         shapes: their temporal patches, and rows and columns of patches.
         merge: side of the square of patches that become one token.
     """
     pieces: list[Tensor] = []
     at = following = 0  # in the sequence; the next free position
-    for (start, count), shape in zip(slots, shapes, strict=True):
+    pairs = zip(slots, shapes, strict=True)
+    for (start, count), shape in sorted(pairs, key=lambda pair: pair[0]):
         pieces.append(_text(start - at, following))
         following += start - at
         size = (shape.frames, shape.rows // merge, shape.columns // merge)

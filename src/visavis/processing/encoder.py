@@ -63,8 +63,13 @@ class PromptEncoder:
         """Text that ends an answer, where no token does."""
         return TURNS[self.profile.turns].stop if self.profile.turns in TURNS else ""
 
-    def chat(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> Encoded:
+    def chat(
+        self, prompt: Prompt, *, add_generation_prompt: bool = True, cut: int | None = None
+    ) -> Encoded:
         """Return the ids of turns and which of them are learned.
+
+        Args:
+            cut: keep only so many tokens, the first; None: all.
 
         Raises:
             InputError: the model cannot chat, or not about what the prompt holds.
@@ -93,7 +98,10 @@ class PromptEncoder:
                 add_generation_prompt=add_generation_prompt,
                 **settings,
             )
-        return self.checked(self._placed(encoded, shapes))
+        encoded = self._placed(encoded, shapes)
+        if cut is not None:
+            _cut(encoded, cut)
+        return self.checked(encoded)
 
     def item(self, prompt: Prompt, instruction: str | None = None) -> Encoded:
         """Return the ids of an item that is embedded.
@@ -204,3 +212,20 @@ class PromptEncoder:
             return prompt
         joined = self.profile.instructed(instruction, prompt.text)
         return Prompt.of([*prompt.visuals, Text(joined)])
+
+
+def _cut(encoded: Encoded, length: int) -> None:
+    """Leave out what follows the first `length` tokens.
+
+    Raises:
+        InputError: an image reaches beyond them.
+    """
+    end = max((start + count for start, count in encoded.image_slots), default=0)
+    if end > length:
+        raise InputError(
+            f"its images reach to token {end}, and only {length} are kept: an image cannot be cut; "
+            "allow more tokens, or use fewer images"
+        )
+    encoded.token_ids, encoded.loss_mask = encoded.token_ids[:length], encoded.loss_mask[:length]
+    if encoded.positions is not None:
+        encoded.positions = encoded.positions[:, :length]

@@ -35,7 +35,7 @@ from visavis.processing.opening import FORMATS, frame_files, name_of, open_sourc
 from visavis.processing.patches import PatchesConfig
 from visavis.processing.tiling import TilesConfig
 from visavis.processing.video import VideoConfig
-from visavis.prompt import Document, Image, Page, Video
+from visavis.prompt import Document, Image, Page, Stored, Video
 from visavis.registry import suggest
 
 MAX_PIXELS = 64_000_000  # read from the header, before anything is decoded
@@ -115,7 +115,7 @@ def image_size(image: Any) -> tuple[int, int]:
     source = _source(image)
     if isinstance(source, Page):
         return documents.page_size(source)
-    if not isinstance(source, (Path, bytes)):  # its pixels are there already
+    if not isinstance(source, (Path, bytes, Stored)):  # its pixels are there already
         return decode_image(source).size
     name = _name(source)
     try:
@@ -153,7 +153,7 @@ def content_hash(visual: Any) -> str:
 
 
 def _hash_source(digest: hashlib.blake2b, source: Any) -> None:
-    if isinstance(source, (Path, bytes)):
+    if isinstance(source, (Path, bytes, Stored)):
         with open_source(source) as data:
             while chunk := data.read(2**20):
                 digest.update(chunk)
@@ -166,14 +166,14 @@ def _hash_source(digest: hashlib.blake2b, source: Any) -> None:
         digest.update(rgb.tobytes())
 
 
-def _source(image: Any) -> Path | pil.Image | np.ndarray | bytes | Page:
+def _source(image: Any) -> Path | pil.Image | np.ndarray | bytes | Page | Stored:
     source = (image if isinstance(image, Image) else Image(image)).source
     assert not isinstance(source, str)  # Image has replaced it
     return source
 
 
-def _name(source: Path | pil.Image | np.ndarray | bytes) -> str:
-    if isinstance(source, (Path, bytes)):
+def _name(source: Path | pil.Image | np.ndarray | bytes | Stored) -> str:
+    if isinstance(source, (Path, bytes, Stored)):
         return name_of(source)
     if isinstance(source, np.ndarray):
         return f"the array of shape {list(source.shape)} and type {source.dtype}"

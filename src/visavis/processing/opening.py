@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from visavis.errors import ImageError
-from visavis.prompt import DOCUMENT_SUFFIXES, VIDEO_SUFFIXES
+from visavis.prompt import DOCUMENT_SUFFIXES, VIDEO_SUFFIXES, Stored
 
 # Pillow's name of a format → the suffixes that `find_images` takes for it. Formats that start
 # another program (EPS), or that nearly any bytes match (TGA, PCX), are left out on purpose.
@@ -33,21 +33,23 @@ FORMATS: dict[str, tuple[str, ...]] = {
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 
-def name_of(source: Path | bytes, what: str = "image") -> str:
+def name_of(source: Path | bytes | Stored, what: str = "image") -> str:
     """Return what messages call it: the quoted path, or "the image of 9 bytes"."""
     if isinstance(source, bytes):
         return f"the {what} of {len(source)} bytes"
-    text = str(source)
+    text = source.name if isinstance(source, Stored) else str(source)
     return repr(text if len(text) <= 200 else text[:197] + "…")
 
 
-def open_source(source: Path | bytes, what: str = "image") -> BinaryIO:
+def open_source(source: Path | bytes | Stored, what: str = "image") -> BinaryIO:
     """Return an open, non-empty regular file (or the bytes as one).
 
     Raises:
         ImageError: there is none, it is empty, or it may not be read.
     """
     noun = "picture" if what == "image" else what
+    if isinstance(source, Stored):
+        source = source.read()
     if isinstance(source, bytes):
         if not source:
             raise ImageError(f"the {what} is empty (0 bytes), expected a {noun}; was it cut off?")

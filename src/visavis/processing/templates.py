@@ -166,8 +166,11 @@ def encode_chat(
     text_of = {number: text for text, number in specials.by_text.items()}
     placeholder = text_of.get(image_token_id, "")
     takes_parts = bool(placeholder) and template.takes_parts(placeholder)
-    content = marks.parts if takes_parts else marks.content
-    messages = [{"role": m.role, "content": content(m)} for m in prompt.messages]
+    apart = video_token_id >= 0  # from images
+    messages = [
+        {"role": m.role, "content": marks.parts(m, apart) if takes_parts else marks.content(m)}
+        for m in prompt.messages
+    ]
     rendered = template.render(messages, add_generation_prompt)
     encoded = Encoded()
     marks.encode(encoded, rendered, tokenizer, specials, visuals)
@@ -319,7 +322,7 @@ class _Marks:
                 text += part.text  # joined first: parts may complete a special text together
         return "".join([*pieces, self._protect(text)])
 
-    def parts(self, message: Message) -> list[dict[str, str]]:
+    def parts(self, message: Message, videos_apart: bool) -> list[dict[str, str]]:
         """Return one message's images and texts, texts with marks in them."""
         pieces: list[dict[str, str]] = []
         text = ""
@@ -330,7 +333,8 @@ class _Marks:
             if text:
                 pieces.append({"type": "text", "text": self._protect(text)})
             if part is not None:
-                pieces.append({"type": "video" if isinstance(part, Video) else "image"})
+                is_video = videos_apart and isinstance(part, Video)
+                pieces.append({"type": "video" if is_video else "image"})
             text = ""
         return pieces
 
@@ -426,20 +430,23 @@ def _split_specials(text: str, specials: SpecialTokens) -> Iterator[tuple[str, i
 
 
 def _expand(flat: Encoded, specials: SpecialTokens, visuals: Sequence[_Placeholders]) -> Encoded:
-    """Return ids in which each placeholder that a template wrote stands for a whole image."""
-    encoded = Encoded()
+    """Return ids in which each placeholder that a template wrote stands for a whole image or
+    video, the next of its kind: some templates move all images before all videos."""
+    encoded, placed = Encoded(), []
     bos = specials.bos_id
     if specials.add_bos and bos is not None and flat.token_ids[:1] != [bos]:
         encoded.add([bos])
-    placeholders = {token_id for token_id, _ in visuals}
+    kinds = [token_id for token_id, _ in visuals]
+    waiting = {kind: iter([i for i, one in enumerate(kinds) if one == kind]) for kind in kinds}
     for token_id in flat.token_ids:
-        index = len(encoded.image_slots)
-        if token_id not in placeholders:
+        if token_id not in waiting:
             encoded.add([token_id])
-        elif index < len(visuals) and visuals[index][0] == token_id:
+        elif (index := next(waiting[token_id], None)) is not None:
             encoded.add_image(*visuals[index])
+            placed.append(index)
         else:
-            _misplaced(len(visuals), index + 1)
+            _misplaced(len(visuals), len(placed) + 1)
+    encoded.image_slots = [s for _, s in sorted(zip(placed, encoded.image_slots, strict=True))]
     return encoded
 
 

@@ -58,10 +58,13 @@ END_TEXTS = frozenset(  # tokens that end a turn in some family, recognised by t
     }
 )
 
+# Qwen2-VL's marks of things and places in a picture: users write them, and they end nothing.
+MARKS = {f"<|{what}_{end}|>" for what in ("object_ref", "box", "quad") for end in ("start", "end")}
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids with a meaning. `by_text` holds every token that a user's text must never become."""
+    """Ids with a meaning. What `pattern` finds in a user's text never becomes one of them."""
 
     bos_id: int | None
     eos_id: int | None
@@ -72,8 +75,8 @@ class SpecialTokens:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """A pattern for all special texts, the longest first; matches nothing if none."""
-        texts = sorted(self.by_text, key=len, reverse=True)
+        """A pattern for special texts but `MARKS`, longest first; matches nothing if none."""
+        texts = sorted(self.by_text.keys() - MARKS, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
 

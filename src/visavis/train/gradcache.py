@@ -25,7 +25,9 @@ def cached_backward(
     encode: Callable[[Chunk], Tensor],
     loss_of: Callable[[Tensor], Tensor],
     *,
+    backward: Callable[[Tensor, Tensor | None], None] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+    sync_last: bool = True,
     factor: float = 1.0,
 ) -> Tensor:
     """Add the gradients of `loss_of(all vectors)` to the parameters; return the loss, detached.
@@ -33,8 +35,9 @@ def cached_backward(
     Args:
         encode: a chunk's vectors [n, D], the same every time but for random numbers.
         loss_of: a scalar of the vectors of all chunks [N, D], in their order.
+        backward: goes back from a loss, or from vectors with the gradient that a loss gave them.
         no_sync: entered around every backward pass but the last, so that devices exchange
-            gradients once.
+            gradients once; around the last too without `sync_last`.
         factor: what gradients are multiplied by (where devices average what should be summed).
     """
     states, parts = [], []
@@ -44,15 +47,15 @@ def cached_backward(
             parts.append(encode(chunk))
     vectors = torch.cat(parts).requires_grad_()
     loss = loss_of(vectors)
-    loss.backward()
+    backward(loss, None)
     assert vectors.grad is not None
     gradients = (vectors.grad * factor).split([len(part) for part in parts])
     after = RandomState()
     for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
         state.restore()
-        last = number == len(chunks) - 1
+        last = sync_last and number == len(chunks) - 1
         with nullcontext() if last else no_sync():
-            encode(chunk).backward(gradient)
+            backward(encode(chunk), gradient)
     after.restore()
     return loss.detach()
 

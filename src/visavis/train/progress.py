@@ -47,5 +47,6 @@ class Progress:
 
     def __call__(self, stage: str, done: int, total: int, text: str) -> None:
         if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(stage, total=total, text=text)
+            # what was done before this start does not count as speed
+            self.tasks[stage] = self.bars.add_task(stage, total=total, completed=done, text=text)
         self.bars.update(self.tasks[stage], completed=done, total=total, text=text)

@@ -1,34 +1,51 @@
-"""What one training run is: a small YAML file, validated whole before any weight is loaded.
+"""What one training run is: a YAML file, validated whole before any weight is loaded.
 
-    visavis train recipes/nano.yaml --data DATA -o out/
+    visavis train recipes/llava-1.5-pretrain.yaml --data DATA -o out/ stages.0.steps=100
 
-Knows names and numbers; builds nothing.
+Names and numbers only: which model, which data, and stages one after the other. Builds nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from visavis.data.formats import FORMATS
 from visavis.data.sources import SOURCES, TRAINING_SOURCES
 from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
+from visavis.processing.profile import PROFILES
+from visavis.processing.turns import TURNS
 from visavis.registry import suggest
 
+if TYPE_CHECKING:
+    from visavis.checkpoints.compose import Composition
 
-class _Part(BaseModel):
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+PARTS = ("vision_tower", "connector", "language_model", "lora", "head")
+Part = Literal["vision_tower", "connector", "language_model", "lora", "head"]
+
+
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ConnectorRecipe(_Part):
-    """See `model.config.ConnectorConfig`."""
+# ---- the model -----------------------------------------------------------------------------------
 
-    kind: str = "linear"
-    depth: Annotated[int, Field(ge=1)] = 1
-    shuffle: Annotated[int, Field(ge=1)] = 3  # 9 x 9 patches become 3 x 3 tokens
+
+class ConnectorRecipe(_Strict):
+    """See `model.config.ConnectorConfig`; widths follow from the parts."""
+
+    kind: str = "mlp"
+    depth: Count = 1
+    shuffle: Count = 1
     hidden_width: Annotated[int, Field(ge=0)] = 0
     input_norm: bool = False
     num_queries: Annotated[int, Field(ge=0)] = 0
@@ -41,24 +58,215 @@ class ConnectorRecipe(_Part):
         return kind
 
 
-class HeadRecipe(_Part):
+class HeadRecipe(_Strict):
     """See `model.config.HeadConfig`."""
 
-    layers: tuple[int, ...] = (0, 10, 16, 25)
-    dim: Annotated[int, Field(ge=1)] = 256
+    layers: tuple[int, ...]
+    dim: Count
+    tower: bool = True  # the image side reads the mean feature of the vision tower
 
 
-class LoraRecipe(_Part):
-    """Low-rank adapters on every linear of every decoder block."""
+class LoraRecipe(_Strict):
+    """Low-rank adapters on linears of the decoder's blocks (Hu et al. 2021).
 
-    rank: Annotated[int, Field(ge=1)] = 16
-    scale: Annotated[float, Field(gt=0)] = 2.0
+    `scale` is alpha / r. Targets are ours: `qkv` is q, k and v, `up` is gate and up.
+    """
+
+    rank: Count = 16
+    scale: Positive = 2.0
+    dropout: Share = 0.0
+    dora: bool = False
+    targets: tuple[Literal["qkv", "out", "up", "down"], ...] = ("qkv", "out", "up", "down")
+    init: Literal["kaiming", "gaussian"] = "kaiming"
 
 
-Weight = Annotated[float, Field(gt=0)]
+class ModelRecipe(_Strict):
+    """Which model is trained: one that exists (`base`), or parts with a fresh connector."""
+
+    base: str = ""  # anything `visavis.load` takes
+    language_model: str = ""
+    vision_tower: str = ""
+    connector: ConnectorRecipe = ConnectorRecipe()
+    connector_weights: str = ""  # a run's model folder, whose connector is taken over
+    turns: str = ""  # chat format by name; empty: the base's own
+    resize: Literal["", "squash", "crop", "pad"] = ""
+    canvases: tuple[tuple[Count, Count], ...] = ()  # columns and rows of tiles (LLaVA's anyres)
+    max_tiles: Annotated[int, Field(ge=0)] = 0
+    image_size: Annotated[int, Field(ge=32)] = 260  # of efficientnet-lite2
+    select_layer: int = 0
+    head: HeadRecipe | None = None
+    pooling: Literal["head", "last", "mean"] = "last"
+    profile: str = ""  # how it embeds, by name (`processing.profile.PROFILES`)
+    lora: LoraRecipe | None = None
+    quantize: Literal["", "int8", "int4"] = ""  # frozen weights of the decoder (QLoRA)
+
+    @model_validator(mode="after")
+    def _parts(self) -> ModelRecipe:
+        composed = bool(self.language_model) and bool(self.vision_tower)
+        if bool(self.base) == composed:
+            raise ValueError(
+                "give either `base`, a model that exists, or both `language_model` and "
+                "`vision_tower`, to be joined by a new connector"
+            )
+        if self.turns and self.turns not in TURNS:
+            raise ValueError(f"unknown chat format {self.turns!r}: {suggest(self.turns, TURNS)}")
+        if self.profile and self.profile not in PROFILES:
+            raise ValueError(f"unknown profile {self.profile!r}: {suggest(self.profile, PROFILES)}")
+        if self.base and (self.connector_weights or self.resize or self.max_tiles):
+            raise ValueError(
+                "connector_weights, resize and max_tiles are of new models; `base` has its own"
+            )
+        if self.quantize and self.lora is None:
+            raise ValueError("quantized weights cannot be trained: add `lora`")
+        return self
+
+    def composition(self) -> Composition:
+        """Return the parts as `checkpoints.compose` takes them."""
+        from visavis.checkpoints.compose import Composition
+
+        names = (
+            "language_model",
+            "vision_tower",
+            "connector_weights",
+            "turns",
+            "resize",
+            "canvases",
+            "max_tiles",
+            "image_size",
+            "select_layer",
+            "pooling",
+        )
+        return Composition(
+            connector=self.connector.model_dump(),
+            head=None if self.head is None else self.head.model_dump(),
+            **{name: getattr(self, name) for name in names},
+        )
 
 
-class WordsStage(_Part):
+# ---- the data ------------------------------------------------------------------------------------
+
+
+class SourceRecipe(_Strict):
+    """Where samples come from.
+
+    Args:
+        format: one of `data.formats.FORMATS`.
+        path: file, folder or glob under --data; of `records`: a name.
+        images: folder that pictures' paths start at; empty: beside the file.
+        options: what else the format knows (see `data.formats`).
+        cap: take only so many, the first ones.
+        instruction: put before each query when it is embedded; `target_instruction` likewise.
+        negatives: JSONL of mined negatives, joined by id (`visavis mine`).
+    """
+
+    format: str
+    path: str
+    images: str = ""
+    options: dict[str, Any] = {}
+    cap: Count | None = None
+    instruction: str = ""
+    target_instruction: str = ""
+    negatives: str = ""
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in FORMATS:
+            raise ValueError(f"no data format is called {name!r}: {suggest(name, FORMATS)}")
+        return name
+
+
+class Drawn(_Strict):
+    """How much of a step comes from a source, and in blocks of how many samples (of all
+    processes together) from it alone."""
+
+    weight: Positive | None = None
+    block: Annotated[int, Field(ge=0)] = 0
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+
+class Generative(_Strict):
+    """The next-token share of a step."""
+
+    sources: dict[str, Drawn]
+    batch: Count = 16  # conversations of a step, of all processes together
+    micro_tokens: Annotated[int, Field(ge=16)] = 4096  # of one pass through the model
+    max_tokens: Annotated[int, Field(ge=8)] | None = None  # of one conversation
+    cut: bool = False  # longer ones lose their end, as LLaVA's do; else they are errors
+    weight: Positive = 1.0
+
+
+class Contrastive(_Strict):
+    """The contrastive share of a step; see `objectives.Contrast`."""
+
+    sources: dict[str, Drawn]
+    batch: Annotated[int, Field(ge=2)] = 64  # queries of a step, of all processes together
+    chunk_tokens: Annotated[int, Field(ge=16)] = 4096  # of one pass through the model
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
+    weight: Positive = 1.0
+    temperature: Positive = 0.02
+    learned_temperature: bool = False
+    symmetric: bool = False
+    alpha: Annotated[float, Field(ge=0)] = 0.0
+    margin: float | None = None
+    ratio: Positive | None = None
+    dims: tuple[Count, ...] = ()
+    negatives: Annotated[int, Field(ge=0)] | None = None  # at most so many of each; None: all
+
+
+class StepsStage(_Strict):
+    """Gradient steps through the model; with both objectives it is the joint task.
+
+    Args:
+        turns: chat format of this stage, by name; empty: the model's.
+        train: peak learning rate of each part that is trained.
+        vision_from: of the vision tower, only this block and later ones.
+        lora_from: of LoRA, only adapters of this block and later ones.
+        steps, epochs: give one; an epoch is as many steps as its largest objective needs.
+        warmup: steps, or below 1 a share of them.
+    """
+
+    kind: Literal["steps"]
+    name: str
+    steps: Count | None = None
+    epochs: Positive | None = None
+    generative: Generative | None = None
+    contrastive: Contrastive | None = None
+    turns: str = ""
+    train: dict[Part, Rate]
+    vision_from: Annotated[int, Field(ge=0)] = 0
+    lora_from: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    ema: Share = 0.0
+    checkpointing: bool = False  # activations are computed again on the way back
+    compile: bool = False  # torch.compile the decoder's blocks
+    save_every: Count = 500
+    keep: Count = 1
+    log_every: Count = 10
+
+    @model_validator(mode="after")
+    def _whole(self) -> StepsStage:
+        problems = []
+        if not (self.generative or self.contrastive):
+            problems.append("it has neither `generative` nor `contrastive`")
+        if (self.steps is None) == (self.epochs is None):
+            problems.append("give one of `steps` and `epochs`")
+        if not self.train:
+            problems.append("`train` names no part")
+        if self.turns and self.turns not in TURNS:
+            problems.append(f"unknown chat format {self.turns!r}: {suggest(self.turns, TURNS)}")
+        if problems:
+            raise ValueError(f"stage {self.name!r}: {'; '.join(problems)}")
+        return self
+
+
+class WordsStage(_Strict):
     """Start the connector so that image tokens resemble captions' words (`train/words.py`)."""
 
     kind: Literal["words"]
@@ -66,106 +274,90 @@ class WordsStage(_Part):
     sources: tuple[str, ...]
 
 
-class HeadStage(_Part):
+class HeadStage(_Strict):
     """Fit the embedding head on the model as it then is (`train/pair.py`)."""
 
     kind: Literal["head"]
     name: str
-    sources: dict[str, Annotated[int, Field(ge=1)]]  # how often each source's pairs occur
-    epochs: Annotated[int, Field(ge=1)] = 20
+    sources: dict[str, Count]  # how often each source's pairs occur
+    epochs: Count = 20
     batch: Annotated[int, Field(ge=2)] = 512
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    logit_scale: Annotated[float, Field(gt=0)] = 20.0
+    dropout: Share = 0.3
+    learning_rate: Positive = 1e-3
+    logit_scale: Positive = 20.0
     alpha: Annotated[float, Field(ge=0)] = 0.0
     flip: bool = True  # mirrored pictures are a second view
-    members: Annotated[int, Field(ge=1)] = 1  # seeds stacked; they share the head's dim
+    members: Count = 1  # seeds stacked; they share the head's dim
 
 
-class Contrastive(_Part):
-    """The contrastive share of a step."""
-
-    pairs: Annotated[int, Field(ge=2)] = 96  # pictures (and texts) that meet in one loss
-    sources: dict[str, Weight]
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    logit_scale: Annotated[float, Field(gt=0)] = 20.0
-    alpha: Annotated[float, Field(ge=0)] = 0.0
-    max_text_tokens: Annotated[int, Field(ge=8)] = 80
-
-
-class Generative(_Part):
-    """The next-token share of a step."""
-
-    tokens: Annotated[int, Field(ge=64)] = 1024  # tokens of one step, image tokens included
-    sources: dict[str, Weight]  # share of examples drawn from each source
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    questions_per_example: Annotated[int, Field(ge=1)] = 3
-    max_caption_words: Annotated[int, Field(ge=4)] = 45
-
-
-class LoopStage(_Part):
-    """Gradient steps through the model; with both parts it is the joint task."""
-
-    kind: Literal["steps"]
-    name: str
-    steps: int = Field(ge=1)
-    generative: Generative | None = None
-    contrastive: Contrastive | None = None
-    trainable: tuple[Literal["connector", "lora", "head"], ...] = ("connector", "lora")
-    lora_from: Annotated[int, Field(ge=0)] = 0  # only adapters of this block and later ones
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4  # of LoRA
-    connector_learning_rate: Annotated[float, Field(gt=0)] = 5e-4  # of connector and head
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    flip: bool = True  # show some pictures mirrored (sources where left and right do not matter)
-
-
-AnyStage = WordsStage | HeadStage | LoopStage
+AnyStage = WordsStage | HeadStage | StepsStage
 Stage = Annotated[AnyStage, Field(discriminator="kind")]
 
 
-class Recipe(_Part):
-    """A whole run, from bundled base weights to a folder that `visavis.load` reads."""
+class Recipe(_Strict):
+    """A whole run, to a folder that `visavis.load` reads."""
 
     name: str
-    bundle: Literal["nano"] = "nano"
+    model: ModelRecipe
+    data: dict[str, SourceRecipe]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     seed: int = 0
-    turns: str = "chatml-bare"
-    image_size: Annotated[int, Field(ge=32)] = 260
-    connector: ConnectorRecipe = ConnectorRecipe()
-    head: HeadRecipe = HeadRecipe()
-    lora: LoraRecipe = LoraRecipe()
-    stages: tuple[Stage, ...]
+    precision: Literal["f32", "bf16", "f16"] = "bf16"
+    feature_cache: bool = False  # keep the frozen vision tower's output on disk
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 
-    @field_validator("stages")
-    @classmethod
-    def _names_and_sources(cls, stages: tuple[AnyStage, ...]) -> object:
-        names = [stage.name for stage in stages]
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
         problems = [f"two stages are named {n!r}" for n in sorted(set(names)) if names.count(n) > 1]
-        problems += [] if stages else ["there are no stages"]
-        for stage in stages:
-            if isinstance(stage, LoopStage) and not (stage.generative or stage.contrastive):
-                problems.append(f"stage {stage.name!r} has neither generative nor contrastive")
+        for name, one in self.data.items():
+            if one.format == "records" and one.path not in TRAINING_SOURCES:
+                why = "is held out for evaluation" if one.path in SOURCES else "is unknown"
+                known = suggest(one.path, TRAINING_SOURCES)
+                problems.append(f"data {name!r}: the data set {one.path!r} {why}: {known}")
+        for stage in self.stages:
             for source in sources_of(stage):
-                if source not in SOURCES:
-                    problems.append(f"unknown source {source!r}: {suggest(source, SOURCES)}")
-                elif source not in TRAINING_SOURCES:
-                    problems.append(f"source {source!r} is held out for evaluation")
+                if source not in self.data:
+                    problems.append(
+                        f"stage {stage.name!r} names the source {source!r}, which `data` has not: "
+                        f"{suggest(source, self.data)}"
+                    )
+            if not isinstance(stage, StepsStage):
+                if not self.feature_cache:
+                    problems.append(f"stage {stage.name!r} needs `feature_cache: true`")
+                continue
+            if "lora" in stage.train and self.model.lora is None:
+                problems.append(f"stage {stage.name!r} trains `lora`, but the model has none")
+            if "language_model" in stage.train and self.model.quantize:
+                problems.append(f"stage {stage.name!r} trains quantized weights; train `lora`")
+            if self.feature_cache and "vision_tower" in stage.train:
+                problems.append(f"stage {stage.name!r} trains the tower that feature_cache keeps")
         if problems:
             raise ValueError("; ".join(problems))
-        return stages
+        return self
+
+
+def trains_whole(recipe: Recipe) -> bool:
+    """Return whether any stage trains the language model's or the tower's own weights."""
+    return any(
+        isinstance(stage, StepsStage) and {"language_model", "vision_tower"} & stage.train.keys()
+        for stage in recipe.stages
+    )
 
 
 def sources_of(stage: AnyStage) -> tuple[str, ...]:
     """Return the names of every source a stage reads."""
-    if not isinstance(stage, LoopStage):
+    if not isinstance(stage, StepsStage):
         return tuple(stage.sources)
     parts = [part for part in (stage.generative, stage.contrastive) if part is not None]
     return tuple(dict.fromkeys(name for part in parts for name in part.sources))
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Return a validated recipe.
+
+    Args:
+        overrides: `dotted.name=value` each, values as in YAML; `stages.0.steps=10` counts in lists.
 
     Raises:
         TrainError: the file is not YAML or not a recipe; the message lists every problem.
@@ -174,14 +366,52 @@ def read_recipe(path: Path) -> Recipe:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainError(f"cannot read the recipe {path}: {error}") from error
+    for override in overrides:
+        _override(data, override)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: {problem['msg']}"
-            for problem in error.errors()
-        ]
+        raise _wrong(str(path), error, "Compare with recipes/tiny-llava.yaml.") from error
+
+
+def read_model(settings: Iterable[str]) -> ModelRecipe:
+    """Return the `model` part of a recipe from `dotted.name=value` each.
+
+    Raises:
+        TrainError: they are no model of parts.
+    """
+    data: dict[str, Any] = {"connector": {}}
+    for setting in settings:
+        _override(data, setting)
+    try:
+        return ModelRecipe.model_validate(data)
+    except ValidationError as error:
+        hint = "Names are those under `model` in a recipe: language_model, vision_tower, …"
+        raise _wrong("the model", error, hint) from error
+
+
+def _wrong(what: str, error: ValidationError, hint: str) -> TrainError:
+    lines = [
+        f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: "
+        + problem["msg"].removeprefix("Value error, ").removesuffix(".")
+        for problem in error.errors()
+    ]
+    return TrainError(f"{what} has {len(lines)} problem(s): {'; '.join(lines)}. {hint}")
+
+
+def _override(data: Any, override: str) -> None:
+    """Set one value of a recipe's data, in place."""
+    name, equals, text = override.partition("=")
+    try:
+        value = yaml.safe_load(text)
+        *path, last = [int(key) if key.isdigit() else key for key in name.split(".")]
+        for key in path:
+            data = data[key]
+        if not equals or (isinstance(data, list) and not isinstance(last, int)):
+            raise KeyError(last)
+        data[last] = value
+    except (KeyError, IndexError, TypeError, yaml.YAMLError) as error:
         raise TrainError(
-            f"{path} has {len(lines)} problem(s): " + "; ".join(lines) + ". "
-            "Compare with recipes/nano.yaml."
+            f"{override!r} changes nothing of the recipe ({type(error).__name__}: {error}); "
+            "expected name=value with names as in the file, such as stages.0.steps=10."
         ) from error

@@ -1,9 +1,13 @@
-"""A whole run: base weights, stages in order, the finished folder. Resumable at every point.
+"""A whole run: the model, its stages in order, the finished folder. Resumable at every point.
 
-    out/features/…            tower features, kept for other runs
-    out/<stage>.pt            a stage of steps, while and after it runs
-    out/<stage>.safetensors   what a pair stage found
+    out/recipe.yaml           what runs here; another recipe is refused
+    out/features/…            the vision tower's output, where it is kept
+    out/<stage>/step-….pt     checkpoints of a stage of steps
+    out/<stage>.safetensors   what a stage of fitting found
     out/log.jsonl             one line per log interval, over all stages
+    out/trained.json          what each stage trains, part by part
+    out/samples.json          what the model says to a few samples after each stage
+    out/report.html           all of that to look at
     out/model/                the folder `visavis.load` reads, renewed after each stage
 
 Knows the kinds of stages; objectives, loop and layouts are elsewhere.
@@ -11,46 +15,62 @@ Knows the kinds of stages; objectives, loop and layouts are elsewhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from visavis.checkpoints import bundled
-from visavis.checkpoints.efficientnet import load_efficientnet
-from visavis.checkpoints.gguf import decoder as gguf_decoder
-from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
-from visavis.checkpoints.loaded import auto_dtype
-from visavis.checkpoints.native import save_native
-from visavis.data.records import Record
-from visavis.data.sources import load_source
-from visavis.model.config import ConnectorConfig, EfficientNetConfig, HeadConfig, VLMConfig
-from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
-from visavis.processing.tokenizer import build_tokenizer, special_tokens
-from visavis.train.classes import class_grids, class_shifts
-from visavis.train.examples import Encoder, Example, chat_pairs
-from visavis.train.features import TowerFeatures
-from visavis.train.freeze import trainable_groups
-from visavis.train.frozen import run_frozen_stage
+from visavis.checkpoints.compose import compose, tiled
+from visavis.checkpoints.load import embed_as, load_checkpoint
+from visavis.checkpoints.loaded import Loaded
+from visavis.checkpoints.packing import unpack_linears
+from visavis.data.formats import fingerprint, open_source
+from visavis.data.mixture import Mixture
+from visavis.data.mixture import Share as MixtureShare
+from visavis.data.samples import Sample
+from visavis.errors import TrainError
+from visavis.files import write_atomically
+from visavis.processing.encoder import PromptEncoder
+from visavis.train.batcher import Batcher
+from visavis.train.features import FeatureStore
+from visavis.train.freeze import trainable_groups, trainable_table
+from visavis.train.frozen import make_class_features, run_frozen_stage
 from visavis.train.loop import LoopSettings, train_loop
+from visavis.train.loop import Run as LoopRun
 from visavis.train.lora import add_lora
-from visavis.train.recipe import Generative, LoopStage, Recipe, sources_of
+from visavis.train.meter import RunLog
+from visavis.train.objectives import Contrast
+from visavis.train.output import save_model
+from visavis.train.predictions import predict
+from visavis.train.recipe import (
+    Contrastive,
+    Drawn,
+    Generative,
+    ModelRecipe,
+    Recipe,
+    StepsStage,
+    sources_of,
+    trains_whole,
+)
+from visavis.train.report import write_report
 from visavis.train.tasks import Task
-from visavis.train.tasks.contrastive import ContrastiveTask, Matched
+from visavis.train.tasks.contrastive import ContrastiveTask
 from visavis.train.tasks.generative import GenerativeTask
 from visavis.train.tasks.joint import JointTask
+from visavis.train.trackers import choose_trackers
+from visavis.train.trainee import Trainee
 
-CLASSES = "imagenet-classes"
-UNMIRRORED = frozenset({"vqa-rad", "nlvr", "easy-vqa"})  # left and right matter, or cost too much
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, a line
+PRECISIONS = {"f32": "no", "bf16": "bf16", "f16": "fp16"}  # the recipe's and accelerate's names
 
 
 @dataclass
@@ -60,52 +80,18 @@ class Run:
     recipe: Recipe
     data: Path
     out: Path
-    vlm: VLM
-    encoder: Encoder
-    processor: ImageProcessorConfig
-    features: TowerFeatures
+    loaded: Loaded
+    encoder: PromptEncoder
+    accelerator: Accelerator
+    features: FeatureStore | None
     report: Report
-    records: dict[str, list[Record]] = field(default_factory=dict)
+    opened: dict[str, Sequence[Sample]] = field(default_factory=dict)
 
-    def source(self, name: str) -> list[Record]:
-        """Return a source's records, read once."""
-        if name not in self.records:
-            self.records[name] = load_source(name, self.data)
-        return self.records[name]
-
-    def rows(self, name: str, *, flip: bool = False) -> list[int]:
-        """Return the feature rows of a source's pictures (of class names: made features)."""
-        if name == CLASSES:
-            return class_rows(self, variant=int(flip))
-        images = [record.image for record in self.source(name)]
-        done = 0
-
-        def tell(count: int) -> None:
-            nonlocal done
-            done += count
-            self.report(f"features of {name}", done, len(images), "")
-
-        return self.features.add(images, flip=flip, report=tell)
-
-    def views(self, name: str, *, flip: bool) -> list[tuple[int, ...]]:
-        """Return the rows of each picture: plain, and mirrored where that is allowed."""
-        views = [self.rows(name)]
-        if flip and name not in UNMIRRORED:
-            views.append(self.rows(name, flip=True))
-        return list(zip(*views, strict=True))
-
-    def matched(self, name: str, *, flip: bool) -> list[Matched]:
-        """Return the records that have a caption; those of one caption are one group."""
-        return [
-            Matched(record, rows, group=record.label or record.caption.lower())
-            for record, rows in zip(self.source(name), self.views(name, flip=flip), strict=True)
-            if record.caption
-        ]
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Append one line to the log."""
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def source(self, name: str) -> Sequence[Sample]:
+        """Return a source's samples; its index is read once."""
+        if name not in self.opened:
+            self.opened[name] = open_source(self.recipe.data[name], self.data, name=name)
+        return self.opened[name]
 
 
 def run_recipe(
@@ -114,182 +100,260 @@ def run_recipe(
     """Train everything a recipe names; return the folder of the finished model.
 
     Args:
-        data: the folder of data sets.
+        data: the folder that sources' paths start at.
         out: where the run lives; an unfinished run there goes on.
 
     Raises:
         TrainError: data is missing, or `out` holds a run of another recipe.
     """
-    out.mkdir(parents=True, exist_ok=True)
     run = start(recipe, data, out, report)
+    make_class_features(run)
     for stage in recipe.stages:
-        if isinstance(stage, LoopStage):
-            run_loop_stage(run, stage)
+        if isinstance(stage, StepsStage):
+            run_steps(run, stage)
         else:
             run_frozen_stage(run, stage)
-        save_model(run)
+        if run.accelerator.is_main_process:
+            problems = save_model(run.loaded, recipe, out / "model")
+            log = RunLog(out / "log.jsonl", stage.name)
+            log({"saved": "model", "problems": problems})
+            write_report(out)
+        run.accelerator.wait_for_everyone()
     return out / "model"
 
 
 def start(recipe: Recipe, data: Path, out: Path, report: Report) -> Run:
-    """Build the model on its base weights, with adapters that do nothing yet."""
-    base = bundled.fetch(recipe.bundle)
-    gguf = open_gguf(base["language_model"])
-    tokenizer, specials = build_tokenizer(gguf.metadata), special_tokens(gguf.metadata)
-    config = model_config(recipe, gguf)
-    torch.manual_seed(recipe.seed)
-    vlm = VLM(config)
-    tower, _ = load_efficientnet(base["vision_tower"])
-    state = {f"tower.{name}": tensor for name, tensor in tower.items()}
-    for name, array in gguf_decoder.decoder_state(gguf):
-        state[name] = torch.from_numpy(array)
-    state["decoder.head.weight"] = state["decoder.embed.weight"]
-    missing, unexpected = vlm.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    assert all(name.startswith(("connector.", "head.")) for name in missing), missing
-    vlm.cast(auto_dtype("auto", "cpu"))
-    add_lora(vlm.decoder, rank=recipe.lora.rank, scale=recipe.lora.scale)
-    processor = tower_processor(recipe.image_size)
-    encoder = Encoder(
-        tokenizer, specials, recipe.turns, config.image_token_id, config.tokens_per_image
-    )
-    features = TowerFeatures(out / "features", vlm, processor)
-    return Run(recipe, data, out, vlm, encoder, processor, features, report)
+    """Load or compose the model, with adapters that do nothing yet."""
+    from accelerate import Accelerator
 
-
-def model_config(recipe: Recipe, gguf: GGUFFile) -> VLMConfig:
-    """Return the whole model's config: the base's decoder, the recipe's connector and head."""
-    decoder = gguf_decoder.decoder_config(gguf)
-    tower = EfficientNetConfig(variant=2, image_size=recipe.image_size)
-    specials = special_tokens(gguf.metadata)
-    return VLMConfig(
-        decoder=decoder,
-        tower=tower,
-        connector=ConnectorConfig(
-            in_width=tower.width, out_width=decoder.width, **recipe.connector.model_dump()
-        ),
-        head=HeadConfig(
-            layers=recipe.head.layers,
-            dim=recipe.head.dim,
-            tower_width=tower.width,
-        ),
-        image_token_id=specials.pad_id if specials.pad_id is not None else 0,
-    )
-
-
-def tower_processor(size: int) -> ImageProcessorConfig:
-    """Return the sizing of EfficientNet-Lite: squashed, bicubic, (pixel - 127) / 128."""
-    return ImageProcessorConfig(
-        size=size, resize="squash", mean=(127 / 255,) * 3, std=(128 / 255,) * 3, resample="bicubic"
-    )
-
-
-def class_rows(run: Run, variant: int) -> list[int]:
-    """Return rows of features made for each class name, over pictures of the recipe's sources."""
-    keys = [f"{record.key}-{variant}" for record in run.source(CLASSES)]
-    if any(key not in run.features.rows for key in keys):
-        named = dict.fromkeys(name for stage in run.recipe.stages for name in sources_of(stage))
-        pictures = [row for name in named if name != CLASSES for row in run.rows(name)]
-        _, classifier = load_efficientnet(bundled.fetch(run.recipe.bundle)["vision_tower"])
-        means = run.features.means(pictures)
-        generator = torch.Generator().manual_seed(run.recipe.seed + variant)
-        chosen = torch.randint(len(pictures), (len(keys),), generator=generator).tolist()
-        grids = class_grids(
-            class_shifts(classifier, means),
-            run.features[[pictures[number] for number in chosen]],
-            means.mean(0),
-            generator,
+    _claim(recipe, out)
+    cpu = not torch.cuda.is_available()
+    if cpu and recipe.precision == "f16":
+        raise TrainError(
+            "float16 is trained on GPUs only, and there is none; set precision to bf16 or f32."
         )
-        run.features.put(keys, grids.half().numpy())
-    return [run.features.rows[key] for key in keys]
-
-
-# ---- stages of gradient steps ----------------------------------------------------------------
-
-
-def run_loop_stage(run: Run, stage: LoopStage) -> None:
-    """Take the stage's gradient steps."""
-    rates: dict[str, float] = {
-        part: stage.learning_rate if part == "lora" else stage.connector_learning_rate
-        for part in stage.trainable
-    }
-    train_loop(
-        run.vlm,
-        build_task(run, stage),
-        trainable_groups(run.vlm, stage.trainable, lora_from=stage.lora_from),
-        LoopSettings(
-            steps=stage.steps,
-            learning_rates=rates,
-            weight_decay=stage.weight_decay,
-            warmup_steps=stage.warmup_steps,
-        ),
-        checkpoint=run.out / f"{stage.name}.pt",
-        log=lambda line: run.log({"stage": stage.name, **line}),
-        report=lambda step, text: run.report(stage.name, step, stage.steps, text),
+    mixed = "no"
+    if trains_whole(recipe) or recipe.precision == "f16":  # whose gradients need scaling
+        mixed = PRECISIONS[recipe.precision]
+    trackers, note = choose_trackers(recipe.trackers, asked="trackers" in recipe.model_fields_set)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=mixed,
+        log_with=trackers or None,
+        project_dir=str(out / "curves"),
     )
-    run.vlm.requires_grad_(False)
+    if note and accelerator.is_main_process:
+        print(f"visavis: {note}", file=sys.stderr)
+    # What is trained whole stays float32 and computes in the recipe's precision.
+    precision = "f32" if trains_whole(recipe) else recipe.precision
+    device = str(accelerator.device)
+    loaded = open_model(recipe.model, precision=precision, device=device, seed=recipe.seed)
+    if recipe.model.quantize:
+        from visavis.train.qlora import quantize_decoder
+
+        quantize_decoder(loaded.vlm.decoder, recipe.model.quantize)
+    if recipe.model.lora is not None:
+        torch.manual_seed(recipe.seed + 1)
+        add_lora(loaded.vlm.decoder, recipe.model.lora)
+    encoder = loaded.encoder
+    features = None
+    if recipe.feature_cache and loaded.processor is not None:
+        features = FeatureStore(out / "features", loaded.vlm, loaded.processor)
+    return Run(recipe, data, out, loaded, encoder, accelerator, features, report)
 
 
-def build_task(run: Run, stage: LoopStage) -> Task:
-    """Return the objective a stage describes."""
+def open_model(model: ModelRecipe, *, precision: str, device: str, seed: int) -> Loaded:
+    """Return the model that a recipe starts from."""
+    if model.base:
+        loaded = load_checkpoint(
+            model.base,
+            precision=precision,
+            device=device,
+            turns=model.turns,
+            profile=model.profile,
+        )
+    else:
+        loaded = compose(model.composition(), precision=precision, device=device, seed=seed)
+        if model.profile:
+            embed_as(loaded, model.profile)
+    if model.base and model.canvases and loaded.processor is not None:
+        loaded.processor = tiled(loaded.processor, model.canvases)
+    unpack_linears(loaded.vlm.decoder)
+    return loaded
+
+
+def _claim(recipe: Recipe, out: Path) -> None:
+    """Write the recipe into its folder, or see that it is the one that runs there.
+
+    Raises:
+        TrainError: another recipe runs there.
+    """
+    path, text = out / "recipe.json", recipe.model_dump_json(indent=1)
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        with write_atomically(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != text:
+        raise TrainError(
+            f"{out} holds the run of another recipe ({path} differs from this one); choose another "
+            "folder with --out, or delete that one to start over."
+        )
+
+
+# ---- stages of gradient steps --------------------------------------------------------------------
+
+
+def run_steps(run: Run, stage: StepsStage) -> None:
+    """Take the stage's gradient steps."""
+    vlm = run.loaded.vlm
+    task, steps = build_task(run, stage)
+    groups = trainable_groups(vlm, stage)
+    rates: dict[str, float] = dict(stage.train.items())
+    scales = [one.log_scale for one in _contrastive(task) if one.log_scale.requires_grad]
+    if scales:
+        groups["temperature"], rates["temperature"] = scales, max(rates.values())
+    _write_table(run, stage, groups, rates)
+    vlm.decoder.recompute = stage.checkpointing
+    warmup = stage.warmup if stage.warmup >= 1 else stage.warmup * steps
+    log = RunLog(run.out / "log.jsonl", stage.name)
+    train_loop(
+        LoopRun(
+            Trainee(vlm),
+            task,
+            groups,
+            LoopSettings(
+                steps=steps,
+                learning_rates=rates,
+                weight_decay=stage.weight_decay,
+                betas=stage.betas,
+                warmup=math.ceil(warmup),
+                schedule=stage.schedule,
+                clip=stage.clip,
+                ema=stage.ema,
+                save_every=stage.save_every,
+                keep=stage.keep,
+                log_every=stage.log_every,
+                compile="inductor" if stage.compile else "",
+            ),
+            run.out / stage.name,
+            run.accelerator,
+            log=log,
+            rewind=log.rewind,
+            report=lambda step, text: run.report(stage.name, step, steps, text),
+            identity=identity(run, stage),
+            seed=run.recipe.seed,
+        )
+    )
+    vlm.requires_grad_(False).eval()
+    vlm.decoder.recompute = False
+    if run.accelerator.is_main_process:
+        _add(run.out / "samples.json", stage.name, lambda: predict(run.loaded, task))
+
+
+def build_task(run: Run, stage: StepsStage) -> tuple[Task, int]:
+    """Return the objective a stage describes, and how many steps it takes."""
     parts: list[Task] = []
-    seed = run.recipe.seed + sum(map(ord, stage.name))
+    steps = []
     if stage.generative is not None:
         chat = stage.generative
-        pools = {name: _examples(run, name, chat, stage.flip) for name in chat.sources}
+        sources, mixture = _mixture(run, stage, chat)
+        batcher = _batcher(run, stage, chat, cut=chat.cut)
         parts.append(
             GenerativeTask(
-                pools, chat.sources, run.features, tokens=chat.tokens, weight=chat.weight, seed=seed
+                sources,
+                mixture,
+                batcher,
+                batch=chat.batch,
+                micro_tokens=chat.micro_tokens,
+                weight=chat.weight,
             )
         )
+        steps.append(mixture.size / chat.batch)
     if stage.contrastive is not None:
         match = stage.contrastive
-        matched = {name: run.matched(name, flip=stage.flip) for name in match.sources}
+        sources, mixture = _mixture(run, stage, match)
+        if mixture.size < match.batch:
+            raise TrainError(
+                f"stage {stage.name!r} draws {match.batch} queries a step of {mixture.size} "
+                "samples, so that each batch would hold some twice; lower `batch`, or add data."
+            )
         parts.append(
             ContrastiveTask(
-                matched, match.sources, run.features, run.encoder, settings=match, seed=seed + 7
+                sources,
+                mixture,
+                _batcher(run, stage, match),
+                Contrast(
+                    symmetric=match.symmetric,
+                    alpha=match.alpha,
+                    margin=match.margin,
+                    ratio=match.ratio,
+                    dims=match.dims,
+                ),
+                batch=match.batch,
+                chunk_tokens=match.chunk_tokens,
+                scale=1 / match.temperature,
+                learned_scale=match.learned_temperature,
+                negatives=match.negatives,
+                pooling=run.loaded.profile.pooling,
+                weight=match.weight,
             )
         )
-    return parts[0] if len(parts) == 1 else JointTask(parts)
+        steps.append(mixture.size / match.batch)
+    total = stage.steps or math.ceil((stage.epochs or 0) * max(steps))
+    return (parts[0] if len(parts) == 1 else JointTask(parts)), total
 
 
-def _examples(run: Run, name: str, chat: Generative, flip: bool) -> list[list[Example]]:
-    draw = random.Random(run.recipe.seed)
-    examples = []
-    for record, rows in zip(run.source(name), run.views(name, flip=flip), strict=True):
-        for pairs in chat_pairs(
-            record,
-            draw,
-            questions_per_example=chat.questions_per_example,
-            max_caption_words=chat.max_caption_words,
-        ):
-            encoded = run.encoder.conversation(pairs)
-            examples.append([Example(encoded, row) for row in rows])
-    return examples
+def _mixture(
+    run: Run, stage: StepsStage, part: Generative | Contrastive
+) -> tuple[dict[str, Sequence[Sample]], Mixture]:
+    sources = {name: run.source(name) for name in part.sources}
+
+    def share(name: str, drawn: Drawn) -> MixtureShare:
+        return MixtureShare(len(sources[name]), drawn.weight, drawn.block)
+
+    shares = {name: share(name, drawn) for name, drawn in part.sources.items()}
+    return sources, Mixture(shares, seed=run.recipe.seed + sum(map(ord, stage.name)))
 
 
-# ---- the finished folder -----------------------------------------------------------------------
-
-
-def adapter_tensors(vlm: VLM) -> dict[str, Tensor]:
-    """Return what was trained, float16: connector, head, LoRA pairs."""
-    tensors = {}
-    for name, tensor in vlm.state_dict().items():
-        if name.startswith(("connector.", "head.")) or ".lora_" in name:
-            tensors[name] = tensor.half()
-    return tensors
-
-
-def save_model(run: Run) -> None:
-    """Write the folder that `visavis.load` reads."""
-    save_native(
-        run.out / "model",
-        name=run.recipe.name,
-        config=run.vlm.config,
-        tensors=adapter_tensors(run.vlm),
-        profile=PromptProfile(turns=run.recipe.turns, pooling="head"),
-        processor=run.processor,
-        bundle=run.recipe.bundle,
-        lora_scale=run.recipe.lora.scale,
-        file_name="adapter.safetensors",
+def _batcher(
+    run: Run, stage: StepsStage, part: Generative | Contrastive, *, cut: bool = False
+) -> Batcher:
+    encoder = run.encoder
+    if stage.turns:
+        encoder = replace(encoder, profile=replace(encoder.profile, turns=stage.turns))
+    return Batcher(
+        encoder,
+        run.accelerator.device,
+        features=run.features,
+        max_tokens=part.max_tokens,
+        cut=cut,
     )
+
+
+def _contrastive(task: Task) -> list[ContrastiveTask]:
+    parts = task.parts if isinstance(task, JointTask) else [task]
+    return [part for part in parts if isinstance(part, ContrastiveTask)]
+
+
+def identity(run: Run, stage: StepsStage) -> str:
+    """Return what a checkpoint of a stage belongs to: its recipe and its data."""
+    digest = hashlib.sha256(run.recipe.model_dump_json().encode())
+    for name in sources_of(stage):
+        digest.update(fingerprint(run.recipe.data[name], run.data).encode())
+    return digest.hexdigest()[:16]
+
+
+def _write_table(run: Run, stage: StepsStage, groups: dict[str, Any], rates: Any) -> None:
+    """Add what a stage trains to `trained.json`."""
+    if run.accelerator.is_main_process:
+        table = trainable_table(run.loaded.vlm, groups, rates)
+        _add(run.out / "trained.json", stage.name, lambda: table)
+
+
+def _add(path: Path, name: str, make: Callable[[], Any]) -> None:
+    """Add a stage's entry to a JSON file, unless it has one."""
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if name not in entries:
+        entries[name] = make()
+        with write_atomically(path) as temporary:
+            temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")

@@ -26,6 +26,7 @@ from visavis.checkpoints.gguf.architectures import (
     shape_of,
 )
 from visavis.checkpoints.gguf.reader import GGUFFile, TensorInfo
+from visavis.checkpoints.weight_files import warn_not_finite
 from visavis.errors import CheckpointError
 from visavis.model.config import DecoderConfig, PerLayer, RopeScaling
 from visavis.registry import suggest
@@ -146,8 +147,7 @@ def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
     """Yield each tensor of ours by name, as float32.
 
     Raises:
-        CheckpointError: as `decoder_tensors`; a type that cannot be dequantised; values that
-            are not finite.
+        CheckpointError: as `decoder_tensors`; a type that cannot be dequantised.
     """
     check_types(file)
     for ours, stored in decoder_tensors(file):
@@ -166,11 +166,7 @@ def check_types(file: GGUFFile) -> None:
 
 
 def dequantized(file: GGUFFile, ours: str, stored: list[StoredPart]) -> np.ndarray:
-    """Return one tensor of ours as float32.
-
-    Raises:
-        CheckpointError: values that are not finite.
-    """
+    """Return one tensor of ours as float32."""
     num_rows = sum(part.shape[0] for part in stored)
     array = np.empty((num_rows, *stored[0].shape[1:]), np.float32)
     start = 0
@@ -180,15 +176,8 @@ def dequantized(file: GGUFFile, ours: str, stored: list[StoredPart]) -> np.ndarr
     with np.errstate(all="ignore"):
         finite = np.isfinite(array.sum())
     if not finite:
-        raise not_finite(file, ours)
+        warn_not_finite(ours, str(file.path))
     return array
-
-
-def not_finite(file: GGUFFile, ours: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file.path}: {ours} holds NaN or infinite values, expected finite weights; the "
-        "file is damaged, fetch it again and compare its sha256"
-    )
 
 
 def gguf_state(

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visavis.checkpoints.gguf.decoder import StoredPart, dequantized, not_finite
+from visavis.checkpoints.gguf.decoder import StoredPart, dequantized
 from visavis.checkpoints.gguf.reader import GGUFFile
 from visavis.checkpoints.packing import Packing, Part
+from visavis.checkpoints.weight_files import warn_not_finite
 from visavis.model.quantized import GROUP, Groups, quantize
 
 CODES = {  # bits that packed rows need, and what is added to codes: their middle is 8, or 136
@@ -53,18 +54,14 @@ def groups_of(part: StoredPart, bits: int, group: int) -> Groups:
         part.dequantize(values)
         return quantize(torch.from_numpy(values), bits, group)
     found = part.parts()
-    codes = (found.codes.astype(np.int16) + middle).astype(np.uint8)
+    codes = found.codes.view(np.uint8) + np.uint8(middle)  # wraps around as it should
     minimum = (0 if found.minimum is None else found.minimum) - middle * found.scale
     first, scale, low = (torch.from_numpy(array) for array in (codes, found.scale, minimum))
     return Groups.of(first, scale, low, bits)
 
 
 def take_blocks(packing: Packing, file: GGUFFile, name: str, stored: list[StoredPart]) -> Tensor:
-    """Return what stands in the state for a tensor of ours, packed if it is to be.
-
-    Raises:
-        CheckpointError: values that are not finite.
-    """
+    """Return what stands in the state for a tensor of ours, packed if it is to be."""
     as_stored = pack_blocks(packing, file, name, stored)
     if as_stored is None:
         return packing.take(name, torch.from_numpy(dequantized(file, name, stored)))
@@ -80,9 +77,6 @@ def pack_blocks(
 
     Returns:
         None if they are not, else whether they keep as many bits as the file gives them.
-
-    Raises:
-        CheckpointError: scales that are not finite.
     """
     shape, own = _shape(stored), [packed_as(part.type) for part in stored]
     wanted = []
@@ -97,7 +91,7 @@ def pack_blocks(
         parts.append(Part(_shape(below)[0], bits, group, partial(_cut, below, bits, group)))
     packing.pack(name, shape[1], parts)
     if not all(rows.scales.isfinite().all() for rows in packing.rows[name]):
-        raise not_finite(file, name)
+        warn_not_finite(name, str(file.path))
     return wanted == own
 
 

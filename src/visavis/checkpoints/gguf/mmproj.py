@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from visavis.checkpoints.gguf.reader import GGUFFile
+from visavis.checkpoints.weight_files import warn_not_finite
 from visavis.errors import CheckpointError, InputError
 from visavis.model.config import ConnectorConfig, MergeConfig, ViTConfig, VLMConfig
 from visavis.processing.images import ImageProcessorConfig
@@ -169,11 +170,7 @@ def read_half(file: GGUFFile) -> Half:
 
 
 def half_state(file: GGUFFile, half: Half) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor of ours by name, float32.
-
-    Raises:
-        CheckpointError: values that are not finite.
-    """
+    """Yield each tensor of ours by name, float32; those that are not finite with a warning."""
     for row in tower_rows(half.tower, _is_swapped(file)):
         parts = [_values(file, name).reshape(row.part_shape) for name in row.theirs]
         yield f"tower.{row.ours}", torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -204,10 +201,7 @@ def _newline(file: GGUFFile) -> str:
 def _values(file: GGUFFile, name: str) -> Tensor:
     tensor = torch.from_numpy(file.dequantize(name))
     if not tensor.sum().isfinite():
-        raise CheckpointError(
-            f"{file.path}: {name} holds NaN or infinite values, expected finite weights; the file "
-            "is damaged, fetch it again and compare its sha256."
-        )
+        warn_not_finite(name, str(file.path))
     return tensor
 
 

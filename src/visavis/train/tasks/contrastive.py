@@ -1,85 +1,182 @@
-"""Matching text and picture attract: the loss of `objectives.py` on drawn records.
+"""A query attracts its target and repels everything else of the step, on all processes.
 
-Knows neither the loop nor where pairs come from beyond the pool it is given.
+Exact for any batch on any memory: chunks by tokens go through `gradcache.py`, their pictures read
+when their turn comes. Targets that say the same are no negatives of each other. Knows neither the
+loop nor where samples come from.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from visavis.model.vlm import VLM
-from visavis.processing.pack import pack
-from visavis.train.examples import Encoder, Sampler, text_to_match
+from visavis.data.mixture import Mixture, dealt
+from visavis.data.samples import Match, estimated_tokens
+from visavis.errors import TrainError
+from visavis.processing.images import content_hash
+from visavis.prompt import Prompt, Text
+from visavis.train.batcher import Batcher
+from visavis.train.devices import gather_rows
+from visavis.train.gradcache import cached_backward, token_chunks
 from visavis.train.objectives import Contrast, contrastive_loss
+from visavis.train.tasks import Devices, Part
 
-if TYPE_CHECKING:
-    from visavis.data.records import Record
-    from visavis.train.features import TowerFeatures
-    from visavis.train.recipe import Contrastive
-
-
-@dataclass(frozen=True)
-class Matched:
-    """A record with the feature rows of its picture (plain, perhaps mirrored).
-
-    Records of one `group` describe the same thing and are no negatives of each other.
-    """
-
-    record: Record
-    rows: tuple[int, ...]
-    group: str
+MAX_SCALE = 100.0
 
 
 class ContrastiveTask:
-    """Draws records and matches one text of each with its picture, both ways."""
+    """Draws queries with their targets.
+
+    Args:
+        sources: samples by the names that `mixture` draws.
+        batch: queries of a step, of all processes together.
+        chunk_tokens: tokens of one pass through the model.
+        scale: inverse temperature to start with, or for good.
+        learned_scale: train it, as CLIP does; at most 100.
+        negatives: at most so many hard negatives of each query; None: all it has.
+    """
 
     def __init__(
         self,
-        pools: Mapping[str, Sequence[Matched]],
-        weights: Mapping[str, float],
-        features: TowerFeatures,
-        encoder: Encoder,
+        sources: Mapping[str, Sequence[Any]],
+        mixture: Mixture,
+        batcher: Batcher,
+        settings: Contrast,
         *,
-        settings: Contrastive,
-        seed: int,
+        batch: int,
+        chunk_tokens: int,
+        scale: float,
+        pooling: str,
+        learned_scale: bool = False,
+        negatives: int | None = None,
+        weight: float = 1.0,
+        name: str = "contrastive",
     ) -> None:
-        self.pools, self.features, self.encoder = pools, features, encoder
-        self.settings = settings
-        self.sampler = Sampler({name: len(pool) for name, pool in pools.items()}, weights, seed)
-        self.draw = random.Random(seed + 1)
+        self.sources, self.mixture, self.batcher = sources, mixture, batcher
+        self.settings, self.batch, self.chunk_tokens = settings, batch, chunk_tokens
+        self.pooling, self.negatives = pooling, negatives
+        # Beside the model: each process computes its whole gradient, so none is exchanged.
+        start = torch.tensor(math.log(scale), device=batcher.device)
+        self.log_scale = nn.Parameter(start, requires_grad=learned_scale)
+        self.weight, self.name = weight, name
 
-    def losses(self, vlm: VLM) -> Iterator[tuple[str, Tensor, int]]:
-        drawn = [self.sampler.next() for _ in range(self.settings.pairs)]
-        chosen = [self.pools[name][number] for name, number in drawn]
-        texts = [
-            self.encoder.text(text_to_match(one.record, self.draw), self.settings.max_text_tokens)
-            for one in chosen
+    def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
+        samples = self._own(devices)
+        queries = [sample.query for sample in samples]
+        targets = [sample.target for sample in samples]
+        hard = [(one, wrong) for one in samples for wrong in one.negatives[: self.negatives]]
+        if self.batch < 2 and not devices.sum(len(hard)):
+            raise TrainError(
+                f"a step draws one query, {samples[0].id!r}, which has no hard negatives: there is "
+                "nothing it could be told apart from. Raise `batch` under `contrastive`, or mine "
+                "negatives."
+            )
+        prompts = [*queries, *targets, *(wrong for _, wrong in hard)]
+        owners = [*samples, *samples, *(one for one, _ in hard)]
+        item = self.batcher.item
+        encoded = [item(one.id, one.query, one.instruction) for one in samples]
+        encoded += [
+            item(owner.id, prompt, owner.target_instruction)
+            for owner, prompt in zip(owners[len(samples) :], prompts[len(samples) :], strict=True)
         ]
-        pictures = [self.encoder.picture()] * len(chosen)
-        text_batch, picture_batch = pack(texts), pack(pictures)
-        picture_batch.features = self.features[[self.draw.choice(one.rows) for one in chosen]]
-        device = vlm.decoder.embed.weight.device
-        owner = {key: n for n, key in enumerate({one.group for one in chosen})}
-        groups = torch.tensor([owner[one.group] for one in chosen], device=device)
-        loss = contrastive_loss(
-            vlm.embed(text_batch.to(device)),
-            vlm.embed(picture_batch.to(device)),
-            Contrast(symmetric=True, alpha=self.settings.alpha),
-            scale=self.settings.logit_scale,
-            excluded=groups[:, None] == groups[None],
+        chunks = token_chunks([len(one.token_ids) for one in encoded], self.chunk_tokens)
+        chunks += [[]] * (devices.passes(len(chunks)) - len(chunks))
+        keys = _digests(prompts[len(samples) :]).to(self.batcher.device)
+        groups = _numbers([one.group or one.id for one in samples]).to(self.batcher.device)
+        where = torch.tensor([len(queries), len(targets), len(hard)]).cumsum(0).tolist()
+
+        def loss_of(vectors: Tensor) -> Tensor:
+            rows = gather_rows(vectors[: where[0]])
+            positive, negative = vectors[where[0] : where[1]], vectors[where[1] :]
+            columns = torch.cat((gather_rows(positive), gather_rows(negative)))
+            key = torch.cat((gather_rows(keys[: len(targets)]), gather_rows(keys[len(targets) :])))
+            group = gather_rows(groups)
+            excluded = (key[: len(rows), None] == key[None]).all(
+                -1
+            )  # [N, M] of [N, 1, 2], [1, M, 2]
+            excluded[:, : len(rows)] |= (group[:, None] == group[None]).all(-1)
+            scale = self.log_scale.exp().clamp(max=MAX_SCALE)
+            loss = contrastive_loss(rows, columns, self.settings, scale=scale, excluded=excluded)
+            return loss * self.weight
+
+        def encode(chunk: Sequence[int]) -> Tensor:
+            if not chunk:
+                return trainee(self.batcher.nothing(), "vectors", self.pooling)[:0]
+            batch = self.batcher.pack(
+                [prompts[i] for i in chunk],
+                [encoded[i] for i in chunk],
+                ids=[owners[i].id for i in chunk],
+            )
+            return trainee(batch, "vectors", self.pooling)
+
+        loss = cached_backward(
+            chunks,
+            encode,
+            loss_of,
+            backward=devices.backward,
+            no_sync=devices.no_sync,
+            sync_last=last,
+            factor=devices.world,
         )
-        tokens = text_batch.num_tokens + picture_batch.num_tokens
-        yield "contrastive", self.settings.weight * loss, tokens
+        tokens = sum(len(one.token_ids) for one in encoded)
+        mean = float(loss) / self.weight
+        return [Part(self.name, mean, int(devices.sum(tokens)), tuple(one.id for one in samples))]
+
+    def _own(self, devices: Devices) -> list[Match]:
+        """Draw a step's queries; return those of this process.
+
+        Raises:
+            TrainError: it has none, or a sample is no query with its target.
+        """
+        if self.batch < devices.world:
+            raise TrainError(
+                f"a step draws {self.batch} queries for {devices.world} processes, expected at "
+                "least one each; raise `batch` under `contrastive`."
+            )
+        drawn = self.mixture.batch(self.batch)
+        samples = [self.sources[name][number] for name, number in drawn]
+        for sample in samples:
+            if not isinstance(sample, Match):
+                raise TrainError(
+                    f"the sample {sample.id!r} is a conversation, expected a query with its "
+                    "target; name its source under `generative`."
+                )
+        if devices.world == 1:
+            return samples
+        per_image = self.batcher.encoder.config.tokens_per_image
+        sizes = [estimated_tokens(sample, per_image) for sample in samples]
+        return [samples[i] for i in dealt(sizes, devices.world)[devices.rank]]
 
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state(), "draw": self.draw.getstate()}
+        return {"mixture": self.mixture.state(), "log_scale": self.log_scale.item()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.sampler.restore(state["sampler"])
-        self.draw.setstate(state["draw"])
+        self.mixture.restore(state["mixture"])
+        self.log_scale.data.fill_(state["log_scale"])
+
+
+def _digests(prompts: Sequence[Prompt]) -> Tensor:
+    """Return int64 [N, 2], equal where texts and pictures are."""
+    return _numbers(
+        [
+            "\n".join(
+                part.text if isinstance(part, Text) else content_hash(part)
+                for message in prompt.messages
+                for part in message.parts
+            )
+            for prompt in prompts
+        ]
+    )
+
+
+def _numbers(texts: Sequence[str]) -> Tensor:
+    """Return int64 [N, 2], equal where texts are."""
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    if not digests:
+        return torch.zeros(0, 2, dtype=torch.int64)
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).view(-1, 2)

@@ -1,81 +1,112 @@
-"""Next-token loss on answers and captions. Only learned positions reach the vocabulary matrix."""
+"""Next-token loss on what the assistant says, every learned token of a step weighing the same.
+
+A step's samples are cut into micro-batches by tokens; the loss of each is divided by the learned
+tokens of all of them, on all processes. Knows neither the loop nor where samples come from.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
+from visavis.data.mixture import Mixture, dealt
+from visavis.data.samples import Chat, estimated_tokens
+from visavis.errors import TrainError
 from visavis.model.batch import PackedBatch
-from visavis.model.vlm import VLM
-from visavis.processing.pack import next_token_labels, pack
-from visavis.train.examples import Example, Sampler
-from visavis.train.features import TowerFeatures
-
-
-def next_token_loss(vlm: VLM, batch: PackedBatch) -> Tensor:
-    """Return the mean cross entropy over positions whose label is not -100."""
-    assert batch.labels is not None
-    hidden = vlm(batch)[-1]  # [T, D]
-    learned = batch.labels != -100
-    return F.cross_entropy(vlm.decoder.logits(hidden[learned]), batch.labels[learned])
-
-
-def pack_examples(
-    examples: Sequence[Example], features: TowerFeatures | None, device: torch.device
-) -> PackedBatch:
-    """Lay examples end to end, with labels and the stored features of their pictures."""
-    encoded = [example.encoded for example in examples]
-    batch = pack(encoded)
-    batch.labels = next_token_labels(encoded)
-    rows = [example.row for example in examples if example.row is not None]
-    if rows:
-        assert features is not None
-        batch.features = features[rows]
-    return batch.to(device)
+from visavis.processing.templates import Encoded
+from visavis.train.batcher import Batcher
+from visavis.train.gradcache import token_chunks
+from visavis.train.tasks import Devices, Part
 
 
 class GenerativeTask:
-    """Packs drawn conversations up to a number of tokens."""
+    """Draws conversations.
+
+    Args:
+        sources: samples by the names that `mixture` draws.
+        batch: conversations of a step, of all processes together.
+        micro_tokens: tokens of one pass through the model.
+    """
 
     def __init__(
         self,
-        pools: Mapping[str, Sequence[Sequence[Example]]],
-        weights: Mapping[str, float],
-        features: TowerFeatures | None,
+        sources: Mapping[str, Sequence[Any]],
+        mixture: Mixture,
+        batcher: Batcher,
         *,
-        tokens: int,
-        weight: float,
-        seed: int,
+        batch: int,
+        micro_tokens: int,
+        weight: float = 1.0,
+        name: str = "generative",
     ) -> None:
-        """
-        Args:
-            pools: per source, examples; each is a list of variants (plain and mirrored picture)
-                of which a draw takes one.
-        """
-        self.pools, self.features = pools, features
-        self.tokens, self.weight = tokens, weight
-        self.sampler = Sampler({name: len(pool) for name, pool in pools.items()}, weights, seed)
-        self.variant = random.Random(seed + 1)
+        self.sources, self.mixture, self.batcher = sources, mixture, batcher
+        self.batch, self.micro_tokens = batch, micro_tokens
+        self.weight, self.name = weight, name
 
-    def losses(self, vlm: VLM) -> Iterator[tuple[str, Tensor, int]]:
-        examples: list[Example] = []
-        used = 0
-        while used < self.tokens:
-            name, number = self.sampler.next()
-            example = self.variant.choice(self.pools[name][number])
-            examples.append(example)
-            used += len(example.encoded.token_ids)
-        batch = pack_examples(examples, self.features, vlm.decoder.embed.weight.device)
-        yield "generative", self.weight * next_token_loss(vlm, batch), used
+    def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
+        samples = self._own(devices)
+        encoded = [self.batcher.chat(sample) for sample in samples]
+        learned = sum(sum(one.loss_mask[1:]) for one in encoded)
+        everywhere = devices.sum(learned)
+        chunks = token_chunks([len(one.token_ids) for one in encoded], self.micro_tokens)
+        chunks += [[]] * (devices.passes(len(chunks)) - len(chunks))
+        total, tokens = 0.0, 0
+        makers = [partial(self._micro_batch, samples, encoded, chunk) for chunk in chunks]
+        for number, batch in enumerate(self.batcher.prefetch(makers)):
+            final = last and number == len(chunks) - 1
+            with nullcontext() if final else devices.no_sync():
+                loss = trainee(batch, "loss")
+                devices.backward(loss * (self.weight * devices.world / everywhere))
+            total += float(loss.detach())
+            tokens += batch.num_tokens if chunks[number] else 0
+        mean = devices.sum(total) / everywhere
+        ids = tuple(sample.id for sample in samples)
+        return [Part(self.name, mean, int(devices.sum(tokens)), ids)]
+
+    def _own(self, devices: Devices) -> list[Chat]:
+        """Draw a step's conversations; return those of this process.
+
+        Raises:
+            TrainError: it has none, or a sample is no conversation.
+        """
+        if self.batch < devices.world:
+            raise TrainError(
+                f"a step draws {self.batch} conversation(s) for {devices.world} processes, "
+                "expected at least one each; raise `batch` under `generative`."
+            )
+        drawn = self.mixture.batch(self.batch)
+        samples = [self.sources[name][number] for name, number in drawn]
+        for sample in samples:
+            if not isinstance(sample, Chat):
+                raise TrainError(
+                    f"the sample {sample.id!r} is a query with its target, expected a "
+                    "conversation; name its source under `contrastive`."
+                )
+        if devices.world == 1:
+            return samples
+        per_image = self.batcher.encoder.config.tokens_per_image
+        sizes = [estimated_tokens(sample, per_image) for sample in samples]
+        return [samples[i] for i in dealt(sizes, devices.world)[devices.rank]]
+
+    def _micro_batch(
+        self, samples: Sequence[Chat], encoded: Sequence[Encoded], chunk: Sequence[int]
+    ) -> PackedBatch:
+        if not chunk:
+            return self.batcher.nothing()
+        own = [samples[i] for i in chunk]
+        return self.batcher.pack(
+            [one.prompt for one in own],
+            [encoded[i] for i in chunk],
+            ids=[one.id for one in own],
+            labels=True,
+        )
 
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state(), "variant": self.variant.getstate()}
+        return {"mixture": self.mixture.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.sampler.restore(state["sampler"])
-        self.variant.setstate(state["variant"])
+        self.mixture.restore(state["mixture"])

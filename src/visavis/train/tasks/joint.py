@@ -1,25 +1,27 @@
-"""Several objectives in one step, on one set of weights: their gradients add up."""
+"""Several objectives in one step, on one model; each weighs what its own weight says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from visavis.model.vlm import VLM
-from visavis.train.tasks import Task
+from visavis.train.tasks import Devices, Part, Task
 
 
 class JointTask:
-    """Runs its parts one after the other; memory is that of the largest."""
+    """Objectives one after the other; gradients add up."""
 
     def __init__(self, parts: Sequence[Task]) -> None:
         self.parts = parts
 
-    def losses(self, vlm: VLM) -> Iterator[tuple[str, Tensor, int]]:
-        for part in self.parts:
-            yield from part.losses(vlm)
+    def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
+        done = []
+        for number, part in enumerate(self.parts):
+            final = last and number == len(self.parts) - 1
+            done += part.step(trainee, devices, last=final)
+        return done
 
     def state(self) -> dict[str, Any]:
         return {str(number): part.state() for number, part in enumerate(self.parts)}

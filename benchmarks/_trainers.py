@@ -1,0 +1,281 @@
+"""Engines that train the same tiny LLaVA on the same conversations in the same order.
+
+Started by train.py. Ours is the loop of `visavis train`; the peer is transformers' Trainer with
+right-padded batches, the way LLaVA and TinyLLaVA train. The peer is given ids, masks and pixels
+ready made; ours makes them from words and pictures as it goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from _harness import serve
+
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+BATCH, MICRO = 16, 8  # conversations of a step, and of one padded pass of the peer
+MICRO_TOKENS = 4096
+RATE = 1e-4
+TEXT = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+VISION = {
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "image_size": 112,
+    "patch_size": 14,
+}
+
+
+class Visavis:
+    """The public loop."""
+
+    def write(self, folder: str, samples: str) -> dict[str, Any]:
+        """Write the model's folder and conversations of the lengths of real ones."""
+        import random
+
+        import torch
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+        from transformers import LlavaForConditionalGeneration as Llava
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = ["<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
+        tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special])
+        vocabulary = tokenizer.get_vocab_size()
+        torch.manual_seed(0)
+        config = LlavaConfig(
+            text_config=LlamaConfig(**TEXT, vocab_size=vocabulary, tie_word_embeddings=False),
+            vision_config=CLIPVisionConfig(**VISION),
+            image_token_index=tokenizer.token_to_id("<image>"),
+        )
+        place = Path(folder)
+        Llava(config).save_pretrained(place)
+        tokenizer.save(str(place / "tokenizer.json"))
+        words = {"bos_token": None, "eos_token": "<|im_end|>", "add_bos_token": False}
+        (place / "tokenizer_config.json").write_text(json.dumps(words))
+        size = VISION["image_size"]
+        processor = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+        }
+        (place / "preprocessor_config.json").write_text(json.dumps(processor))
+        draw = random.Random(0)
+        lines = []
+        for number in range(BATCH * 40):
+            turns = draw.choice((1, 1, 1, 2, 3))
+            pairs = [
+                (_words(draw, 8 * draw.randint(2, 12)), _words(draw, _answer_length(draw)))
+                for _ in range(turns)
+            ]
+            lines.append(
+                {"id": number, "pairs": pairs, "picture": number % 50 if number % 5 else -1}
+            )
+        Path(samples).write_text("\n".join(map(json.dumps, lines)))
+        return {}
+
+    def load(self, folder: str, samples: str) -> dict[str, Any]:
+        import torch
+
+        import visavis
+        from visavis.train.batcher import Batcher
+
+        torch.set_num_threads(THREADS)
+        self.folder = folder
+        self.model = visavis.load(folder, precision="f32", device="cpu", turns="chatml-bare")
+        self.batcher = Batcher(self.model.encoder)
+        self.samples = [_chat(json.loads(line)) for line in Path(samples).read_text().splitlines()]
+        return {}
+
+    def encode(self, output: str) -> dict[str, Any]:
+        """Write ids, masks and pixels for the peer."""
+        import torch
+
+        ready = []
+        for sample in self.samples:
+            encoded = self.batcher.chat(sample)
+            batch = self.batcher.pack([sample.prompt], [encoded], ids=[sample.id])
+            pixels = batch.visuals[0].pixels if batch.visuals else None
+            ready.append((encoded.token_ids, encoded.loss_mask, pixels))
+        torch.save(ready, output)
+        return {"tokens": [len(ids) for ids, _, _ in ready]}
+
+    def train(self, steps: int, first: int) -> dict[str, Any]:
+        from accelerate import Accelerator
+
+        import visavis
+        from visavis.train.loop import LoopSettings, Run, train_loop
+        from visavis.train.tasks.generative import GenerativeTask
+        from visavis.train.trainee import Trainee
+
+        vlm = visavis.load(self.folder, precision="f32", device="cpu", turns="chatml-bare").vlm
+        chosen = self.samples[first : first + steps * BATCH]
+        groups = {
+            "connector": list(vlm.connector.parameters()),
+            "language_model": list(vlm.decoder.parameters()),
+        }
+        for parameter in (p for group in groups.values() for p in group):
+            parameter.requires_grad_(True)
+        task = GenerativeTask(
+            {"all": chosen}, _InOrder(), self.batcher, batch=BATCH, micro_tokens=MICRO_TOKENS
+        )
+        losses: list[float] = []
+        with tempfile.TemporaryDirectory() as out:
+            run = Run(
+                Trainee(vlm),
+                task,
+                groups,
+                LoopSettings(
+                    steps=steps,
+                    learning_rates=dict.fromkeys(groups, RATE),
+                    schedule="constant",
+                    log_every=1,
+                    save_every=steps + 1,
+                ),
+                Path(out),
+                Accelerator(cpu=True, mixed_precision="bf16"),
+                log=lambda line: losses.append(line["loss"]["generative"]),
+            )
+            started = time.perf_counter()
+            train_loop(run)
+            seconds = time.perf_counter() - started
+        return {"seconds": seconds, "losses": losses}
+
+
+class Transformers:
+    """Trainer with right padding."""
+
+    def load(self, folder: str, encoded: str) -> dict[str, Any]:
+        import torch
+
+        torch.set_num_threads(THREADS)
+        self.folder = folder
+        self.ready = torch.load(encoded, weights_only=False)
+        return {}
+
+    def train(self, steps: int, first: int) -> dict[str, Any]:
+        import torch
+        from transformers import LlavaForConditionalGeneration as Llava
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        torch.set_num_threads(THREADS)
+        model = Llava.from_pretrained(self.folder, dtype=torch.float32)
+        model.model.vision_tower.requires_grad_(False)
+        chosen = self.ready[first : first + steps * BATCH]
+        losses: list[float] = []
+
+        class Keep(TrainerCallback):
+            def on_log(
+                self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
+            ) -> None:
+                if logs and "loss" in logs:
+                    losses.append(float(logs["loss"]))
+
+        class InOrder(Trainer):
+            def _get_train_sampler(self, *args: Any) -> Any:
+                return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        with tempfile.TemporaryDirectory() as out:
+            trainer = InOrder(
+                model,
+                TrainingArguments(
+                    out,
+                    per_device_train_batch_size=MICRO,
+                    gradient_accumulation_steps=BATCH // MICRO,
+                    max_steps=steps,
+                    learning_rate=RATE,
+                    lr_scheduler_type="constant",
+                    bf16=True,
+                    use_cpu=True,
+                    logging_steps=1,
+                    save_strategy="no",
+                    report_to=[],
+                    remove_unused_columns=False,
+                    disable_tqdm=True,
+                ),
+                train_dataset=chosen,
+                data_collator=_collate,
+                callbacks=[Keep()],
+            )
+            started = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - started
+        return {"seconds": seconds, "losses": losses}
+
+
+class _InOrder:
+    """Draws one sample after the other."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def batch(self, size: int) -> list[tuple[str, int]]:
+        self.drawn += size
+        return [("all", number) for number in range(self.drawn - size, self.drawn)]
+
+    def state(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+
+def _collate(rows: list[Any]) -> dict[str, Any]:
+    import torch
+
+    longest = max(len(ids) for ids, _, _ in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full((len(rows), longest), -100)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for number, (tokens, learned, _) in enumerate(rows):
+        row = torch.tensor(tokens)
+        ids[number, : len(row)], mask[number, : len(row)] = row, 1
+        labels[number, : len(row)] = torch.where(torch.tensor(learned), row, -100)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    pixels = [pixels for _, _, pixels in rows if pixels is not None]
+    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+
+def _chat(line: dict[str, Any]) -> Any:
+    import numpy as np
+    from PIL import Image as pil
+
+    from visavis.data.samples import Chat
+    from visavis.prompt import Image, Message, Prompt, Text
+
+    messages = []
+    for number, (question, answer) in enumerate(line["pairs"]):
+        shown: tuple[Any, ...] = ()
+        if number == 0 and line["picture"] >= 0:
+            random = np.random.default_rng(line["picture"])
+            blocks = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+            shown = (Image(pil.fromarray(blocks).resize((160, 120))),)
+        messages.append(Message("user", (*shown, Text(question))))
+        messages.append(Message("assistant", (Text(answer),)))
+    return Chat(str(line["id"]), Prompt(tuple(messages)))
+
+
+def _words(draw: Any, length: int) -> str:
+    letters = "etaoinshrdlu      "
+    return "".join(draw.choice(letters) for _ in range(length)).strip() or "a"
+
+
+def _answer_length(draw: Any) -> int:
+    """Mostly short, some long: like LLaVA's instruction data."""
+    return min(900, max(4, int(draw.lognormvariate(4.2, 1.1))))
+
+
+if __name__ == "__main__":
+    serve({"visavis": Visavis, "transformers": Transformers})

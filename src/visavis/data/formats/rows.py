@@ -1,0 +1,246 @@
+"""Rows of data files, one at a time: JSON, JSON lines, tars of pictures and JSON; tables elsewhere.
+
+Any format may lie in any of them. In memory is only where each row lies. Knows no format.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from glob import glob
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from visavis.data.shards import members, read_span
+from visavis.errors import TrainError
+from visavis.processing.opening import SUFFIXES
+from visavis.prompt import Stored
+
+Row: TypeAlias = dict[str, Any]
+
+TABLES = (".parquet", ".arrow")
+DATA_SUFFIXES = (".json", ".jsonl", ".tar", *TABLES)
+VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif"})
+_CHUNK = 1 << 20
+_BOM = "\ufeff"
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+class Rows(Protocol):
+    """Rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Row: ...
+
+    def where(self, number: int) -> str:
+        """Return how a message names the row, as "train.json, record 3"."""
+        ...
+
+
+def find_files(path: str, root: Path) -> list[Path]:
+    """Return the data files that a path below `root` names: one, a folder's, or a pattern's.
+
+    Raises:
+        TrainError: there are none.
+    """
+    whole = root / path
+    if whole.is_file():
+        return [whole]
+    found = whole.iterdir() if whole.is_dir() else map(Path, glob(str(whole), recursive=True))
+    files = sorted(file for file in found if file.suffix in DATA_SUFFIXES)
+    if not path or not files:
+        raise TrainError(
+            f"{whole} is no file, and no folder or pattern of {' '.join(DATA_SUFFIXES)} files; "
+            "give the folder of data sets with --data, and paths in the recipe from there."
+        )
+    return files
+
+
+def open_rows(files: Sequence[Path]) -> Rows:
+    """Return the rows of files, one after another."""
+    parts = [_open(path) for path in files]
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+def _open(path: Path) -> Rows:
+    if path.suffix == ".tar":
+        return Shard(path)
+    if path.suffix in TABLES:
+        from visavis.data.formats.tables import Table
+
+        return Table(path)
+    return Json(path)
+
+
+class Joined:
+    """Several files' rows as one sequence."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, number: int) -> Row:
+        part, number = self._find(number)
+        return part[number]
+
+    def where(self, number: int) -> str:
+        part, number = self._find(number)
+        return part.where(number)
+
+    def _find(self, number: int) -> tuple[Rows, int]:
+        place = bisect_right(self.ends, number)
+        return self.parts[place], number - (self.ends[place - 1] if place else 0)
+
+
+class Json:
+    """A list of objects, or an object a line; which of them, the first character says.
+
+    Raises:
+        TrainError: it cannot be read, or a list is cut off or holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.starts, self.ends = array("Q"), array("Q")
+        try:
+            with path.open("rb") as file:
+                start = file.read(64).decode("utf-8", errors="replace").lstrip(_BOM + " \r\n\t")
+            spans = _list_spans(path) if start.startswith("[") else _line_spans(path)
+            for begin, end in spans:
+                self.starts.append(begin)
+                self.ends.append(end)
+        except (OSError, UnicodeDecodeError) as error:
+            raise TrainError(f"cannot read {path}: {error}; expected JSON in UTF-8.") from error
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> Row:
+        start = self.starts[number]
+        try:
+            row = json.loads(read_span(self.path, start, self.ends[number] - start))
+        except ValueError as error:
+            raise TrainError(
+                f"{self.where(number)} is not JSON ({error}); expected a list of objects or one "
+                "object a line; the file is probably cut off."
+            ) from error
+        if not isinstance(row, dict):
+            raise TrainError(f"{self.where(number)} is {str(row)[:40]!r}, expected a JSON object.")
+        return row
+
+    def where(self, number: int) -> str:
+        return f"{self.path.name}, record {number + 1}"
+
+
+def _line_spans(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield where each line lies that is not blank."""
+    at = 0
+    with path.open("rb") as file:
+        for line in file:
+            skipped = len(codecs.BOM_UTF8) if not at and line.startswith(codecs.BOM_UTF8) else 0
+            if line[skipped:].strip():
+                yield at + skipped, at + len(line)
+            at += len(line)
+
+
+def _list_spans(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield where each object of a list lies, in bytes, holding a few of them at a time."""
+    scan = json.JSONDecoder().raw_decode
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    text, at = "", 0  # what is held; where in it we are
+    size, count = _CHUNK, 0
+    with path.open("rb") as file:
+        offset = file.read(64).index(b"[") + 1  # where we are in the file
+        file.seek(offset)
+        while True:
+            chunk = file.read(size)
+            text, at, before = text[at:] + decode(chunk, final=not chunk), 0, count
+            while True:
+                found = _BETWEEN.match(text, at)
+                assert found is not None
+                offset, at = offset + found.end() - at, found.end()
+                if text.startswith("]", at):
+                    return
+                try:
+                    value, end = scan(text, at)
+                except ValueError as error:  # not whole yet, or broken
+                    if not chunk:
+                        raise TrainError(
+                            f"{path}: the list breaks off at byte {offset}, after {count} records "
+                            f"({error}); the file is probably cut off: copy it again."
+                        ) from error
+                    break
+                if not isinstance(value, dict):
+                    raise TrainError(
+                        f"{path}: record {count + 1} is {text[at:end][:40]!r}, expected an object."
+                    )
+                length = len(text[at:end].encode())
+                yield offset, offset + length
+                offset, at, count = offset + length, end, count + 1
+            size = _CHUNK if count > before else 2 * size  # a record longer than a chunk
+
+
+class Shard:
+    """A tar of key.json files with pictures beside them: key.jpg, or several, key.0.jpg, ….
+
+    They stand in the row's `image` (a list where there are several), a video in `video`; without
+    an `id` the key is it. Members of other kinds are left out.
+
+    Raises:
+        TrainError: it cannot be read, or a picture has no JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found: dict[str, tuple[list[Stored], list[tuple[str, Stored]]]] = {}
+        for name, file in members(path):
+            folder, slash, last = name.rpartition("/")
+            key, _, suffix = last.partition(".")
+            suffix = "." + suffix.rpartition(".")[2].lower()
+            texts, visuals = found.setdefault(folder + slash + key, ([], []))
+            if suffix == ".json":
+                texts.append(file)
+            elif suffix in SUFFIXES | VIDEO_SUFFIXES:
+                visuals.append(("video" if suffix in VIDEO_SUFFIXES else "image", file))
+        self.entries = [
+            (key, texts[0], sorted(visuals, key=lambda one: one[1].name))
+            for key, (texts, visuals) in found.items()
+            if texts
+        ]
+        alone = [key for key, (texts, visuals) in found.items() if visuals and not texts]
+        if alone or not self.entries:
+            raise TrainError(
+                f"{path}: {len(alone)} pictures have no JSON beside them"
+                + (f", the first is {alone[0]!r}" if alone else ", and there is no JSON at all")
+                + "; expected key.json with key.jpg, and the tar complete."
+            )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, number: int) -> Row:
+        key, text, visuals = self.entries[number]
+        try:
+            fields = json.loads(text.read())
+        except ValueError as error:
+            raise TrainError(f"{self.where(number)} is not JSON ({error}).") from error
+        if not isinstance(fields, dict):
+            raise TrainError(f"{self.where(number)} holds no JSON object.")
+        row = {"id": key, **fields}
+        for kind in ("image", "video"):
+            files = [file for found, file in visuals if found == kind]
+            if files:
+                row[kind] = files[0] if len(files) == 1 else files
+        return row
+
+    def where(self, number: int) -> str:
+        return f"{self.path.name}, record {self.entries[number][0]!r}"

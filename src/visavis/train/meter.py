@@ -1,0 +1,192 @@
+"""What a run says about itself: mean losses, tokens per second, share of the processor's peak.
+
+The log is `log.jsonl`, a line per interval; a run that goes on first takes back what it had logged
+beyond its checkpoint. Knows no objective by name and draws nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from visavis.errors import TrainError
+from visavis.files import write_atomically
+from visavis.model.quantized import PackedLinear
+from visavis.train.tasks import Part
+
+# Dense FLOP/s in bfloat16 and float16, from data sheets, by a part of the device's name.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+MEASURED = 768  # rows of the square product that a CPU's peak is measured with
+
+
+class Meter:
+    """Mean losses and tokens per second since the last `take`.
+
+    Args:
+        flops: useful operations per token (see `flops_per_token`).
+        peak: operations per second of all processes, if known (see `peak_flops`).
+    """
+
+    def __init__(self, flops: float = 0.0, peak: float | None = None) -> None:
+        self.flops, self.peak = flops, peak
+        self._reset()
+
+    def _reset(self) -> None:
+        self.losses: dict[str, list[float]] = {}
+        self.tokens = 0
+        self.timed = 0  # tokens since `started`
+        self.started = time.perf_counter()
+
+    def add(self, parts: Sequence[Part]) -> None:
+        """Count one step."""
+        for part in parts:
+            self.losses.setdefault(part.name, []).append(part.loss)
+            self.tokens += part.tokens
+            self.timed += part.tokens
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.timed / max(1e-9, time.perf_counter() - self.started)
+
+    @property
+    def utilisation(self) -> float | None:
+        """Share of the peak that useful operations take (MFU), if the peak is known."""
+        return self.speed * self.flops / self.peak if self.peak else None
+
+    def take(self) -> dict[str, Any]:
+        """Return means and speed, and start over."""
+        line: dict[str, Any] = {
+            "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
+            "tokens": self.tokens,
+            "tokens_per_second": round(self.speed),
+            "seconds": round(time.perf_counter() - self.started, 3),
+        }
+        if self.utilisation is not None:
+            line["mfu"] = round(self.utilisation, 4)
+        self._reset()
+        return line
+
+    def line(self) -> str:
+        """Return the newest values in words."""
+        parts = [f"{name} {values[-1]:.3f}" for name, values in self.losses.items()]
+        if self.utilisation is not None:
+            parts.append(f"· {self.utilisation:.0%} MFU")
+        return " ".join([*parts, f"· {self.speed:,.0f} tok/s"])
+
+    def state(self) -> dict[str, Any]:
+        """Return what has been counted; times are not kept."""
+        return {"losses": self.losses, "tokens": self.tokens}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state` was taken."""
+        self._reset()
+        self.losses, self.tokens = dict(state["losses"]), int(state["tokens"])
+
+
+def flops_per_token(decoder: nn.Module) -> float:
+    """Return the operations a trained token needs in the decoder's blocks, at least.
+
+    Two per weight forward, two on the way back, two more per weight that is trained. Attention
+    scores, the vocabulary, the vision tower and whatever is computed twice do not count.
+    """
+    blocks = decoder.get_submodule("blocks")
+    weights = 0
+    for module in blocks.modules():
+        if isinstance(module, PackedLinear):
+            weights += module.num_weights
+        elif isinstance(size := getattr(module, "in_features", None), int):
+            weights += size * int(getattr(module, "out_features", 0))
+    trained = sum(p.numel() for p in blocks.parameters() if p.requires_grad and p.dim() == 2)
+    return 4.0 * weights + 2.0 * trained
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the most operations per second: from a table, or measured on a CPU."""
+    if device.type == "cpu":
+        return _measured(dtype)
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def _measured(dtype: torch.dtype) -> float:
+    """Return what a square product reaches, the best of four."""
+    a = torch.ones(MEASURED, MEASURED, dtype=dtype)
+    best = math.inf
+    with torch.inference_mode():
+        for _ in range(4):
+            started = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - started)
+    return 2 * MEASURED**3 / best
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The lines of one stage in a run's log; other stages' lines stand in the same file."""
+
+    path: Path
+    stage: str
+
+    def __call__(self, line: Mapping[str, Any]) -> None:
+        """Append a line; numbers that are not finite become null.
+
+        Raises:
+            TrainError: the disk is full.
+        """
+        kept = _finite({"stage": self.stage, **line})
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(kept, allow_nan=False) + "\n")
+        except OSError as error:
+            raise TrainError(
+                f"cannot write {self.path}: {error}. Free some space and run the same command "
+                "again; it goes on from its last checkpoint."
+            ) from error
+
+    def rewind(self, step: int) -> None:
+        """Take back the stage's lines after a step, and a last line that was cut off."""
+        if not self.path.is_file():
+            return
+        kept = [
+            one
+            for one in read_log(self.path)
+            if one.get("stage") != self.stage or one.get("step", math.inf) <= step
+        ]
+        text = "".join(json.dumps(one) + "\n" for one in kept)
+        if text != self.path.read_text(encoding="utf-8"):
+            with write_atomically(self.path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a log."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # cut off when the run was killed
+            continue
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

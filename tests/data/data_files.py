@@ -1,0 +1,80 @@
+"""Tiny data sets on disk, and sources as a recipe would name them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as pil
+
+from visavis.data.formats import Source, open_source
+from visavis.data.samples import Chat, Match
+from visavis.prompt import Image, Prompt, Text, Video
+from visavis.train.recipe import SourceRecipe
+
+
+def picture_bytes(number: int = 0, kind: str = "PNG") -> bytes:
+    """A picture of its own colour."""
+    buffer = io.BytesIO()
+    pil.new("RGB", (8, 6), (number * 37 % 256, number * 91 % 256, 40)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_pictures(folder: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture_bytes(number))
+    return folder
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_tar(path: Path, members: Mapping[str, bytes | Mapping[str, Any]]) -> Path:
+    with tarfile.open(path, "w") as shard:
+        for name, content in members.items():
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+    return path
+
+
+def spec(format: str, path: str, **settings: Any) -> SourceRecipe:
+    return SourceRecipe(format=format, path=path, **settings)
+
+
+def opened(root: Path, format: str, path: str, **settings: Any) -> Source:
+    return open_source(spec(format, path, **settings), root, name="mine")
+
+
+def chats(source: Source) -> list[Chat]:
+    samples = list(source)
+    assert all(isinstance(sample, Chat) for sample in samples)
+    return samples  # type: ignore[return-value]
+
+
+def matches(source: Source) -> list[Match]:
+    samples = list(source)
+    assert all(isinstance(sample, Match) for sample in samples)
+    return samples  # type: ignore[return-value]
+
+
+def said(prompt: Prompt) -> list[list[str]]:
+    """What a prompt holds, message by message: texts, and names of files in brackets."""
+    return [
+        [part.text if isinstance(part, Text) else f"[{name(part)}]" for part in message.parts]
+        for message in prompt.messages
+    ]
+
+
+def name(part: Any) -> str:
+    assert isinstance(part, (Image, Video))
+    return part.source.name if isinstance(part.source, Path) else type(part.source).__name__

@@ -1,0 +1,72 @@
+"""nano's recipe for real, cut short: every stage runs, losses fall, the folder chats and embeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import visavis
+from visavis.checkpoints.native import FORMAT
+from visavis.data.sources import load_source
+from visavis.evaluate.zeroshot import zero_shot
+from visavis.prompt import Image
+from visavis.train.plan import plan
+from visavis.train.recipe import read_recipe
+from visavis.train.run import run_recipe
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "nano.yaml"
+STEPS = 20
+CUT = [
+    f"stages.1.steps={STEPS}",
+    f"stages.2.steps={STEPS}",
+    "stages.3.epochs=4",
+    "data.openstax-figures.cap=300",
+    "data.tuxpaint-stamps.cap=100",
+    "data.fluent-emoji.cap=100",
+    "data.openclipart.cap=100",
+    "data.easy-vqa.cap=300",
+    "data.easy-vqa-pairs.cap=300",
+    "data.vqa-rad.cap=50",
+    "trackers=[]",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_nano_has_no_problems(shared_data: Path) -> None:
+    planned = plan(read_recipe(RECIPE), shared_data)
+    assert planned.problems == []
+    chat, answers = planned.stages[1:3]
+    for stage in (chat, answers):
+        assert stage.tokens_per_step == pytest.approx(768, rel=0.1)
+    assert [row["trained"] for row in answers.trains if row["part"] == "tower"] == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_nano_trains(shared_data: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(RECIPE, CUT)
+    folder = run_recipe(recipe, shared_data, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    losses = {
+        stage: [
+            line["loss"]["generative"] for line in lines if "loss" in line and is_of(line, stage)
+        ]
+        for stage in ("chat", "answers")
+    }
+    assert losses["chat"][-1] < 0.8 * losses["chat"][0], losses
+    assert losses["answers"][-1] < losses["chat"][-1], losses
+    settings = json.loads((folder / "visavis.json").read_text())
+    assert (settings["format"], settings["bundle"]) == (FORMAT, "nano")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 40 * 2**20
+    model = visavis.load(folder)
+    record = load_source("grocery-store/test", shared_data)[0]
+    assert model.chat("What is this?", [Image(record.image)], max_new_tokens=8).text
+    scores = zero_shot(model, load_source("grocery-store/test", shared_data)[::4])
+    assert scores["top5"] > 5 * scores["chance"], scores
+
+
+def is_of(line: dict[str, object], stage: str) -> bool:
+    return line["stage"] == stage

@@ -1,0 +1,232 @@
+"""What a recipe would do: every problem at once, and numbers near those of the run itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fakes import write_tiny_checkpoint
+from tests.train.made_data import make_data
+from visavis.api import load
+from visavis.checkpoints.describe import model_parts
+from visavis.checkpoints.published import MODELS, outline
+from visavis.data.formats import open_source
+from visavis.train import estimate
+from visavis.train.batcher import Batcher
+from visavis.train.freeze import trainable_groups
+from visavis.train.plan import plan
+from visavis.train.recipe import Recipe, StepsStage
+from visavis.train.trainee import Trainee
+
+SHAPES = {"format": "shapes", "path": "train"}
+
+
+def recipe(**changes: Any) -> Recipe:
+    stage = {
+        "kind": "steps",
+        "name": "one",
+        "epochs": 2,
+        "generative": {"sources": {"talk": {}}, "batch": 40, "micro_tokens": 512},
+        "train": {"connector": 1e-3, "language_model": 1e-4},
+    }
+    whole = {
+        "name": "made",
+        "model": {"base": "tiny-random"},
+        "data": {"talk": {**SHAPES, "options": {"as": "chat"}}},
+        "stages": [stage],
+        "precision": "f32",
+    }
+    return Recipe.model_validate({**whole, **changes})
+
+
+@pytest.fixture(autouse=True)
+def cache(own_cache: Path) -> Path:
+    return own_cache
+
+
+def test_a_plan_says_what_trains_and_how_much_is_read(tmp_path: Path) -> None:
+    made = plan(recipe(), tmp_path, flops=1e9)
+    assert made.problems == [] and made.flops == 1e9
+    (stage,) = made.stages
+    rows = {row["part"]: row for row in stage.trains}
+    assert rows["tower"]["trained"] == 0
+    assert rows["decoder"]["learning rate"] == "0.0001"
+    assert rows["connector"]["trained"] == rows["connector"]["parameters"]
+    assert stage.steps == 200  # two epochs of 4,000
+    (source,) = stage.sources
+    assert (source.samples, source.share, source.epochs) == (4000, 1.0, 2.0)
+    assert stage.operations is not None and stage.seconds == 200 * stage.operations / 1e9
+
+
+def test_tokens_are_about_those_of_the_run(tmp_path: Path) -> None:
+    made = plan(recipe(), tmp_path).stages[0]
+    batcher = Batcher(load("tiny-random", precision="f32").encoder)
+    samples = open_source(recipe().data["talk"], tmp_path, name="talk")
+    counted = [len(batcher.chat(samples[number]).token_ids) for number in range(40)]
+    assert made.tokens_per_step == pytest.approx(sum(counted), rel=0.15)
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    stages = [
+        {
+            "kind": "steps",
+            "name": "first",
+            "steps": 3,
+            "generative": {"sources": {"talk": {}, "pairs": {}}, "max_tokens": 5000},
+            "contrastive": {"sources": {"few": {}}, "batch": 64},
+            "train": {"head": 1e-3, "lora": 1e-3, "connector": 1e-3},
+            "lora_from": 9,
+        },
+        {
+            "kind": "steps",
+            "name": "second",
+            "epochs": 1,
+            "generative": {"sources": {"absent": {}, "wrong": {}}},
+            "train": {"vision_tower": 1e-3},
+            "vision_from": 7,
+        },
+    ]
+    data = {
+        "talk": {**SHAPES, "options": {"as": "chat"}},
+        "pairs": {**SHAPES, "options": {"as": "find"}},
+        "few": {**SHAPES, "options": {"as": "find"}, "cap": 20},
+        "absent": {"format": "llava", "path": "talk.json"},
+        "wrong": {**SHAPES, "options": {"sort": "chat"}},
+        "unused": SHAPES,
+    }
+    model = {"base": "tiny-random", "lora": {}}
+    made = plan(recipe(model=model, data=data, stages=stages), tmp_path)
+    expected = [
+        "the source 'absent' cannot be opened",
+        "the options of the source 'wrong' do not fit",
+        "stage 'first', 'pairs': the sample 'train-0' is a query with its target",
+        "draws 64 queries a step of 20 samples",
+        "trains 'head', which the model has not",
+        "trains 'lora', which the model has not",
+        "trains 'vision_tower', which the model has not",
+        "sequences of 5000 tokens (max_tokens), but the model's context is 1024",
+    ]
+    missing = [text for text in expected if not any(text in one for one in made.problems)]
+    assert missing == [] and len(made.problems) == len(expected)
+    assert any("no stage reads the source 'unused'" in note for note in made.notes)
+    assert [stage.steps for stage in made.stages] == [3, None]
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ({"base": "no-such-model"}, "model.base: no model is named 'no-such-model'"),
+        ({"base": "somebody/something"}, "its shape is not known here"),
+        (
+            {"language_model": "tiny-random", "vision_tower": "here", "connector_weights": "gone"},
+            "model.connector_weights: gone is no folder",
+        ),
+        ({"language_model": "tiny-random", "vision_tower": "nothing"}, "model.vision_tower"),
+        ({"language_model": "nothing", "vision_tower": "tiny-random"}, "model.language_model"),
+    ],
+)
+def test_parts_that_are_not_there(
+    model: dict[str, str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tiny_checkpoint(tmp_path / "here")
+    (found,) = plan(recipe(model=model), tmp_path).problems
+    assert problem in found
+
+
+def test_broken_pictures_and_long_samples_are_named(tmp_path: Path) -> None:
+    made = recipe(data={"talk": {"format": "llava", "path": "talk.json"}})
+    make_data(made, tmp_path)
+    (tmp_path / "picture.png").write_bytes(b"no picture")
+    problems = plan(made, tmp_path).problems
+    assert len(problems) == 2 and "picture.png" in problems[0] and "sample '0'" in problems[0]
+    make_data(made, tmp_path)
+    stage = made.stages[0].model_dump(exclude_unset=True)
+    stage["generative"]["max_tokens"] = 20
+    (problem,) = plan(made.model_copy(update={"stages": (StepsStage(**stage),)}), tmp_path).problems
+    assert "the sample '1' has about" in problem and "expected at most 20" in problem
+    stage["generative"]["cut"] = True
+    made = made.model_copy(update={"stages": (StepsStage(**stage),)})
+    assert plan(made, tmp_path).problems == []
+
+
+def test_memory_is_near_what_is_held(tmp_path: Path) -> None:
+    """Weights exactly; what autograd saves of a pass within a third."""
+    made = plan(recipe(), tmp_path).stages[0]
+    assert made.memory is not None
+    model = load("tiny-random", precision="f32", device="cpu")
+    whole = model.vlm.state_dict()
+    whole.pop("decoder.head.weight")
+    assert made.memory["weights"] == pytest.approx(sum(t.nbytes for t in whole.values()), rel=0.01)
+    (stage,) = recipe().stages
+    assert isinstance(stage, StepsStage)
+    groups = trainable_groups(model.vlm, stage)
+    trained = sum(p.numel() for group in groups.values() for p in group)
+    assert made.memory["gradients"] == 4 * trained and made.memory["optimizer"] == 8 * trained
+    samples = open_source(recipe().data["talk"], tmp_path, name="talk")[:8]
+    batcher = Batcher(model.encoder)
+    encoded = [batcher.chat(sample) for sample in samples]
+    batch = batcher.pack(
+        [sample.prompt for sample in samples],
+        encoded,
+        ids=[sample.id for sample in samples],
+        labels=True,
+    )
+    saved: dict[int, int] = {}
+    own = {p.data_ptr() for p in model.vlm.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Trainee(model.vlm)(batch, "loss")
+    config, learned = model.vlm.config.decoder, sum(sum(one.loss_mask) for one in encoded)
+    expected = estimate.activation_bytes(config, batch.num_tokens, 4, recomputed=False)
+    expected += estimate.score_bytes(config, learned, 4)
+    assert 0.67 < expected / sum(saved.values()) < 1.5
+
+
+def test_operations_are_six_a_weight_where_all_is_trained() -> None:
+    vlm = load("tiny-random", precision="f32", device="cpu").vlm
+    weights = sum(p.numel() for p in vlm.decoder.blocks.parameters() if p.dim() == 2)
+    vlm.decoder.requires_grad_(True)
+    numbers = {"cached": False, "recomputed": False}
+    assert estimate.step_operations(vlm, (10.0, 0.0, 0.0), 3, **numbers) == 6 * 30 * weights
+    numbers = {"cached": True, "recomputed": True}
+    assert estimate.step_operations(vlm, (10.0, 0.0, 0.0), 3, **numbers) == 10 * 30 * weights
+    vlm.decoder.requires_grad_(False)
+    numbers = {"cached": False, "recomputed": False}
+    assert estimate.step_operations(vlm, (10.0, 0.0, 0.0), 3, **numbers) == 4 * 30 * weights
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),  # of published checkpoints
+    [
+        ("lmsys/vicuna-7b-v1.5", 6738),
+        ("lmsys/vicuna-13b-v1.5", 13016),
+        ("Qwen/Qwen2-VL-2B-Instruct", 2209),
+        ("Qwen/Qwen2-VL-7B-Instruct", 8291),
+        ("microsoft/Phi-3.5-vision-instruct", 4147),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", 7567),
+        ("somebody/llava-onevision-qwen2-0.5b-ov", 894),
+        ("BAAI/Aquila-VL-2B-llava-qwen", 1946),
+        ("lmms-lab/llava-onevision-qwen2-7b-ov", 8030),
+    ],
+)
+def test_published_shapes_have_the_published_size(name: str, millions: int) -> None:
+    found = outline(name)
+    assert found is not None
+    count = sum(part["parameters"] for part in model_parts(found.config))
+    assert round(count / 1e6) == millions
+
+
+def test_every_published_model_has_a_way_of_sizing_pictures() -> None:
+    for name in MODELS:
+        found = outline(name)
+        assert found is not None and found.processor is not None
