@@ -68,6 +68,7 @@ def load_gguf(
         # Without a placeholder in the vocabulary any id will do: images are found by position.
         config = half.joined(config, specials.by_text.get(PLACEHOLDER, 0))
     check_types(file)
+    tokenizer = build_tokenizer(file.metadata)
     packing = Packing(config, precision, device, where=str(path))
     state = {n: take_blocks(packing, file, n, stored) for n, stored in decoder_tensors(file)}
     if vision is not None and half is not None:
@@ -76,7 +77,7 @@ def load_gguf(
     return Loaded(
         name=str(file.metadata.get("general.name", path.stem)),
         vlm=packing.build(state),
-        tokenizer=build_tokenizer(file.metadata),
+        tokenizer=tokenizer,
         specials=specials,
         profile=_profile(file),
         processor=None if half is None else half.processor,
