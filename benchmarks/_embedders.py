@@ -1,8 +1,9 @@
-"""Engines that embed texts and pictures: visavis, and the same model built from transformers.
+"""Engines that embed texts and pictures: visavis, and the same models by others.
 
-Started by embed.py. The peer is what a careful user of transformers would write: its `LlamaModel`
-in bfloat16, cut off after the last layer that is read, its CLIP image processor, its padded batches
-sorted by length. Weights, tokenizer and settings come from ours through a folder.
+Started by embed.py. Of nano the peer is what a careful user of transformers would write: its
+`LlamaModel` in bfloat16, cut off after the last layer that is read, its CLIP image processor, its
+padded batches sorted by length. Weights, tokenizer and settings come from ours through a folder. A
+LLaVA in transformers' own layout is read by sentence-transformers with its own modules.
 """
 
 from __future__ import annotations
@@ -14,9 +15,26 @@ from typing import Any
 
 from _export import export, llama, rest, settings_of
 from _harness import serve
+from _llava import write_llava
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 BATCH = 32
+TEXT = {  # SmolLM2-135M without its vocabulary
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 4096,
+}
+VISION = {  # CLIP's ViT-B/16
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
 WARM_UP = "A sentence to begin with."
 
 
@@ -34,6 +52,10 @@ class Visavis:
 
     def export(self, model: str, folder: str) -> dict[str, Any]:
         export(model, Path(folder))
+        return {}
+
+    def write(self, folder: str) -> dict[str, Any]:
+        write_llava(Path(folder), TEXT, VISION)
         return {}
 
     def embed(self, items: list[dict[str, Any]], output: str) -> dict[str, Any]:
@@ -168,6 +190,43 @@ class Transformers:
         return F.normalize(total, dim=-1)
 
 
+class SentenceTransformers:
+    """Its modules for a model that sees; it sorts by length and pads by itself."""
+
+    def load(self, folder: str) -> dict[str, Any]:
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer import modules
+
+        torch.set_num_threads(THREADS)
+        self.models = {}
+        for dtype in (torch.bfloat16, torch.float32):
+            transformer = modules.Transformer(folder, model_kwargs={"dtype": dtype})
+            width = transformer.get_embedding_dimension()
+            pooling = modules.Pooling(width, pooling_mode="lasttoken")
+            self.models[dtype] = SentenceTransformer(
+                modules=[transformer, pooling, modules.Normalize()], device="cpu"
+            )
+        return {}
+
+    def embed(
+        self, items: list[dict[str, Any]], output: str, exact: bool = False
+    ) -> dict[str, Any]:
+        import numpy as np
+        import torch
+
+        model = self.models[torch.float32 if exact else torch.bfloat16]
+        started = time.perf_counter()
+        vectors = model.encode(
+            [item if len(item) > 1 else next(iter(item.values())) for item in items],
+            batch_size=BATCH,
+            show_progress_bar=False,
+        )
+        seconds = time.perf_counter() - started
+        np.save(output, np.asarray(vectors, np.float32))
+        return {"seconds": seconds}
+
+
 def _features(tower: Any, pixels: Any) -> Any:
     """EfficientNet-Lite in plain calls of PyTorch, on the tower's weights: [N, P, 1280]."""
     from torch.nn import functional as F
@@ -207,4 +266,10 @@ def _clip_settings(processor: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve({"visavis": Visavis, "transformers": Transformers})
+    serve(
+        {
+            "visavis": Visavis,
+            "transformers": Transformers,
+            "sentence-transformers": SentenceTransformers,
+        }
+    )

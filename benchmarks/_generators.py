@@ -142,7 +142,7 @@ class Transformers:
     def run(self, text: str, ids: list[int], new_tokens: int) -> dict[str, Any]:
         import torch
 
-        clock = _Clock()
+        clock = Clock()
         started = time.perf_counter()
         tokens = self.model.generate(
             torch.tensor([ids]),
@@ -173,7 +173,7 @@ class Transformers:
         return {"lead": float((logits.amax(-1) - chosen).max())}
 
 
-class _Clock:
+class Clock:
     """A streamer that notes when each token arrives."""
 
     def __init__(self) -> None:

@@ -30,7 +30,16 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-PACKAGES = ("visavis", "torch", "transformers", "xllamacpp", "tokenizers", "numpy", "pillow")
+PACKAGES = (
+    "visavis",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "xllamacpp",
+    "tokenizers",
+    "numpy",
+    "pillow",
+)
 BUSY = 0.5  # load per core before we start: above it, other programs distort what is measured
 REST_SECONDS = 0.2  # between engines: threads of the last one may still spin
 OURS = "visavis"

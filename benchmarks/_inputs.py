@@ -46,12 +46,14 @@ def pictures(originals: list[Path], folder: Path, count: int, number: int) -> li
 
 
 def mixed(
-    counts: dict[str, int], originals: list[Path], folder: Path, number: int
+    counts: dict[str, int], originals: list[Path], folder: Path, number: int, words: float = 1.0
 ) -> list[dict[str, Any]]:
     """Return items as `{"text": …}`, `{"image": …}` or both, in random order.
 
     Args:
         counts: how many of each kind: "short text", "long text", "picture", "picture and text".
+        words: share of a text's usual words; a fifth, for a model that reads bytes, is as many
+            tokens.
     """
     chance = random.Random(f"items {number}")
     files = iter(pictures(originals, folder, sum(counts.values()), number))
@@ -63,7 +65,8 @@ def mixed(
                 item["image"] = str(next(files))
             if kind.endswith("text"):
                 long = kind == "long text"
-                item["text"] = text(chance, chance.randint(*((150, 350) if long else (4, 16))))
+                usual = chance.randint(*((150, 350) if long else (4, 16)))
+                item["text"] = text(chance, max(1, round(words * usual)))
             items.append(item)
     chance.shuffle(items)
     return items

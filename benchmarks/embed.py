@@ -20,6 +20,7 @@ from visavis.demo.samples import copy_samples
 
 FULL = {"short text": 48, "long text": 12, "picture": 24, "picture and text": 12}
 QUICK = {"short text": 5, "long text": 1, "picture": 2, "picture and text": 1}
+BYTES = 0.2  # share of words that a model of bytes is given: as many tokens as others read
 # Cosines to the peer in float32. Now and then a short text loses more to bfloat16 than others, in
 # either engine, so the typical vector is held to more than the worst one.
 MIN_MEDIAN, MIN_COSINE = 0.999, 0.99
@@ -59,9 +60,39 @@ def main() -> int:
                     options.runs,
                 ),
                 "items/s",
-                ratios={"transformers": 1.5} if name == "mixed" else None,
+                ratios={"transformers": 2} if name == "mixed" else None,
             )
+    beside_sentence_transformers(report)
     return report.finish()
+
+
+def beside_sentence_transformers(report: Report) -> None:
+    """Add rows of a LLaVA in transformers' layout."""
+    runs = report.options.runs
+    counts = QUICK if report.options.quick else {kind: n // 2 for kind, n in FULL.items()}
+    names = ["visavis", "sentence-transformers"]
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        engines("_embedders.py", names, report.options) as (ours, peer),
+    ):
+        folder = Path(temporary)
+        model = folder / "model"
+        ours.ask("write", folder=str(model))
+        ours.ask("load", model=str(model))
+        peer.ask("load", folder=str(model))
+        originals = copy_samples(folder / "originals")
+        first, *inputs = (
+            mixed(counts, originals, folder, number, words=BYTES) for number in range(runs + 1)
+        )
+        check(report, ours, peer, first, folder)
+        what = ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+        measured = {engine.name: per_second(engine, inputs, folder) for engine in (ours, peer)}
+        report.add(
+            f"LLaVA of 0.2 billion random weights, mixed: {what}",
+            interleaved(measured, runs),
+            "items/s",
+            ratios={"sentence-transformers": 2},
+        )
 
 
 def check(report: Report, ours: Engine, peer: Engine, items: Items, folder: Path) -> None:
@@ -75,8 +106,8 @@ def check(report: Report, ours: Engine, peer: Engine, items: Items, folder: Path
             ("smallest", float(cosines.min()), MIN_COSINE),
         ):
             report.check(
-                f"{engine.name}: {which} cosine of {len(items)} vectors to those of transformers "
-                "in float32",
+                f"{engine.name}: {which} cosine of {len(items)} vectors to those of {peer.name} in "
+                "float32",
                 cosine,
                 passed=cosine >= limit,
             )

@@ -10,11 +10,13 @@ import os
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from visavis.checkpoints.load import NANO_FOLDER
 
@@ -22,8 +24,9 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 ENGINES = {
     "decode": {"visavis", "llama.cpp", "transformers"},
     "prefill": {"visavis", "llama.cpp", "transformers"},
-    "embed": {"visavis", "transformers"},
+    "embed": {"visavis", "transformers", "sentence-transformers"},
     "load": {"visavis", "llama.cpp", "transformers"},
+    "picture": {"visavis", "visavis, first question"},
 }
 
 
@@ -60,6 +63,39 @@ def test_quick_run_agrees_with_its_peers(
     assert all(row["median"] > 0 for row in result["rows"])
     assert result["parity"] and all(check["passed"] for check in result["parity"])
     assert "Not a measurement" in ended.stdout
+
+
+def test_without_a_gpu_one_line_and_exit_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, FOLDER / "cuda.py", "--json", tmp_path / "report.json"]
+    without = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, capture_output=True, text=True, env=without, timeout=120)
+    assert ended.returncode == 2 and not list(tmp_path.iterdir())
+    assert len(ended.stdout.splitlines()) == 1 and "nothing was measured" in ended.stdout
+
+
+@pytest.mark.parity
+def test_gpu_engines_compute_the_same_here(harness: ModuleType, tmp_path: Path) -> None:
+    """All that cuda.py does, on the CPU and a tiny model."""
+    pytest.importorskip("transformers", reason="needs transformers (visavis[bench])")
+    engines, cuda = (importlib.import_module(name) for name in ("_gpu_engines", "cuda"))
+    made = {"visavis": engines.Visavis(), "transformers": engines.Transformers()}
+    ask = {name: partial(call, engine) for name, engine in made.items()}
+    options = harness.Options("cuda", threads=1, runs=1, quick=True, json=None, model="2B")
+    with torch.inference_mode():
+        found = cuda.measure(options, "tiny", "cpu", str(tmp_path), ask)
+    torch.set_grad_enabled(True)
+    assert found.finish() == 0 and len(found.parity) == 3
+    assert [row["unit"] for row in found.rows[::2]] == [
+        "tokens/s",
+        "%",
+        "s",
+        *["tokens/s", "%"] * 2,
+    ]
+    assert all(row["median"] > 0 for row in found.rows)
+
+
+def call(engine: Any, do: str, **arguments: Any) -> Any:
+    return json.loads(json.dumps(getattr(engine, do)(**arguments)))
 
 
 def test_report_compares_medians_in_the_direction_of_the_unit(

@@ -16,11 +16,13 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
+from visavis.checkpoints.bundled import cache_dir
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.loaded import Loaded
 from visavis.embed.encoder import cut, embed_batch, embedding_dim, kept_dim
 from visavis.errors import InputError
 from visavis.generate.answer import Answer, AnswerSettings, Reply
+from visavis.generate.beams import Beams, Search
 from visavis.generate.engine import Engine, Generation
 from visavis.generate.grammar import Grammar
 from visavis.generate.prefix import PrefixCache
@@ -31,14 +33,16 @@ from visavis.model.visual import Shape, Visual
 from visavis.model.vlm import TOWER_BATCH, Seen
 from visavis.processing.documents import expand
 from visavis.processing.feature_cache import FeatureCache
+from visavis.processing.feature_folder import FeatureFolder
 from visavis.processing.images import content_hash
 from visavis.processing.pack import batches, pack
 from visavis.processing.templates import Encoded
 from visavis.processing.visuals import pixels_of
 from visavis.progress import track
-from visavis.prompt import Image, Prompt, Video
+from visavis.prompt import Image, Page, Prompt, Stored, Video
 
 DEFAULT_BATCH_TOKENS = 2048
+SEEING = 1  # goes up when our code makes something else of the same picture, for what is on disk
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def load(
     profile: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
+    image_cache: str | Path | None = None,
 ) -> Model:
     """Load a model by bundled name (`nano`, `smollm2-135m`), folder or .gguf file.
 
@@ -81,6 +86,8 @@ def load(
         base: the language model that a folder without one was trained on.
         vision_tower: the folder of a vision tower that the checkpoint names and does not hold, or
             the mmproj file of a .gguf model.
+        image_cache: a folder that keeps what pictures become from one process to the next, at most
+            4 GB, by content and model; "auto": one in the cache of the bundled models.
 
     Raises:
         UnknownNameError: no such name, path or chat format; the message lists the nearest names.
@@ -96,7 +103,11 @@ def load(
         base=base,
         vision_tower=vision_tower,
     )
-    return Model(loaded)
+    model = Model(loaded)
+    if image_cache is not None:
+        folder = cache_dir() / "features" if image_cache == "auto" else Path(image_cache)
+        model.image_cache.folder = FeatureFolder(folder.expanduser(), model.seen_by)
+    return model
 
 
 class Model:
@@ -133,6 +144,15 @@ class Model:
         return sum(shared.values()) + sum(linear.num_weights for linear in packed)
 
     @property
+    def seen_by(self) -> str:
+        """All that decides what a picture becomes: weights, sizes, number types, device, code."""
+        types = sorted({str(weight.dtype) for weight in self.vlm.parameters()})
+        return (
+            f"{SEEING}, torch {torch.__version__}, {self.fingerprint}, {self.processor}, {types}, "
+            f"{self.device.type}"
+        )
+
+    @property
     def takes_images(self) -> bool:
         return self.vlm.tower is not None
 
@@ -160,6 +180,11 @@ class Model:
             ImageError: a picture cannot be read.
             ContextLengthError: the prompt is longer than the model's context.
         """
+        if stream and settings.get("beams", 1) > 1:
+            raise InputError(
+                "beams and stream do not go together: which beam wins is known at the end; leave "
+                "one of them."
+            )
         answer = self.ask(Prompt.chat(text, images, history), **settings)
         engine = Engine(self.vlm, prefixes=self.prefixes)
         answer.reply.pieces = (
@@ -206,22 +231,35 @@ class Model:
         limit = settings.pop("max_new_tokens", 256)
         if limit < 1:
             raise InputError(f"max_new_tokens is {limit}, expected at least 1.")
+        beams = Beams(
+            settings.pop("beams", 1),
+            settings.pop("length_penalty", 1.0),
+            settings.pop("early_stopping", False),
+        )
         stop = settings.pop("stop", ())
         stops = [stop] if isinstance(stop, str) else list(stop)
         schema, regex = settings.pop("schema", None), settings.pop("regex", None)
         constraint = None
         if schema is not None or regex is not None:
             constraint = self._grammar(schema, regex).start()
+        drawn = Sampling(**settings)  # type: ignore[misc]  # what is left are its fields
+        if beams.number > 1 and (drawn != Sampling() or constraint is not None):
+            raise InputError(
+                f"beams is {beams.number}: the likeliest answer is searched for, which goes with "
+                "no temperature, cuts, penalty, bias, seed, schema or regex; leave them, or beams."
+            )
         prompt = expand(prompt)
         encoded = self.encoder.chat(prompt)
-        read = encoded.token_ids
-        drawn = Sampling(**settings)  # type: ignore[misc]  # what is left are its fields
+        read, stops_at = encoded.token_ids, frozenset(self.specials.eot_ids)
+        limit = min(limit, self.context_length - len(read))
+        search = Search(beams, max_new_tokens=limit, stop_ids=stops_at)
         sampler = Sampler(drawn, read=read, constraint=constraint)
         sequence = Generation(
             lambda: self._batch([(prompt, encoded)]),
             sampler,
-            min(limit, self.context_length - len(read)),
-            frozenset(self.specials.eot_ids),
+            limit,
+            stops_at,
+            search=search if beams.number > 1 else None,
             names=self._names(prompt, encoded),
         )
         stops += [self.encoder.stop] if self.encoder.stop else []
@@ -330,7 +368,7 @@ class Model:
         missing = {}
         for key, pair in zip(keys, pairs, strict=True):
             if (kept := self.image_cache.get(key)) is not None:
-                found[key] = (kept[0], kept[1])
+                found[key] = (kept[0].to(self.device), kept[1].to(self.device))
             else:
                 missing[key] = pair
         todo = list(missing.items())
@@ -353,9 +391,10 @@ class Model:
                     seen = self.vlm.see(
                         [Visual(one, shape) for one, (_, shape) in zip(pixels, ready, strict=True)]
                     )
-                for (key, _), (tokens, mean) in zip(chunk, seen, strict=True):
+                for (key, (visual, _)), (tokens, mean) in zip(chunk, seen, strict=True):
                     found[key] = (tokens.clone(), mean.clone())
-                    self.image_cache.put(key, found[key])
+                    if not _changed(visual, key):
+                        self.image_cache.put(key, found[key])
         return [found[key] for key in keys]
 
     def _batch(self, pairs: Sequence[tuple[Prompt, Encoded]]) -> PackedBatch:
@@ -369,3 +408,9 @@ class Model:
             batch.image_counts = tuple(len(tokens) for tokens, _ in seen)
             batch.image_means = torch.stack([mean for _, mean in seen])
         return batch.to(self.device)
+
+
+def _changed(visual: Image | Video, key: str) -> bool:
+    """Return whether a file holds something else by now than what its key was made of."""
+    kept_elsewhere = isinstance(visual.source, Path | Page | Stored)
+    return kept_elsewhere and not key.startswith(content_hash(visual))

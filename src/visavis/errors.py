@@ -20,6 +20,10 @@ class ContextLengthError(InputError):
     """More tokens than the model's context holds; raised before any work is done."""
 
 
+class MemoryLimitError(VisavisError):
+    """More keys and values than the memory set aside for them holds."""
+
+
 class UnknownNameError(InputError):
     """A name that no registry knows; the message lists the nearest ones."""
 

@@ -65,7 +65,7 @@ def test_commands_have_an_option_for_each_argument_of_load() -> None:
     commands = dict(group.commands)  # type: ignore[attr-defined]
     commands |= {f"index {name}": c for name, c in commands.pop("index").commands.items()}
     wanted = [name for name in inspect.signature(visavis.load).parameters if name != "name_or_path"]
-    assert len(wanted) == 6
+    assert len(wanted) == 7
     for command in LOADING:
         named = {one.name for one in commands[command].params}
         assert named >= {*wanted}, command

@@ -9,7 +9,7 @@ import torch
 
 from visavis.model.attention import Layout
 from visavis.model.config import DecoderConfig, VLMConfig
-from visavis.model.decode import FlatStep, can_flatten
+from visavis.model.decode import FlatStep, can_flatten, is_row_by_row
 from visavis.model.decoder import Decoder
 from visavis.model.kv_cache import KVCache
 from visavis.model.mrope import positions
@@ -120,3 +120,30 @@ def test_after_an_image_on_three_axes() -> None:
 def test_other_switches_take_the_modules() -> None:
     for change in ({"norm": "layer"}, {"qk_norm": True}, {"sliding_window": 4}, {"gated": False}):
         assert not can_flatten(Decoder(replace(CONFIG, **change)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+@pytest.mark.parametrize("kind", ["int4", "int8", "int4 low rank", "int8 biases"])
+def test_several_tokens_at_a_time_are_each_alone(kind: str, count: int) -> None:
+    torch.manual_seed(4)
+    config = replace(CONFIG, qkv_bias="biases" in kind)
+    decoder = packed_decoder(config, int(kind[3]))
+    if "low rank" in kind:
+        up = decoder.blocks[0].up
+        up.low, up.high = torch.randn(4, 64).bfloat16(), torch.randn(256, 4).bfloat16()
+    alone, together = (
+        FlatStep(decoder, KVCache(config, dtype=decoder.dtype, capacity=2)) for _ in range(2)
+    )
+    assert is_row_by_row(decoder) and not is_row_by_row(Decoder(CONFIG))
+    with torch.inference_mode():
+        for tokens in torch.randint(96, (5, count)).tolist():
+            expected = torch.stack([alone(token) for token in tokens])
+            assert torch.equal(together.several(tokens), expected)
+
+
+def test_low_rank_pairs_in_float32_are_not_row_by_row() -> None:
+    decoder = packed_decoder(CONFIG, 4)
+    linear = decoder.blocks[2].down
+    low_rank = (torch.zeros(4, 128), torch.zeros(64, 4))
+    decoder.blocks[2].down = PackedLinear(linear.parts, dtype=torch.float32, low_rank=low_rank)
+    assert not is_row_by_row(decoder)

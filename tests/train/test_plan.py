@@ -153,6 +153,12 @@ def test_broken_pictures_and_long_samples_are_named(tmp_path: Path) -> None:
     assert plan(made, tmp_path).problems == []
 
 
+def test_names_whose_features_are_made_need_no_picture(tmp_path: Path) -> None:
+    made = recipe(data={"talk": {"format": "records", "path": "imagenet-classes"}})
+    planned = plan(made, tmp_path)
+    assert planned.problems == [] and planned.stages[0].tokens_per_step
+
+
 def test_memory_is_near_what_is_held(tmp_path: Path) -> None:
     """Weights exactly; what autograd saves of a pass within a third."""
     made = plan(recipe(), tmp_path).stages[0]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-READ_BYTES = 256 * 2**20  # far beyond any cache
-SIDE = 1536
+READ_BYTES, SIDE = 256 * 2**20, 1536  # far beyond any cache
+CUDA_BYTES, CUDA_SIDE = 2**30, 8192  # so long that starting a kernel takes no share of it
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,19 @@ class Machine:
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measure the peaks; on the CPU with the threads that PyTorch uses now."""
-    numbers = torch.ones(READ_BYTES // 4, device=device)
-    square = torch.randn(SIDE, SIDE, device=device).to(dtype)
+    on_cuda = device.type == "cuda"
+    size, side = (CUDA_BYTES, CUDA_SIDE) if on_cuda else (READ_BYTES, SIDE)
+    numbers = torch.ones(size // 4, device=device)
+    square = torch.randn(side, side, device=device).to(dtype)
     reading = fastest(lambda: numbers.sum(), device)
     multiplying = fastest(lambda: square @ square, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name(device) if on_cuda else "cpu"
     return Machine(
         device=name,
         threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
-        bandwidth=READ_BYTES / reading,
-        flops=2 * SIDE**3 / multiplying,
+        bandwidth=size / reading,
+        flops=2 * side**3 / multiplying,
     )
 
 

@@ -53,6 +53,12 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Leave out what is less likely than this.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    beams: Annotated[
+        int, typer.Option(help="Search for the likeliest answer with so many beams.")
+    ] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="With --beams: above 0 prefers longer answers, below 0 shorter.")
+    ] = 1.0,
     stop: Annotated[list[str], typer.Option(help="A text that ends the answer.")] = [],  # noqa: B006
     schema: Annotated[
         Path | None, typer.Option(help="A file with the JSON schema that the answer keeps to.")
@@ -98,6 +104,8 @@ def chat(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "beams": beams,
+        "length_penalty": length_penalty,
         "stop": stop,
         "schema": None if schema is None else _read_schema(schema),
         "regex": regex,
@@ -105,7 +113,7 @@ def chat(
     if talks:
         _talk(loaded, visuals, settings)
         return
-    reply = loaded.chat(text, visuals, stream=not as_json, **settings)
+    reply = loaded.chat(text, visuals, stream=not as_json and beams == 1, **settings)
     if as_json:
         print_json(
             {
@@ -116,11 +124,12 @@ def chat(
             }
         )
     else:
-        _print_stream(reply)
+        _print(reply)
 
 
-def _print_stream(reply: Reply) -> None:
-    for piece in reply:
+def _print(reply: Reply) -> None:
+    typer.echo(reply.text, nl=False)
+    for piece in reply:  # of a stream
         typer.echo(piece, nl=False)
         sys.stdout.flush()
     typer.echo()
@@ -163,8 +172,9 @@ def _talk(model: Model, visuals: list[Visual], settings: AnswerSettings) -> None
             typer.echo(HELP, err=True)
         elif line:
             try:
-                reply = model.chat(line, waiting, history=history, stream=True, **settings)
-                _print_stream(reply)
+                stream = settings.get("beams", 1) == 1
+                reply = model.chat(line, waiting, history=history, stream=stream, **settings)
+                _print(reply)
             except VisavisError as error:
                 say(f"error: {error}")
                 waiting = []

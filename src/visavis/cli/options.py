@@ -91,6 +91,14 @@ class Loading:
     ] = ""
     base: BaseOption = None
     vision_tower: VisionTowerOption = None
+    image_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--image-cache",
+            help="A folder, or auto, that keeps what pictures become for the next time.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
 
     def load(self, model: str) -> Model:
         """Load a model so."""

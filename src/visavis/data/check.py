@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 from visavis.data.formats import Source, SourceSpec, open_source
 from visavis.data.formats.rows import find_files, open_rows
 from visavis.data.samples import Chat, Sample, estimated_tokens
-from visavis.data.sources import NO_PICTURE, SOURCES
+from visavis.data.sources import SOURCES, is_made
 from visavis.errors import TrainError, VisavisError
 from visavis.processing.encoder import PromptEncoder
 from visavis.processing.images import content_hash, decode_image
@@ -159,7 +159,7 @@ def _add(findings: Findings, sample: Sample, seen: _Seen, pictures: Pictures) ->
     entry = findings.entry
     findings.samples += 1
     visuals = _visuals(sample)
-    findings.pictures += sum(isinstance(one, Image) and not _is_made(one) for one in visuals)
+    findings.pictures += sum(isinstance(one, Image) and not is_made(one) for one in visuals)
     findings.videos += sum(isinstance(one, Video) for one in visuals)
     findings.negatives += 0 if isinstance(sample, Chat) else len(sample.negatives)
     broken = [pictures[one] for one in visuals if isinstance(pictures[one], Exception)]
@@ -261,16 +261,11 @@ def _examine(visual: Image | Video) -> str | Exception:
     try:
         if isinstance(visual, Video):
             read_frames(visual, VideoConfig())
-        elif not _is_made(visual):
+        elif not is_made(visual):
             decode_image(visual)
         return content_hash(visual)
     except VisavisError as error:
         return error
-
-
-def _is_made(visual: Image | Video) -> bool:
-    """Return whether a picture's features are made without it."""
-    return isinstance(visual.source, bytes) and visual.source.startswith(NO_PICTURE)
 
 
 def _visuals(sample: Sample) -> list[Image | Video]:

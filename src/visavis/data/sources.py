@@ -12,7 +12,7 @@ from pathlib import Path
 
 from visavis.data.records import Record, read_shards
 from visavis.errors import TrainError
-from visavis.prompt import Stored
+from visavis.prompt import Image, Stored, Video
 from visavis.registry import lookup
 
 NO_PICTURE = b"no picture of class"  # stands where features are made without one
@@ -143,6 +143,11 @@ def load_source(name: str, root: Path) -> list[Record]:
     """
     read, split = lookup("data source", name, SOURCES)
     return list(read(root, split))
+
+
+def is_made(visual: Image | Video) -> bool:
+    """Return whether a picture's features are made without it."""
+    return isinstance(visual.source, bytes) and visual.source.startswith(NO_PICTURE)
 
 
 def _shards(folder: Path, split: str) -> list[Path]:

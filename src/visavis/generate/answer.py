@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from visavis.generate.engine import Generation
 
@@ -21,6 +21,8 @@ class AnswerSettings(TypedDict, total=False):
     max_new_tokens: stop after this many (256).
     temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed: see
         `generate.sampling.Sampling`; the likeliest answer without them.
+    beams, length_penalty, early_stopping: above 1 beam the answer is searched for, see
+        `generate.beams.Beams`; goes with none of those above and without a grammar.
     stop: texts that end the answer and are not part of it.
     schema: a JSON schema that the answer keeps to; or
     regex: a regular expression that the whole answer matches (both need llguidance).
@@ -34,6 +36,9 @@ class AnswerSettings(TypedDict, total=False):
     repetition_penalty: float
     logit_bias: Mapping[int, float]
     seed: int | None
+    beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
     stop: tuple[str, ...] | list[str] | str
     schema: Mapping[str, Any] | str | None
     regex: str | None

@@ -5,23 +5,32 @@
                  from the prefix cache)              for all of them, each with its own cache
 
 A finished sequence leaves and a waiting one enters between two steps. Each sequence gets what it
-would get alone. Takes token ids and yields token ids; knows nothing of tokenizers or templates.
+would get alone. On CUDA the caches are pages of one pool and a step is one graph (`graphs.py`); a
+prompt that finds no free pages waits until a sequence has ended. A sequence that is alone may grow
+by several tokens a step: those that were guessed (see `lookup.py`) and that its sampler says too.
+Takes token ids and yields token ids; knows nothing of tokenizers or templates.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from visavis.errors import MemoryLimitError
+from visavis.generate.beams import Search
+from visavis.generate.lookup import Lookup
 from visavis.generate.prefix import Names, PrefixCache
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
-from visavis.model.decode import FlatStep, can_flatten
+from visavis.model.decode import FlatStep, can_flatten, is_row_by_row
+from visavis.model.graphs import StaticDecoder
 from visavis.model.kv_cache import KVCache
+from visavis.model.paged import Cache, PagedCache
 from visavis.model.quantized import packed_kernels
 from visavis.model.vlm import VLM
 
@@ -37,6 +46,7 @@ class Generation:
         sample: the next token of scores [vocab].
         max_new_tokens: end after this many.
         stop_ids: tokens that end the answer; they are not part of it.
+        search: finds the answer instead of `sample`, in one step.
         names: of the prompt's tokens, to share what was read (see `prefix.py`); empty: do not.
     """
 
@@ -44,12 +54,14 @@ class Generation:
     sample: Callable[[Tensor], int]
     max_new_tokens: int
     stop_ids: frozenset[int]
+    search: Search | None = None
     names: Names = ()
     tokens: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_reused: int = 0  # of those, taken from the prefix cache
     done: bool = False
-    cache: KVCache | None = None
+    cache: Cache | None = None
+    lookup: Lookup | None = None  # where guesses can be checked
     ahead: int = 0  # by how much a token's position exceeds the number of tokens before it
 
     def stop(self) -> None:
@@ -72,6 +84,13 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.active: list[Generation] = []
         self.flat: tuple[KVCache, FlatStep] | None = None
+        self.guesses = is_row_by_row(vlm.decoder)
+        self.full = False  # a prompt waits for pages
+
+    @cached_property
+    def static(self) -> StaticDecoder | None:
+        """What decodes on CUDA, where a kernel reads pages."""
+        return StaticDecoder.of(self.vlm.decoder)
 
     def add(self, sequence: Generation) -> None:
         """Let a sequence wait for its turn."""
@@ -82,12 +101,23 @@ class Engine:
         """Read a waiting prompt if there is room, else grow all by a token; return who grew or
         ended."""
         self._drop_done()
-        if self.waiting and len(self.active) < self.max_sequences:
+        if self.waiting and len(self.active) < self.max_sequences and not self.full:
             sequence = self.waiting.popleft()
             if sequence.done:
                 return []
             try:
-                self._take(sequence, self._prefill(sequence))
+                scores = self._prefill(sequence)
+                if sequence.search is None:
+                    self._take(sequence, scores)
+                else:
+                    self._search(sequence, sequence.search, scores)
+            except MemoryLimitError:
+                if not self.active or sequence.cache is not None:  # not for want of room alone
+                    sequence.done, sequence.cache = True, None
+                    raise
+                self.waiting.appendleft(sequence)
+                self.full = True
+                return []
             except BaseException:
                 sequence.done, sequence.cache = True, None
                 raise
@@ -96,8 +126,10 @@ class Engine:
         if not self.active:
             return []
         grown = list(self.active)
-        scores = self._one(grown[0])[None] if len(grown) == 1 else self._several(grown)
-        for sequence, row in zip(grown, scores, strict=True):
+        if len(grown) == 1:
+            self._one(grown[0])
+            return grown
+        for sequence, row in zip(grown, self._several(grown), strict=True):
             self._take(sequence, row)
         return grown
 
@@ -129,6 +161,7 @@ class Engine:
     def _drop_done(self) -> None:
         for sequence in [one for one in self.active if one.done]:
             self.active.remove(sequence)
+            self.full = False
             cache, sequence.cache = sequence.cache, None
             if self.flat is not None and cache is self.flat[0]:
                 self.flat = None
@@ -141,13 +174,19 @@ class Engine:
         sequence.num_prompt_tokens = batch.num_tokens
         # With M-RoPE an image takes fewer positions than tokens.
         sequence.ahead = int(batch.positions.max()) + 1 - batch.num_tokens
+        if self.guesses:
+            sequence.lookup = Lookup(batch.token_ids.tolist())
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
-        cache = None
+        cache: Cache | None = None
+        self._make_room(capacity)
         if self.prefixes is not None and sequence.names:
             cache = self.prefixes.begin(sequence.names, capacity)
         if cache is not None:
             sequence.num_reused = cache.length
             batch = self.vlm.resolve_images(batch).after(cache.length)
+        elif self.static is not None:
+            cache = PagedCache(self.static.pool)
+            cache.reserve(capacity)
         else:
             cache = KVCache(
                 decoder.config,
@@ -160,6 +199,14 @@ class Engine:
         with packed_kernels():  # always one row
             return decoder.logits(hidden[-1:])[0]
 
+    def _make_room(self, *lengths: int) -> None:
+        """Forget what was read before while there are too few pages for so many tokens each."""
+        if self.static is None or self.prefixes is None:
+            return
+        pool, known = self.static.pool, self.prefixes.entries
+        while known and len(pool.free) < sum(map(pool.pages_of, lengths)):
+            known.popitem(last=False)
+
     def _take(self, sequence: Generation, scores: Tensor) -> None:
         """Choose a sequence's next token, or end it."""
         token = sequence.sample(scores)
@@ -167,28 +214,69 @@ class Engine:
             sequence.done = True
             return
         sequence.tokens.append(token)
+        if sequence.lookup is not None:
+            sequence.lookup.say(token)
         sequence.done = len(sequence.tokens) >= sequence.max_new_tokens
 
-    def _one(self, sequence: Generation) -> Tensor:
-        """Extend the only sequence by one token; return the scores of the next, float32 [vocab]."""
+    def _search(self, sequence: Generation, search: Search, scores: Tensor) -> None:
+        """Find a sequence's answer, of the scores of its first token."""
+        cache, start = sequence.cache, sequence.num_prompt_tokens
+        assert cache is not None
+        caches, scores = [cache], scores[None]
+        while parents := search.take(scores):
+            free = [one for number, one in enumerate(caches) if number not in parents]
+            following = []
+            for number, parent in enumerate(parents):
+                one = caches[parent]
+                if parent in parents[:number]:  # another beam has it already
+                    self._make_room(one.capacity)
+                    spare = free.pop() if free else None
+                    if isinstance(one, KVCache) and isinstance(spare, KVCache):
+                        spare.follow(one, start)  # it has the prompt
+                        one = spare
+                    else:
+                        one = one.fork(one.length, one.capacity)
+                following.append(one)
+            caches = following
+            beams = zip(search.tokens, caches, strict=True)
+            scores = self._several(
+                [replace(sequence, tokens=tokens, cache=one) for tokens, one in beams]
+            )
+        sequence.tokens, sequence.cache, sequence.done = search.best, caches[0], True
+
+    def _one(self, sequence: Generation) -> None:
+        """Extend the only sequence by one token, or by as many as were guessed right."""
         decoder, cache = self.vlm.decoder, sequence.cache
         assert cache is not None
-        if not can_flatten(decoder):
-            return self._several([sequence])[0]
+        if not isinstance(cache, KVCache) or not can_flatten(decoder):
+            self._take(sequence, self._several([sequence])[0])
+            return
         if self.flat is None or self.flat[0] is not cache:
             self.flat = (cache, FlatStep(decoder, cache, sequence.ahead))
-        return self.flat[1](sequence.tokens[-1])
+        draft = sequence.lookup.draft() if sequence.lookup is not None else []
+        past = cache.length
+        scores = self.flat[1].several((sequence.tokens[-1], *draft))
+        for row, guess in zip(scores, (*draft, None), strict=True):
+            self._take(sequence, row)
+            past += 1
+            if sequence.done or sequence.tokens[-1] != guess:
+                break
+        cache.truncate(past)
 
     def _several(self, sequences: list[Generation]) -> Tensor:
         """Extend each sequence by its last token; return the scores of the next, [B, vocab]."""
         decoder = self.vlm.decoder
         caches = tuple(one.cache for one in sequences if one.cache is not None)
-        device = caches[0].keys[0].device
-        tokens = torch.tensor([one.tokens[-1] for one in sequences], device=device)
+        tokens = [one.tokens[-1] for one in sequences]
         places = [c.length + one.ahead for c, one in zip(caches, sequences, strict=True)]
+        if self.static is not None:
+            self._make_room(*[1] * len(sequences))  # at most a page each
+            paged = [cache for cache in caches if isinstance(cache, PagedCache)]
+            return self.static(decoder, paged, tokens, places)
+        device = decoder.norm.weight.device
         with packed_kernels():
             layout = Layout((1,) * len(sequences), caches)
-            x = decoder.embed_tokens(tokens)
+            x = decoder.embed_tokens(torch.tensor(tokens, device=device))
             hidden = decoder(x, torch.tensor(places, device=device), layout)[-1]
             return decoder.logits(hidden)
 
@@ -206,7 +294,8 @@ def generate(
     The first token arrives when the prompt has been read; stopping the iteration frees the cache.
     """
     sequence = Generation(lambda: batch, sample, max_new_tokens, stop_ids)
-    shown = 0
-    for _ in Engine(vlm).run([sequence]):
+    engine, shown = Engine(vlm), 0
+    engine.static = None  # training goes on after one answer: no pool that stays, no graphs
+    for _ in engine.run([sequence]):
         yield from sequence.tokens[shown:]
         shown = len(sequence.tokens)

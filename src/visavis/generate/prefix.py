@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
-from visavis.model.kv_cache import KVCache
+from visavis.model.paged import Cache
 
 Names = tuple[Hashable, ...]  # of each token of a prompt
 SHORTEST = 16  # tokens in common that are worth copying
@@ -21,13 +21,13 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int = 256 * 2**20) -> None:
         self.max_bytes = max_bytes
-        self.entries: OrderedDict[Names, KVCache] = OrderedDict()
+        self.entries: OrderedDict[Names, Cache] = OrderedDict()
 
     @property
     def num_bytes(self) -> int:
         return sum(cache.num_bytes for cache in self.entries.values())
 
-    def begin(self, names: Names, capacity: int) -> KVCache | None:
+    def begin(self, names: Names, capacity: int) -> Cache | None:
         """Return a new cache of the longest beginning that is known, None if none is.
 
         It never holds the whole prompt: the last token is always read, for its scores.
@@ -42,7 +42,7 @@ class PrefixCache:
         self.entries.move_to_end(best)
         return self.entries[best].fork(longest, capacity)
 
-    def keep(self, names: Names, cache: KVCache) -> None:
+    def keep(self, names: Names, cache: Cache) -> None:
         """Keep what was read of a prompt; `cache` may hold more and is not used by others again."""
         cache.truncate(len(names))
         for known in [known for known in self.entries if common(known, names) == len(known)]:

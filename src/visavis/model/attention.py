@@ -1,23 +1,23 @@
 """Attention over packed sequences: one function, two backends.
 
 Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `Layout` says where each
-sequence ends and what it has cached. On CUDA, in half precision and without a cache, the whole
-stream goes through `varlen_attn`; everywhere else each sequence goes through scaled-dot-product
-attention by itself. Knows nothing of projections, positions or rotary embeddings.
+sequence ends and what it has cached. On CUDA (Ampere and newer), in half precision, the whole
+stream goes through `varlen_attn`, with keys and values in pages where there is a cache
+(`paged_attention.py`); everywhere else each sequence goes through scaled-dot-product attention by
+itself. Knows nothing of projections, positions or rotary embeddings.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from visavis.model.kv_cache import KVCache
+from visavis.model.paged import Cache, PagedCache
+from visavis.model.paged_attention import Paging, attend_paged, has_kernel
 
 SHORT = 256  # tokens up to which attention is written out in training on the CPU
 
@@ -30,10 +30,22 @@ class Layout:
         lengths: new tokens of each sequence, in stream order; their sum is T.
         caches: one cache per sequence that earlier tokens are read from and new ones are
             written to; empty when nothing is cached.
+        paging: where a kernel finds them, when they are in pages.
     """
 
     lengths: tuple[int, ...]
-    caches: tuple[KVCache, ...] = field(default=())
+    caches: tuple[Cache, ...] = field(default=())
+    paging: Paging | None = None
+    _starts: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False)
+
+    @staticmethod
+    def of(lengths: tuple[int, ...], caches: tuple[Cache, ...]) -> Layout:
+        """Return the layout of new tokens that follow what caches hold."""
+        paged = [cache for cache in caches if isinstance(cache, PagedCache)]
+        keys = paged[0].pool.keys[0] if paged else None
+        if keys is None or not has_kernel(keys.device, keys.dtype, keys.shape[-1]):
+            return Layout(lengths, caches)
+        return Layout(lengths, caches, Paging.of(paged, lengths))
 
     @cached_property
     def max_length(self) -> int:
@@ -41,7 +53,10 @@ class Layout:
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """Return the running sum of lengths, starting with 0, int32 [B + 1]."""
-        return torch.tensor((0, *self.lengths), device=device).cumsum(0).to(torch.int32)
+        if device not in self._starts:  # once for all layers: the device waits for the copy
+            starts = torch.tensor((0, *self.lengths)).cumsum(0).to(torch.int32)
+            self._starts[device] = starts.to(device)
+        return self._starts[device]
 
 
 def attend(
@@ -61,8 +76,13 @@ def attend(
         causal: a token sees itself and what came before; otherwise its whole sequence.
         window: with `causal`, how many tokens back a token sees, itself included; 0 = all.
     """
-    if not layout.caches:
-        if query.is_cuda and query.dtype != torch.float32:
+    if layout.paging is not None:
+        assert causal
+        layout.paging.pool.write(layer, layout.paging.slots, key, value)
+        if layout.paging.past:
+            return attend_paged(query, layout.paging, layer=layer, window=window)
+    if not layout.caches or layout.paging is not None:
+        if has_kernel(query.device, query.dtype, query.shape[-1]):
             return _attend_varlen(query, key, value, layout, causal, window)
         if len(set(layout.lengths)) == 1 and not query.requires_grad:
             return _attend_equal(query, key, value, layout, causal, window)

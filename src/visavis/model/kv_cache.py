@@ -74,6 +74,19 @@ class KVCache:
                 stores.append(new)
         return copy
 
+    def follow(self, other: KVCache, start: int) -> None:
+        """Hold what `other` does, whose first `start` tokens are this one's too."""
+        self.reserve(other.length)
+        pairs = zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True)
+        for mine, theirs in pairs:
+            mine[:, start : other.length] = theirs[:, start : other.length]
+        self.length = other.length
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens there is room for before it grows."""
+        return self.keys[0].shape[1]
+
     @property
     def num_bytes(self) -> int:
         return sum(store.nbytes for store in (*self.keys, *self.values))

@@ -33,16 +33,15 @@ class Rope:
         """
         if positions.dim() == 2:
             return self._sectioned(positions, dtype)
-        cos, sin = self._table(int(positions.max()) + 1, positions.device, dtype)
+        cos, sin = self.table(int(positions.max()) + 1, positions.device, dtype)
         return cos[positions], sin[positions]
 
-    def _table(
-        self, needed: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def table(self, needed: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and signed sin of positions 0 to at least `needed` - 1."""
         found = self.tables.get((device, dtype))
         if found is None or found[0].shape[0] < needed:
             size = 1 << max(9, math.ceil(math.log2(needed)))
-            angles = torch.arange(size)[:, None] * self.frequencies  # [size, dim / 2]
+            angles = torch.arange(size, device="cpu")[:, None] * self.frequencies  # [size, dim / 2]
             cos, sin = signed_tables(angles, self.magnitude)
             found = (cos.to(device, dtype), sin.to(device, dtype))
             self.tables[device, dtype] = found
@@ -68,7 +67,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `rotary_dim` channels of x [T, heads, head_dim]."""
     dim = cos.shape[-1]
     if dim < x.shape[-1]:
-        return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), -1)
+        first, rest = x.split((dim, x.shape[-1] - dim), -1)
+        return torch.cat((rotate(first, cos, sin), rest), -1)
     return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
 
 

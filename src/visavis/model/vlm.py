@@ -20,7 +20,7 @@ from visavis.model.decoder import Decoder
 from visavis.model.fusion import arrange, count_tokens, select, splice
 from visavis.model.hd import Separators
 from visavis.model.head import EmbeddingHead, mean_per_group
-from visavis.model.kv_cache import KVCache
+from visavis.model.paged import Cache
 from visavis.model.towers import build_tower
 from visavis.model.visual import Shape, Visual
 
@@ -123,10 +123,10 @@ class VLM(nn.Module):
         self,
         batch: PackedBatch,
         layers: Collection[int] = (-1,),
-        caches: tuple[KVCache, ...] = (),
+        caches: tuple[Cache, ...] = (),
     ) -> dict[int, Tensor]:
         """Return hidden states of the named layers, each float32 [T, D] (see `Decoder.forward`)."""
-        layout = Layout(batch.lengths, caches)
+        layout = Layout.of(batch.lengths, caches)
         return self.decoder(self.embed_inputs(batch), batch.positions, layout, layers)
 
     def embed(self, batch: PackedBatch) -> Tensor:

@@ -25,6 +25,7 @@ from statistics import fmean
 from torch import nn
 
 from visavis.data.samples import CHARACTERS_PER_TOKEN, Chat, Sample
+from visavis.data.sources import is_made
 from visavis.errors import VisavisError
 from visavis.model.config import DecoderConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.model.fusion import count_tokens
@@ -73,7 +74,7 @@ class Reader:
                     found.tokens += tokens
                     found.learned += tokens * (message.role == "assistant")
         for visual in prompt.visuals:
-            if isinstance(visual, Image):
+            if isinstance(visual, Image) and not is_made(visual):
                 image_size(visual)  # that it is there, even where its size does not matter
             if self.processor is None:
                 continue
