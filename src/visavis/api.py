@@ -77,7 +77,9 @@ def load(
     """Load a model by bundled name (`nano`, `smollm2-135m`), folder or .gguf file.
 
     Args:
-        precision: what matmuls compute in: "auto", "f32", "bf16" or "f16".
+        precision: "auto" keeps what a GGUF file quantises so, and computes in bfloat16 where the
+            machine can; "int8" and "int4" quantise any checkpoint while it is read; "f32", "bf16"
+            and "f16" are what all weights become.
         device: "auto", "cpu" or "cuda".
         turns: the chat format, by name, of a checkpoint that does not bring its own.
         profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2" or

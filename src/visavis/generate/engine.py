@@ -223,7 +223,8 @@ class Engine:
                     capacity=capacity,
                 )
             hidden = self.vlm(batch, caches=(cache,))[-1]
-            scores = decoder.logits(hidden[-1:])[0]
+            with packed_kernels():  # always one row
+                scores = decoder.logits(hidden[-1:])[0]
         sequence.cache = cache
         return scores
 
