@@ -118,12 +118,12 @@ def test_real_weights_say_the_same_in_fewer_passes(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 @pytest.mark.network
-@torch.inference_mode()
 def test_real_scores_are_bitwise_those_of_one_at_a_time() -> None:
     decoder = visavis.load("nano").vlm.decoder
     alone, together = (
         FlatStep(decoder, KVCache(decoder.config, dtype=decoder.dtype)) for _ in range(2)
     )
     ids = torch.randint(49_000, (240,), generator=torch.Generator().manual_seed(1))
-    for four in ids.view(-1, 4).tolist():
-        assert torch.equal(together.several(four), torch.stack([alone(one) for one in four]))
+    with torch.inference_mode():
+        for four in ids.view(-1, 4).tolist():
+            assert torch.equal(together.several(four), torch.stack([alone(one) for one in four]))
