@@ -38,7 +38,7 @@ MAX_LINES = 500
 
 # A part imports only from parts of its own row or of rows above it, and never in a circle.
 ROWS = [
-    {"errors", "registry", "files", "progress", "prompt"},
+    {"errors", "memory", "registry", "files", "progress", "prompt"},
     {"processing", "model"},
     {"checkpoints"},
     {"generate", "embed"},

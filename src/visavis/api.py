@@ -7,7 +7,7 @@ checkpoint layout, template or network of its own; index, server and command lin
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from visavis.generate.engine import Engine, Generation
 from visavis.generate.grammar import Grammar
 from visavis.generate.prefix import PrefixCache
 from visavis.generate.sampling import Sampler, Sampling
+from visavis.memory import enough_memory
 from visavis.model.batch import PackedBatch
 from visavis.model.quantized import PackedLinear
 from visavis.model.visual import Shape, Visual
@@ -76,7 +77,9 @@ def load(
     """Load a model by bundled name (`nano`, `smollm2-135m`), folder or .gguf file.
 
     Args:
-        precision: what matmuls compute in: "auto", "f32", "bf16" or "f16".
+        precision: "auto" keeps what a GGUF file quantises so, and computes in bfloat16 where the
+            machine can; "int8" and "int4" quantise any checkpoint while it is read; "f32", "bf16"
+            and "f16" are what all weights become.
         device: "auto", "cpu" or "cuda".
         turns: the chat format, by name, of a checkpoint that does not bring its own.
         profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2" or
@@ -91,16 +94,20 @@ def load(
         UnknownNameError: no such name, path or chat format; the message lists the nearest names.
         CheckpointError: the files are damaged or of an unknown kind.
         FetchError: bundled weights are not in the cache and cannot be fetched.
+        OutOfMemoryError: the model does not fit.
     """
-    loaded = load_checkpoint(
-        name_or_path,
-        precision=precision,
-        device=device,
-        turns=turns,
-        profile=profile,
-        base=base,
-        vision_tower=vision_tower,
-    )
+    with enough_memory(
+        f"loading {name_or_path}", "Choose a smaller precision or model, or end other programs."
+    ):
+        loaded = load_checkpoint(
+            name_or_path,
+            precision=precision,
+            device=device,
+            turns=turns,
+            profile=profile,
+            base=base,
+            vision_tower=vision_tower,
+        )
     model = Model(loaded)
     if image_cache is not None:
         folder = cache_dir() / "features" if image_cache == "auto" else Path(image_cache)
@@ -177,6 +184,7 @@ class Model:
             InputError: a wrong type, an empty message, images for a text-only model.
             ImageError: a picture cannot be read.
             ContextLengthError: the prompt is longer than the model's context.
+            OutOfMemoryError: the message says what for, and what would take less.
         """
         if stream and settings.get("beams", 1) > 1:
             raise InputError(
@@ -209,9 +217,10 @@ class Model:
             settings: see `AnswerSettings`.
 
         Raises:
-            InputError, ImageError, ContextLengthError: see `chat`.
+            InputError, ImageError, ContextLengthError, OutOfMemoryError: see `chat`.
         """
-        answers = [self.ask(Prompt.of(prompt), **settings) for prompt in prompts]
+        listed = _listed(prompts)
+        answers = [self.ask(Prompt.of(prompt), **settings) for prompt in listed]
         of = {answer.sequence: answer for answer in answers}
         engine = Engine(self.vlm, max_sequences=max_sequences, prefixes=self.prefixes)
         ended = (one for one in engine.run(of) if of[one].update() is not None and one.done)
@@ -305,7 +314,11 @@ class Model:
         Raises:
             InputError, ImageError: an item cannot be used; the message names it.
             ContextLengthError: an item is longer than the model's context.
+            OutOfMemoryError: the message says what for, and what would take less.
         """
+        batch_tokens = DEFAULT_BATCH_TOKENS if batch_tokens is None else batch_tokens
+        if batch_tokens < 1:
+            raise InputError(f"batch_tokens is {batch_tokens}, expected 1 or more.")
         dim = kept_dim(dim, self.embedding_dim)
         listed = list(items) if isinstance(items, list | tuple | np.ndarray) else [items]
         if isinstance(items, np.ndarray) and items.ndim in (2, 3):
@@ -314,11 +327,16 @@ class Model:
         encoded = [self.encoder.item(prompt, instruction) for prompt in prompts]
         vectors = np.empty((len(prompts), dim), np.float32)
         lengths = [len(one.token_ids) for one in encoded]
-        groups = list(batches(lengths, batch_tokens or DEFAULT_BATCH_TOKENS))
+        groups = list(batches(lengths, batch_tokens))
         for group in track(groups, "embedding", weights=[len(g) for g in groups], show=progress):
             batch = self._batch([(prompts[i], encoded[i]) for i in group])
-            found = embed_batch(self.vlm, batch, self.profile.pooling)
-            vectors[group] = cut(found, dim).cpu().numpy()
+            with enough_memory(
+                f"embedding {len(group)} items of {batch.num_tokens} tokens, "
+                f"{len(batch.image_counts)} images",
+                f"Lower batch_tokens (it is {batch_tokens}), or shorten what is long.",
+            ):
+                found = embed_batch(self.vlm, batch, self.profile.pooling)
+                vectors[group] = cut(found, dim).cpu().numpy()
         return vectors
 
     def trace(self, prompt: Any) -> Trace:
@@ -401,11 +419,20 @@ class Model:
         visuals = [visual for prompt, _ in pairs for visual in prompt.visuals]
         if visuals:
             alone = [self.encoder.alone(prompt) for prompt, _ in pairs for _ in prompt.visuals]
-            seen = self.see(visuals, alone)
+            with enough_memory(
+                f"looking at {len(visuals)} pictures and videos", "Use fewer or smaller ones."
+            ):
+                seen = self.see(visuals, alone)
             batch.image_tokens = torch.cat([tokens for tokens, _ in seen])
             batch.image_counts = tuple(len(tokens) for tokens, _ in seen)
             batch.image_means = torch.stack([mean for _, mean in seen])
         return batch.to(self.device)
+
+
+def _listed(prompts: Iterable[Any]) -> list[Any]:
+    if isinstance(prompts, str | bytes | Mapping):
+        raise InputError(f"prompts are one {type(prompts).__name__}, expected a list of prompts.")
+    return list(prompts)
 
 
 def _changed(visual: Image | Video, key: str) -> bool:

@@ -20,7 +20,11 @@ class ContextLengthError(InputError):
     """More tokens than the model's context holds; raised before any work is done."""
 
 
-class MemoryLimitError(VisavisError):
+class OutOfMemoryError(VisavisError):
+    """More memory than there is; the message says what for, and what would take less."""
+
+
+class MemoryLimitError(OutOfMemoryError):
     """More keys and values than the memory set aside for them holds."""
 
 

@@ -168,3 +168,16 @@ def test_names_that_are_unknown(run: Run, tiny: str, tmp_path: Path) -> None:
     assert_one_line(run("chat", tiny, "hi", "--base", tiny), "has no use for it")
     (tmp_path / "none.jsonl").write_text("\n")
     assert_one_line(run("embed", tiny, "--items", "none.jsonl"), "holds no lines")
+
+
+def test_beams_and_a_cache_of_pictures(run: Run, tiny: str, tmp_path: Path) -> None:
+    (path,) = write_pictures(tmp_path, 1)
+    model = visavis.load(tiny)
+    expected = model.chat("What?", [path], max_new_tokens=6, beams=3, length_penalty=0.5).text
+    words = ("-i", path, "--max-new-tokens", 6, "--image-cache", tmp_path / "seen")
+    for _ in range(2):
+        shown = run("chat", tiny, "What?", *words, "--beams", 3, "--length-penalty", 0.5)
+        assert shown.exit_code == 0 and shown.stdout == expected + "\n"
+        assert len(list((tmp_path / "seen").iterdir())) == 1
+    assert_one_line(run("chat", tiny, "What?", "--beams", 3, "--temperature", 1), "beams is 3")
+    assert_one_line(run("chat", tiny, "What?", "--image-cache", path), "name another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 import visavis
 from tests.fakes import picture, tiny_model
+from visavis.generate import engine, prefix
 from visavis.generate.engine import Engine
 from visavis.generate.prefix import PrefixCache
+from visavis.model.kv_cache import KVCache
 from visavis.prompt import Prompt
 
 ITEMS: list[Any] = [
@@ -151,3 +154,41 @@ def test_scores_do_not_depend_on_how_much_was_known() -> None:
             pass
     assert answer.sequence.num_reused > 16
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_stream_may_end_while_prompts_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    model.prefixes = PrefixCache()
+    expected = model.chat("what is this, and why?", max_new_tokens=5).text
+    questions = [f"{number} is a number" for number in range(4)]
+    streams = [iter(model.chat(text, max_new_tokens=9, stream=True)) for text in questions]
+    assert all(next(stream) for stream in streams)
+    compare = prefix.common
+
+    def common(*given: Any) -> int:
+        if streams:
+            streams.pop()  # nobody reads on: its prompt is kept here and now
+        return compare(*given)
+
+    monkeypatch.setattr(prefix, "common", common)
+    for _ in range(3):
+        assert model.chat("what is this, and why?", max_new_tokens=5).text == expected
+    assert not streams and len(model.prefixes.entries) == 5
+
+
+def test_a_stream_that_is_left_returns_its_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = tiny_model(), []
+    model.prefixes = None
+
+    class Watched(KVCache):
+        def __init__(self, *given: Any, **settings: Any) -> None:
+            super().__init__(*given, **settings)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(engine, "KVCache", Watched)
+    reply = model.chat("go on", max_new_tokens=9, stream=True)
+    for _ in reply:
+        assert made[0]() is not None
+        break
+    assert [cache() for cache in made] == [None]
+    assert list(reply) == []

@@ -16,6 +16,7 @@ from visavis.generate.engine import Engine
 from visavis.generate.lookup import Lookup
 from visavis.model.decode import FlatStep
 from visavis.model.decoder import Decoder
+from visavis.model.kv_cache import KVCache
 from visavis.model.quantized import PackedLinear
 from visavis.prompt import Prompt
 
@@ -25,7 +26,7 @@ class RowByRow(PackedLinear):
 
     def __init__(self, weight: Tensor) -> None:
         nn.Module.__init__(self)
-        self.plain = weight
+        self.plain, self.low = weight, None
 
     def product(self):  # type: ignore[no-untyped-def]
         return lambda x: torch.cat([row @ self.plain.T for row in x.split(1)])
@@ -113,3 +114,16 @@ def test_real_weights_say_the_same_in_fewer_passes(monkeypatch: pytest.MonkeyPat
         guessed, _ = answer(model, text, True, max_new_tokens=32, **drawn)
         assert guessed == plain
     assert max(passes) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_real_scores_are_bitwise_those_of_one_at_a_time() -> None:
+    decoder = visavis.load("nano").vlm.decoder
+    alone, together = (
+        FlatStep(decoder, KVCache(decoder.config, dtype=decoder.dtype)) for _ in range(2)
+    )
+    ids = torch.randint(49_000, (240,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        for four in ids.view(-1, 4).tolist():
+            assert torch.equal(together.several(four), torch.stack([alone(one) for one in four]))

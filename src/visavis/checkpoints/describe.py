@@ -29,7 +29,7 @@ from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
 from visavis.checkpoints.gguf.split import open_model
 from visavis.checkpoints.llava.folder import open_llava
 from visavis.checkpoints.names import NameTable
-from visavis.checkpoints.native import read_config, read_settings
+from visavis.checkpoints.native import PACKED, read_config, read_settings
 from visavis.checkpoints.phi3v.folder import open_phi3v
 from visavis.checkpoints.tinyllava.folder import open_tinyllava
 from visavis.checkpoints.transformers.config import vlm_config
@@ -325,8 +325,9 @@ def _native(layout: Layout) -> Description:
         expected = meta_state(config)
         if config.decoder.tied_head:
             expected.pop("decoder.head.weight")
-        problems = [f"missing {name}" for name in expected if name not in headers]
-        problems += [f"unexpected {name}" for name in headers if name not in expected]
+        whole = [match[1] if (match := PACKED.fullmatch(name)) else name for name in headers]
+        problems = [f"missing {name}" for name in expected if name not in whole]
+        problems += [f"unexpected {name}" for name in whole if name not in expected]
     return Description(
         layout=layout,
         name=str(data["name"]),

@@ -119,6 +119,8 @@ def load_checkpoint(
         lookup("turn template", turns, TURNS)
     if profile:
         lookup("profile", profile, PROFILES)
+    from visavis.checkpoints.loaded import INTEGERS, fingerprint
+
     path = resolve(name_or_path)
     loaded = _load(
         path,
@@ -127,6 +129,8 @@ def load_checkpoint(
         base=None if base is None else resolve(base),
         vision_tower=None if vision_tower is None else resolve(vision_tower),
     )
+    if precision in INTEGERS:
+        loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "bits": precision})
     if turns:
         loaded.profile = replace(loaded.profile, turns=turns)
     if profile:

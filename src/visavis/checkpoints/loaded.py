@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from visavis.processing.tokenizer import SpecialTokens
 
 
+INTEGERS = {"int8": 8, "int4": 4}  # precisions that keep weights in so many bits at most
+
+
 @dataclass
 class Loaded:
     """A model with what its prompts and pictures need."""
@@ -57,14 +60,12 @@ class Loaded:
 def auto_dtype(precision: str, device: str) -> torch.dtype:
     """Return what matmuls compute in for a `precision` name.
 
-    `auto` is bfloat16 on CUDA and on processors with bf16 instructions, else float32.
+    `auto` is bfloat16 on CUDA and on processors with bf16 instructions, else float32; so are
+    integers, which are what weights are kept in.
     """
+    best = torch.bfloat16 if device != "cpu" or has_bf16_instructions() else torch.float32
     dtypes = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-    if precision != "auto":
-        return lookup("precision", precision, {**dtypes, "auto": torch.float32})
-    if device != "cpu" or has_bf16_instructions():
-        return torch.bfloat16
-    return torch.float32
+    return lookup("precision", precision, dict.fromkeys(("auto", *INTEGERS), best) | dtypes)
 
 
 def has_bf16_instructions() -> bool:
@@ -107,7 +108,8 @@ def build(
             "The config belongs to other weights, or a file is missing."
         )
     for name, tensor in state.items():
-        state[name] = tensor.to(device, expected[name].dtype)
+        if not tensor.is_meta:  # packed, see packing.py
+            state[name] = tensor.to(device, expected[name].dtype)
     vlm.load_state_dict(state, assign=True)
     if config.decoder.tied_head:
         vlm.decoder.head.weight = vlm.decoder.embed.weight

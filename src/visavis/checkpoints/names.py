@@ -136,7 +136,7 @@ def to_ours(
         expected: name and shape of every tensor the model needs.
         sizes: rows of the parts of fused tensors, by layer.
         where: the file or folder, for messages.
-        convert: what is done to each tensor, or part of one that is fused, when it is read.
+        convert: what is done to each tensor when it has been read.
 
     Raises:
         CheckpointError: listing what is missing, unexpected, there twice or of another shape.
@@ -213,15 +213,14 @@ class _Group:
             wrong += _misshapen(name, part, (height, *shape[1:]))
             if wrong:
                 continue
-            part = convert(part)
             if len(heights) == 1:
-                return part
+                return convert(part)
             if place == 0:  # filled part by part: two copies of all are never held
                 whole = part.new_empty((sum(heights), *shape[1:]))
             whole[start : start + height] = part
             start += height
         problems += wrong
-        return whole
+        return whole if wrong else convert(whole)
 
 
 def to_theirs(state: Mapping[str, Tensor], table: NameTable, sizes: Sizes) -> dict[str, Tensor]:

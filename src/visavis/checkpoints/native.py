@@ -4,6 +4,11 @@
     *.safetensors          tensors by their name in `VLM.state_dict()`
     tokenizer.json         only without `bundle`
 
+A matrix that is kept as integers is stored as it is computed with (`model.quantized.Groups`), in
+one or more parts below one another: `<name>.0.codes`, uint8 [n, in], or [n, in / 2] where a byte
+holds two codes of 4 bits, the first one low; `<name>.0.scales`, bfloat16 [n, in / group, 2]; and
+maybe `<name>.low` [r, in] and `<name>.high` [out, r], whose product is added.
+
 A folder with a `bundle` (the one for `nano`) builds on weights that `bundled.fetch` provides: its
 tensors replace those of the base, and a pair `<linear>.lora_a` [r, in], `<linear>.lora_b` [out, r]
 adds `lora_scale * b @ a` to `<linear>.weight`. Nothing in a folder is ever executed or unpickled.
@@ -12,21 +17,24 @@ adds `lora_scale * b @ a` to `<linear>.weight`. Nothing in a folder is ever exec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from visavis.checkpoints import bundled
 from visavis.checkpoints.efficientnet import load_efficientnet
-from visavis.checkpoints.gguf import decoder as gguf_decoder
+from visavis.checkpoints.gguf.decoder import check_types, decoder_tensors, dequantized
+from visavis.checkpoints.gguf.groups import pack_blocks, take_blocks
 from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
-from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
-from visavis.checkpoints.packing import pack_linears
+from visavis.checkpoints.loaded import Loaded, blank, fingerprint
+from visavis.checkpoints.packing import LowRank, Packing, Part
+from visavis.checkpoints.weight_files import StoredTensor, TensorFiles, read_tensors
 from visavis.checkpoints.writing import (
     Written,
     whole_state,
@@ -37,12 +45,15 @@ from visavis.checkpoints.writing import (
 from visavis.errors import CheckpointError
 from visavis.files import write_atomically
 from visavis.model.config import Qwen2VLTowerConfig, VLMConfig, to_dict, vlm_config_from_dict
+from visavis.model.quantized import GROUP, Groups, PackedLinear, quantize
+from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.profile import PromptProfile
 from visavis.processing.tokenizer import build_tokenizer, load_tokenizer, special_tokens
 
 FORMAT = "visavis/1"
 CONFIG_NAME = "visavis.json"
+PACKED = re.compile(r"(decoder\..+\.weight)\.(\d+\.codes|\d+\.scales|low|high)")
 MAX_NUMBER = 2**27
 MAX_LAYERS = 1000
 
@@ -119,27 +130,25 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
     """
     data = read_config(folder)
     config, profile, processor = read_settings(folder, data)
-    dtype = auto_dtype(precision, device)
-    gguf = None
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CheckpointError(f"no .safetensors file in {folder}; copy the folder again.")
-    own = dict(_tensors(weights))
+    own = read_tensors(weights)
     files = [folder / CONFIG_NAME, *weights]
+    packing = Packing(config, precision, device, where=str(folder))
     if "bundle" in data:
+        scale = float(data.get("lora_scale", 1.0))
         base = bundled.fetch(data["bundle"])
         gguf = open_gguf(base["language_model"])
-        state = base_state(gguf, base["vision_tower"], config, dtype, own)
-        merge(state, own, float(data.get("lora_scale", 1.0)), folder)
+        state = base_state(gguf, base["vision_tower"], packing, own)
+        merge(state, own, scale, folder)
+        pairs = low_rank_pairs(own, scale)
         tokenizer, specials = build_tokenizer(gguf.metadata), special_tokens(gguf.metadata)
         files += base.values()
     else:
-        state = own
+        state, pairs = own_state(own, packing)
         tokenizer, specials = load_tokenizer(folder)
-    vlm = build(config, state, dtype, device, where=str(folder))
-    if gguf is not None and device == "cpu" and dtype == torch.bfloat16:
-        scale = float(data.get("lora_scale", 1.0))
-        pack_linears(vlm.decoder, gguf, low_rank_pairs(own, scale))
+    vlm = packing.build(state, pairs)
     return Loaded(
         name=data["name"],
         vlm=vlm,
@@ -153,28 +162,97 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
 
 
 def base_state(
-    file: GGUFFile,
-    tower_path: Path,
-    config: VLMConfig,
-    dtype: torch.dtype,
-    own: dict[str, Tensor],
+    file: GGUFFile, tower_path: Path, packing: Packing, own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the base's tensors; decoder linears that no LoRA touches come in `dtype` at once."""
+    """Return the base's tensors that the adapter does not replace, packed where they are to be;
+    linears that a LoRA touches come in float32 beside."""
     state = {}
-    for name, array in gguf_decoder.decoder_state(file):
-        tensor = torch.from_numpy(array)
-        adapted = name.removesuffix(".weight") + ".lora_a" in own
-        is_norm = tensor.dim() == 1
-        state[name] = tensor if adapted or is_norm else tensor.to(dtype)
-        file.release()
-    if config.tower is not None:
+    check_types(file)
+    for name, stored in decoder_tensors(file):
+        if name in own:
+            continue
+        if name.removesuffix(".weight") + ".lora_a" in own:
+            state[name] = torch.from_numpy(dequantized(file, name, stored))
+            pack_blocks(packing, file, name, stored)
+        else:
+            state[name] = take_blocks(packing, file, name, stored)
+    if packing.config.tower is not None:
         tower, _ = load_efficientnet(tower_path)
         state.update({f"tower.{name}": tensor for name, tensor in tower.items()})
     return state
 
 
+def own_state(own: TensorFiles, packing: Packing) -> tuple[dict[str, Tensor], LowRank]:
+    """Return a whole folder's tensors, packed where they are to be, and its low-rank pairs.
+
+    Raises:
+        CheckpointError: integers and scales do not belong together.
+    """
+    state: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, StoredTensor]] = {}
+    for name, stored in own.entries.items():
+        if match := PACKED.fullmatch(name):
+            packed.setdefault(match[1], {})[match[2]] = stored
+        else:
+            state[name] = packing.take(name, stored())
+    pairs = {}
+    for name, found in packed.items():
+        state[name] = _take_packed(name, found, packing)
+        if "low" in found and "high" in found:
+            pairs[name.removesuffix(".weight")] = (found["low"](), found["high"]())
+    return state, pairs
+
+
+def _take_packed(name: str, found: dict[str, StoredTensor], packing: Packing) -> Tensor:
+    """Return what stands in the state for a matrix that is stored as integers."""
+    count = sum(key.endswith("codes") for key in found)
+    groups = [_stored_groups(name, found, number, packing) for number in range(count)]
+    shape = (sum(len(part.codes) for part in groups), groups[0].codes.shape[1])
+    parts = []
+    for own in groups:
+        bits = packing.bits_of(name, shape, own.bits)
+        if bits is None:
+            break
+        group = own.group if bits == own.bits else GROUP
+        parts.append(Part(len(own.codes), bits, group, partial(_cut, own, bits)))
+    else:
+        return packing.pack(name, shape[1], parts)
+    values = torch.cat([part.values() for part in groups])
+    if "low" in found and "high" in found:
+        values += found["high"]().float() @ found["low"]().float()
+    return packing.take(name, values)
+
+
+def _cut(own: Groups, bits: int, start: int, end: int) -> Groups:
+    rows = own.between(start, end)
+    return rows if own.bits == bits else quantize(rows.values(), bits)
+
+
+def _stored_groups(
+    name: str, found: dict[str, StoredTensor], part: int, packing: Packing
+) -> Groups:
+    """Return one part of a matrix: 4 bits if two codes share a byte."""
+    codes, scales = (found.get(f"{part}.{kind}") for kind in ("codes", "scales"))
+    expected = packing.expected.get(name)
+    if codes is not None and scales is not None and expected is not None:
+        inside = expected.shape[-1]
+        bits = {inside: 8, inside // 2: 4}.get(codes.shape[-1])
+        groups = {inside // group for group in (GROUP, 2 * GROUP) if inside % group == 0}
+        shaped = len(codes.shape) == 2 and scales.shape[::2] == (codes.shape[0], 2)
+        types = (codes.dtype, scales.dtype) == (torch.uint8, torch.bfloat16)
+        if bits and types and shaped and scales.shape[1] in groups:
+            read, pairs = codes(), scales()
+            whole = read if bits == 8 else torch.stack((read & 15, read >> 4), -1).flatten(1)
+            if pairs.isfinite().all():
+                return Groups(whole, pairs, bits)
+    raise CheckpointError(
+        f"{packing.where}: the integers of {name} and their scales do not belong together, "
+        "expected codes and finite scales of the same rows; the file is damaged: copy it again."
+    )
+
+
 def merge(
-    state: dict[str, Tensor], own: dict[str, Tensor], lora_scale: float, folder: Path
+    state: dict[str, Tensor], own: Mapping[str, Tensor], lora_scale: float, folder: Path
 ) -> None:
     """Lay an adapter's tensors over a base, in place: replacements, then LoRA deltas.
 
@@ -199,7 +277,7 @@ def merge(
         )
 
 
-def low_rank_pairs(own: dict[str, Tensor], scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+def low_rank_pairs(own: Mapping[str, Tensor], scale: float) -> LowRank:
     """Return an adapter's pairs in bfloat16 by their linear's name, the scale in the second."""
     names = [name.removesuffix(".lora_a") for name in own if name.endswith(".lora_a")]
     return {
@@ -223,10 +301,28 @@ def write_native(
     """
     context_length = loaded.vlm.config.decoder.context_length
     files = write_words(folder, loaded.tokenizer, loaded.specials, context_length=context_length)
-    state = whole_state(loaded.vlm) if state is None else state
+    state = stored_state(loaded.vlm) if state is None else state
     files += write_tensors(folder, state, progress=progress)
     data = _settings(loaded.name, loaded.vlm.config, loaded.profile, loaded.processor)
     return Written([write_json(folder / CONFIG_NAME, data), *files])
+
+
+def stored_state(vlm: VLM) -> dict[str, Tensor]:
+    """Return a model's tensors by the names that they are stored under, packed ones as integers."""
+    state, tied = whole_state(vlm, packed=False), vlm.config.decoder.tied_head
+    for name, module in vlm.named_modules():
+        if not isinstance(module, PackedLinear):
+            continue
+        weight = f"{'decoder.embed' if tied and name == 'decoder.head' else name}.weight"
+        state.pop(weight, None)
+        for number, part in enumerate(module.parts):
+            codes, scales, bits = part.groups(torch.arange(part.num_rows))
+            even, odd = codes[:, ::2], codes[:, 1::2]
+            state[f"{weight}.{number}.codes"] = even | odd << 4 if bits == 4 else codes
+            state[f"{weight}.{number}.scales"] = scales.contiguous()
+        if module.low is not None and module.high is not None:
+            state |= {f"{weight}.low": module.low, f"{weight}.high": module.high}
+    return state
 
 
 def save_native(
@@ -272,15 +368,3 @@ def _settings(
         "profile": profile.to_dict(),
         "processor": processor.to_dict() if processor else None,
     }
-
-
-def _tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"cannot read {path}: {error}. The file is damaged or incomplete; copy it again."
-            ) from error

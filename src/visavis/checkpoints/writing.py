@@ -41,13 +41,16 @@ class Written:
     lost: list[str] = field(default_factory=list)
 
 
-def whole_state(vlm: VLM) -> dict[str, Tensor]:
-    """Return every tensor of a model by its name in `VLM.state_dict()`, linears that are kept
-    packed as what they compute; without a tied head."""
+def whole_state(vlm: VLM, *, packed: bool = True) -> dict[str, Tensor]:
+    """Return every tensor of a model by its name in `VLM.state_dict()`, without a tied head.
+
+    Args:
+        packed: those that are kept packed too, as what they compute.
+    """
     state = dict(vlm.state_dict())
     for name, module in vlm.named_modules():
-        if isinstance(module, PackedLinear):
-            state[f"{name}.weight"] = module.dense
+        if isinstance(module, PackedLinear) and packed:
+            state[f"{name}.weight"] = module.weight
     if vlm.config.decoder.tied_head:
         state.pop("decoder.head.weight", None)
     return state

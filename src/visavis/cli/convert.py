@@ -37,7 +37,7 @@ def convert(
         str,
         typer.Option(
             help="What weights are stored in: f32, bf16, f16; auto: as in the source, bf16 if that "
-            "is quantised."
+            "is quantised. Native: int8, int4 too."
         ),
     ] = "auto",
     kind: Annotated[

@@ -73,7 +73,7 @@ class Loading:
         str,
         typer.Option(
             "--precision",
-            help="What matmuls compute in: auto, f32, bf16 or f16.",
+            help="What weights are kept in: auto, f32, bf16, f16, int8 or int4.",
             rich_help_panel=PANEL,
         ),
     ] = "auto"

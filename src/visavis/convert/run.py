@@ -21,7 +21,7 @@ from visavis.checkpoints.detect import detect
 from visavis.checkpoints.gguf.model import find_parts
 from visavis.checkpoints.gguf.split import open_model
 from visavis.checkpoints.load import load_checkpoint, resolve
-from visavis.checkpoints.loaded import Loaded
+from visavis.checkpoints.loaded import INTEGERS, Loaded
 from visavis.checkpoints.native import CONFIG_NAME, read_config
 from visavis.checkpoints.weight_files import read_headers, weight_files
 from visavis.checkpoints.writing import Written
@@ -77,7 +77,7 @@ def convert(
         out: a folder that is not there yet, or is empty; for GGUF also a .gguf file.
         to: a name of `TARGETS`.
         precision: what the weights are stored in: "f32", "bf16", "f16", or "auto": as they are in
-            the source, bf16 if it is quantised.
+            the source, bf16 if it is quantised; for our own layout also "int8" and "int4".
         kind: GGUF only: the type of its tensors, such as Q8_0; empty: as `precision`, F16 if
             that is "auto".
         turns, base, vision_tower: see `visavis.load`.
@@ -92,6 +92,12 @@ def convert(
     path, out = resolve(source), Path(out).expanduser()
     if kind and not target.kinds:
         raise InputError(f"kind {kind!r} was given for {to}, which has no kinds; leave it.")
+    if precision in INTEGERS and not target.integers:
+        fewer = " --kind Q8_0 or Q4_K_M" if target.kinds else " --to native"
+        raise InputError(
+            f"precision {precision!r} was given for {to}, which has no place for integers with "
+            f"scales as they are kept here; use{fewer}, or precision 'bf16'."
+        )
     single = to == "gguf" and out.suffix == GGUF
     _check_place(out, path, force=force, single=single)
     if target.kinds:

@@ -22,6 +22,7 @@ class Target:
         peer: the program that the layout is of, by its Python package; empty: ours alone.
         library: the name of that program in a model card.
         kinds: it is written in one of several numeric types (`--kind`).
+        integers: it holds weights of `--precision int8` and `int4`.
     """
 
     title: str
@@ -30,6 +31,7 @@ class Target:
     peer: str = ""
     library: str = "visavis"
     kinds: bool = False
+    integers: bool = False
 
     @property
     def write(self) -> Callable[..., Any]:
@@ -41,7 +43,7 @@ class Target:
 
 OURS = 'import visavis\n\nmodel = visavis.load("{folder}")\n'
 TARGETS = {
-    "native": Target("visavis folder", "native:write_native", OURS),
+    "native": Target("visavis folder", "native:write_native", OURS, integers=True),
     "transformers": Target(
         "transformers",
         "transformers.export:write_transformers",
@@ -64,5 +66,6 @@ TARGETS = {
         'vectors = model.encode(["a cat", {{"image": "cat.jpg"}}])\n',
         peer="sentence_transformers",
         library="sentence-transformers",
+        integers=True,
     ),
 }

@@ -16,6 +16,7 @@ import torch
 
 from visavis.api import Model
 from visavis.checkpoints.load import load_checkpoint
+from visavis.checkpoints.loaded import INTEGERS
 from visavis.convert.peers import PEERS
 from visavis.convert.probes import Answer, Probe, cosine, divergence, probes
 from visavis.convert.run import Conversion
@@ -24,6 +25,7 @@ from visavis.convert.targets import TARGETS
 # Least cosine and largest KL by what the weights are stored in. Several times what rounding does to
 # nano and SmolLM2-135M, whose numbers are in docs/convert.md.
 LIMITS = {"f32": (0.9999, 1e-3), "bf16": (0.99, 0.05), "f16": (0.99, 0.05)}
+LIMITS |= dict.fromkeys(INTEGERS, LIMITS["bf16"])  # both sides hold the same integers
 KINDS = {"F32": LIMITS["f32"], "F16": LIMITS["f16"], "BF16": LIMITS["bf16"], "Q8_0": (0.99, 0.05)}
 FEWER_BITS = (0.8, 1.0)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -65,19 +66,21 @@ class Timings:
 @dataclass
 class Reply:
     """An answer. Iterating yields its text piece by piece; the other fields are whole afterwards.
+    Leaving the iteration ends the answer and returns its memory.
 
     `finish_reason` is "stop" when the model ended its turn or said a stop text, "length" when the
     limit did.
     """
 
-    pieces: Iterator[str] = field(repr=False)
+    pieces: Generator[str] = field(repr=False)
     text: str = ""
     usage: Usage = Usage(0, 0)
     timings: Timings = Timings(0.0, 0.0)
     finish_reason: str = ""
 
     def __iter__(self) -> Iterator[str]:
-        return self.pieces
+        with closing(self.pieces):
+            yield from self.pieces
 
 
 class Answer:
@@ -92,7 +95,7 @@ class Answer:
         started: float,
     ) -> None:
         self.sequence, self.tokenizer, self.stops = sequence, tokenizer, stops
-        self.reply = Reply(pieces=iter(()))
+        self.reply = Reply(pieces=_nothing())
         self.started = started  # of time.perf_counter, when the question came
         self.first = 0.0  # when the first token came
         self.seen = 0  # tokens looked at
@@ -142,3 +145,7 @@ class Answer:
         start = max(0, self.shown - CONTEXT)
         before = self.tokenizer.decode(ids[start : self.shown], skip_special_tokens=True)
         return self.tokenizer.decode(ids[start:], skip_special_tokens=True)[len(before) :]
+
+
+def _nothing() -> Generator[str]:
+    yield from ()

@@ -102,6 +102,8 @@ class Desk:
         for sequence in grown:
             answer, tell, future = self.growing[sequence]
             try:
+                if sequence.error is not None:
+                    raise sequence.error
                 if piece := answer.update():
                     tell(piece)
                 if sequence.done and not future.cancelled():

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from visavis.errors import MemoryLimitError
+from visavis.errors import InputError, MemoryLimitError
 from visavis.generate.beams import Search
 from visavis.generate.lookup import Lookup
 from visavis.generate.prefix import Names, PrefixCache
+from visavis.memory import enough_memory
 from visavis.model.attention import Layout
 from visavis.model.batch import PackedBatch
 from visavis.model.decode import FlatStep, can_flatten, is_row_by_row
@@ -60,6 +62,7 @@ class Generation:
     num_prompt_tokens: int = 0
     num_reused: int = 0  # of those, taken from the prefix cache
     done: bool = False
+    error: Exception | None = None  # what ended it, where something of its own went wrong
     cache: Cache | None = None
     lookup: Lookup | None = None  # where guesses can be checked
     ahead: int = 0  # by how much a token's position exceeds the number of tokens before it
@@ -75,11 +78,16 @@ class Engine:
     Args:
         max_sequences: how many grow at the same time; the rest wait.
         prefixes: prompts read before; None: each is read whole.
+
+    Raises:
+        InputError: `max_sequences` is below 1.
     """
 
     def __init__(
         self, vlm: VLM, *, max_sequences: int = 16, prefixes: PrefixCache | None = None
     ) -> None:
+        if max_sequences < 1:
+            raise InputError(f"max_sequences is {max_sequences}, expected 1 or more.")
         self.vlm, self.max_sequences, self.prefixes = vlm, max_sequences, prefixes
         self.waiting: deque[Generation] = deque()
         self.active: list[Generation] = []
@@ -99,38 +107,49 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Generation]:
         """Read a waiting prompt if there is room, else grow all by a token; return who grew or
-        ended."""
+        ended.
+
+        What goes wrong in reading a sequence's prompt or choosing its token ends that one
+        (`Generation.error`); what goes wrong in growing them all is raised.
+        """
         self._drop_done()
         if self.waiting and len(self.active) < self.max_sequences and not self.full:
             sequence = self.waiting.popleft()
             if sequence.done:
                 return []
-            try:
-                scores = self._prefill(sequence)
+            with _on_its_own(sequence):
+                try:
+                    scores = self._prefill(sequence)
+                except MemoryLimitError:
+                    if not self.active:
+                        raise
+                    self.waiting.appendleft(sequence)
+                    self.full = True
+                    return []
+                self.active.append(sequence)
                 if sequence.search is None:
                     self._take(sequence, scores)
-                else:
+                    return [sequence]
+                with enough_memory(
+                    f"searching with {sequence.search.beams.number} beams",
+                    "Use fewer beams, or a shorter prompt.",
+                ):
                     self._search(sequence, sequence.search, scores)
-            except MemoryLimitError:
-                if not self.active or sequence.cache is not None:  # not for want of room alone
-                    sequence.done, sequence.cache = True, None
-                    raise
-                self.waiting.appendleft(sequence)
-                self.full = True
-                return []
-            except BaseException:
-                sequence.done, sequence.cache = True, None
-                raise
-            self.active.append(sequence)
             return [sequence]
         if not self.active:
             return []
         grown = list(self.active)
-        if len(grown) == 1:
-            self._one(grown[0])
-            return grown
-        for sequence, row in zip(grown, self._several(grown), strict=True):
-            self._take(sequence, row)
+        with enough_memory(
+            f"growing {len(grown)} answers, {sum(c.length for c in _caches(grown))} tokens in all",
+            "Let fewer grow at a time (max_sequences), or use shorter prompts.",
+        ):
+            if len(grown) == 1:
+                self._one(grown[0])
+                return grown
+            scores = self._several(grown)
+        for sequence, row in zip(grown, scores, strict=True):
+            with _on_its_own(sequence):
+                self._take(sequence, row)
         return grown
 
     @property
@@ -140,14 +159,18 @@ class Engine:
     def run(self, sequences: Iterable[Generation]) -> Iterator[Generation]:
         """Yield each sequence whenever it has grown or ended, until all have ended.
 
-        Leaving the iteration early returns the memory of those that have not.
+        Leaving the iteration early returns the memory of those that have not. An error that ends
+        a sequence is raised.
         """
         mine = list(sequences)
         for sequence in mine:
             self.add(sequence)
         try:
             while self.busy:
-                yield from self.step()
+                for sequence in self.step():
+                    if sequence.error is not None:
+                        raise sequence.error
+                    yield sequence
         finally:
             for sequence in mine:
                 sequence.stop()
@@ -178,25 +201,32 @@ class Engine:
             sequence.lookup = Lookup(batch.token_ids.tolist())
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
         cache: Cache | None = None
-        self._make_room(capacity)
-        if self.prefixes is not None and sequence.names:
-            cache = self.prefixes.begin(sequence.names, capacity)
-        if cache is not None:
-            sequence.num_reused = cache.length
-            batch = self.vlm.resolve_images(batch).after(cache.length)
-        elif self.static is not None:
-            cache = PagedCache(self.static.pool)
-            cache.reserve(capacity)
-        else:
-            cache = KVCache(
-                decoder.config,
-                dtype=decoder.dtype,
-                device=batch.token_ids.device,
-                capacity=capacity,
-            )
+        with enough_memory(
+            f"reading a prompt of {batch.num_tokens} tokens ({sum(batch.image_counts)} of them of "
+            f"{len(batch.image_counts)} images)",
+            "Shorten it, use fewer or smaller images, or load the model with a smaller precision.",
+        ):
+            self._make_room(capacity)
+            if self.prefixes is not None and sequence.names:
+                cache = self.prefixes.begin(sequence.names, capacity)
+            if cache is not None:
+                sequence.num_reused = cache.length
+                batch = self.vlm.resolve_images(batch).after(cache.length)
+            elif self.static is not None:
+                cache = PagedCache(self.static.pool)
+                cache.reserve(capacity)
+            else:
+                cache = KVCache(
+                    decoder.config,
+                    dtype=decoder.dtype,
+                    device=batch.token_ids.device,
+                    capacity=capacity,
+                )
+            hidden = self.vlm(batch, caches=(cache,))[-1]
+            with packed_kernels():  # always one row
+                scores = decoder.logits(hidden[-1:])[0]
         sequence.cache = cache
-        hidden = self.vlm(batch, caches=(cache,))[-1]
-        return decoder.logits(hidden[-1:])[0]
+        return scores
 
     def _make_room(self, *lengths: int) -> None:
         """Forget what was read before while there are too few pages for so many tokens each."""
@@ -248,7 +278,9 @@ class Engine:
         decoder, cache = self.vlm.decoder, sequence.cache
         assert cache is not None
         if not isinstance(cache, KVCache) or not can_flatten(decoder):
-            self._take(sequence, self._several([sequence])[0])
+            scores = self._several([sequence])[0]
+            with _on_its_own(sequence):
+                self._take(sequence, scores)
             return
         if self.flat is None or self.flat[0] is not cache:
             self.flat = (cache, FlatStep(decoder, cache, sequence.ahead))
@@ -256,7 +288,8 @@ class Engine:
         past = cache.length
         scores = self.flat[1].several((sequence.tokens[-1], *draft))
         for row, guess in zip(scores, (*draft, None), strict=True):
-            self._take(sequence, row)
+            with _on_its_own(sequence):
+                self._take(sequence, row)
             past += 1
             if sequence.done or sequence.tokens[-1] != guess:
                 break
@@ -265,7 +298,7 @@ class Engine:
     def _several(self, sequences: list[Generation]) -> Tensor:
         """Extend each sequence by its last token; return the scores of the next, [B, vocab]."""
         decoder = self.vlm.decoder
-        caches = tuple(one.cache for one in sequences if one.cache is not None)
+        caches = _caches(sequences)
         tokens = [one.tokens[-1] for one in sequences]
         places = [c.length + one.ahead for c, one in zip(caches, sequences, strict=True)]
         if self.static is not None:
@@ -278,6 +311,19 @@ class Engine:
             x = decoder.embed_tokens(torch.tensor(tokens, device=device))
             hidden = decoder(x, torch.tensor(places, device=device), layout)[-1]
             return decoder.logits(hidden)
+
+
+def _caches(sequences: Iterable[Generation]) -> tuple[Cache, ...]:
+    return tuple(one.cache for one in sequences if one.cache is not None)
+
+
+@contextmanager
+def _on_its_own(sequence: Generation) -> Iterator[None]:
+    """Let an error end this sequence and no other."""
+    try:
+        yield
+    except Exception as error:
+        sequence.done, sequence.error = True, error
 
 
 def generate(

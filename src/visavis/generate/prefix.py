@@ -17,7 +17,11 @@ SHORTEST = 16  # tokens in common that are worth copying
 
 
 class PrefixCache:
-    """A bounded store of caches by what they hold."""
+    """A bounded store of caches by what they hold.
+
+    A stream that nobody reads on is collected at any moment, and what it read is kept then: so
+    nothing here goes through the entries themselves.
+    """
 
     def __init__(self, max_bytes: int = 256 * 2**20) -> None:
         self.max_bytes = max_bytes
@@ -25,7 +29,7 @@ class PrefixCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(cache.num_bytes for cache in self.entries.values())
+        return sum(cache.num_bytes for cache in list(self.entries.values()))
 
     def begin(self, names: Names, capacity: int) -> Cache | None:
         """Return a new cache of the longest beginning that is known, None if none is.
@@ -33,20 +37,22 @@ class PrefixCache:
         It never holds the whole prompt: the last token is always read, for its scores.
         """
         best, longest = None, 0
-        for known in self.entries:
+        for known, cache in list(self.entries.items()):
             length = min(common(known, names), len(names) - 1)
             if length > longest:
-                best, longest = known, length
+                best, longest = (known, cache), length
         if best is None or longest < SHORTEST:
             return None
-        self.entries.move_to_end(best)
-        return self.entries[best].fork(longest, capacity)
+        if best[0] in self.entries:
+            self.entries.move_to_end(best[0])
+        return best[1].fork(longest, capacity)
 
     def keep(self, names: Names, cache: Cache) -> None:
         """Keep what was read of a prompt; `cache` may hold more and is not used by others again."""
         cache.truncate(len(names))
-        for known in [known for known in self.entries if common(known, names) == len(known)]:
-            del self.entries[known]  # the new one holds all of it
+        for known in list(self.entries):
+            if common(known, names) == len(known):
+                self.entries.pop(known, None)  # the new one holds all of it
         self.entries[names] = cache
         while self.num_bytes > self.max_bytes and self.entries:
             self.entries.popitem(last=False)

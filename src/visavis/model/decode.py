@@ -31,16 +31,20 @@ def can_flatten(decoder: Decoder) -> bool:
     config = decoder.config
     plain = config.norm == "rms" and not config.norm_offset and not config.qk_norm and config.gated
     simple = not (config.parallel_block or config.sliding_window)
-    on_cpu = decoder.embed.weight.device.type == "cpu"
+    on_cpu = decoder.norm.weight.device.type == "cpu"
     return plain and simple and on_cpu and config.rotary_dim == config.head_dim
 
 
 def is_row_by_row(decoder: Decoder) -> bool:
     """Return whether `FlatStep` gives a token the same scores whatever tokens come with it: packed
-    products do, dense ones sum in another order for one row and for several."""
+    products do, dense ones sum in another order for one row and for several, as do low-rank pairs
+    in float32."""
     linears = [(block.qkv, block.out, block.up, block.down) for block in decoder.blocks]
     every = (decoder.head, *chain.from_iterable(linears))
-    return can_flatten(decoder) and all(isinstance(one, PackedLinear) for one in every)
+    return can_flatten(decoder) and all(
+        isinstance(one, PackedLinear) and (one.low is None or one.dtype == torch.bfloat16)
+        for one in every
+    )
 
 
 class FlatStep:

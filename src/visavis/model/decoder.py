@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from visavis.model.attention import Layout, attend
 from visavis.model.config import DecoderConfig
 from visavis.model.layers import Embedding, Linear
-from visavis.model.quantized import decoding
+from visavis.model.quantized import PackedEmbedding, decoding
 from visavis.model.rope import Rope, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         self.config = config
         self.recompute = False  # in training: activations of blocks again on the way back
         self.rope = Rope(config)
-        self.embed = Embedding(config.vocab_size, config.width)
+        self.embed: Embedding | PackedEmbedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = Norm(config.width, config)
         self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
@@ -124,6 +124,8 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What matmuls compute in."""
+        if isinstance(self.embed, PackedEmbedding):
+            return self.embed.dtype
         weight = self.embed.weight
         if torch.is_autocast_enabled(weight.device.type):
             return torch.get_autocast_dtype(weight.device.type)

@@ -134,12 +134,18 @@ class PromptEncoder:
         return len(prompt.visuals) == 1 or not sized_by_company(self.processor)
 
     def checked(self, encoded: Encoded) -> Encoded:
-        """Return a sequence that fits the context.
+        """Return a sequence that holds something and fits the context.
 
         Raises:
-            ContextLengthError: it does not.
+            InputError: it holds no token.
+            ContextLengthError: it does not fit.
         """
         length = len(encoded.token_ids)
+        if not length:
+            raise InputError(
+                f"the prompt has no tokens: nothing of its text is left as {self.name} reads it, "
+                "perhaps only marks that its tokenizer drops. Give some text or an image."
+            )
         if length >= self.context_length:
             raise ContextLengthError(
                 f"the prompt has {length} tokens ({sum(n for _, n in encoded.image_slots)} of them "

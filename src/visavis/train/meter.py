@@ -108,7 +108,7 @@ def flops_per_token(decoder: nn.Module) -> float:
     weights = 0
     for module in blocks.modules():
         if isinstance(module, PackedLinear):
-            weights += module.dense.numel()
+            weights += module.num_weights
         elif isinstance(size := getattr(module, "in_features", None), int):
             weights += size * int(getattr(module, "out_features", 0))
     trained = sum(p.numel() for p in blocks.parameters() if p.requires_grad and p.dim() == 2)

@@ -122,6 +122,8 @@ def decoder_config(file: GGUFFile) -> DecoderConfig:
 def decoder_tensors(file: GGUFFile) -> Iterator[tuple[str, list[StoredPart]]]:
     """Yield each tensor of ours by name, as the stored parts whose rows make it up.
 
+    Their bytes are in memory until the next tensor is asked for.
+
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape; all are named.
     """
@@ -137,6 +139,8 @@ def decoder_tensors(file: GGUFFile) -> Iterator[tuple[str, list[StoredPart]]]:
                 raw = _halves_apart(raw, config.head_dim)
             stored.append(StoredPart(raw, info.type, info.shape))
         yield ours, stored
+        for part in parts:
+            file.release(part.name)
 
 
 def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
@@ -145,21 +149,35 @@ def decoder_state(file: GGUFFile) -> Iterator[tuple[str, np.ndarray]]:
     Raises:
         CheckpointError: as `decoder_tensors`; a type that cannot be dequantised.
     """
+    check_types(file)
+    for ours, stored in decoder_tensors(file):
+        yield ours, dequantized(file, ours, stored)
+
+
+def check_types(file: GGUFFile) -> None:
+    """Refuse a file with tensors that cannot be dequantised.
+
+    Raises:
+        CheckpointError: naming one, and the types that can be.
+    """
     for info in file.tensors.values():
         if info.type not in quants.SUPPORTED:
-            file.dequantize(info.name)  # raises, naming the tensor and the types that can be
-    for ours, stored in decoder_tensors(file):
-        num_rows = sum(part.shape[0] for part in stored)
-        array = np.empty((num_rows, *stored[0].shape[1:]), np.float32)
-        start = 0
-        for part in stored:
-            part.dequantize(array[start : start + part.shape[0]])
-            start += part.shape[0]
-        with np.errstate(all="ignore"):
-            finite = np.isfinite(array.sum())
-        if not finite:
-            warn_not_finite(ours, str(file.path))
-        yield ours, array
+            file.dequantize(info.name)
+
+
+def dequantized(file: GGUFFile, ours: str, stored: list[StoredPart]) -> np.ndarray:
+    """Return one tensor of ours as float32."""
+    num_rows = sum(part.shape[0] for part in stored)
+    array = np.empty((num_rows, *stored[0].shape[1:]), np.float32)
+    start = 0
+    for part in stored:
+        part.dequantize(array[start : start + part.shape[0]])
+        start += part.shape[0]
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(array.sum())
+    if not finite:
+        warn_not_finite(ours, str(file.path))
+    return array
 
 
 def gguf_state(

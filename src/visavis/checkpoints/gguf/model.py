@@ -13,15 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from visavis.checkpoints.gguf.decoder import decoder_config, decoder_state
+from visavis.checkpoints.gguf.decoder import check_types, decoder_config, decoder_tensors
+from visavis.checkpoints.gguf.groups import take_blocks
 from visavis.checkpoints.gguf.mmproj import ARCHITECTURE, Half, half_state, read_half
 from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
 from visavis.checkpoints.gguf.split import open_model
-from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
-from visavis.checkpoints.packing import pack_linears
+from visavis.checkpoints.loaded import Loaded, fingerprint
+from visavis.checkpoints.packing import Packing
 from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
 from visavis.processing.profile import PromptProfile
@@ -69,27 +67,21 @@ def load_gguf(
     if half is not None:
         # Without a placeholder in the vocabulary any id will do: images are found by position.
         config = half.joined(config, specials.by_text.get(PLACEHOLDER, 0))
-    dtype = auto_dtype(precision, device)
-    state: dict[str, Tensor] = {}
-    for name, array in decoder_state(file):
-        tensor = torch.from_numpy(array)
-        state[name] = tensor if tensor.dim() == 1 else tensor.to(dtype)
-        file.release()
+    check_types(file)
+    tokenizer = build_tokenizer(file.metadata)
+    packing = Packing(config, precision, device, where=str(path))
+    state = {n: take_blocks(packing, file, n, stored) for n, stored in decoder_tensors(file)}
     if vision is not None and half is not None:
-        types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
         for name, tensor in half_state(vision, half):
-            state[name] = tensor.to(types[name])
-    vlm = build(config, state, dtype, device, where=str(path))
-    if device == "cpu" and dtype == torch.bfloat16:
-        pack_linears(vlm.decoder, file)
+            state[name] = packing.take(name, tensor)
     return Loaded(
         name=str(file.metadata.get("general.name", path.stem)),
-        vlm=vlm,
-        tokenizer=build_tokenizer(file.metadata),
+        vlm=packing.build(state),
+        tokenizer=tokenizer,
         specials=specials,
         profile=_profile(file),
         processor=None if half is None else half.processor,
-        fingerprint=fingerprint(paths, {"precision": str(dtype)}),
+        fingerprint=fingerprint(paths, {"precision": packing.regime}),
         files=paths,
     )
 

@@ -67,23 +67,30 @@ class GGUFFile:
     """An open GGUF file: metadata in memory, tensors on disk until asked for."""
 
     def __init__(
-        self, path: Path, data: np.ndarray, metadata: dict[str, Any], tensors: dict[str, TensorInfo]
+        self,
+        path: Path,
+        mapped: mmap.mmap | bytes,
+        metadata: dict[str, Any],
+        tensors: dict[str, TensorInfo],
     ) -> None:
         self.path = path
         self.metadata = metadata
         self.tensors: Mapping[str, TensorInfo] = tensors
-        self._data = data  # uint8 [file size], memory-mapped, read-only
+        self._mapped = mapped  # read-only
 
     def raw(self, name: str) -> np.ndarray:
         """Return a tensor's bytes, a read-only uint8 view of the mapped file."""
         info = self.tensors[name]
-        return self._data[info.offset : info.offset + info.nbytes]
+        return np.frombuffer(self._mapped, np.uint8, info.nbytes, info.offset)
 
-    def release(self) -> None:
-        """Let the pages that were read go; they are read again when they are needed."""
-        mapped = getattr(self._data.base, "obj", None)  # none of a split file, which maps nothing
-        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+    def release(self, name: str) -> None:
+        """Say that a tensor's bytes are not needed any more: they leave this process's memory, and
+        are read from the file again if they are asked for."""
+        if isinstance(self._mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            info = self.tensors[name]
+            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            end = info.offset + info.nbytes
+            self._mapped.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def dequantize(self, name: str) -> np.ndarray:
         """Return a tensor as float32 in its shape.
@@ -151,7 +158,7 @@ class _Reader:
         entries = [self._tensor_entry() for _ in range(num_tensors)]
         start = -(-self.at // alignment) * alignment
         tensors = self._tensors(entries, start, alignment)
-        return GGUFFile(self.path, np.frombuffer(self.mapped, np.uint8), metadata, tensors)
+        return GGUFFile(self.path, self.mapped, metadata, tensors)
 
     def _header(self) -> tuple[int, int]:
         magic, version, num_tensors, num_pairs = HEADER.unpack_from(self.mapped)

@@ -22,7 +22,7 @@ class SplitGGUF(GGUFFile):
     """Several open files as one: tensors stay in the file that holds them."""
 
     def __init__(self, parts: list[GGUFFile]) -> None:
-        self.parts, first = parts, parts[0]
+        first = parts[0]
         metadata = {k: v for k, v in first.metadata.items() if not k.startswith("split.")}
         self.owner: dict[str, GGUFFile] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -34,15 +34,14 @@ class SplitGGUF(GGUFFile):
                         "expected once; parts of two models are mixed, fetch them again."
                     )
                 tensors[name], self.owner[name] = info, part
-        super().__init__(first.path, np.empty(0, np.uint8), metadata, tensors)
+        super().__init__(first.path, b"", metadata, tensors)
 
     def raw(self, name: str) -> np.ndarray:
         """Return a tensor's bytes, a read-only uint8 view of its mapped file."""
         return self.owner[name].raw(name)
 
-    def release(self) -> None:
-        for part in self.parts:
-            part.release()
+    def release(self, name: str) -> None:
+        self.owner[name].release(name)
 
 
 def part_names(name: str) -> list[str]:

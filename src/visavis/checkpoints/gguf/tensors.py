@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from visavis.checkpoints.gguf.quantize import quantize
 from visavis.checkpoints.gguf.writer import NewTensor
-from visavis.model.quantized import PackedLinear
 
 CHUNK = 1 << 22  # values that are float32 at a time
 
@@ -19,7 +18,7 @@ def weight(module: nn.Module, name: str) -> Tensor:
     """Return a tensor below a module by name, whatever keeps it."""
     owner_name, _, last = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    found = owner.dense if isinstance(owner, PackedLinear) else getattr(owner, last)
+    found = getattr(owner, last)
     assert isinstance(found, Tensor)
     return found.detach()
 

@@ -34,8 +34,9 @@ from visavis.checkpoints.llava.layout import (
     turns_of,
     vlm_config,
 )
-from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
+from visavis.checkpoints.loaded import Loaded, fingerprint
 from visavis.checkpoints.names import NameTable
+from visavis.checkpoints.packing import Packing
 from visavis.checkpoints.transformers.config import vision_part
 from visavis.checkpoints.transformers.folder import (
     CONFIG_NAME,
@@ -51,7 +52,6 @@ from visavis.checkpoints.transformers.settings import Json, require
 from visavis.checkpoints.weight_files import (
     StoredTensor,
     TensorFiles,
-    check_values,
     read_headers,
     read_json,
     weight_files,
@@ -103,20 +103,14 @@ def load_llava(
     tokenizer, specials = load_tokenizer(words)
     specials = _with_image_tokens(tokenizer, specials, found, words)
     check_vocabulary(tokenizer, config, words)
-    dtype = auto_dtype(precision, device)
-    types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
-
-    def convert(name: str, tensor: Tensor) -> Tensor:
-        check_values(name, tensor, str(folder))
-        return tensor.to(types[name])
-
-    state = read_as(config, found.table, found.tensors, where=str(folder), convert=convert)
+    packing = Packing(config, precision, device, where=str(folder))
+    state = read_as(config, found.table, found.tensors, where=str(folder), convert=packing.take)
     identity: dict[str, Any] = {"config": data, "text": found.text, "vision": found.vision}
     identity |= {"processor": processor.to_dict(), "adapters": [one.config for one in adapters]}
     top = adapters[-1].folder if adapters else folder
     return Loaded(
         name=top.resolve().name,
-        vlm=build(config, state, dtype, device, where=str(folder)),
+        vlm=packing.build(state),
         tokenizer=tokenizer,
         specials=specials,
         profile=_profile(found, folder),

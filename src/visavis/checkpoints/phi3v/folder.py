@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from visavis.checkpoints.adapters import Adapter, merged
-from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
+from visavis.checkpoints.loaded import Loaded, fingerprint
 from visavis.checkpoints.names import NameTable
+from visavis.checkpoints.packing import Packing
 from visavis.checkpoints.phi3v.layout import image_processor, name_table, vlm_config
 from visavis.checkpoints.transformers.folder import (
     CONFIG_NAME,
@@ -29,7 +28,6 @@ from visavis.checkpoints.transformers.layout import read_as
 from visavis.checkpoints.transformers.settings import Json
 from visavis.checkpoints.weight_files import (
     TensorFiles,
-    check_values,
     read_json,
     read_tensors,
     weight_files,
@@ -61,14 +59,8 @@ def load_phi3v(
     words = words_folder(adapters, folder)
     tokenizer, specials = load_tokenizer(words)
     check_vocabulary(tokenizer, config, words)
-    dtype = auto_dtype(precision, device)
-    types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
-
-    def convert(name: str, tensor: Tensor) -> Tensor:
-        check_values(name, tensor, str(top))
-        return tensor.to(types[name])
-
-    state = read_as(config, found.table, found.tensors, where=str(top), convert=convert)
+    packing = Packing(config, precision, device, where=str(top))
+    state = read_as(config, found.table, found.tensors, where=str(top), convert=packing.take)
     # The published processor tokenises what stands between images piece by piece, so that
     # beginning-of-sequence stands after each image too.
     repeated = specials.bos_id if specials.add_bos else None
@@ -77,7 +69,7 @@ def load_phi3v(
     identity["adapters"] = [adapter.config for adapter in adapters]
     return Loaded(
         name=top.resolve().name,
-        vlm=build(config, state, dtype, device, where=str(top)),
+        vlm=packing.build(state),
         tokenizer=tokenizer,
         specials=specials,
         profile=PromptProfile(turns="phi3_v", image_end=bos),

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from visavis.checkpoints.adapters import Adapter, is_adapter, merged, read_adapter
-from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
+from visavis.checkpoints.loaded import Loaded, fingerprint
 from visavis.checkpoints.names import NameTable
+from visavis.checkpoints.packing import Packing
 from visavis.checkpoints.tinyllava.defaults import DINOV2_PIXELS, image_processor
 from visavis.checkpoints.tinyllava.layout import (
     OLD_PLACES,
@@ -48,7 +49,6 @@ from visavis.checkpoints.transformers.settings import Json, require
 from visavis.checkpoints.weight_files import (
     StoredTensor,
     TensorFiles,
-    check_values,
     read_headers,
     read_json,
     weight_files,
@@ -87,19 +87,13 @@ def load_tinyllava(
     words = words_folder(adapters, folder)
     tokenizer, specials = load_tokenizer(words)
     check_vocabulary(tokenizer, config, words)
-    dtype = auto_dtype(precision, device)
-    types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
-
-    def convert(name: str, tensor: Tensor) -> Tensor:
-        check_values(name, tensor, str(folder))
-        return tensor.to(types[name])
-
-    state = read_as(config, found.table, found.tensors, where=str(folder), convert=convert)
+    packing = Packing(config, precision, device, where=str(folder))
+    state = read_as(config, found.table, found.tensors, where=str(folder), convert=packing.take)
     identity: dict[str, Any] = {"config": found.data, "processor": found.processor.to_dict()}
     identity["adapters"] = [one.config for one in found.adapters]
     return Loaded(
         name=top.resolve().name,
-        vlm=build(config, state, dtype, device, where=str(folder)),
+        vlm=packing.build(state),
         tokenizer=tokenizer,
         specials=specials,
         profile=PromptProfile(turns=found.turns),

@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from visavis.checkpoints.adapters import Adapter, merged
-from visavis.checkpoints.loaded import Loaded, auto_dtype, blank, build, fingerprint
+from visavis.checkpoints.loaded import Loaded, fingerprint
+from visavis.checkpoints.packing import Packing
 from visavis.checkpoints.transformers.config import vlm_config
 from visavis.checkpoints.transformers.layout import read, vlm_table
 from visavis.checkpoints.transformers.processor import grids, processor_config
@@ -26,7 +25,6 @@ from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
 from visavis.checkpoints.transformers.settings import Json, section
 from visavis.checkpoints.weight_files import (
     MAX_JSON_BYTES,
-    check_values,
     read_json,
     read_tensors,
     weight_files,
@@ -74,20 +72,14 @@ def load_transformers(
     files = weight_files(folder)
     tensors = merged(read_tensors(files), adapters, vlm_table(data, config).canonical)
     files += [file for adapter in adapters for file in adapter.files]
-    dtype = auto_dtype(precision, device)
-    types = {name: tensor.dtype for name, tensor in blank(config, dtype).state_dict().items()}
-
-    def convert(name: str, tensor: Tensor) -> Tensor:
-        check_values(name, tensor, str(top))
-        return tensor.to(types[name])
-
-    state = read(data, tensors, where=str(top), convert=convert)
+    packing = Packing(config, precision, device, where=str(top))
+    state = read(data, tensors, where=str(top), convert=packing.take)
     template = chat_template(words)
     identity = data | {"processor": processor.to_dict() if processor else None, "chat": template}
     identity["adapters"] = [adapter.config for adapter in adapters]
     return Loaded(
         name=top.resolve().name,
-        vlm=build(config, state, dtype, device, where=str(top)),
+        vlm=packing.build(state),
         tokenizer=tokenizer,
         specials=specials,
         profile=PromptProfile(jinja=template),
