@@ -96,9 +96,27 @@ def test_blocks_of_rows_change_nothing(symmetric: bool, monkeypatch: pytest.Monk
         return loss, torch.autograd.grad(loss, queries)[0]
 
     whole = run()
-    monkeypatch.setattr("visavis.train.objectives.BLOCK", 3)
+    monkeypatch.setattr("visavis.train.objectives.CELLS", 3 * 12)
     for found, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_pairs_can_be_excluded_as_their_rows_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, targets = unit(7, 0), unit(12, 1)
+    keys = torch.tensor([0, 1, 2, 0, 4, 5, 1, 7, 2, 9, 10, 11])  # some targets say the same
+    matrix, asked = keys[:7, None] == keys[None], []
+
+    def rows(block: slice) -> torch.Tensor:
+        asked.append(block)
+        return matrix[block]
+
+    monkeypatch.setattr("visavis.train.objectives.CELLS", 3 * 12)
+    found, expected = (
+        contrastive_loss(queries, targets, Contrast(True, 9.0), scale=20, excluded=excluded)
+        for excluded in (rows, matrix)
+    )
+    assert found == expected
+    assert asked[:3] == [slice(0, 3), slice(3, 6), slice(6, 7)]
 
 
 @pytest.mark.parity
