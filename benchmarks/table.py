@@ -13,7 +13,7 @@ from _harness import FOLDER, RESULTS, markdown
 
 PAGE = FOLDER.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-ORDER = ("decode", "prefill", "embed", "load")
+ORDER = ("decode", "prefill", "embed", "train", "gradcache", "load")
 
 
 def main() -> None:
