@@ -149,3 +149,17 @@ def test_both_directions_are_the_peers() -> None:
     theirs = peer.calculate_loss([[queries], [targets]])
     ours = contrastive_loss(queries, targets, Contrast(symmetric=True), scale=20)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_hardness_weighting_turns_the_gradient_to_hard_negatives() -> None:
+    """A negative's share of the push is its share of the softmax, which alpha sharpens."""
+    shares = []
+    for alpha in (0.0, 9.0):
+        similarity = torch.tensor([[0.8, 0.7, 0.3, 0.1, -0.2]], requires_grad=True)
+        row_losses(similarity, Contrast(alpha=alpha), scale=5.0).sum().backward()
+        pushed = similarity.grad[0, 1:]  # type: ignore[index]
+        shares.append(float(pushed[0] / pushed.sum()))
+    easy = torch.tensor([0.7, 0.3, 0.1, -0.2])
+    expected = [float((k * easy).softmax(0)[0]) for k in (5.0, 14.0)]
+    assert shares == pytest.approx(expected, abs=1e-5)
+    assert shares[0] < 0.9 < 0.99 < shares[1]
