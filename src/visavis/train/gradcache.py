@@ -21,6 +21,7 @@ from torch import Tensor
 
 Chunk = TypeVar("Chunk")
 
+TRIM_EVERY = 4  # chunks; to touch the memory anew takes time
 trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
@@ -46,10 +47,10 @@ def cached_backward(
     """
     states, parts = [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
             states.append(RandomState())
             parts.append(encode(chunk))
-            give_back()
+            give_back(number)
     lengths = [len(part) for part in parts]
     vectors = torch.cat(parts).requires_grad_()
     parts.clear()
@@ -57,6 +58,7 @@ def cached_backward(
     backward(loss, None)
     assert vectors.grad is not None
     gradients = (vectors.grad * factor).split(lengths)
+    loss = loss.detach()
     del vectors
     after = RandomState()
     for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
@@ -64,9 +66,9 @@ def cached_backward(
         last = sync_last and number == len(chunks) - 1
         with nullcontext() if last else no_sync():
             backward(encode(chunk), gradient)
-        give_back()
+        give_back(number)
     after.restore()
-    return loss.detach()
+    return loss
 
 
 def token_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -82,10 +84,10 @@ def token_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return chunks
 
 
-def give_back() -> None:
-    """Return freed memory to the system; glibc would keep what lies between the little that each
-    chunk leaves behind, more with every one."""
-    if trim is not None:
+def give_back(number: int) -> None:
+    """Return freed memory to the system after every few chunks; glibc would keep what lies between
+    the little that each leaves behind, more with every one."""
+    if trim is not None and number % TRIM_EVERY == TRIM_EVERY - 1:
         trim(0)
 
 
