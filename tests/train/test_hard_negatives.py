@@ -1,4 +1,4 @@
-"""What hard negatives teach: small runs, their hits on held-out pictures (numbers in dev/LOG.md)."""
+"""What hard negatives teach: hits of small runs on held-out pictures (numbers in dev/LOG.md)."""
 
 from __future__ import annotations
 
