@@ -83,4 +83,4 @@ def test_hardness_weighting_helps_where_the_temperature_is_high(
             folder = tmp_path / f"{seed}-{alpha}"
             found.append(contrast(folder, speaker, seed, "find", **settings))
     assert min(hits[9.0]) > 40 * CHANCE
-    assert mean(hits[9.0]) > mean(hits[0.0]) + 0.02, hits
+    assert mean(hits[9.0]) > mean(hits[0.0]) + 0.05, hits
