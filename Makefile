@@ -32,8 +32,9 @@ test: $(VENV)/.dev ## Run the default tests
 test-slow: $(VENV)/.dev ## Run every test, the slow and the network ones too
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -m "" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-bench: $(VENV)/.bench ## Measure against transformers and llama.cpp
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(VENV)/.bench ## Measure against transformers, llama.cpp and sentence-transformers
+	@set -e; for name in decode prefill picture embed train gradcache load memory precision table; do \
+	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 check: $(VENV)/.dev ## Format, lint, types, spelling; changes nothing
 	$(BIN)/ruff format --check .
@@ -70,7 +71,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --editable ".[bench,demo]"
+	$(PIP) install --quiet --editable ".[bench,demo,train]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml

@@ -43,6 +43,7 @@ PACKAGES = (
 BUSY = 0.5  # load per core before we start: above it, other programs distort what is measured
 REST_SECONDS = 0.2  # between engines: threads of the last one may still spin
 OURS = "visavis"
+LOW = ("s", "ms", "MB", "×")  # units in which less is better
 
 
 @dataclass
@@ -134,7 +135,7 @@ class Engine:
         self.log.seek(0)
         raise SystemExit(
             f"{self.name} failed at {do!r}:\n{error or self.log.read()[-4000:]}\n"
-            "If a package is missing, install the peers with: pip install -e '.[bench,demo]'"
+            "If a package is missing, install the peers with: pip install -e '.[bench,demo,train]'"
         )
 
 
@@ -223,7 +224,7 @@ class Report:
         ratios: Mapping[str, float] | None = None,
         limit: float | None = None,
     ) -> None:
-        """Add one row per engine. A unit of seconds is better low, any other better high.
+        """Add one row per engine. Times and sizes are better low, any other unit better high.
 
         Args:
             ratios: by peer, how many times as fast as it we want to be.
@@ -244,7 +245,7 @@ class Report:
                 row |= {"limit": limit, "met": limit is None or medians[name] < limit}
             else:
                 ratio = medians[OURS] / medians[name]
-                ratio = 1 / ratio if unit == "s" else ratio
+                ratio = 1 / ratio if unit in LOW else ratio
                 target = (ratios or {}).get(name)
                 row |= {"ratio": ratio, "target": target, "met": target is None or ratio >= target}
             self.rows.append(row)

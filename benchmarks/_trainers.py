@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from _harness import serve
+from _llava import write_llava
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 BATCH, MICRO = 16, 8  # conversations of a step, and of one padded pass of the peer
@@ -45,36 +46,7 @@ class Visavis:
         """Write the model's folder and conversations of the lengths of real ones."""
         import random
 
-        import torch
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-        from transformers import LlavaForConditionalGeneration as Llava
-
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        special = ["<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
-        tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special])
-        vocabulary = tokenizer.get_vocab_size()
-        torch.manual_seed(0)
-        config = LlavaConfig(
-            text_config=LlamaConfig(**TEXT, vocab_size=vocabulary, tie_word_embeddings=False),
-            vision_config=CLIPVisionConfig(**VISION),
-            image_token_index=tokenizer.token_to_id("<image>"),
-        )
-        place = Path(folder)
-        Llava(config).save_pretrained(place)
-        tokenizer.save(str(place / "tokenizer.json"))
-        words = {"bos_token": None, "eos_token": "<|im_end|>", "add_bos_token": False}
-        (place / "tokenizer_config.json").write_text(json.dumps(words))
-        size = VISION["image_size"]
-        processor = {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": size},
-            "crop_size": {"height": size, "width": size},
-        }
-        (place / "preprocessor_config.json").write_text(json.dumps(processor))
+        write_llava(Path(folder), TEXT, VISION)
         draw = random.Random(0)
         lines = []
         for number in range(BATCH * 40):

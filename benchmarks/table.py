@@ -13,7 +13,7 @@ from _harness import FOLDER, RESULTS, markdown
 
 PAGE = FOLDER.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-ORDER = ("decode", "prefill", "picture", "embed", "load", "cuda")
+ORDER = ("decode", "prefill", "picture", "embed", "train", "gradcache", "load", "cuda")
 
 
 def main() -> None:

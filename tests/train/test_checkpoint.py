@@ -18,12 +18,14 @@ import pytest
 import torch
 
 from tests.train.training import TinyRun
+from visavis.checkpoints.load import load_checkpoint
 from visavis.errors import TrainError
 from visavis.train.checkpoint import found
 from visavis.train.loop import Stopped, train_loop
 from visavis.train.lora import add_lora
 from visavis.train.meter import RunLog, read_log
-from visavis.train.recipe import LoraRecipe
+from visavis.train.output import save_model
+from visavis.train.recipe import LoraRecipe, read_recipe
 from visavis.train.tasks.joint import JointTask
 
 STEPS = 26
@@ -167,6 +169,18 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     last = TinyRun()
     lines = last.train(last.generative(), tmp_path / "run")
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected[2:]]
+
+
+def test_a_full_disk_leaves_the_last_model(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "recipes" / "tiny-llave.yaml"
+    recipe, loaded = read_recipe(path, []), load_checkpoint("tiny-random", device="cpu")
+    save_model(loaded, recipe, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    message = r"could not be written to .*model .* before is intact\. .*run the same command again"
+    with files_of_at_most(20_000), pytest.raises(TrainError, match=message):
+        save_model(loaded, recipe, tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_log_on_a_full_disk_is_an_error() -> None:

@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from visavis.train import batcher
 from visavis.train.checkpoint import found
 from visavis.train.loop import LoopSettings, flat, schedule, train_loop
 from visavis.train.meter import Meter, flops_per_token, peak_flops
+from visavis.train.processes import Processes
 from visavis.train.tasks import Part
 from visavis.train.tasks.joint import JointTask
 
@@ -267,6 +269,23 @@ def test_the_meter_counts_and_says_so() -> None:
     assert "mfu" not in line and meter.take()["tokens"] == 0
     nested = {"step": 3, "loss": {"generative": 3.0}}
     assert flat(nested) == {"step": 3, "loss/generative": 3.0}
+
+
+def test_time_spent_waiting_for_data_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = Meter()
+    meter.started -= 10
+    meter.add([Part("generative", 2.0, 30, waited=0.5), Part("contrastive", 1.0, 12, waited=2.0)])
+    assert meter.take()["stall"] == pytest.approx(0.25, abs=0.01)
+    run, ticks = TinyRun(), count()
+    monkeypatch.setattr(batcher.time, "perf_counter", lambda: float(next(ticks)))
+    task = JointTask([run.generative(micro_tokens=60), run.contrastive(chunk_tokens=60)])
+    parts = task.step(run.trainee, Processes(run.accelerator, run.trainee, run.groups))
+    assert all(part.waited > 1 for part in parts)  # at the start, and for each chunk
+    monkeypatch.undo()
+    lines = run.train(task, tmp_path, steps=2)
+    assert all(0 < line["stall"] < 1 for line in lines)
 
 
 def test_operations_are_counted_by_what_is_trained() -> None:

@@ -96,9 +96,27 @@ def test_blocks_of_rows_change_nothing(symmetric: bool, monkeypatch: pytest.Monk
         return loss, torch.autograd.grad(loss, queries)[0]
 
     whole = run()
-    monkeypatch.setattr("visavis.train.objectives.BLOCK", 3)
+    monkeypatch.setattr("visavis.train.objectives.CELLS", 3 * 12)
     for found, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_pairs_can_be_excluded_as_their_rows_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, targets = unit(7, 0), unit(12, 1)
+    keys = torch.tensor([0, 1, 2, 0, 4, 5, 1, 7, 2, 9, 10, 11])  # some targets say the same
+    matrix, asked = keys[:7, None] == keys[None], []
+
+    def rows(block: slice) -> torch.Tensor:
+        asked.append(block)
+        return matrix[block]
+
+    monkeypatch.setattr("visavis.train.objectives.CELLS", 3 * 12)
+    found, expected = (
+        contrastive_loss(queries, targets, Contrast(True, 9.0), scale=20, excluded=excluded)
+        for excluded in (rows, matrix)
+    )
+    assert found == expected
+    assert asked[:3] == [slice(0, 3), slice(3, 6), slice(6, 7)]
 
 
 @pytest.mark.parity
@@ -131,3 +149,17 @@ def test_both_directions_are_the_peers() -> None:
     theirs = peer.calculate_loss([[queries], [targets]])
     ours = contrastive_loss(queries, targets, Contrast(symmetric=True), scale=20)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_hardness_weighting_turns_the_gradient_to_hard_negatives() -> None:
+    """A negative's share of the push is its share of the softmax, which alpha sharpens."""
+    shares = []
+    for alpha in (0.0, 9.0):
+        similarity = torch.tensor([[0.8, 0.7, 0.3, 0.1, -0.2]], requires_grad=True)
+        row_losses(similarity, Contrast(alpha=alpha), scale=5.0).sum().backward()
+        pushed = similarity.grad[0, 1:]  # type: ignore[index]
+        shares.append(float(pushed[0] / pushed.sum()))
+    easy = torch.tensor([0.7, 0.3, 0.1, -0.2])
+    expected = [float((k * easy).softmax(0)[0]) for k in (5.0, 14.0)]
+    assert shares == pytest.approx(expected, abs=1e-5)
+    assert shares[0] < 0.9 < 0.99 < shares[1]

@@ -89,6 +89,7 @@ def some_lines(num: int) -> list[dict[str, Any]]:
             "norm": {"lora": None if i == 1 else 0.5},
             "tokens": 1000,
             "seconds": 2.0,
+            "stall": 0.02,
             "tokens_per_second": 500 + i,
         }
         for i in range(num)
@@ -125,6 +126,7 @@ def test_the_page_says_what_was_run(tmp_path: Path) -> None:
         "learning rate of lora",
         "gradient norm of lora",
         "speed",
+        "share of the time spent waiting for data",
     ]
     assert str(labels[0]).startswith("generative loss: 3 at step 10, 2.02 at step 400; between")
     assert all(own.get("role") == "img" for tag, own in page.elements if tag == "svg")
@@ -135,7 +137,7 @@ def test_the_page_says_what_was_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num", [0, 1, 2, 700])
 def test_runs_of_any_length_are_drawn(num: int, tmp_path: Path) -> None:
     page = Page(write_run(tmp_path, some_lines(num), []))
-    assert page.count("svg") == (4 if num > 1 else 4 * num)
+    assert page.count("svg") == 5 * min(1, num)
     assert len(page.source) < 200_000
 
 

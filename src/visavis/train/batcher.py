@@ -6,8 +6,10 @@ tower's output takes their place. Knows prompts and the encoder; runs no model.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -58,6 +60,7 @@ class Batcher:
         self.cut = min(self.max_tokens, encoder.context_length - 1) if cut else None
         self.pool = ThreadPoolExecutor(threads)
         self.ahead = ThreadPoolExecutor(1)  # makes the next batch; waits for `pool`
+        self.waited = 0.0  # see `waiting`
 
     def chat(self, sample: Chat) -> Encoded:
         """Encode a conversation.
@@ -143,10 +146,29 @@ class Batcher:
         for make in makers:
             coming = self.ahead.submit(make)
             if waiting is not None:
-                yield waiting.result()
+                yield self.result(waiting)
             waiting = coming
         if waiting is not None:
-            yield waiting.result()
+            yield self.result(waiting)
+
+    def result(self, future: Future[T]) -> T:
+        """Return what a thread makes, and count the time until it has."""
+        with self.waiting():
+            return future.result()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent here as that in which the model had nothing to do."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - started
+
+    def take_waited(self) -> float:
+        """Return the seconds that were counted, and start over."""
+        waited, self.waited = self.waited, 0.0
+        return waited
 
 
 def _seen(id: str, future: Future[Any]) -> Visual:

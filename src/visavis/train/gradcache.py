@@ -10,6 +10,8 @@ is ever in memory. Knows no model and no objective.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -18,6 +20,9 @@ import torch
 from torch import Tensor
 
 Chunk = TypeVar("Chunk")
+
+TRIM_EVERY = 4  # chunks; to touch the memory anew takes time
+trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def cached_backward(
@@ -42,22 +47,28 @@ def cached_backward(
     """
     states, parts = [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
             states.append(RandomState())
             parts.append(encode(chunk))
+            give_back(number)
+    lengths = [len(part) for part in parts]
     vectors = torch.cat(parts).requires_grad_()
+    parts.clear()
     loss = loss_of(vectors)
     backward(loss, None)
     assert vectors.grad is not None
-    gradients = (vectors.grad * factor).split([len(part) for part in parts])
+    gradients = (vectors.grad * factor).split(lengths)
+    loss = loss.detach()
+    del vectors
     after = RandomState()
     for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
         state.restore()
         last = sync_last and number == len(chunks) - 1
         with nullcontext() if last else no_sync():
             backward(encode(chunk), gradient)
+        give_back(number)
     after.restore()
-    return loss.detach()
+    return loss
 
 
 def token_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -71,6 +82,13 @@ def token_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
         chunks[-1].append(index)
         used += length
     return chunks
+
+
+def give_back(number: int) -> None:
+    """Return freed memory to the system after every few chunks; glibc would keep what lies between
+    the little that each leaves behind, more with every one."""
+    if trim is not None and number % TRIM_EVERY == TRIM_EVERY - 1:
+        trim(0)
 
 
 class RandomState:

@@ -1,4 +1,5 @@
-"""What a run says about itself: mean losses, tokens per second, share of the processor's peak.
+"""What a run says about itself: mean losses, tokens per second, share of the processor's peak, and
+of the time in which it waited for data.
 
 The log is `log.jsonl`, a line per interval; a run that goes on first takes back what it had logged
 beyond its checkpoint. Knows no objective by name and draws nothing.
@@ -49,6 +50,7 @@ class Meter:
         self.losses: dict[str, list[float]] = {}
         self.tokens = 0
         self.timed = 0  # tokens since `started`
+        self.waited = 0.0  # seconds since then in which the model waited for data
         self.started = time.perf_counter()
 
     def add(self, parts: Sequence[Part]) -> None:
@@ -57,11 +59,16 @@ class Meter:
             self.losses.setdefault(part.name, []).append(part.loss)
             self.tokens += part.tokens
             self.timed += part.tokens
+            self.waited += part.waited
 
     @property
     def speed(self) -> float:
         """Tokens per second."""
-        return self.timed / max(1e-9, time.perf_counter() - self.started)
+        return self.timed / self.seconds
+
+    @property
+    def seconds(self) -> float:
+        return max(1e-9, time.perf_counter() - self.started)
 
     @property
     def utilisation(self) -> float | None:
@@ -74,7 +81,8 @@ class Meter:
             "loss": {name: sum(values) / len(values) for name, values in self.losses.items()},
             "tokens": self.tokens,
             "tokens_per_second": round(self.speed),
-            "seconds": round(time.perf_counter() - self.started, 3),
+            "seconds": round(self.seconds, 3),
+            "stall": round(self.waited / self.seconds, 4),  # of the first process
         }
         if self.utilisation is not None:
             line["mfu"] = round(self.utilisation, 4)

@@ -9,6 +9,7 @@ whatever the vectors are. Knows no model, no data and no devices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 512  # rows of similarities that are in memory at a time
+CELLS = 2**19  # similarities that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def contrastive_loss(
     settings: Contrast,
     *,
     scale: Tensor | float,
-    excluded: Tensor | None = None,
+    excluded: Tensor | Callable[[slice], Tensor] | None = None,
 ) -> Tensor:
     """Return the mean loss, float32. Rows go in blocks: memory grows with N, not with its square.
 
@@ -56,29 +57,37 @@ def contrastive_loss(
         targets: [M, D], unit rows, M >= N: row i is the positive of query i, the rest are hard
             negatives of all.
         scale: what similarities are multiplied by, the inverse temperature.
-        excluded: bool [N, M], pairs that are no negatives, such as equal targets.
+        excluded: bool [N, M], pairs that are no negatives, such as equal targets; or what makes
+            rows of it when they are needed, the first N columns of which must be symmetric.
     """
     num = len(queries)
-    directions = [(queries, targets, excluded)]
+
+    def forth(rows: slice) -> Tensor | None:
+        return excluded[rows] if isinstance(excluded, Tensor) else excluded and excluded(rows)
+
+    def back(rows: slice) -> Tensor | None:
+        if isinstance(excluded, Tensor):
+            return excluded[:, :num].T[rows]
+        return excluded and excluded(rows)[:, :num]
+
+    directions = [(queries, targets, forth)]
     if settings.symmetric:
-        back = None if excluded is None else excluded[:, :num].T
         directions.append((targets[:num], queries, back))
     dims = settings.dims or (queries.shape[1],)
     total = torch.zeros((), device=queries.device)
     for dim in dims:
         for rows, columns, left_out in directions:
             rows, columns = cut(rows.float(), dim), cut(columns.float(), dim)
-            for first in range(0, num, BLOCK):
-                block = slice(first, first + BLOCK)
-                out = None if left_out is None else left_out[block]
+            size = max(1, CELLS // len(columns))
+            for first in range(0, num, size):
                 total = total + checkpoint(
                     _block_loss,
-                    rows[block],
+                    rows[first : first + size],
                     columns,
                     first,
                     settings,
                     scale,
-                    out,
+                    left_out,
                     use_reentrant=False,
                 )
     return total / (num * len(directions) * len(dims))
@@ -95,8 +104,9 @@ def _block_loss(
     first: int,
     settings: Contrast,
     scale: Tensor | float,
-    excluded: Tensor | None,
+    left_out: Callable[[slice], Tensor | None],
 ) -> Tensor:
+    excluded = left_out(slice(first, first + len(rows)))
     losses = row_losses(rows @ columns.T, settings, scale=scale, first=first, excluded=excluded)
     return losses.sum()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from visavis.checkpoints.adapters import adapter_chain
@@ -35,16 +36,27 @@ STOCK = "transformers.folder:load_transformers"  # loads the layouts whose names
 
 
 def save_model(loaded: Loaded, recipe: Recipe, folder: Path) -> list[str]:
-    """Write the finished model; return what could not be written beside it, and why."""
+    """Write the finished model; return what could not be written beside it, and why.
+
+    Raises:
+        TrainError: the disk is full; the folder is as it was.
+    """
     named = replace(loaded, name=recipe.name)
     problem = ""
-    with write_folder_atomically(folder) as temporary:
-        if stands_on_bundle(recipe):
-            _write_on_bundle(named, recipe, temporary)
-        else:
-            write_native(named, temporary, state=merged_state(loaded.vlm))
-            if recipe.model.lora is not None:
-                problem = _write_adapter(loaded.vlm, recipe, temporary / "adapter")
+    try:
+        with write_folder_atomically(folder) as temporary:
+            if stands_on_bundle(recipe):
+                _write_on_bundle(named, recipe, temporary)
+            else:
+                write_native(named, temporary, state=merged_state(loaded.vlm))
+                if recipe.model.lora is not None:
+                    problem = _write_adapter(loaded.vlm, recipe, temporary / "adapter")
+    except (OSError, SafetensorError) as error:
+        raise TrainError(
+            f"the model could not be written to {folder} ({' '.join(str(error).split())}); what "
+            "was there before is intact. All steps of the stage are in its last checkpoint: free "
+            "some space, or raise a limit on file sizes, and run the same command again."
+        ) from error
     return [f"adapter/ is not written: {problem}"] if problem else []
 
 

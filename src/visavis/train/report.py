@@ -118,6 +118,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Points]]
         ("norm", "gradient norm of {}", "", 1),
         ("tokens_per_second", "speed", "tokens/s", 1),
         ("mfu", "share of the processor's peak", "%", 100),
+        ("stall", "share of the time spent waiting for data", "%", 100),
     ):
         nested = any(isinstance(line.get(key), Mapping) for line in lines)
         names = sorted({name for line in lines for name in line.get(key, {})}) if nested else [""]

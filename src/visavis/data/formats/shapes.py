@@ -114,7 +114,8 @@ def shape_sample(row: Row, place: Place, options: ShapeOptions) -> Sample:
         Prompt.of(picture_of(one, f"{id}-{number}", options.size))
         for number, one in enumerate(wrong)
     )
-    return Match(id, Prompt.of(caption(scene)), Prompt.of(picture), pictures)
+    # Another picture of the same scene is no negative, whatever its shades.
+    return Match(id, Prompt.of(caption(scene)), Prompt.of(picture), pictures, caption(scene))
 
 
 def caption(scene: Scene) -> str:

@@ -41,12 +41,17 @@ class Devices(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """What one objective did in a step: its mean loss, and the tokens it read."""
+    """What one objective did in a step: its mean loss, and the tokens it read.
+
+    Args:
+        waited: seconds in which the model waited for data.
+    """
 
     name: str
     loss: float
     tokens: int
     ids: tuple[str, ...] = ()  # of the samples, for a message when the loss is not finite
+    waited: float = 0.0
 
 
 class Task(Protocol):

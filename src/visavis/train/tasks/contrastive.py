@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from visavis.data.mixture import Mixture, dealt
 from visavis.data.samples import Match, estimated_tokens
 from visavis.errors import TrainError
+from visavis.model.batch import PackedBatch
 from visavis.processing.images import content_hash
 from visavis.prompt import Prompt, Text
 from visavis.train.batcher import Batcher
@@ -66,7 +68,8 @@ class ContrastiveTask:
         self.weight, self.name = weight, name
 
     def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
-        samples = self._own(devices)
+        with self.batcher.waiting():
+            samples = self._own(devices)
         queries = [sample.query for sample in samples]
         targets = [sample.target for sample in samples]
         hard = [(one, wrong) for one in samples for wrong in one.negatives[: self.negatives]]
@@ -78,15 +81,18 @@ class ContrastiveTask:
             )
         prompts = [*queries, *targets, *(wrong for _, wrong in hard)]
         owners = [*samples, *samples, *(one for one, _ in hard)]
-        item = self.batcher.item
-        encoded = [item(one.id, one.query, one.instruction) for one in samples]
-        encoded += [
-            item(owner.id, prompt, owner.target_instruction)
-            for owner, prompt in zip(owners[len(samples) :], prompts[len(samples) :], strict=True)
-        ]
+        with self.batcher.waiting():
+            item = self.batcher.item
+            encoded = [item(one.id, one.query, one.instruction) for one in samples]
+            encoded += [
+                item(owner.id, prompt, owner.target_instruction)
+                for owner, prompt in zip(
+                    owners[len(samples) :], prompts[len(samples) :], strict=True
+                )
+            ]
         chunks = token_chunks([len(one.token_ids) for one in encoded], self.chunk_tokens)
         chunks += [[]] * (devices.passes(len(chunks)) - len(chunks))
-        keys = _digests(prompts[len(samples) :]).to(self.batcher.device)
+        digests = self.batcher.pool.submit(_digests, prompts[len(samples) :])
         groups = _numbers([one.group or one.id for one in samples]).to(self.batcher.device)
         where = torch.tensor([len(queries), len(targets), len(hard)]).cumsum(0).tolist()
 
@@ -94,25 +100,33 @@ class ContrastiveTask:
             rows = gather_rows(vectors[: where[0]])
             positive, negative = vectors[where[0] : where[1]], vectors[where[1] :]
             columns = torch.cat((gather_rows(positive), gather_rows(negative)))
+            keys = self.batcher.result(digests).to(self.batcher.device)
             key = torch.cat((gather_rows(keys[: len(targets)]), gather_rows(keys[len(targets) :])))
             group = gather_rows(groups)
-            excluded = (key[: len(rows), None] == key[None]).all(
-                -1
-            )  # [N, M] of [N, 1, 2], [1, M, 2]
-            excluded[:, : len(rows)] |= (group[:, None] == group[None]).all(-1)
+
+            def excluded(block: slice) -> Tensor:  # [n, M] of [n, 1, 2] and [1, M, 2]
+                same = (key[block, None] == key[None]).all(-1)
+                same[:, : len(rows)] |= (group[block, None] == group[None]).all(-1)
+                return same
+
             scale = self.log_scale.exp().clamp(max=MAX_SCALE)
             loss = contrastive_loss(rows, columns, self.settings, scale=scale, excluded=excluded)
             return loss * self.weight
 
-        def encode(chunk: Sequence[int]) -> Tensor:
+        def packed(chunk: Sequence[int]) -> PackedBatch:
             if not chunk:
-                return trainee(self.batcher.nothing(), "vectors", self.pooling)[:0]
-            batch = self.batcher.pack(
+                return self.batcher.nothing()
+            return self.batcher.pack(
                 [prompts[i] for i in chunk],
                 [encoded[i] for i in chunk],
                 ids=[owners[i].id for i in chunk],
             )
-            return trainee(batch, "vectors", self.pooling)
+
+        # Each chunk is encoded twice: all without gradients, then all with.
+        batches = self.batcher.prefetch(partial(packed, chunk) for chunk in chunks + chunks)
+
+        def encode(chunk: Sequence[int]) -> Tensor:
+            return trainee(next(batches), "vectors", self.pooling)[: len(chunk)]
 
         loss = cached_backward(
             chunks,
@@ -123,9 +137,10 @@ class ContrastiveTask:
             sync_last=last,
             factor=devices.world,
         )
-        tokens = sum(len(one.token_ids) for one in encoded)
+        tokens = int(devices.sum(sum(len(one.token_ids) for one in encoded)))
+        ids = tuple(one.id for one in samples)
         mean = float(loss) / self.weight
-        return [Part(self.name, mean, int(devices.sum(tokens)), tuple(one.id for one in samples))]
+        return [Part(self.name, mean, tokens, ids, self.batcher.take_waited())]
 
     def _own(self, devices: Devices) -> list[Match]:
         """Draw a step's queries; return those of this process.

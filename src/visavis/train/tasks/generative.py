@@ -48,8 +48,9 @@ class GenerativeTask:
         self.weight, self.name = weight, name
 
     def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
-        samples = self._own(devices)
-        encoded = [self.batcher.chat(sample) for sample in samples]
+        with self.batcher.waiting():
+            samples = self._own(devices)
+            encoded = [self.batcher.chat(sample) for sample in samples]
         learned = sum(sum(one.loss_mask[1:]) for one in encoded)
         everywhere = devices.sum(learned)
         chunks = token_chunks([len(one.token_ids) for one in encoded], self.micro_tokens)
@@ -65,7 +66,8 @@ class GenerativeTask:
             tokens += batch.num_tokens if chunks[number] else 0
         mean = devices.sum(total) / everywhere
         ids = tuple(sample.id for sample in samples)
-        return [Part(self.name, mean, int(devices.sum(tokens)), ids)]
+        waited = self.batcher.take_waited()
+        return [Part(self.name, mean, int(devices.sum(tokens)), ids, waited)]
 
     def _own(self, devices: Devices) -> list[Chat]:
         """Draw a step's conversations; return those of this process.
