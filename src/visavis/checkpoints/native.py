@@ -140,8 +140,7 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
         scale = float(data.get("lora_scale", 1.0))
         base = bundled.fetch(data["bundle"])
         gguf = open_gguf(base["language_model"])
-        state = base_state(gguf, base["vision_tower"], packing, own)
-        merge(state, own, scale, folder)
+        state = bundled_state(gguf, base["vision_tower"], packing, own, scale, folder)
         pairs = low_rank_pairs(own, scale)
         tokenizer, specials = build_tokenizer(gguf.metadata), special_tokens(gguf.metadata)
         files += base.values()
@@ -161,24 +160,40 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
     )
 
 
-def base_state(
-    file: GGUFFile, tower_path: Path, packing: Packing, own: Mapping[str, Tensor]
+def bundled_state(
+    file: GGUFFile,
+    tower_path: Path,
+    packing: Packing,
+    own: Mapping[str, Tensor],
+    scale: float,
+    folder: Path,
 ) -> dict[str, Tensor]:
-    """Return the base's tensors that the adapter does not replace, packed where they are to be;
-    linears that a LoRA touches come in float32 beside."""
-    state = {}
+    """Return the base's tensors with the adapter laid over them, packed where they are to be. A
+    linear that a LoRA touches is in float32 only until it is merged.
+
+    Raises:
+        CheckpointError: see `merge`.
+    """
+    state: dict[str, Tensor] = {}
+    merged: set[str] = set()
     check_types(file)
     for name, stored in decoder_tensors(file):
+        linear = name.removesuffix(".weight")
+        pair = {key: own[key] for key in (f"{linear}.lora_a", f"{linear}.lora_b") if key in own}
         if name in own:
             continue
-        if name.removesuffix(".weight") + ".lora_a" in own:
-            state[name] = torch.from_numpy(dequantized(file, name, stored))
+        if pair:
+            one = {name: torch.from_numpy(dequantized(file, name, stored))}
+            merge(one, pair, scale, folder)
+            state[name] = packing.cast(name, one[name])
             pack_blocks(packing, file, name, stored)
+            merged |= pair.keys()
         else:
             state[name] = take_blocks(packing, file, name, stored)
     if packing.config.tower is not None:
         tower, _ = load_efficientnet(tower_path)
         state.update({f"tower.{name}": tensor for name, tensor in tower.items()})
+    merge(state, {name: own[name] for name in own if name not in merged}, scale, folder)
     return state
 
 
