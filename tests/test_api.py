@@ -245,6 +245,13 @@ def test_damaged_folders_are_refused(tmp_path: Path, harm: str) -> None:
         visavis.load(folder)
 
 
+def test_a_model_can_be_loaded_in_inference_mode(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path)
+    with torch.inference_mode():
+        model = visavis.load(tmp_path, precision="int4", device="cpu")
+    assert not any(weight.is_inference() for weight in model.vlm.state_dict().values())
+
+
 def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
     one = visavis.load(write_tiny_checkpoint(tmp_path / "a", seed=0)).fingerprint
     same = visavis.load(write_tiny_checkpoint(tmp_path / "b", seed=0)).fingerprint

@@ -96,9 +96,9 @@ def load(
         FetchError: bundled weights are not in the cache and cannot be fetched.
         OutOfMemoryError: the model does not fit.
     """
-    with enough_memory(
-        f"loading {name_or_path}", "Choose a smaller precision or model, or end other programs."
-    ):
+    less = "Choose a smaller precision or model, or end other programs."
+    # A caller's inference mode would reach some of the threads that read weights, and not others.
+    with torch.inference_mode(False), enough_memory(f"loading {name_or_path}", less):
         loaded = load_checkpoint(
             name_or_path,
             precision=precision,
