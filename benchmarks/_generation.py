@@ -29,26 +29,33 @@ def compare(
     value: Value,
     unit: str,
     ratios: Mapping[str, float],
+    turns: str = "",
 ) -> None:
     """Add rows with `value` of what a run reports, for every generator in `names`.
 
     Args:
         model: a GGUF file, which every engine reads by itself; or what only visavis can load: its
             weights are then exported for transformers.
+        names: engines; without transformers among them our own weights in float32 are the judge.
+        turns: chat format of a file that has none.
     """
     runs = report.options.runs
+    judged_by = JUDGE if JUDGE in names else "exact"
+    processes = list(dict.fromkeys([*names, judged_by]))
     with (
         tempfile.TemporaryDirectory() as folder,
-        engines("_generators.py", names, report.options) as started,
+        engines("_generators.py", processes, report.options) as everyone,
     ):
-        by_name = {engine.name: engine for engine in started}
-        ours, judge = by_name["visavis"], by_name[JUDGE]
+        by_name = {engine.name: engine for engine in everyone}
+        ours, judge = by_name["visavis"], by_name[judged_by]
+        started = everyone[: len(names)]
         everyone_reads_it = model.endswith(".gguf")
         if not everyone_reads_it:
             ours.ask("export", model=model, folder=folder)
-        for engine in started:
+        for engine in everyone:
             own = everyone_reads_it or engine is ours
-            engine.ask("load", model=model if own else folder)
+            format = {"turns": turns} if turns and engine in (ours, judge) else {}
+            engine.ask("load", model=model if own else folder, **format)
         warm_up, *prompts = (
             ours.ask("prompt", tokens=prompt_tokens, number=number) for number in range(runs + 1)
         )

@@ -26,7 +26,7 @@ class Visavis:
     """The public way, `Model.chat`, taken apart to note the ids; no token ends the answer, so that
     everyone says as many, and nothing is known of earlier prompts."""
 
-    def load(self, model: str) -> dict[str, Any]:
+    def load(self, model: str, turns: str = "") -> dict[str, Any]:
         import dataclasses
 
         import torch
@@ -34,7 +34,7 @@ class Visavis:
         import visavis
 
         torch.set_num_threads(THREADS)
-        self.model = visavis.load(model)
+        self.model = visavis.load(model, turns=turns)
         self.model.specials = dataclasses.replace(self.model.specials, eot_ids=())
         return {}
 
@@ -46,12 +46,18 @@ class Visavis:
         """Return a question that is exactly `tokens` long with its template, and its ids."""
         words = random.Random(number)
         text = f"Write a very long story, number {number}, about"
-        while (missing := tokens - len(self.model.trace(text).token_ids)) > 0:
-            fill = [f" {words.choice(WORDS)}," for _ in range(missing // 2)]
-            text += "".join(fill) or " and"
+        while (missing := tokens - self._count(text)) > 0:
+            # no word is longer than twelve bytes, and for some models each byte is a token
+            fill = [f" {words.choice(WORDS)}," for _ in range(missing // 12)]
+            text += "".join(fill) or next(
+                end for end in (" and", ".") if self._count(text + end) <= tokens
+            )
         ids = self.model.trace(text).token_ids.tolist()
         assert len(ids) == tokens, f"wanted a prompt of {tokens} tokens, made one of {len(ids)}"
         return {"text": text, "ids": ids}
+
+    def _count(self, text: str) -> int:
+        return len(self.model.trace(text).token_ids)
 
     def run(self, text: str, ids: list[int], new_tokens: int) -> dict[str, Any]:
         from visavis.generate.engine import Engine
@@ -169,8 +175,31 @@ class Transformers:
         import torch
 
         logits = self.exact(torch.tensor([ids + answer[:-1]])).logits[0, len(ids) - 1 :]
-        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        return {"lead": float((logits.amax(-1) - chosen).max())}
+        return _lead(logits, answer)
+
+
+class Exact:
+    """A judge for files that transformers cannot take: our own weights in float32."""
+
+    def load(self, model: str, turns: str = "") -> dict[str, Any]:
+        import torch
+
+        import visavis
+
+        torch.set_num_threads(THREADS)
+        self.model = visavis.load(model, turns=turns, precision="f32", device="cpu")
+        return {}
+
+    def judge(self, ids: list[int], answer: list[int]) -> dict[str, Any]:
+        import torch
+
+        logits = torch.from_numpy(self.model.trace(ids + answer[:-1]).logits)[len(ids) - 1 :]
+        return _lead(logits, answer)
+
+
+def _lead(logits: Any, answer: list[int]) -> dict[str, Any]:
+    chosen = logits[range(len(answer)), answer]
+    return {"lead": float((logits.amax(-1) - chosen).max())}
 
 
 class Clock:
@@ -187,4 +216,4 @@ class Clock:
 
 
 if __name__ == "__main__":
-    serve({"visavis": Visavis, "llama.cpp": LlamaCpp, "transformers": Transformers})
+    serve({"visavis": Visavis, "llama.cpp": LlamaCpp, "transformers": Transformers, "exact": Exact})
