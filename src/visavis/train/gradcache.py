@@ -21,7 +21,7 @@ from torch import Tensor
 
 Chunk = TypeVar("Chunk")
 
-TRIM_EVERY = 4  # chunks; to touch the memory anew takes time
+TRIM_EVERY = 2  # chunks; to touch the memory anew takes time
 trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
