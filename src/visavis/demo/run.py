@@ -33,7 +33,7 @@ TEXT_QUERIES = (
 )
 PICTURE_QUERY = "gravel.png"
 QUESTION = "What is in this picture?"
-ASKED_ABOUT = "coffee.png"
+ASKED_ABOUT = "horse.png"
 NUM_HITS = 4
 SHEET_NAME = "contact-sheet.png"
 
