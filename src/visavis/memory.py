@@ -1,13 +1,18 @@
-"""Running out of memory, in words: what was being done, and what would take less.
+"""Memory that runs out, in words: what was being done, and what would take less; and memory that is
+not needed any more.
 
 Knows the errors of Python and PyTorch by their names; imports no torch.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 from visavis.errors import OutOfMemoryError
 
@@ -39,3 +44,14 @@ def ran_out(error: BaseException) -> bool:
     """Return whether an error says that there is no more memory, of the machine or of its GPU."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "you tried to allocate" in str(error)
+
+
+def give_back() -> None:
+    """Let the C library return freed memory to the system, where it can; else it keeps some."""
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

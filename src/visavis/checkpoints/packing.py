@@ -14,8 +14,6 @@ the integers are held, and while it is read one matrix more. Knows no layout.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from visavis.checkpoints.loaded import INTEGERS, auto_dtype, blank, build
 from visavis.checkpoints.weight_files import check_values
 from visavis.errors import InputError
+from visavis.memory import give_back
 from visavis.model.config import VLMConfig
 from visavis.model.decoder import Decoder
 from visavis.model.layers import Embedding, Linear
@@ -171,8 +170,8 @@ class Packing:
             path = name.removeprefix("decoder.").removesuffix(".weight")
             self._put(vlm.decoder, path, rows, (low_rank or {}).get(f"decoder.{path}"))
         self.threads.shutdown()
-        if self.rows and not self.keeps_dense and sys.platform == "linux":
-            _give_back()
+        if self.rows and not self.keeps_dense:
+            give_back()  # what was needed on the way, 30 MB or more
         return vlm
 
     def _put(
@@ -205,13 +204,6 @@ class Packing:
                 decoder.embed.weight = nn.Parameter(packed.dense, requires_grad=False)
         owner, _, attribute = path.rpartition(".")
         setattr(decoder.get_submodule(owner), attribute, packed)
-
-
-def _give_back() -> None:
-    """Let the C library return what was needed on the way, 30 MB or more, where it can."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
 
 
 def unpack_linears(decoder: Decoder) -> None:

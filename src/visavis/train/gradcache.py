@@ -10,8 +10,6 @@ is ever in memory. Knows no model and no objective.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -19,10 +17,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from visavis.memory import give_back
+
 Chunk = TypeVar("Chunk")
 
 TRIM_EVERY = 2  # chunks; to touch the memory anew takes time
-trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def cached_backward(
@@ -50,7 +49,7 @@ def cached_backward(
         for number, chunk in enumerate(chunks):
             states.append(RandomState())
             parts.append(encode(chunk))
-            give_back(number)
+            _give_back(number)
     lengths = [len(part) for part in parts]
     vectors = torch.cat(parts).requires_grad_()
     parts.clear()
@@ -66,7 +65,7 @@ def cached_backward(
         last = sync_last and number == len(chunks) - 1
         with nullcontext() if last else no_sync():
             backward(encode(chunk), gradient)
-        give_back(number)
+        _give_back(number)
     after.restore()
     return loss
 
@@ -84,11 +83,11 @@ def token_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return chunks
 
 
-def give_back(number: int) -> None:
+def _give_back(number: int) -> None:
     """Return freed memory to the system after every few chunks; glibc would keep what lies between
     the little that each leaves behind, more with every one."""
-    if trim is not None and number % TRIM_EVERY == TRIM_EVERY - 1:
-        trim(0)
+    if number % TRIM_EVERY == TRIM_EVERY - 1:
+        give_back()
 
 
 class RandomState:
