@@ -97,8 +97,10 @@ def fit_head(run: Run, stage: HeadStage) -> dict[str, Tensor]:
     pictures, texts, groups = [], [], []
     for name, times in stage.sources.items():
         records = [record for record in records_of(run, name) if record.caption]
-        mirrored = stage.flip and run.recipe.data[name].path not in UNMIRRORED
-        views = [means_of(run, store, name, records, flip=flip) for flip in (False, mirrored)]
+        views = [means_of(run, store, name, records)]
+        if stage.flip:  # as many views of each
+            mirrored = run.recipe.data[name].path not in UNMIRRORED
+            views.append(means_of(run, store, name, records, flip=mirrored))
         pictures += [torch.stack(views)] * times
         texts += [text_states(run, [record.caption for record in records])] * times
         groups += [record.label or record.caption.lower() for record in records] * times
@@ -222,7 +224,8 @@ def make_class_features(run: Run) -> None:
     with run.accelerator.main_process_first():
         store.refresh()
         records = [record for name in classes for record in records_of(run, name)]
-        for flip in (False, True):
+        mirrored = any(isinstance(stage, HeadStage) and stage.flip for stage in run.recipe.stages)
+        for flip in (False, True) if mirrored else (False,):
             keys = [key_of(Image(record.image), flip) for record in records]
             if any(key not in store.places for key in keys):
                 others = [n for n, one in read.items() if one.format == "records"]
