@@ -259,14 +259,16 @@ class Model:
         encoded = self.encoder.chat(prompt)
         read, stops_at = encoded.token_ids, frozenset(self.specials.eot_ids)
         limit = min(limit, self.context_length - len(read))
-        search = Search(beams, max_new_tokens=limit, stop_ids=stops_at)
+        search = None
+        if beams.number > 1:
+            search = Search(beams, max_new_tokens=limit, stop_ids=stops_at)
         sampler = Sampler(drawn, read=read, constraint=constraint)
         sequence = Generation(
             lambda: self._batch([(prompt, encoded)]),
             sampler,
             limit,
             stops_at,
-            search=search if beams.number > 1 else None,
+            search=search,
             names=self._names(prompt, encoded),
         )
         stops += [self.encoder.stop] if self.encoder.stop else []
