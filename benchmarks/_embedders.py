@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,27 @@ def _item(item: dict[str, Any]) -> Any:
     return {"image": picture, "text": item["text"]} if "text" in item else picture
 
 
-class Transformers:
+class Peer:
+    """A model in both precisions, which `vectors` embeds with: one row for each item."""
+
+    models: dict[Any, Any]
+    vectors: Callable[..., Any]  # of a model and items
+
+    def embed(
+        self, items: list[dict[str, Any]], output: str, exact: bool = False
+    ) -> dict[str, Any]:
+        import numpy as np
+        import torch
+
+        model = self.models[torch.float32 if exact else torch.bfloat16]
+        started = time.perf_counter()
+        vectors = self.vectors(model, items)
+        seconds = time.perf_counter() - started
+        np.save(output, np.asarray(vectors, np.float32))
+        return {"seconds": seconds}
+
+
+class Transformers(Peer):
     """Padded batches through `LlamaModel`."""
 
     def load(self, folder: str) -> dict[str, Any]:
@@ -101,14 +122,9 @@ class Transformers:
             self.processor = CLIPImageProcessorPil(**_clip_settings(self.settings["processor"]))
         return {}
 
-    def embed(
-        self, items: list[dict[str, Any]], output: str, exact: bool = False
-    ) -> dict[str, Any]:
-        import numpy as np
+    def vectors(self, model: Any, items: list[dict[str, Any]]) -> Any:
         import torch
 
-        model = self.models[torch.float32 if exact else torch.bfloat16]
-        started = time.perf_counter()
         encoded = [self._encode(item) for item in items]
         # pictures alone need no decoder, so they are batched by themselves
         order = sorted(
@@ -120,10 +136,7 @@ class Transformers:
             rows = self._batch(model, [items[i] for i in chosen], [encoded[i] for i in chosen])
             for index, row in zip(chosen, rows, strict=True):
                 vectors[index] = row
-        stacked = torch.stack(vectors).numpy()
-        seconds = time.perf_counter() - started
-        np.save(output, stacked)
-        return {"seconds": seconds}
+        return torch.stack(vectors).numpy()
 
     def _encode(self, item: dict[str, Any]) -> tuple[list[int], int]:
         """Return token ids, and where the image's placeholders start (-1: none)."""
@@ -190,7 +203,7 @@ class Transformers:
         return F.normalize(total, dim=-1)
 
 
-class SentenceTransformers:
+class SentenceTransformers(Peer):
     """Its modules for a model that sees; it sorts by length and pads by itself."""
 
     def load(self, folder: str) -> dict[str, Any]:
@@ -209,22 +222,12 @@ class SentenceTransformers:
             )
         return {}
 
-    def embed(
-        self, items: list[dict[str, Any]], output: str, exact: bool = False
-    ) -> dict[str, Any]:
-        import numpy as np
-        import torch
-
-        model = self.models[torch.float32 if exact else torch.bfloat16]
-        started = time.perf_counter()
-        vectors = model.encode(
+    def vectors(self, model: Any, items: list[dict[str, Any]]) -> Any:
+        return model.encode(
             [item if len(item) > 1 else next(iter(item.values())) for item in items],
             batch_size=BATCH,
             show_progress_bar=False,
         )
-        seconds = time.perf_counter() - started
-        np.save(output, np.asarray(vectors, np.float32))
-        return {"seconds": seconds}
 
 
 def _features(tower: Any, pixels: Any) -> Any:
