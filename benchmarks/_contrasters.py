@@ -56,19 +56,18 @@ class Visavis:
         from accelerate import Accelerator
 
         import visavis
-        from visavis.train.batcher import Batcher
-        from visavis.train.processes import Processes
-        from visavis.train.trainee import Trainee
+        from visavis.train.data_loader import DataLoader
+        from visavis.train.distributed import Processes, TrainModule
 
         torch.set_num_threads(THREADS)
         model = visavis.load(folder, precision="f32", device="cpu")
         self.vlm = model.vlm
-        self.batcher = Batcher(model.encoder)
+        self.batcher = DataLoader(model.encoder)
         parts = {"connector": self.vlm.connector, "language_model": self.vlm.decoder}
         groups = {name: list(part.parameters()) for name, part in parts.items()}
         for parameter in (p for group in groups.values() for p in group):
             parameter.requires_grad_(True)
-        self.trainee = Trainee(self.vlm).train()
+        self.trainee = TrainModule(self.vlm).train()
         self.processes = Processes(Accelerator(cpu=True), self.trainee, groups)
         return {}
 
@@ -76,14 +75,14 @@ class Visavis:
         return _measured(self.vlm, lambda: self._cached(pairs) if cached else self._whole(pairs))
 
     def _cached(self, pairs: Pairs) -> float:
-        from visavis.data.mixture import Mixture, Share
-        from visavis.train.objectives import Contrast
-        from visavis.train.tasks.contrastive import ContrastiveTask
+        from visavis.data.sampler import SourceSampler, SourceShare
+        from visavis.train.losses import Contrast
+        from visavis.train.objectives.contrastive import ContrastiveTask
 
         samples = _matches(pairs)
         task = ContrastiveTask(
             {"all": samples},
-            Mixture({"all": Share(len(samples))}, seed=0),
+            SourceSampler({"all": SourceShare(len(samples))}, seed=0),
             self.batcher,
             Contrast(),
             batch=len(samples),
@@ -94,7 +93,7 @@ class Visavis:
         return task.step(self.trainee, self.processes)[0].loss
 
     def _whole(self, pairs: Pairs) -> float:
-        from visavis.train.objectives import Contrast, contrastive_loss
+        from visavis.train.losses import Contrast, contrastive_loss
 
         samples = _matches(pairs)
         prompts = [one.query for one in samples] + [one.target for one in samples]
@@ -171,11 +170,11 @@ def _memory(name: str) -> float:
 
 
 def _matches(pairs: Pairs) -> list[Any]:
-    from visavis.data.samples import Match
-    from visavis.prompt import Prompt
+    from visavis.data.examples import ContrastiveExample
+    from visavis.inputs import Prompt
 
     return [
-        Match(str(number), Prompt.of(caption), Prompt.of(Path(picture)))
+        ContrastiveExample(str(number), Prompt.of(caption), Prompt.of(Path(picture)))
         for number, (caption, picture) in enumerate(pairs)
     ]
 

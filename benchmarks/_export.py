@@ -18,7 +18,7 @@ def export(model: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
     import visavis
-    from visavis.checkpoints.transformers.layout import write
+    from visavis.checkpoints.transformers.weights import write
     from visavis.model.config import to_dict
 
     exact = visavis.load(model, precision="f32", device="cpu")
@@ -87,8 +87,8 @@ def rest(config: dict[str, Any], folder: str) -> tuple[Any, ...]:
 
     from visavis.model.config import EfficientNetConfig, vlm_config_from_dict
     from visavis.model.connectors import build_connector
-    from visavis.model.head import EmbeddingHead
-    from visavis.model.towers import build_tower
+    from visavis.model.embedding_head import EmbeddingHead
+    from visavis.model.vision import build_tower
 
     described = vlm_config_from_dict(config)
     assert described.tower is None or isinstance(described.tower, EfficientNetConfig)

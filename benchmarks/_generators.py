@@ -61,7 +61,7 @@ class Visavis:
 
     def run(self, text: str, ids: list[int], new_tokens: int) -> dict[str, Any]:
         from visavis.generate.engine import Engine
-        from visavis.prompt import Prompt
+        from visavis.inputs import Prompt
 
         answer = self.model.ask(Prompt.of(text), max_new_tokens=new_tokens)
         for _ in Engine(self.model.vlm).run([answer.sequence]):

@@ -41,7 +41,7 @@ class Visavis:
     def peaks(self) -> dict[str, Any]:
         import torch
 
-        from visavis.bench.machine import measure_machine
+        from visavis.bench import measure_machine
 
         dtype = self.vlm.decoder.dtype
         found = measure_machine(torch.device(self.device), dtype)
@@ -68,10 +68,10 @@ class Visavis:
         return {"seconds": time.perf_counter() - started, "vectors": torch.cat(found).tolist()}
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        from visavis.generate.engine import Engine, Generation
+        from visavis.generate.engine import Engine, GeneratedSequence
 
         sequences = [
-            Generation(
+            GeneratedSequence(
                 lambda ids=ids: self.batch([ids]),  # type: ignore[misc]
                 lambda scores: int(scores.argmax()),
                 new_tokens,
@@ -99,7 +99,7 @@ class Transformers:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from visavis.checkpoints.published import LANGUAGE_MODELS
+        from visavis.checkpoints.hub_configs import LANGUAGE_MODELS
 
         torch.manual_seed(0)
         config = AutoConfig.for_model(**(LANGUAGE_MODELS[QWEN2[shape]] if shape in QWEN2 else TINY))

@@ -65,12 +65,12 @@ class Visavis:
         import torch
 
         import visavis
-        from visavis.train.batcher import Batcher
+        from visavis.train.data_loader import DataLoader
 
         torch.set_num_threads(THREADS)
         self.folder = folder
         self.model = visavis.load(folder, precision="f32", device="cpu", turns="chatml-bare")
-        self.batcher = Batcher(self.model.encoder)
+        self.batcher = DataLoader(self.model.encoder)
         self.samples = [_chat(json.loads(line)) for line in Path(samples).read_text().splitlines()]
         return {}
 
@@ -91,9 +91,9 @@ class Visavis:
         from accelerate import Accelerator
 
         import visavis
+        from visavis.train.distributed import TrainModule
         from visavis.train.loop import LoopSettings, Run, train_loop
-        from visavis.train.tasks.generative import GenerativeTask
-        from visavis.train.trainee import Trainee
+        from visavis.train.objectives.generative import GenerativeTask
 
         vlm = visavis.load(self.folder, precision="f32", device="cpu", turns="chatml-bare").vlm
         chosen = self.samples[first : first + steps * BATCH]
@@ -109,7 +109,7 @@ class Visavis:
         losses: list[float] = []
         with tempfile.TemporaryDirectory() as out:
             run = Run(
-                Trainee(vlm),
+                TrainModule(vlm),
                 task,
                 groups,
                 LoopSettings(
@@ -224,8 +224,8 @@ def _chat(line: dict[str, Any]) -> Any:
     import numpy as np
     from PIL import Image as pil
 
-    from visavis.data.samples import Chat
-    from visavis.prompt import Image, Message, Prompt, Text
+    from visavis.data.examples import Conversation
+    from visavis.inputs import Image, Message, Prompt, Text
 
     messages = []
     for number, (question, answer) in enumerate(line["pairs"]):
@@ -236,7 +236,7 @@ def _chat(line: dict[str, Any]) -> Any:
             shown = (Image(pil.fromarray(blocks).resize((160, 120))),)
         messages.append(Message("user", (*shown, Text(question))))
         messages.append(Message("assistant", (Text(answer),)))
-    return Chat(str(line["id"]), Prompt(tuple(messages)))
+    return Conversation(str(line["id"]), Prompt(tuple(messages)))
 
 
 def _words(draw: Any, length: int) -> str:

@@ -66,8 +66,8 @@ def measure(path: Path) -> dict[str, int]:
 
     import visavis.api
     from visavis.generate.engine import generate
-    from visavis.processing.pack import pack
-    from visavis.processing.templates import Encoded
+    from visavis.processing.chat_template import Encoded
+    from visavis.processing.collate import pack
 
     torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
     found = {"before": resident("VmRSS")}

@@ -30,7 +30,7 @@ def main() -> int:
 
     import visavis
     from visavis.demo.samples import copy_samples
-    from visavis.generate.prefix import PrefixCache
+    from visavis.generate.prefix_cache import PrefixCache
     from visavis.processing.feature_cache import FeatureCache
 
     torch.set_num_threads(options.threads)

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 import visavis
 from visavis.api import Model
-from visavis.checkpoints import packing
+from visavis.checkpoints import quantize
+from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.gguf.export import write_gguf
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.loaded import Loaded
 from visavis.checkpoints.native import write_native
-from visavis.model.quantized import packed_kernels
-from visavis.processing.pack import pack
-from visavis.processing.templates import Encoded
+from visavis.model.quantized_linear import packed_kernels
+from visavis.processing.chat_template import Encoded
+from visavis.processing.collate import pack
 
 WINDOW = 256  # tokens
 PRECISIONS = ("f32", "bf16", "int8", "int4")
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="report file")
     options = parser.parse_args()
-    packing.MAX_DENSE_WEIGHTS = 0  # small models are measured as large ones
+    quantize.MAX_DENSE_WEIGHTS = 0  # small models are measured as large ones
     torch.set_num_threads(options.threads)
     print(f"| {COLUMNS} |\n|---|---|{'---:|' * 6}")
     rows = []
@@ -95,7 +95,7 @@ def measured(name: str, folder: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def shuffle(loaded: Loaded) -> Tensor:
+def shuffle(loaded: Checkpoint) -> Tensor:
     """Let residual and feed-forward channels change places, all that meet alike; return where those
     of the residual stream came from."""
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from visavis.model.quantized import PackedLinear, PackedRows, packed_kernels, quantize
+from visavis.model.quantized_linear import QuantizedLinear, QuantizedRows, packed_kernels, quantize
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SECONDS = 0.3  # of each measurement; the fastest call counts, which other programs disturb least
@@ -31,8 +31,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     values = torch.randn(options.out, options.width) * 0.02
-    four, eight = (PackedLinear([PackedRows.of(quantize(values, bits))]) for bits in (4, 8))
-    dense = PackedLinear(four.parts, dense=values)
+    four, eight = (QuantizedLinear([QuantizedRows.of(quantize(values, bits))]) for bits in (4, 8))
+    dense = QuantizedLinear(four.parts, dense=values)
     print("| rows | 4 bits | 8 bits | tiles of 4 | tiles of 8 | dense |")
     print("|---:|---:|---:|---:|---:|---:|")
     for rows in ROWS:

@@ -17,16 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from visavis.api import Model, load
 from visavis.checkpoints.native import save_native
-from visavis.model.config import (
-    ConnectorConfig,
-    DecoderConfig,
-    HeadConfig,
-    ViTConfig,
-    VLMConfig,
-)
+from visavis.model.config import ConnectorConfig, DecoderConfig, HeadConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
+from visavis.processing.prompt_encoder import PromptConfig
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 
@@ -86,7 +80,7 @@ def write_tiny_checkpoint(
         name=name,
         config=config,
         tensors=vlm.state_dict(),
-        profile=PromptProfile(turns="chatml-bare", pooling="head"),
+        profile=PromptConfig(turns="chatml-bare", pooling="head"),
         processor=ImageProcessorConfig(32, "squash", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     )
     byte_tokenizer().save(str(folder / "tokenizer.json"))

@@ -8,14 +8,14 @@ from typing import Any
 
 from tests.parity.peers import randomized
 from tests.parity.test_gguf_families import build_peer, write
+from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.checkpoints.gguf.writer import NewTensor, write_file
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.loaded import Loaded
 from visavis.model.config import ConnectorConfig, ViTConfig
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
+from visavis.processing.prompt_encoder import PromptConfig
 
 SIZE = 32
 SIGLIP = ViTConfig(SIZE, 8, 32, 2, 2, 64, "gelu_tanh", 2.0**-20, class_token=False, patch_bias=True)
@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[ViTConfig, dict[str, Any]]] = {
 }
 
 
-def tiny_llama(folder: Path) -> Loaded:
+def tiny_llama(folder: Path) -> Checkpoint:
     """Return a language model with a tokenizer of letters and words."""
     path = folder / "llama.gguf"
     peer = build_peer("llama", intermediate_size=64, max_position_embeddings=512)
@@ -42,7 +42,7 @@ def tiny_llama(folder: Path) -> Loaded:
     return load_checkpoint(path, precision="f32", device="cpu")
 
 
-def compose(base: Loaded, name: str, **settings: Any) -> Loaded:
+def compose(base: Checkpoint, name: str, **settings: Any) -> Checkpoint:
     """Return the language model with a random tower and connector."""
     tower, connector = VARIANTS[name]
     config = replace(
@@ -62,7 +62,7 @@ def compose(base: Loaded, name: str, **settings: Any) -> Loaded:
         base,
         vlm=vlm.requires_grad_(False),
         processor=ImageProcessorConfig(SIZE, "pad", mean, std),
-        profile=PromptProfile(turns="qwen_1_5"),
+        profile=PromptConfig(turns="qwen_1_5"),
     )
 
 

@@ -180,7 +180,7 @@ def test_the_head_may_read_the_tower(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model.vlm.config, old = config, model.vlm.head
     try:
-        from visavis.model.head import EmbeddingHead
+        from visavis.model.embedding_head import EmbeddingHead
 
         model.vlm.head = EmbeddingHead(config.head, config.decoder.width)  # type: ignore[arg-type]
         model.vlm.requires_grad_(False)

@@ -19,7 +19,7 @@ from visavis.model.config import ConnectorConfig
 from visavis.model.connectors import CONNECTORS, connector_tokens
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
+from visavis.processing.prompt_encoder import PromptConfig
 from visavis.train.recipe import ConnectorRecipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "add-a-connector.md"
@@ -59,7 +59,7 @@ def test_models_have_it_and_keep_it(example: dict[str, Any], tmp_path: Path) -> 
         name="pooled",
         config=config,
         tensors=vlm.state_dict(),
-        profile=PromptProfile(turns="chatml-bare", pooling="head"),
+        profile=PromptConfig(turns="chatml-bare", pooling="head"),
         processor=ImageProcessorConfig(32, "squash", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     )
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))

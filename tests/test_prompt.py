@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as pil
 
-from visavis import prompt as prompt_module
+from visavis import inputs as prompt_module
 from visavis.errors import InputError
-from visavis.prompt import Document, Image, Message, Page, Prompt, Text, Video
+from visavis.inputs import Document, Image, Message, Page, Prompt, Text, Video
 
 PIXEL = b"\x89PNG not really, but prompts do not look inside"
 URI = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
@@ -198,7 +198,7 @@ def test_image_equality_is_by_content_named():
         ({"video": [3]}, "image is of type int"),
         ({"video": ""}, "video is an empty str"),
         ({"document": ["a.pdf"]}, "document is of type list"),
-        ({"image": Video("a.mp4")}, "image is of type visavis.prompt.Video"),
+        ({"image": Video("a.mp4")}, "image is of type visavis.inputs.Video"),
         ({"type": "video"}, "video is None"),
         ({"type": "video", "video": [3]}, "video is of type int"),
         ({"type": "file", "file": {"file_id": "x"}}, "file is None"),
@@ -372,6 +372,6 @@ def test_any_json_is_a_prompt_or_one_input_error(item):
 
 
 def test_importing_prompt_is_light():
-    code = "import sys, visavis.prompt; print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    code = "import sys, visavis.inputs; print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

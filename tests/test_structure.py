@@ -1,6 +1,6 @@
-"""The house rules that a machine can check: who may import whom, file length, docstrings, README.
+"""The house rules that a machine can check: who may import whom, file length, docstrings, the tree.
 
-The README's tree is a fenced block whose first line is `src/visavis/`. Below it every line is an
+The tree in docs/architecture.md is a fenced block whose first line is `src/visavis/`. Below it every line is an
 indentation (or box drawing), one or more names, two spaces or more, and half a line of text:
 
     src/visavis/
@@ -38,10 +38,10 @@ MAX_LINES = 500
 
 # A part imports only from parts of its own row or of rows above it, and never in a circle.
 ROWS = [
-    {"errors", "memory", "registry", "files", "progress", "prompt"},
+    {"errors", "memory", "utils", "inputs"},
     {"processing", "model"},
     {"checkpoints"},
-    {"generate", "embed"},
+    {"generate"},
     {"api"},
     {"train", "evaluate", "index", "data", "convert", "interop", "bench"},
     {"__init__"},
@@ -51,7 +51,7 @@ RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 
 # Test peers and tools that must never be needed to run the package.
 # `convert --verify` asks the peer itself where it is installed: this one file may import them.
-PEER_RUNNER = PACKAGE / "convert" / "peers.py"
+PEER_RUNNER = PACKAGE / "convert" / "verify.py"
 PEERS = {"transformers", "torchvision", "timm", "gguf", "xllamacpp", "llama_cpp", "pytest"}
 
 # What would let the model core touch files, the network or text.
@@ -222,7 +222,7 @@ def read_tree(readme: str) -> list[str]:
         "src/visavis/\n  model/\n    vlm.py  all parts" -> ["src/visavis/model/", ".../vlm.py"]
     """
     block = re.search(r"^```\w*\n(src/visavis/\s[^`]*)^```", readme, re.MULTILINE)
-    assert block, "README has no fenced tree that starts with src/visavis/"
+    assert block, "docs/architecture.md has no fenced tree that starts with src/visavis/"
     first, *lines = block[1].splitlines()
     folders = [(-1, first.split()[0])]  # (indentation, path)
     paths = []
@@ -252,10 +252,15 @@ def test_tree_is_read_with_folders_and_several_names() -> None:
     assert read_tree(drawn) == ["src/visavis/" + name for name in expected[2:]]
 
 
-def test_readme_tree_names_what_exists(readme: str) -> None:
+@pytest.fixture(scope="module")
+def architecture() -> str:
+    return (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_tree_names_what_exists(architecture: str) -> None:
     missing = [
         path
-        for path in read_tree(readme)
+        for path in read_tree(architecture)
         if not (
             (REPOSITORY / path).is_dir() if path.endswith("/") else (REPOSITORY / path).is_file()
         )
@@ -263,9 +268,9 @@ def test_readme_tree_names_what_exists(readme: str) -> None:
     assert missing == []
 
 
-def test_readme_tree_names_every_module(readme: str) -> None:
+def test_tree_names_every_module(architecture: str) -> None:
     modules = {relative(path) for path in MODULES if path.name != "__init__.py"}
-    assert sorted(modules - set(read_tree(readme))) == []
+    assert sorted(modules - set(read_tree(architecture))) == []
 
 
 def test_readme_links_lead_somewhere(readme: str) -> None:

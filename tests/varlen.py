@@ -57,7 +57,7 @@ def varlen_by_definition(
 
 def use_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU go the way of CUDA, all but its graphs, with 4 MB for keys and values."""
-    for module in ("attention", "paged_attention", "graphs"):
+    for module in ("attention", "paged_kv_cache", "cuda_graphs"):
         monkeypatch.setattr(f"visavis.model.{module}.has_kernel", lambda *kind: True)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_by_definition)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 23, 1 << 24))

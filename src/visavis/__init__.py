@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visavis.api import Model, Trace, load
     from visavis.errors import VisavisError
-    from visavis.generate.answer import Reply
+    from visavis.generate.streaming import Reply
     from visavis.index import Hit, Index
-    from visavis.prompt import Document, Image, Message, Prompt, Text, Video
+    from visavis.inputs import Document, Image, Message, Prompt, Text, Video
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,9 +39,9 @@ __all__ = [
 _HOMES = {
     "visavis.api": ("Model", "Trace", "load"),
     "visavis.errors": ("VisavisError",),
-    "visavis.generate.answer": ("Reply",),
+    "visavis.generate.streaming": ("Reply",),
     "visavis.index": ("Hit", "Index"),
-    "visavis.prompt": ("Document", "Image", "Message", "Prompt", "Text", "Video"),
+    "visavis.inputs": ("Document", "Image", "Message", "Prompt", "Text", "Video"),
 }
 
 

@@ -17,30 +17,29 @@ import numpy as np
 import torch
 
 from visavis.checkpoints.bundled import cache_dir
+from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.loaded import Loaded
-from visavis.embed.encoder import cut, embed_batch, embedding_dim, kept_dim
 from visavis.errors import InputError
-from visavis.generate.answer import Answer, AnswerSettings, Reply
-from visavis.generate.beams import Beams, Search
-from visavis.generate.engine import Engine, Generation
-from visavis.generate.grammar import Grammar
-from visavis.generate.prefix import PrefixCache
+from visavis.generate.beam_search import BeamSearch, BeamSettings
+from visavis.generate.engine import Engine, GeneratedSequence
+from visavis.generate.prefix_cache import PrefixCache
 from visavis.generate.sampling import Sampler, Sampling
+from visavis.generate.streaming import Answer, AnswerSettings, Reply
+from visavis.generate.structured_output import Grammar
+from visavis.inputs import Image, Page, Prompt, Stored, Video
 from visavis.memory import enough_memory
 from visavis.model.batch import PackedBatch
-from visavis.model.quantized import PackedLinear
-from visavis.model.visual import Shape, Visual
-from visavis.model.vlm import TOWER_BATCH, Seen
-from visavis.processing.documents import expand
-from visavis.processing.feature_cache import FeatureCache
-from visavis.processing.feature_folder import FeatureFolder
+from visavis.model.image_input import ImageGrid, ImageInput
+from visavis.model.pooling import cut, embed_batch, embedding_dim, kept_dim
+from visavis.model.quantized_linear import QuantizedLinear
+from visavis.model.vlm import TOWER_BATCH, ImageFeatures
+from visavis.processing.chat_template import Encoded
+from visavis.processing.collate import batches, pack
+from visavis.processing.feature_cache import DiskFeatureCache, FeatureCache
+from visavis.processing.image_processor import pixels_of
 from visavis.processing.images import content_hash
-from visavis.processing.pack import batches, pack
-from visavis.processing.templates import Encoded
-from visavis.processing.visuals import pixels_of
-from visavis.progress import track
-from visavis.prompt import Image, Page, Prompt, Stored, Video
+from visavis.processing.pdf import expand
+from visavis.utils import track
 
 DEFAULT_BATCH_TOKENS = 2048
 SEEING = 1  # goes up when our code makes something else of the same picture, for what is on disk
@@ -111,14 +110,14 @@ def load(
     model = Model(loaded)
     if image_cache is not None:
         folder = cache_dir() / "features" if image_cache == "auto" else Path(image_cache)
-        model.image_cache.folder = FeatureFolder(folder.expanduser(), model.seen_by)
+        model.image_cache.folder = DiskFeatureCache(folder.expanduser(), model.seen_by)
     return model
 
 
 class Model:
     """A vision-language model that chats and embeds. Made by `load`."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Checkpoint) -> None:
         self.name = loaded.name
         self.vlm = loaded.vlm
         self.tokenizer = loaded.tokenizer
@@ -144,7 +143,7 @@ class Model:
         decoder = self.vlm.decoder
         tied = decoder.head if decoder.config.tied_head else None
         modules = (module for module in self.vlm.modules() if module is not tied)
-        packed = [module for module in modules if isinstance(module, PackedLinear)]
+        packed = [module for module in modules if isinstance(module, QuantizedLinear)]
         shared = {w.data_ptr(): w.numel() for w in self.vlm.parameters()}
         return sum(shared.values()) + sum(linear.num_weights for linear in packed)
 
@@ -238,7 +237,7 @@ class Model:
         limit = settings.pop("max_new_tokens", 256)
         if limit < 1:
             raise InputError(f"max_new_tokens is {limit}, expected at least 1.")
-        beams = Beams(
+        beams = BeamSettings(
             settings.pop("beams", 1),
             settings.pop("length_penalty", 1.0),
             settings.pop("early_stopping", False),
@@ -261,9 +260,9 @@ class Model:
         limit = min(limit, self.context_length - len(read))
         search = None
         if beams.number > 1:
-            search = Search(beams, max_new_tokens=limit, stop_ids=stops_at)
+            search = BeamSearch(beams, max_new_tokens=limit, stop_ids=stops_at)
         sampler = Sampler(drawn, read=read, constraint=constraint)
-        sequence = Generation(
+        sequence = GeneratedSequence(
             lambda: self._batch([(prompt, encoded)]),
             sampler,
             limit,
@@ -367,7 +366,7 @@ class Model:
             logits=logits.cpu().numpy(),
         )
 
-    def see(self, visuals: Sequence[Image | Video], alone: Sequence[bool]) -> list[Seen]:
+    def see(self, visuals: Sequence[Image | Video], alone: Sequence[bool]) -> list[ImageFeatures]:
         """Return what pictures and videos become before the decoder; equal ones once.
 
         Decoding and resizing run in threads. Results are kept by content, within a byte budget.
@@ -382,7 +381,7 @@ class Model:
         processor = self.processor
         pairs = list(zip(visuals, alone, strict=True))
         keys = [f"{content_hash(visual)}:{single}" for visual, single in pairs]
-        found: dict[str, Seen] = {}
+        found: dict[str, ImageFeatures] = {}
         missing = {}
         for key, pair in zip(keys, pairs, strict=True):
             if (kept := self.image_cache.get(key)) is not None:
@@ -393,7 +392,7 @@ class Model:
         chunks = [todo[first : first + TOWER_BATCH] for first in range(0, len(todo), TOWER_BATCH)]
         with ThreadPoolExecutor(max_workers=2) as pool:
 
-            def prepare(number: int) -> list[Future[tuple[np.ndarray, Shape]]]:
+            def prepare(number: int) -> list[Future[tuple[np.ndarray, ImageGrid]]]:
                 chunk = chunks[number] if number < len(chunks) else []
                 return [
                     pool.submit(pixels_of, visual, processor, single)
@@ -407,7 +406,10 @@ class Model:
                 pixels = [torch.from_numpy(array).to(self.device) for array, _ in ready]
                 with torch.inference_mode():
                     seen = self.vlm.see(
-                        [Visual(one, shape) for one, (_, shape) in zip(pixels, ready, strict=True)]
+                        [
+                            ImageInput(one, shape)
+                            for one, (_, shape) in zip(pixels, ready, strict=True)
+                        ]
                     )
                 for (key, (visual, _)), (tokens, mean) in zip(chunk, seen, strict=True):
                     found[key] = (tokens.clone(), mean.clone())

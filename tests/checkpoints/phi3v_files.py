@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForC
 from tests.checkpoints.transformers_files import TEXT, VISION
 from tests.fakes import byte_tokenizer
 from tests.parity.peers import randomized
-from visavis.checkpoints.llava.layout import KNOWN_TOWERS
+from visavis.checkpoints.llava.config import KNOWN_TOWERS
 
 SIDE = VISION["image_size"]
 GRID = SIDE // VISION["patch_size"]

@@ -27,8 +27,8 @@ from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.fakes import write_tiny_checkpoint
 from tests.gguf_files import llama_metadata, tiny_config, write_llama
 from visavis import load
-from visavis.checkpoints.describe import describe
-from visavis.checkpoints.weight_files import read_headers
+from visavis.checkpoints.inspect import describe
+from visavis.checkpoints.tensor_files import read_headers
 from visavis.errors import CheckpointError, VisavisError
 
 # What a number, a text or a list may be replaced by.

@@ -14,8 +14,8 @@ from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.fakes import write_tiny_checkpoint
 from tests.gguf_files import llama_metadata, random_state, tiny_config, write_gguf
 from visavis.checkpoints.compare import Comparison, compare, distance
-from visavis.checkpoints.describe import describe
 from visavis.checkpoints.gguf.decoder import gguf_state
+from visavis.checkpoints.inspect import describe
 
 
 def compared(a: Path, b: Path) -> Comparison:

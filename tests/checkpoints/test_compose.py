@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from visavis.checkpoints import tiny
+from visavis.checkpoints import tiny_random
 from visavis.checkpoints.compose import Composition, compose
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.native import write_native
@@ -23,9 +23,9 @@ def composition(**settings: object) -> Composition:
 def test_tiny_random_is_the_same_everywhere(own_cache: Path, tmp_path: Path) -> None:
     loaded = load_checkpoint("tiny-random", precision="f32")
     assert loaded.fingerprint == load_checkpoint("tiny-random", precision="f32").fingerprint
-    tiny.write(tmp_path)
+    tiny_random.write(tmp_path)
     for name in ("model.safetensors", "tokenizer.json", "visavis.json"):
-        assert (tmp_path / name).read_bytes() == (tiny.fetch() / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (tiny_random.fetch() / name).read_bytes()
     assert loaded.encoder.can_chat
     assert loaded.tokenizer.encode("What is on the left?").tokens[-1] == "?"
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.gguf_files import write_gguf
-from visavis.checkpoints.describe import OPENERS
 from visavis.checkpoints.detect import KINDS, detect
+from visavis.checkpoints.inspect import OPENERS
 from visavis.checkpoints.load import LOADERS
 from visavis.errors import CheckpointError
 

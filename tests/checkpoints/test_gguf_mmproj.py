@@ -15,41 +15,46 @@ from tests.fakes import write_tiny_checkpoint
 from tests.gguf_files import tiny_config, write_llama
 from tests.mmproj_files import SIGLIP, compose, rewrite, tiny_llama
 from visavis.api import Model, load
+from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.gguf.export import write_gguf as export
 from visavis.checkpoints.gguf.mmproj import VISION, read_half
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.loaded import Loaded
 from visavis.errors import CheckpointError, CheckpointWarning, InputError
-from visavis.model.config import ConnectorConfig, EfficientNetConfig, MergeConfig, TowerConfig
+from visavis.model.config import (
+    ConnectorConfig,
+    EfficientNetConfig,
+    ImageLayoutConfig,
+    TowerConfig,
+)
 from visavis.model.vlm import VLM
-from visavis.processing.tiling import TilesConfig
+from visavis.processing.anyres import AnyresConfig
 
 GRIDS = ((32, 64), (64, 32), (64, 64))
-SPATIAL = MergeConfig("spatial", unpad=True, newline=True)
+SPATIAL = ImageLayoutConfig("spatial", unpad=True, newline=True)
 
 
 @pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_llama(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture
-def composed(language_model: Loaded) -> Loaded:
+def composed(language_model: Checkpoint) -> Checkpoint:
     return compose(language_model, "SigLIP, mlp2x")
 
 
-def with_tiles(loaded: Loaded, merge: MergeConfig = SPATIAL) -> Loaded:
+def with_tiles(loaded: Checkpoint, merge: ImageLayoutConfig = SPATIAL) -> Checkpoint:
     """Return LLaVA 1.6 of the same parts."""
     torch.manual_seed(0)
     vlm = VLM(replace(loaded.vlm.config, merge=merge))
     vlm.load_state_dict(loaded.vlm.state_dict() | {"image_newline": torch.randn(32)})
     assert loaded.processor is not None
-    processor = replace(loaded.processor, resize="squash", tiles=TilesConfig(GRIDS))
+    processor = replace(loaded.processor, resize="squash", tiles=AnyresConfig(GRIDS))
     return replace(loaded, vlm=vlm.eval().requires_grad_(False), processor=processor)
 
 
-def test_llava_1_6_both_ways(composed: Loaded, tmp_path: Path) -> None:
+def test_llava_1_6_both_ways(composed: Checkpoint, tmp_path: Path) -> None:
     loaded = with_tiles(composed)
     model, mmproj = export(loaded, tmp_path / "ours", kind="F32")
     keys = open_gguf(mmproj).metadata
@@ -65,16 +70,16 @@ def test_llava_1_6_both_ways(composed: Loaded, tmp_path: Path) -> None:
         assert np.abs(again.embed([picture]) - expected).max() < 1e-5
 
 
-def test_what_llama_cpp_cannot_run_is_refused_by_name(composed: Loaded, tmp_path: Path) -> None:
+def test_what_llama_cpp_cannot_run_is_refused_by_name(composed: Checkpoint, tmp_path: Path) -> None:
     def refusal(loaded: Any) -> str:
         with pytest.raises(CheckpointError) as raised:
             export(loaded, tmp_path / "out", kind="F16")
         assert not (tmp_path / "out").exists()
         return str(raised.value)
 
-    def altered(tower: TowerConfig = SIGLIP, max_tiles: int = 0, **connector: Any) -> Loaded:
+    def altered(tower: TowerConfig = SIGLIP, max_tiles: int = 0, **connector: Any) -> Checkpoint:
         fields = {"kind": "mlp", "in_width": tower.width, "out_width": 32, "depth": 2} | connector
-        merge = replace(SPATIAL, max_tiles=max_tiles) if max_tiles else MergeConfig()
+        merge = replace(SPATIAL, max_tiles=max_tiles) if max_tiles else ImageLayoutConfig()
         config = replace(
             composed.vlm.config, tower=tower, connector=ConnectorConfig(**fields), merge=merge
         )
@@ -99,7 +104,7 @@ def test_an_embedding_head_has_no_place(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def files(composed: Loaded, tmp_path: Path) -> tuple[Path, Path]:
+def files(composed: Checkpoint, tmp_path: Path) -> tuple[Path, Path]:
     model, mmproj = export(composed, tmp_path / "good", kind="F32")
     return model, mmproj
 
@@ -139,7 +144,7 @@ def test_bad_files_are_named(
     assert message in str(raised.value) and str(path) in str(raised.value)
 
 
-def test_values_that_are_not_finite_are_warned_of(composed: Loaded, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_warned_of(composed: Checkpoint, tmp_path: Path) -> None:
     composed.vlm.connector.layers[2].bias.fill_(torch.nan)  # type: ignore[union-attr]
     export(composed, tmp_path, kind="F32")
     with pytest.warns(CheckpointWarning, match=r"mm\.2\.bias of .* holds NaN"):

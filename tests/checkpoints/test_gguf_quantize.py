@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visavis.checkpoints.gguf import quants
+from visavis.checkpoints.gguf import dequantize
 from visavis.checkpoints.gguf.quantize import CHUNK, QUANTIZERS, quantize, tensor_type
 
 SEARCHED = ("Q4_K", "Q5_K", "Q6_K")
@@ -34,7 +34,7 @@ def random_values(seed: int) -> np.ndarray:
 
 def there_and_back(values: np.ndarray, kind: str) -> np.ndarray:
     raw = np.concatenate(list(quantize(values, kind)))
-    return quants.dequantize(raw, kind, values.shape)
+    return dequantize.dequantize(raw, kind, values.shape)
 
 
 def error(values: np.ndarray, kind: str) -> float:

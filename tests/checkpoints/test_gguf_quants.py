@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visavis.checkpoints.gguf import quants
-from visavis.checkpoints.gguf.quants import BY_NAME, SUPPORTED, TYPES, UNPACK
+from visavis.checkpoints.gguf import dequantize
+from visavis.checkpoints.gguf.dequantize import BY_NAME, SUPPORTED, TYPES, UNPACK
 
 ROWS, BLOCKS = 48, 3
 
@@ -38,7 +38,7 @@ def test_sizes_are_those_of_the_library() -> None:
 def test_values_are_bitwise_equal(name: str, seed: int) -> None:
     raw, shape = random_blocks(name, seed)
     with np.errstate(all="ignore"):
-        ours = quants.dequantize(raw.reshape(-1), name, shape)
+        ours = dequantize.dequantize(raw.reshape(-1), name, shape)
         theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
     assert ours.dtype == np.float32 and ours.shape == shape
     nan = np.isnan(theirs)
@@ -51,7 +51,7 @@ def test_quantised_numbers_come_back_near(name: str) -> None:
     """Against the numbers themselves, not only another implementation."""
     numbers = np.random.default_rng(0).standard_normal((8, 64), np.float32)
     raw = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[name])
-    values = quants.dequantize(raw.reshape(-1), name, numbers.shape)
+    values = dequantize.dequantize(raw.reshape(-1), name, numbers.shape)
     bits = 8 if name == "Q8_0" else int(name[1])
     assert np.abs(values - numbers).max() < 1.1 * np.abs(numbers).max() / 2 ** (bits - 1)
 
@@ -59,7 +59,7 @@ def test_quantised_numbers_come_back_near(name: str) -> None:
 @pytest.mark.parametrize("name", UNPACK)
 def test_parts_multiply_out_to_the_values(name: str) -> None:
     raw, shape = random_blocks(name, 7)
-    codes, scale, minimum = quants.parts(raw.reshape(-1), name, shape)
+    codes, scale, minimum = dequantize.parts(raw.reshape(-1), name, shape)
     assert codes.shape == shape and codes.dtype in (np.uint8, np.int8)
     group = shape[1] // scale.shape[1]
     assert scale.shape == (ROWS, shape[1] // group) and group in (16, 32)
@@ -68,15 +68,15 @@ def test_parts_multiply_out_to_the_values(name: str) -> None:
         if minimum is not None:
             assert minimum.shape == scale.shape and codes.dtype == np.uint8
             values = values + minimum.repeat(group, 1)
-        expected = quants.dequantize(raw.reshape(-1), name, shape)
+        expected = dequantize.dequantize(raw.reshape(-1), name, shape)
     assert np.array_equal(values, expected, equal_nan=True)
 
 
 def test_four_bit_codes_stay_four_bit() -> None:
     raw, shape = random_blocks("Q4_1", 3)
-    assert quants.parts(raw.reshape(-1), "Q4_1", shape).codes.max() == 15
+    assert dequantize.parts(raw.reshape(-1), "Q4_1", shape).codes.max() == 15
     raw, shape = random_blocks("Q4_0", 3)
-    codes = quants.parts(raw.reshape(-1), "Q4_0", shape).codes
+    codes = dequantize.parts(raw.reshape(-1), "Q4_0", shape).codes
     assert (codes.min(), codes.max()) == (-8, 7)
 
 
@@ -84,7 +84,7 @@ def test_values_can_be_written_in_place() -> None:
     raw, shape = random_blocks("Q8_0", 1)
     target = np.zeros((2 * ROWS, shape[1]), np.float32)
     with np.errstate(all="ignore"):
-        quants.dequantize(raw.reshape(-1), "Q8_0", shape, out=target[ROWS:])
-        expected = quants.dequantize(raw.reshape(-1), "Q8_0", shape)
+        dequantize.dequantize(raw.reshape(-1), "Q8_0", shape, out=target[ROWS:])
+        expected = dequantize.dequantize(raw.reshape(-1), "Q8_0", shape)
     assert np.array_equal(target[ROWS:], expected, equal_nan=True)
     assert not target[:ROWS].any()

@@ -13,11 +13,12 @@ from tests.llamacpp import llama_cpp
 from tests.processing.test_sentencepiece import LLAMA, SPECIALS, write_model
 from tests.processing.test_turns import IMAGE, conversation, with_specials
 from tests.texts import texts
-from visavis.checkpoints.gguf.chat_template import chat_template
-from visavis.checkpoints.gguf.vocabulary import vocabulary_metadata
+from visavis.checkpoints.gguf.export import vocabulary_metadata
+from visavis.checkpoints.gguf.load import chat_template
 from visavis.errors import CheckpointError
-from visavis.processing.profile import PromptProfile
-from visavis.processing.templates import ChatTemplate, encode_chat, encode_turns
+from visavis.processing.chat_formats import CHAT_FORMATS
+from visavis.processing.chat_template import ChatTemplate, encode_chat, encode_turns
+from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import (
     PRE_TOKENIZERS,
     SpecialTokens,
@@ -26,7 +27,6 @@ from visavis.processing.tokenizer import (
     load_tokenizer,
     special_tokens,
 )
-from visavis.processing.turns import TURNS
 
 CUTS: dict[str, tuple[Any, str]] = {  # as tokenizer.json files have them -> llama.cpp's name
     "GPT-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
@@ -147,23 +147,23 @@ def test_what_gguf_cannot_say_is_refused() -> None:
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-@pytest.mark.parametrize("name", [name for name in TURNS if not name.endswith("plain")])
+@pytest.mark.parametrize("name", [name for name in CHAT_FORMATS if not name.endswith("plain")])
 def test_chat_formats_as_jinja_give_the_same_ids(name: str, add_bos: bool) -> None:
     tokenizer, specials = with_specials(trained(CUTS["GPT-2"][0])[0], add_bos=add_bos)
     bos = "<s>" if add_bos else ""
-    template = ChatTemplate(chat_template(PromptProfile(turns=name), bos))
+    template = ChatTemplate(chat_template(PromptConfig(turns=name), bos))
     settings: dict[str, Any] = {"image_token_id": IMAGE, "tokens_per_image": []}
     for prompt in (
         conversation("How many?"),
         conversation("What is this?", "A cat.", "Are you sure? 100 %"),
     ):
-        expected = encode_turns(prompt, TURNS[name], tokenizer, specials, **settings)
+        expected = encode_turns(prompt, CHAT_FORMATS[name], tokenizer, specials, **settings)
         found = encode_chat(prompt, template, tokenizer, specials, **settings)
         assert found.token_ids == expected.token_ids
 
 
 def test_what_stands_beside_pictures_stands_beside_llama_cpps_mark() -> None:
-    profile = PromptProfile(turns="vicuna_v1", image_start="<a>", image_end="<b>")
+    profile = PromptConfig(turns="vicuna_v1", image_start="<a>", image_end="<b>")
     template = ChatTemplate(chat_template(profile, "<s>"))
     text = template.render([{"role": "user", "content": "<__media_x3Yz__>What?"}])
     assert text.startswith("<s>A chat between")
@@ -171,5 +171,5 @@ def test_what_stands_beside_pictures_stands_beside_llama_cpps_mark() -> None:
 
 
 def test_formats_that_leave_words_out_have_no_jinja() -> None:
-    assert chat_template(PromptProfile(turns="plain"), "") == ""
-    assert chat_template(PromptProfile(jinja="{{ x }}"), "<s>") == "{{ x }}"
+    assert chat_template(PromptConfig(turns="plain"), "") == ""
+    assert chat_template(PromptConfig(jinja="{{ x }}"), "<s>") == "{{ x }}"

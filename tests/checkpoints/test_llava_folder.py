@@ -12,7 +12,7 @@ import torch
 import visavis
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.fakes import picture
-from visavis.checkpoints.llava.layout import (
+from visavis.checkpoints.llava.config import (
     KNOWN_TOWERS,
     known_tower,
     text_config,

@@ -17,9 +17,9 @@ from tests.checkpoints.llava_files import original_names, save_original, save_to
 from tests.checkpoints.transformers_files import TEXT, fast_tokenizer
 from tests.fakes import picture
 from visavis.errors import CheckpointError
-from visavis.generate.answer import Reply
 from visavis.generate.engine import Engine
-from visavis.prompt import Prompt
+from visavis.generate.streaming import Reply
+from visavis.inputs import Prompt
 
 TOKENS = ["<im_patch>", "<im_start>", "<im_end>"]
 ON = {"mm_use_im_start_end": True, "mm_use_im_patch_token": True, "mm_projector_type": "mlp2x_gelu"}

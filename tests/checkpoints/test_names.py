@@ -10,16 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from visavis.checkpoints.names import NameTable, Row, compiled, fill, to_ours, to_theirs
+from visavis.checkpoints.weight_mapping import (
+    MappingRow,
+    NameTable,
+    compiled,
+    fill,
+    to_ours,
+    to_theirs,
+)
 from visavis.errors import CheckpointError
 
 TABLE = NameTable(
     rows=(
-        Row("blocks.*.qkv", ("layer.*.q", "layer.*.k", "layer.*.v"), ("q", "kv", "kv")),
-        Row("blocks.*.out", ("layer.*.o",)),
-        Row("token", ("cls_token",), unit_axes=2),
-        Row("blocks.*.up", ("layer.*.fused_up",)),
-        Row("blocks.*.up", ("layer.*.gate", "layer.*.up"), ("ffn", "ffn")),
+        MappingRow("blocks.*.qkv", ("layer.*.q", "layer.*.k", "layer.*.v"), ("q", "kv", "kv")),
+        MappingRow("blocks.*.out", ("layer.*.o",)),
+        MappingRow("token", ("cls_token",), unit_axes=2),
+        MappingRow("blocks.*.up", ("layer.*.fused_up",)),
+        MappingRow("blocks.*.up", ("layer.*.gate", "layer.*.up"), ("ffn", "ffn")),
     ),
     aliases=(("old.**", "layer.**"), ("layer.*.query", "layer.*.q")),
     ignored=("**.inv_freq",),

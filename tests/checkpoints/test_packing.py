@@ -18,20 +18,20 @@ import visavis
 from tests.checkpoints.transformers_files import save_qwen2
 from tests.fakes import picture, write_tiny_checkpoint
 from tests.gguf_files import llama_metadata, random_state, tiny_config, write_gguf
-from visavis.checkpoints import packing
+from visavis.checkpoints import quantize
 from visavis.checkpoints.gguf.decoder import StoredPart, gguf_state
-from visavis.checkpoints.gguf.groups import CODES, REGROUPED, groups_of, packed_as
-from visavis.checkpoints.gguf.quants import BY_NAME, dequantize
+from visavis.checkpoints.gguf.dequantize import BY_NAME, dequantize
 from visavis.checkpoints.gguf.reader import open_gguf
+from visavis.checkpoints.gguf.repack import CODES, REGROUPED, groups_of, packed_as
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.native import write_native
-from visavis.checkpoints.packing import Packing, unpack_linears
-from visavis.convert.run import convert
+from visavis.checkpoints.quantize import Quantizer, unpack_linears
+from visavis.convert.conversion import convert
 from visavis.errors import CheckpointError, CheckpointWarning, InputError
 from visavis.model.config import VLMConfig
-from visavis.model.quantized import PackedEmbedding, PackedLinear, packed_kernels
-from visavis.processing.pack import pack
-from visavis.processing.templates import Encoded
+from visavis.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, packed_kernels
+from visavis.processing.chat_template import Encoded
+from visavis.processing.collate import pack
 
 ADDED = {"Q2_K": 0.06, "Q3_K": 0.002, "Q6_K": 0.15}  # to the squared error of the type itself
 LETTERS = [*(chr(code) for code in range(33, 127)), "ab", "Ġ"]
@@ -40,7 +40,7 @@ LETTERS = [*(chr(code) for code in range(33, 127)), "ab", "Ġ"]
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tiny models count as large: nothing floating-point beside the integers."""
-    monkeypatch.setattr(packing, "MAX_DENSE_WEIGHTS", 0)
+    monkeypatch.setattr(quantize, "MAX_DENSE_WEIGHTS", 0)
 
 
 def random_blocks(type: str, rows: int, inside: int) -> StoredPart:
@@ -126,7 +126,7 @@ def packed_of(model: visavis.Model) -> dict[str, list[tuple[int, int]]]:
     return {
         name: [(part.bits, part.group) for part in module.parts]
         for name, module in model.vlm.decoder.named_modules()
-        if isinstance(module, PackedLinear)
+        if isinstance(module, QuantizedLinear)
     }
 
 
@@ -157,9 +157,9 @@ def test_large_files_keep_nothing_else(type: str, tied: bool, tmp_path: Path) ->
         bits = 4 if type == "Q4_0" else 8
         assert {tuple(parts) for parts in found.values()} == {((bits, 32),)}
         assert len(found) == 4 * 2 + 2  # the head, and the embeddings
-        packed = [m for m in model.vlm.decoder.modules() if isinstance(m, PackedLinear)]
+        packed = [m for m in model.vlm.decoder.modules() if isinstance(m, QuantizedLinear)]
         assert all(linear.dense is None for linear in packed)
-        assert isinstance(model.vlm.decoder.embed, PackedEmbedding)
+        assert isinstance(model.vlm.decoder.embed, QuantizedEmbedding)
     for decoding in (False, True):
         assert_near(logits(model, decoding), logits(exact))
     assert packed_of(exact) == {}
@@ -219,7 +219,7 @@ def test_scales_that_are_not_finite_are_warned_of(tmp_path: Path) -> None:
 def test_processors_without_bfloat16_pack_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visavis.checkpoints.loaded.has_bf16_instructions", lambda: False)
+    monkeypatch.setattr("visavis.checkpoints.checkpoint.has_bf16_instructions", lambda: False)
     path = write_model(tmp_path / "model.gguf", "Q8_0")
     model = visavis.load(path, device="cpu")
     assert model.vlm.decoder.dtype == torch.float32 and packed_of(model)
@@ -237,7 +237,7 @@ def test_processors_without_bfloat16_pack_too(
 def test_folders_are_quantised_while_they_are_read(
     precision: str, tied: bool, threshold: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MAX_DENSE_WEIGHTS", threshold)
+    monkeypatch.setattr(quantize, "MAX_DENSE_WEIGHTS", threshold)
     save_qwen2(tmp_path / "model", tie_word_embeddings=tied, intermediate_size=64)
     model = visavis.load(tmp_path / "model", precision=precision, device="cpu")
     exact = visavis.load(tmp_path / "model", precision="f32")
@@ -263,7 +263,7 @@ def _single(found: dict[str, list[tuple[int, int]]]) -> list[tuple[str, tuple[in
 def test_unpacked_for_training(
     tied: bool, threshold: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MAX_DENSE_WEIGHTS", threshold)
+    monkeypatch.setattr(quantize, "MAX_DENSE_WEIGHTS", threshold)
     save_qwen2(tmp_path / "model", tie_word_embeddings=tied, intermediate_size=64)
     model = visavis.load(tmp_path / "model", precision="int8", device="cpu")
     before = logits(model)
@@ -279,14 +279,14 @@ def test_towers_and_connectors_stay(tmp_path: Path) -> None:
     model = visavis.load(write_tiny_checkpoint(tmp_path / "tiny"), precision="int4", device="cpu")
     assert packed_of(model)
     others = [m for name, m in model.vlm.named_modules() if not name.startswith("decoder")]
-    assert not any(isinstance(module, PackedLinear) for module in others)
+    assert not any(isinstance(module, QuantizedLinear) for module in others)
     assert model.embed([picture(1)]).shape == (1, 16)
 
 
 def test_integers_have_no_product_on_other_devices() -> None:
     config = VLMConfig(decoder=tiny_config())
     with pytest.raises(InputError, match="'int4' on cuda, expected cpu"):
-        Packing(config, "int4", "cuda", where="model")
+        Quantizer(config, "int4", "cuda", where="model")
 
 
 # ---- our own folders -----------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def integers(model: visavis.Model) -> dict[str, torch.Tensor]:
 def test_a_folder_of_integers_comes_back(
     precision: str, threshold: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MAX_DENSE_WEIGHTS", threshold)
+    monkeypatch.setattr(quantize, "MAX_DENSE_WEIGHTS", threshold)
     save_qwen2(tmp_path / "model", intermediate_size=64)
     first = visavis.load(tmp_path / "model", precision=precision, device="cpu")
     done = convert(tmp_path / "model", tmp_path / "out", to="native", precision=precision)
@@ -340,12 +340,12 @@ def test_low_rank_pairs_and_mixed_parts_are_stored(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.gguf", "Q4_0", of_values="Q8_0")
     loaded = load_checkpoint(path, device="cpu")
     linear = loaded.vlm.decoder.blocks[0].qkv
-    assert isinstance(linear, PackedLinear)
+    assert isinstance(linear, QuantizedLinear)
     linear.low, linear.high = torch.randn(2, 64).bfloat16(), torch.randn(128, 2).bfloat16()
     (tmp_path / "out").mkdir()
     write_native(loaded, tmp_path / "out")
     again = load_checkpoint(tmp_path / "out", device="cpu").vlm.decoder.blocks[0].qkv
-    assert isinstance(again, PackedLinear) and again.low is not None
+    assert isinstance(again, QuantizedLinear) and again.low is not None
     x = torch.randn(2, 64).to(loaded.vlm.decoder.dtype)
     with packed_kernels():
         assert torch.equal(again(x), linear(x))

@@ -18,15 +18,22 @@ from tests.checkpoints.tinyllava_files import DINOV2, Peer
 from tests.checkpoints.transformers_files import TEXT, VISION
 from tests.fakes import picture, tiny_model
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.tinyllava.defaults import LANGUAGE_MODELS, TOWERS, image_processor
+from visavis.checkpoints.tinyllava.config import (
+    LANGUAGE_MODELS,
+    TOWERS,
+    image_processor,
+    text_config,
+    turns_of,
+    vision_configs,
+    vlm_config,
+)
 from visavis.checkpoints.tinyllava.export import config_json, write_tinyllava
-from visavis.checkpoints.tinyllava.layout import text_config, turns_of, vision_configs, vlm_config
-from visavis.checkpoints.transformers.decoders import decoder_config
+from visavis.checkpoints.transformers.language_models import decoder_config
 from visavis.checkpoints.transformers.processor import processor_config
 from visavis.convert import convert
-from visavis.convert.run import stored_precision
+from visavis.convert.conversion import stored_precision
 from visavis.errors import CheckpointError
-from visavis.model.config import MergeConfig
+from visavis.model.config import ImageLayoutConfig
 from visavis.model.decoder import Decoder
 from visavis.model.vlm import VLM
 
@@ -239,7 +246,7 @@ def test_what_it_has_no_words_for_is_named() -> None:
         (tiny, "embedding head cannot be written"),
         (replace(tiny, head=None), "no CLIP, SigLIP or DINOv2"),
         (replace(config, tower=None, connector=None), "vision tower .none. cannot"),
-        (replace(config, merge=MergeConfig(kind="spatial")), "way from tower to tokens"),
+        (replace(config, merge=ImageLayoutConfig(kind="spatial")), "way from tower to tokens"),
         (replace(config, connector=replace(config.connector, shuffle=2)), "way from tower"),
     ):
         with pytest.raises(CheckpointError, match=expected):

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visavis.checkpoints.transformers.config import vlm_config
-from visavis.checkpoints.transformers.decoders import COMMON, FAMILIES
-from visavis.checkpoints.transformers.openelm import DEFAULTS as OPENELM
+from visavis.checkpoints.transformers.language_models import COMMON, FAMILIES
+from visavis.checkpoints.transformers.language_models import DEFAULTS as OPENELM
 from visavis.checkpoints.transformers.processor import processor_config
+from visavis.checkpoints.transformers.vision_models import vlm_config
 from visavis.errors import CheckpointError
 from visavis.model.vlm import VLM
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import visavis
 from tests.checkpoints.transformers_files import CHATML, save_llava, save_qwen2
-from visavis.checkpoints import weight_files
+from visavis.checkpoints import tensor_files
 from visavis.checkpoints.transformers.processor import processor_config
 from visavis.errors import CheckpointError, CheckpointWarning, InputError
 
@@ -189,7 +189,7 @@ def test_damaged_safetensors_end_in_one_error(
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     try:
-        found = weight_files.read_tensors([path])
+        found = tensor_files.read_tensors([path])
     except CheckpointError as error:
         assert "damaged.safetensors" in str(error)
     else:
@@ -203,7 +203,7 @@ def test_damaged_torch_files_end_in_one_error(tmp_path: Path) -> None:
     for kept in (0, 10, len(content) // 2, len(content) - 30):
         path.write_bytes(content[:kept])
         with pytest.raises(CheckpointError, match="cannot read .*pytorch_model.bin"):
-            weight_files.read_tensors([path])
+            tensor_files.read_tensors([path])
 
 
 class Code:
@@ -223,20 +223,20 @@ def test_torch_files_with_more_than_tensors(tmp_path: Path, monkeypatch: Any) ->
     ):
         torch.save(content, path)
         with pytest.raises(CheckpointError, match="tensors"):
-            weight_files.read_tensors([path])
+            tensor_files.read_tensors([path])
     assert not Path("was-run").exists()
     torch.save({"a": torch.ones(1).expand(10**9)}, path)
     with pytest.raises(CheckpointError, match="a is larger than its file"):
-        weight_files.read_tensors([path])
+        tensor_files.read_tensors([path])
     torch.save({"a": torch.ones(5000)}, tmp_path / "plain.bin")
     with zipfile.ZipFile(tmp_path / "plain.bin") as plain, zipfile.ZipFile(path, "w") as packed:
         for entry in plain.infolist():
             packed.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="compressed"):
-        weight_files.read_tensors([path])
+        tensor_files.read_tensors([path])
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match="torch 1.6 or newer"):
-        weight_files.read_tensors([path])
+        tensor_files.read_tensors([path])
 
 
 def test_weights_that_are_no_numbers(folder: Path) -> None:
@@ -250,7 +250,7 @@ def test_weights_that_are_no_numbers(folder: Path) -> None:
 
 def test_large_half_precision_weights_are_finite() -> None:
     """Their sum is beyond float16, they are not."""
-    weight_files.check_values("a", torch.full((300,), 60000.0).half(), "here")
+    tensor_files.check_values("a", torch.full((300,), 60000.0).half(), "here")
 
 
 def test_quantised_weights(folder: Path) -> None:

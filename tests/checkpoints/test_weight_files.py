@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visavis.checkpoints.weight_files import DTYPES, check_values, read_headers, read_tensors
+from visavis.checkpoints.tensor_files import DTYPES, check_values, read_headers, read_tensors
 from visavis.errors import CheckpointError, CheckpointWarning
 
 

@@ -23,7 +23,7 @@ from tests.parity.test_gguf_families import build_peer
 from tests.parity.test_gguf_families import write as write_gguf_file
 from visavis.checkpoints.load import NANO_FOLDER, load_checkpoint
 from visavis.checkpoints.native import write_native
-from visavis.convert import run as conversion
+from visavis.convert import conversion as conversion
 from visavis.convert import verify
 
 ITEMS = [{"image": picture(1), "text": "red"}, "a text alone", picture(2)]

@@ -16,9 +16,9 @@ from tests.checkpoints.test_gguf_split import write_split
 from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.cli.conftest import Run
 from tests.parity.qwen2_vl_files import save_qwen2_vl
-from visavis.checkpoints import weight_files
+from visavis.checkpoints import tensor_files
 from visavis.checkpoints.gguf.decoder import decoder_state
-from visavis.checkpoints.gguf.split import open_model
+from visavis.checkpoints.gguf.load import open_model
 
 
 def facts(run: Run, path: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _headers_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     def refuse(*_: object) -> torch.Tensor:
         raise AssertionError("inspect read a tensor")
 
-    monkeypatch.setattr(weight_files, "_read", refuse)
+    monkeypatch.setattr(tensor_files, "_read", refuse)
 
 
 def count(peer: torch.nn.Module) -> int:

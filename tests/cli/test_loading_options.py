@@ -21,10 +21,10 @@ from tests.checkpoints.transformers_files import TEXT, fast_tokenizer
 from tests.cli.conftest import Run
 from tests.cli.test_bad_input import assert_one_line
 from tests.fakes import write_pictures
-from tests.processing.test_documents import pdf
+from tests.processing.test_documents import pdf_bytes
 from tests.processing.test_video import encode
 from visavis.cli import app
-from visavis.prompt import Document, Image, Page, Video
+from visavis.inputs import Document, Image, Page, Video
 
 pytest.importorskip("av")
 pytest.importorskip("pypdfium2")
@@ -40,7 +40,7 @@ def clip(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def paper(tmp_path: Path) -> Path:
-    (tmp_path / "paper.pdf").write_bytes(pdf(3))
+    (tmp_path / "paper.pdf").write_bytes(pdf_bytes(3))
     return tmp_path / "paper.pdf"
 
 
@@ -140,7 +140,7 @@ def test_an_index_of_all_kinds(run: Run, tiny: str, clip: Path, paper: Path) -> 
 
 
 def test_what_cannot_be_shown(run: Run, tiny: str, clip: Path, tmp_path: Path) -> None:
-    (tmp_path / "cut.pdf").write_bytes(pdf(2)[:200])
+    (tmp_path / "cut.pdf").write_bytes(pdf_bytes(2)[:200])
     (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:500])
     shown: dict[str, tuple[str, ...]] = {
         "--document cut.pdf": ("cut.pdf", "damaged"),

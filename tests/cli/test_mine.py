@@ -15,8 +15,8 @@ import pytest
 from tests.cli.conftest import Run
 from tests.fakes import write_pictures
 from visavis.api import Model
-from visavis.data import negatives
-from visavis.train.recipe import SourceRecipe
+from visavis.data import hard_negatives
+from visavis.train.recipe import SourceConfig
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_lines_and_summary(run: Run, tiny: str, pairs: Path, tmp_path: Path) -> 
 def test_ctrl_c_keeps_vectors_and_writes_nothing(
     run: Run, tiny: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(negatives, "BATCH", 5)
+    monkeypatch.setattr(hard_negatives, "BATCH", 5)
     calls, embed = [], Model.embed
 
     def stopped(self: Model, *words: Any, **more: Any) -> Any:
@@ -87,8 +87,8 @@ def test_killed_it_goes_on_to_the_same_lines(tiny: str, pairs: Path, tmp_path: P
 import os, signal, sys
 from visavis.api import Model
 from visavis.cli import app
-from visavis.data import negatives
-negatives.BATCH, embed, calls = 5, Model.embed, []
+from visavis.data import hard_negatives
+hard_negatives.BATCH, embed, calls = 5, Model.embed, []
 def killed(self, *words, **more):
     calls.append(words)
     if len(calls) == int(os.environ["KILLED_AT"]):
@@ -138,7 +138,7 @@ stages:
     assert run(*words, "--source", "other").exit_code == 0  # pictures of no files
     row = lines(tmp_path / "n.jsonl")[0]
     assert row["negatives"][0]["image"].startswith("n-files/")
-    assert SourceRecipe(format="shapes", path="train", negatives="n.jsonl")
+    assert SourceConfig(format="shapes", path="train", negatives="n.jsonl")
 
 
 def test_scene_graphs_and_their_label_files(run: Run, tiny: str, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image as pil
 
-from visavis.data.formats import Source, open_source
-from visavis.data.samples import Chat, Match
-from visavis.prompt import Image, Prompt, Text, Video
-from visavis.train.recipe import SourceRecipe
+from visavis.data.examples import ContrastiveExample, Conversation
+from visavis.data.formats import Source, open_data_source
+from visavis.inputs import Image, Prompt, Text, Video
+from visavis.train.recipe import SourceConfig
 
 
 def picture_bytes(number: int = 0, kind: str = "PNG") -> bytes:
@@ -47,23 +47,23 @@ def write_tar(path: Path, members: Mapping[str, bytes | Mapping[str, Any]]) -> P
     return path
 
 
-def spec(format: str, path: str, **settings: Any) -> SourceRecipe:
-    return SourceRecipe(format=format, path=path, **settings)
+def spec(format: str, path: str, **settings: Any) -> SourceConfig:
+    return SourceConfig(format=format, path=path, **settings)
 
 
 def opened(root: Path, format: str, path: str, **settings: Any) -> Source:
-    return open_source(spec(format, path, **settings), root, name="mine")
+    return open_data_source(spec(format, path, **settings), root, name="mine")
 
 
-def chats(source: Source) -> list[Chat]:
+def chats(source: Source) -> list[Conversation]:
     samples = list(source)
-    assert all(isinstance(sample, Chat) for sample in samples)
+    assert all(isinstance(sample, Conversation) for sample in samples)
     return samples  # type: ignore[return-value]
 
 
-def matches(source: Source) -> list[Match]:
+def matches(source: Source) -> list[ContrastiveExample]:
     samples = list(source)
-    assert all(isinstance(sample, Match) for sample in samples)
+    assert all(isinstance(sample, ContrastiveExample) for sample in samples)
     return samples  # type: ignore[return-value]
 
 

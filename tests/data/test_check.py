@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.data_files import picture_bytes, spec, write_lines, write_pictures, write_tar
 from tests.fakes import tiny_model
-from visavis.data.check import Entry, Findings, check, guess_format
+from visavis.data.check import CheckedSource, Findings, check, guess_format
 from visavis.errors import TrainError
 
 
@@ -23,11 +23,11 @@ def chat(
     return {"id": id, **marker, "conversations": turns}
 
 
-def entry(folder: Path, name: str, *rows: dict[str, Any], **settings: Any) -> Entry:
+def entry(folder: Path, name: str, *rows: dict[str, Any], **settings: Any) -> CheckedSource:
     write_lines(folder / f"{name}.jsonl", rows)
     format = "pairs" if "query" in rows[0] else "llava"
     recipe = {"negatives": settings.pop("negatives", "")}
-    return Entry(name, spec(format, f"{name}.jsonl", **recipe), folder, **settings)
+    return CheckedSource(name, spec(format, f"{name}.jsonl", **recipe), folder, **settings)
 
 
 def kinds(findings: Findings) -> list[tuple[str, str]]:
@@ -66,12 +66,12 @@ def test_records_that_cannot_be_used_are_all_listed(tmp_path: Path) -> None:
     assert found.samples == 2
     assert "it has no 'conversations'" in found.problems[0].text
     (tmp_path / "chats.jsonl").write_text('{"id": 1\n')
-    (found,) = check([Entry("chats", spec("llava", "chats.jsonl"), tmp_path)])
+    (found,) = check([CheckedSource("chats", spec("llava", "chats.jsonl"), tmp_path)])
     assert kinds(found) == [("record", "chats:0")]
 
 
 def test_a_source_that_cannot_be_opened_does_not_hide_the_others(tmp_path: Path) -> None:
-    gone = Entry("gone", spec("llava", "gone.json"), tmp_path)
+    gone = CheckedSource("gone", spec("llava", "gone.json"), tmp_path)
     first, second = check([gone, entry(tmp_path, "chats", chat(0))])
     assert kinds(first) == [("source", "gone")] and second.samples == 1
 
@@ -99,9 +99,9 @@ def test_tokens_are_the_models_own(tmp_path: Path) -> None:
     row = chat(0, "A cat.", "a.png")
     (found,) = check([entry(tmp_path, "chats", row, encoder=encoder)])
     expected = encoder.chat
-    from visavis.data.formats import open_source
+    from visavis.data.formats import open_data_source
 
-    sample: Any = open_source(spec("llava", "chats.jsonl"), tmp_path, name="x")[0]
+    sample: Any = open_data_source(spec("llava", "chats.jsonl"), tmp_path, name="x")[0]
     ids = expected(sample.prompt, add_generation_prompt=False).token_ids
     assert list(found.lengths) == [len(ids)]
     pair = {"id": 0, "query": "q" * 10, "positives": [{"image": "a.png"}], "negatives": ["n" * 7]}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from visavis.data.formats import FORMATS
-from visavis.train.recipe import SourceRecipe
+from visavis.train.recipe import SourceConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
@@ -25,5 +25,5 @@ def test_formats_and_their_options_are_documented(name: str) -> None:
 def test_the_pages_recipe_is_one() -> None:
     text = PAGE.partition("```yaml\n")[2].partition("```")[0]
     for source in yaml.safe_load(text)["data"].values():
-        found = SourceRecipe.model_validate(source)
+        found = SourceConfig.model_validate(source)
         FORMATS[found.format].options.model_validate(found.options)

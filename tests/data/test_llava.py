@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.data_files import chats, opened, picture_bytes, said, write_lines, write_tar
 from visavis.errors import TrainError
-from visavis.prompt import Video
+from visavis.inputs import Video
 
 
 def row(*values: str, **fields: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from visavis.data.mmeb_strings import IMAGE_TASKS, PAGES, TASKS, VIDEO_TASKS
-from visavis.processing.profile import PROFILES
+from visavis.processing.prompt_encoder import PROFILES
 
 
 def test_every_task() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.data_files import chats, matches, opened, picture_bytes, said, spec, write_tar
-from visavis.data.formats import fingerprint
+from visavis.data.formats import source_fingerprint
 from visavis.errors import TrainError
-from visavis.prompt import Stored
+from visavis.inputs import Stored
 
 
 @pytest.fixture
@@ -59,7 +59,8 @@ def test_wording_is_the_seeds(root: Path) -> None:
 
     assert texts(1) == texts(1) != texts(2)
     prints = {
-        fingerprint(spec("records", "vqa-rad", options={"seed": seed}), root) for seed in (1, 2)
+        source_fingerprint(spec("records", "vqa-rad", options={"seed": seed}), root)
+        for seed in (1, 2)
     }
     assert len(prints) == 2
 
@@ -93,9 +94,9 @@ def test_sets_that_do_not_fit_are_refused(root: Path) -> None:
 
 def test_a_fingerprint_is_of_pictures_too(root: Path) -> None:
     source = spec("records", "tuxpaint-stamps")
-    before = fingerprint(source, root)
+    before = source_fingerprint(source, root)
     path = root / "tuxpaint-stamps" / "train-000.tar"
     content = path.read_bytes()
     place = content.index(b"IDAT")
     path.write_bytes(content[:place] + b"X" + content[place + 1 :])
-    assert fingerprint(source, root) != before
+    assert source_fingerprint(source, root) != before

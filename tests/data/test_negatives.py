@@ -12,14 +12,14 @@ import pytest
 
 from tests.data.data_files import opened, write_lines
 from tests.fakes import picture, tiny_model, write_pictures
-from visavis.data import nearest, negatives
-from visavis.data.catalogue import Catalogue
-from visavis.data.mined import read_corpus, to_item, write_mined
-from visavis.data.negatives import Mining, Negative, Report, mine
-from visavis.data.samples import Chat, Match, Sample
-from visavis.data.vectors import VectorStore
+from visavis.data import hard_negatives, knn
+from visavis.data.corpus import Corpus
+from visavis.data.embedding_store import EmbeddingStore
+from visavis.data.examples import ContrastiveExample, Conversation, Sample
+from visavis.data.hard_negatives import Mining, MiningReport, Negative, mine
+from visavis.data.mined_negatives import read_corpus, to_item, write_mined
 from visavis.errors import InputError, StoreError
-from visavis.prompt import Image, Prompt, Stored, Text, Video
+from visavis.inputs import Image, Prompt, Stored, Text, Video
 
 
 class Table:
@@ -45,8 +45,8 @@ class Table:
         return np.stack([self.vector(text) for text in texts])
 
 
-def match(id: Any, query: str, target: str, **fields: Any) -> Match:
-    return Match(str(id), Prompt.of(query), Prompt.of(target), **fields)
+def match(id: Any, query: str, target: str, **fields: Any) -> ContrastiveExample:
+    return ContrastiveExample(str(id), Prompt.of(query), Prompt.of(target), **fields)
 
 
 def mined(
@@ -55,15 +55,15 @@ def mined(
     folder: Path,
     model: Any = None,
     others: Sequence[Prompt] = (),
-) -> tuple[dict[str, list[Negative]], Catalogue, Report]:
+) -> tuple[dict[str, list[Negative]], Corpus, MiningReport]:
     model = model or Table()
-    catalogue, report = Catalogue(samples, others), Report()
-    with VectorStore(folder / "vectors", model.embedding_dim) as store:
+    catalogue, report = Corpus(samples, others), MiningReport()
+    with EmbeddingStore(folder / "vectors", model.embedding_dim) as store:
         found = {one.id: each for one, each in mine(model, catalogue, settings, store, report)}
     return found, catalogue, report
 
 
-def texts(found: Sequence[Negative], catalogue: Catalogue) -> list[str]:
+def texts(found: Sequence[Negative], catalogue: Corpus) -> list[str]:
     return [catalogue.prompt(one.place)[0].text for one in found]
 
 
@@ -73,13 +73,13 @@ def texts(found: Sequence[Negative], catalogue: Catalogue) -> list[str]:
 def test_search_in_blocks_finds_what_sorting_everything_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nearest, "BLOCK", 7)
+    monkeypatch.setattr(knn, "BLOCK", 7)
     draw = np.random.default_rng(0)
     matrix = draw.normal(size=(60, 5)).astype(np.float32)
     rows = draw.permutation(60)[:40]
     queries = draw.normal(size=(9, 5)).astype(np.float32)
     excluded = [draw.permutation(40)[: number * 4].tolist() for number in range(9)]
-    places, scores = nearest.Exact(matrix, rows)(queries, excluded, 12)
+    places, scores = knn.ExactSearch(matrix, rows)(queries, excluded, 12)
     for line, query in enumerate(queries):
         kept = [i for i in range(40) if i not in excluded[line]]
         best = sorted(kept, key=lambda i: -float(matrix[rows[i]] @ query))[:12]
@@ -93,12 +93,12 @@ def test_faiss_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     matrix = draw.normal(size=(500, 16)).astype(np.float32)
     excluded = [[int(i) for i in draw.permutation(500)[:number]] for number in range(20)]
-    ours = nearest.Exact(matrix, np.arange(500))(matrix[:20], excluded, 10)
-    theirs = nearest.Faiss(matrix, np.arange(500))(matrix[:20], excluded, 10)
+    ours = knn.ExactSearch(matrix, np.arange(500))(matrix[:20], excluded, 10)
+    theirs = knn.FaissSearch(matrix, np.arange(500))(matrix[:20], excluded, 10)
     assert (ours[0] == theirs[0]).all()
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4)
-    monkeypatch.setattr(nearest, "FLAT_UP_TO", 100)
-    cells = nearest.Faiss(matrix, np.arange(500))(matrix[:20], excluded, 10)
+    monkeypatch.setattr(knn, "FLAT_UP_TO", 100)
+    cells = knn.FaissSearch(matrix, np.arange(500))(matrix[:20], excluded, 10)
     assert (cells[0] == ours[0]).mean() > 0.7
 
 
@@ -140,7 +140,7 @@ def test_window_and_draw(tmp_path: Path) -> None:
     samples = [match(0, "q", "t19")] + [match(i + 1, f"q{i}", f"t{i:02}") for i in range(19)]
     model = Table({"q": (1, 0), **table}, dim=2)
     only = [samples[0]]
-    others = [one.target for one in samples[1:] if isinstance(one, Match)]
+    others = [one.target for one in samples[1:] if isinstance(one, ContrastiveExample)]
     base = {"ratio": None, "nearest": 4, "skip": 3, "depth": 10}
     found, catalogue, _ = mined(only, Mining(**base), tmp_path, model, others)
     assert texts(found["0"], catalogue) == ["t03", "t04", "t05", "t06"]
@@ -168,8 +168,8 @@ def test_labels_same_image_and_random(tmp_path: Path) -> None:
     shown = Image(picture(0))
     other = Image(picture(1))
 
-    def ask(id: int, image: Image, text: str, answer: str) -> Match:
-        return Match(str(id), Prompt.of([image, Text(text)]), Prompt.of(answer))
+    def ask(id: int, image: Image, text: str, answer: str) -> ContrastiveExample:
+        return ContrastiveExample(str(id), Prompt.of([image, Text(text)]), Prompt.of(answer))
 
     samples = [
         ask(0, shown, "left?", "cup"),
@@ -218,10 +218,10 @@ def test_settings_that_cannot_be() -> None:
 def test_conversations_and_what_is_broken_are_left_out(tmp_path: Path) -> None:
     samples: list[Sample] = [
         match(1, "q", "a"),
-        Chat("talk", Prompt.of("hi")),
+        Conversation("talk", Prompt.of("hi")),
         match(2, "broken", "b"),
         match(3, "r", "broken too"),
-        Match("4", Prompt.of(Path("nowhere.png")), Prompt.of("c")),
+        ContrastiveExample("4", Prompt.of(Path("nowhere.png")), Prompt.of("c")),
         match(5, "s", "d"),
     ]
     settings = Mining(nearest=3, ratio=None)
@@ -239,25 +239,25 @@ def test_conversations_and_what_is_broken_are_left_out(tmp_path: Path) -> None:
 
 def test_vectors_survive_a_crash_in_the_middle(tmp_path: Path) -> None:
     rows = np.arange(12, dtype=np.float32).reshape(4, 3)
-    with VectorStore(tmp_path, 3) as store:
+    with EmbeddingStore(tmp_path, 3) as store:
         store.add(["a", "b"], rows[:2])
         store.add(["c", "d"], rows[2:])
         with pytest.raises(StoreError, match="another process is using"):
-            VectorStore(tmp_path, 3).__enter__()
+            EmbeddingStore(tmp_path, 3).__enter__()
     data, keys = tmp_path / "vectors.f32", tmp_path / "keys"
     data.write_bytes(data.read_bytes() + b"half")
     keys.write_text(keys.read_text() + "hal")
-    with VectorStore(tmp_path, 3) as store:
+    with EmbeddingStore(tmp_path, 3) as store:
         assert store.rows == {"a": 0, "b": 1, "c": 2, "d": 3}
         store.add(["e"], rows[:1])
         np.testing.assert_array_equal(store.matrix()[store.numbers(["d", "e"])], rows[[3, 0]])
     data.write_bytes(data.read_bytes()[:30])  # keys of rows that are gone
-    with VectorStore(tmp_path, 3) as store:
+    with EmbeddingStore(tmp_path, 3) as store:
         assert list(store.rows) == ["a", "b"] and len(store.matrix()) == 2
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(negatives, "BATCH", 4)
+    monkeypatch.setattr(hard_negatives, "BATCH", 4)
     samples = [match(i, f"q{i}", f"t{i}") for i in range(10)]
     settings = Mining(nearest=2, ratio=None, sample=True)
     whole, _, _ = mined(samples, settings, tmp_path / "whole")
@@ -292,15 +292,15 @@ def test_pictures_are_mined_and_joined(tmp_path: Path) -> None:
     source = opened(data, "pairs", "set/pairs.jsonl")
     model = tiny_model()
     settings = Mining(nearest=3, ratio=None)
-    catalogue, report = Catalogue(source), Report()
+    catalogue, report = Corpus(source), MiningReport()
     out = data / "mined/negatives.jsonl"
-    with VectorStore(tmp_path / "vectors", model.embedding_dim) as store:
+    with EmbeddingStore(tmp_path / "vectors", model.embedding_dim) as store:
         write_mined(out, catalogue, mine(model, catalogue, settings, store, report))
     assert (report.samples, report.items) == (7, 6)
     joined = opened(data, "pairs", "set/pairs.jsonl", negatives="mined/negatives.jsonl")
     vectors = model.embed([f"number {i}" for i in range(7)]) @ model.embed(paths).T
     for number, sample in enumerate(joined):
-        assert isinstance(sample, Match)
+        assert isinstance(sample, ContrastiveExample)
         right = number if number < 6 else 0
         best = [i for i in np.argsort(-vectors[number]) if i != right][:3]
         assert [one.images[0].source for one in sample.negatives] == [paths[i] for i in best]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.data.data_files import matches, opened, said, spec, write_lines, write_pictures
-from visavis.data.formats import fingerprint, open_source
+from visavis.data.formats import open_data_source, source_fingerprint
 from visavis.errors import TrainError
 
 
@@ -154,35 +154,39 @@ def test_a_fingerprint_changes_when_the_samples_would(tmp_path: Path) -> None:
         {"options": {"corpus": "corpus.jsonl"}},
     ]
     specs = [spec("pairs", "train.jsonl", **one) for one in settings]
-    before = [fingerprint(one, tmp_path) for one in specs]
+    before = [source_fingerprint(one, tmp_path) for one in specs]
     assert len(set(before)) == len(specs)
-    assert before == [fingerprint(one, tmp_path) for one in specs]
+    assert before == [source_fingerprint(one, tmp_path) for one in specs]
     write_lines(tmp_path / "mined.jsonl", [{"id": "1", "negatives": ["b"]}])
-    changed = [fingerprint(one, tmp_path) != old for one, old in zip(specs, before, strict=True)]
+    changed = [
+        source_fingerprint(one, tmp_path) != old for one, old in zip(specs, before, strict=True)
+    ]
     assert changed == [False, False, False, True, False]
     write_lines(tmp_path / "train.jsonl", [pair(2)])
-    assert all(fingerprint(one, tmp_path) != old for one, old in zip(specs, before, strict=True))
+    assert all(
+        source_fingerprint(one, tmp_path) != old for one, old in zip(specs, before, strict=True)
+    )
 
 
 def test_fingerprints_of_large_files_are_of_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visavis.data.formats.contents.WHOLE_BYTES", 256)
+    monkeypatch.setattr("visavis.data.fingerprint.WHOLE_BYTES", 256)
     path = tmp_path / "train.jsonl"
     write_lines(path, [pair(number) for number in range(5)])
-    first = fingerprint(spec("pairs", "train.jsonl"), tmp_path)
+    first = source_fingerprint(spec("pairs", "train.jsonl"), tmp_path)
     path.write_bytes(path.read_bytes()[:-1] + b" ")
-    assert fingerprint(spec("pairs", "train.jsonl"), tmp_path) != first
+    assert source_fingerprint(spec("pairs", "train.jsonl"), tmp_path) != first
 
 
 def test_fingerprints_of_folders_are_of_names_and_sizes(tmp_path: Path) -> None:
     write_pictures(tmp_path, "owl/a.png", "fox/a.png")
-    first = fingerprint(spec("images", "."), tmp_path)
+    first = source_fingerprint(spec("images", "."), tmp_path)
     (tmp_path / "fox" / "a.png").rename(tmp_path / "fox" / "b.png")
-    assert fingerprint(spec("images", "."), tmp_path) != first
+    assert source_fingerprint(spec("images", "."), tmp_path) != first
 
 
 def test_an_unknown_format_is_named(tmp_path: Path) -> None:
     source = spec("pairs", "a.jsonl").model_copy(update={"format": "pair"})
     with pytest.raises(TrainError, match="did you mean 'pairs'"):
-        open_source(source, tmp_path, name="mine")
+        open_data_source(source, tmp_path, name="mine")

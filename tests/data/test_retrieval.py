@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.data_files import matches, opened, picture_bytes, said, write_lines
 from visavis.errors import TrainError
-from visavis.prompt import Stored, Video
+from visavis.inputs import Stored, Video
 
 
 def read(folder: Path, format: str, *rows: dict[str, Any], **settings: Any) -> list[Any]:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.data.data_files import picture_bytes, write_lines, write_tar
-from visavis.data.formats import rows as rows_module
-from visavis.data.formats.rows import Rows, find_files, open_rows
+from visavis.data import readers as rows_module
+from visavis.data.readers import Rows, find_files, open_rows
 from visavis.errors import ImageError, TrainError
+from visavis.inputs import Image, Stored
 from visavis.processing.images import content_hash, decode_image, image_size
-from visavis.prompt import Image, Stored
 
 ROWS: list[dict[str, Any]] = [
     {"id": 0, "text": 'a "quoted" one, with [brackets] and {braces}'},

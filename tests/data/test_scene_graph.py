@@ -16,8 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.data.data_files import matches, opened, spec
 from tests.fakes import byte_tokenizer
 from visavis import load
-from visavis.data import drawings
-from visavis.data.formats import fingerprint, open_source
+from visavis.data.formats import open_data_source, source_fingerprint, synthetic
 from visavis.data.scene_graph import (
     STATEMENT,
     Thing,
@@ -31,11 +30,11 @@ from visavis.data.scene_graph import (
 )
 from visavis.errors import InputError, TrainError
 from visavis.evaluate.scene_graph import VG150_NOVEL, recall, scene_graph
-from visavis.processing.templates import encode_plain
+from visavis.inputs import Prompt
+from visavis.processing.chat_template import encode_plain
 from visavis.processing.tokenizer import SpecialTokens
-from visavis.prompt import Prompt
 from visavis.train.recipe import read_recipe
-from visavis.train.run import run_recipe
+from visavis.train.runner import run_recipe
 
 CUP, TABLE, LAMP = [10, 20, 60, 80], [0, 50, 200, 100], [150, 0, 180, 50]
 
@@ -179,9 +178,9 @@ def test_negatives_are_near_then_of_the_picture_then_random(folder: Path) -> Non
     seeds = [said([opened(folder, "scene-graph", "graph.json",
                           options={**options, "seed": seed})[0]]) for seed in range(5)]  # fmt: skip
     assert len({str(one) for one in seeds}) > 1
-    before = fingerprint(spec("scene-graph", "graph.json", options=options), folder)
+    before = source_fingerprint(spec("scene-graph", "graph.json", options=options), folder)
     (folder / "labels/predicate_neighbors.json").write_text("{}")
-    assert fingerprint(spec("scene-graph", "graph.json", options=options), folder) != before
+    assert source_fingerprint(spec("scene-graph", "graph.json", options=options), folder) != before
     with pytest.raises(TrainError, match="do not fit each other"):
         opened(folder, "scene-graph", "graph.json", options=options)
     (folder / "labels/predicate_vocab.json").unlink()
@@ -196,8 +195,8 @@ def test_drawings_say_what_is_drawn(tmp_path: Path) -> None:
     source = opened(tmp_path, "scene-graph", "drawn/test", options={"marks": False})
     assert len(source) == 12 * 30
     rows = [source.rows[number] for number in range(60)]
-    assert {one["predicate"] for one in rows} == set(drawings.PREDICATES)
-    opposite = dict(zip(drawings.PREDICATES, ("right of", "left of", "below", "above", "around",
+    assert {one["predicate"] for one in rows} == set(synthetic.PREDICATES)
+    opposite = dict(zip(synthetic.PREDICATES, ("right of", "left of", "below", "above", "around",
                                               "inside"), strict=True))  # fmt: skip
     said = {
         (r["subject"]["class_name"], r["object"]["class_name"]): r["predicate"] for r in rows[:30]
@@ -271,10 +270,10 @@ def test_a_model_that_knows_recalls_all(tmp_path: Path) -> None:
 
         def vector(self, text: str) -> np.ndarray:
             if "|" not in text:
-                (number,) = (i for i, p in enumerate(drawings.PREDICATES) if f" {p} " in text)
+                (number,) = (i for i, p in enumerate(synthetic.PREDICATES) if f" {p} " in text)
                 return np.eye(6)[number]
             ends = [int(number) for number in re.findall("[0-9]+", text)]
-            number = drawings.PREDICATES.index(drawings.predicate(ends[:4], ends[4:]))
+            number = synthetic.PREDICATES.index(synthetic.predicate(ends[:4], ends[4:]))
             return np.eye(6)[(number + self.turn) % 6]
 
     options = {"marks": False, "question": "{subject_box}|{object_box}"}
@@ -312,7 +311,7 @@ def test_marks_of_things_and_places_are_tokens_and_ends_are_not() -> None:
 def test_the_tiny_recipe_learns(tmp_path: Path) -> None:
     """Mean recall on pictures that were never seen, before and after training."""
     recipe = read_recipe(REPOSITORY / "recipes/tiny-scene-graph.yaml")
-    source = open_source(recipe.data["test"], tmp_path, name="test")
+    source = open_data_source(recipe.data["test"], tmp_path, name="test")
     before = scene_graph(load("tiny-random", precision="f32"), source)
     model = load(run_recipe(recipe, tmp_path, tmp_path / "out"), precision="f32")
     after = scene_graph(model, source)

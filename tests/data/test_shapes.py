@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from visavis.data.formats import fingerprint, open_source
-from visavis.data.formats.shapes import COLOURS, pairs
-from visavis.data.samples import Chat, Match
+from visavis.data.examples import ContrastiveExample, Conversation
+from visavis.data.formats import open_data_source, source_fingerprint
+from visavis.data.formats.synthetic import COLOURS, pairs
 from visavis.errors import TrainError
+from visavis.inputs import Prompt
 from visavis.processing.images import decode_image
-from visavis.prompt import Prompt
-from visavis.train.recipe import SourceRecipe
+from visavis.train.recipe import SourceConfig
 
 
 def source(path: str = "train", cap: int | None = None, **options: Any) -> Any:
-    recipe = SourceRecipe(format="shapes", path=path, options=options, cap=cap)
-    return open_source(recipe, Path(), name="made")
+    recipe = SourceConfig(format="shapes", path=path, options=options, cap=cap)
+    return open_data_source(recipe, Path(), name="made")
 
 
 def shown(prompt: Prompt) -> np.ndarray:
@@ -60,10 +60,10 @@ def test_captions_say_what_is_drawn() -> None:
 
 def test_every_kind_of_sample() -> None:
     chat, caption = source(**{"as": "chat"})[0], source(**{"as": "caption"})[0]
-    assert isinstance(chat, Chat) and isinstance(caption, Chat)
+    assert isinstance(chat, Conversation) and isinstance(caption, Conversation)
     assert [message.role for message in chat.prompt.messages] == ["user", "assistant"] * 2
     wide = source(**{"as": "answer", "size": [96, 40]})[0]
-    assert isinstance(wide, Match) and shown(wide.query).shape == (40, 96, 3)
+    assert isinstance(wide, ContrastiveExample) and shown(wide.query).shape == (40, 96, 3)
     negatives = source(**{"as": "name", "negatives": 3})[0].negatives
     assert len({negative.text for negative in negatives}) == 3
 
@@ -77,8 +77,8 @@ def test_a_wrong_split_or_option_is_named() -> None:
 
 def test_fingerprints_tell_samples_apart() -> None:
     recipes = [
-        SourceRecipe(format="shapes", path=path, options={"as": kind})
+        SourceConfig(format="shapes", path=path, options={"as": kind})
         for path in ("train", "test")
         for kind in ("find", "name")
     ]
-    assert len({fingerprint(recipe, Path()) for recipe in recipes}) == 4
+    assert len({source_fingerprint(recipe, Path()) for recipe in recipes}) == 4

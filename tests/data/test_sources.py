@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from visavis.data.records import read_shards
-from visavis.data.sources import SOURCES, TRAINING_SOURCES, load_source
+from visavis.data.datasets import SOURCES, TRAINING_SOURCES, load_source, read_shards
 from visavis.errors import TrainError, UnknownNameError
 
 

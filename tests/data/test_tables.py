@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.data.data_files import picture_bytes
-from visavis.data.formats import tables
-from visavis.data.formats.rows import open_rows
+from visavis.data import readers
+from visavis.data.readers import open_rows
 from visavis.errors import TrainError
-from visavis.prompt import Stored
+from visavis.inputs import Stored
 
 arrow = pytest.importorskip("pyarrow")
 
@@ -81,8 +81,8 @@ def test_missing_pictures_are_none(tmp_path: Path, kind: str) -> None:
 def test_pictures_of_parquet_are_not_decoded_with_their_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunks = tables.Chunks(1)  # room for nothing: each column is dropped for the next
-    monkeypatch.setattr(tables, "_CHUNKS", chunks)
+    chunks = readers.Chunks(1)  # room for nothing: each column is dropped for the next
+    monkeypatch.setattr(readers, "_CHUNKS", chunks)
     table = arrow.table({"id": ["a", "b"], "picture": [b"x", b"y"]})
     rows = open_rows([write(tmp_path / "a.parquet", table)])
     row = rows[1]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 
-from visavis.data.records import Record
-from visavis.data.wording import chat_pairs, shorten, text_to_match
+from visavis.data.datasets import Record, chat_pairs, shorten, text_to_match
 
 
 def test_every_question_is_asked_once() -> None:

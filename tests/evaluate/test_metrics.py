@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.fakes import picture, tiny_model
-from visavis.data.records import Record
+from visavis.data.datasets import Record
 from visavis.evaluate.retrieval import recall, retrieval
 from visavis.evaluate.vqa import exact_match, normalise
 from visavis.evaluate.zeroshot import zero_shot

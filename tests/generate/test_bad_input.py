@@ -17,12 +17,12 @@ import visavis
 from tests.fakes import picture, tiny_model, write_tiny_checkpoint
 from visavis.api import Model
 from visavis.errors import ContextLengthError, InputError, OutOfMemoryError
-from visavis.generate.desk import Desk
-from visavis.generate.engine import Engine, Generation
-from visavis.generate.prefix import PrefixCache
+from visavis.generate.engine import Engine, GeneratedSequence
+from visavis.generate.prefix_cache import PrefixCache
+from visavis.generate.scheduler import BatchScheduler
+from visavis.inputs import Prompt
 from visavis.memory import enough_memory
-from visavis.processing.templates import Encoded
-from visavis.prompt import Prompt
+from visavis.processing.chat_template import Encoded
 
 PICTURES = [picture(seed) for seed in range(130)]  # 4 tokens each, and a context of 512
 
@@ -144,13 +144,13 @@ def test_what_ran_out_holds_no_memory() -> None:
 
 
 @pytest.fixture
-def sequences() -> list[Generation]:
+def sequences() -> list[GeneratedSequence]:
     model = tiny_model()
     prompts = [Prompt.of(f"question number {number}") for number in range(3)]
     return [model.ask(prompt, max_new_tokens=12).sequence for prompt in prompts]
 
 
-def test_cancelling_returns_the_memory(sequences: list[Generation]) -> None:
+def test_cancelling_returns_the_memory(sequences: list[GeneratedSequence]) -> None:
     engine = Engine(tiny_model().vlm, prefixes=PrefixCache(max_bytes=0))
     for one in sequences:
         engine.add(one)
@@ -172,7 +172,7 @@ def test_cancelling_returns_the_memory(sequences: list[Generation]) -> None:
 @pytest.mark.parametrize("where", ["prompt", "first token", "third token"])
 @pytest.mark.parametrize("number", [1, 3])
 def test_what_goes_wrong_in_one_ends_only_that_one(
-    sequences: list[Generation], where: str, number: int
+    sequences: list[GeneratedSequence], where: str, number: int
 ) -> None:
     model, chosen = tiny_model(), sequences[:number]
     asked = [Prompt.of(f"question number {place}") for place in range(number)]
@@ -222,7 +222,7 @@ def test_a_reader_that_fails_leaves_the_model_sound() -> None:
 def test_a_desk_tells_each_its_own_errors() -> None:
     model = tiny_model()
     expected = model.chat("go on", max_new_tokens=12).text
-    desk = Desk(model.ask, Engine(model.vlm, prefixes=model.prefixes))
+    desk = BatchScheduler(model.ask, Engine(model.vlm, prefixes=model.prefixes))
     started = threading.Event()
 
     def tell(piece: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from tests.fakes import picture, tiny_model
 from visavis.api import Model
 from visavis.errors import InputError
-from visavis.generate.beams import Beams, Search
+from visavis.generate.beam_search import BeamSearch, BeamSettings
 
 
 def likelihood(model: Model, question: str, reply: str) -> float:
@@ -56,7 +56,7 @@ def test_a_longer_answer_costs_less_with_a_penalty_on_length() -> None:
     scores[0, 1], scores[0, 7] = 0.0, 0.3  # going on, or ending at once
     lengths = []
     for penalty in (-2.0, 3.0):
-        search = Search(Beams(2, penalty), max_new_tokens=6, stop_ids=frozenset({7}))
+        search = BeamSearch(BeamSettings(2, penalty), max_new_tokens=6, stop_ids=frozenset({7}))
         rows = scores
         while parents := search.take(rows):
             rows = scores.expand(len(parents), -1)

@@ -11,9 +11,8 @@ import pytest
 
 from tests.fakes import picture, tiny_model, write_pictures
 from visavis.api import Model
-from visavis.generate.prefix import PrefixCache
-from visavis.processing.feature_cache import FeatureCache
-from visavis.processing.feature_folder import FeatureFolder
+from visavis.generate.prefix_cache import PrefixCache
+from visavis.processing.feature_cache import DiskFeatureCache, FeatureCache
 
 
 def ask(model: Model, paths: list[Path]) -> tuple[list[str], np.ndarray]:
@@ -35,7 +34,7 @@ def test_caches_change_nothing(tmp_path: Path, read: bool, seen: bool, kept: boo
     model.prefixes, model.image_cache = None, FeatureCache(max_bytes=0)
     texts, vectors = ask(model, paths)
     for _ in range(2):
-        folder = FeatureFolder(tmp_path / "kept", model.seen_by) if kept else None
+        folder = DiskFeatureCache(tmp_path / "kept", model.seen_by) if kept else None
         model.image_cache = FeatureCache(2**20 if seen else 0, folder=folder)
         model.prefixes = PrefixCache() if read else None
         for _ in range(2):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import visavis
 from tests.fakes import picture, tiny_model
-from visavis.generate import engine, prefix
+from visavis.generate import engine, prefix_cache
 from visavis.generate.engine import Engine
-from visavis.generate.prefix import PrefixCache
+from visavis.generate.prefix_cache import PrefixCache
+from visavis.inputs import Prompt
 from visavis.model.kv_cache import KVCache
-from visavis.prompt import Prompt
 
 ITEMS: list[Any] = [
     "what?",
@@ -163,14 +163,14 @@ def test_a_stream_may_end_while_prompts_are_compared(monkeypatch: pytest.MonkeyP
     questions = [f"{number} is a number" for number in range(4)]
     streams = [iter(model.chat(text, max_new_tokens=9, stream=True)) for text in questions]
     assert all(next(stream) for stream in streams)
-    compare = prefix.common
+    compare = prefix_cache.common
 
     def common(*given: Any) -> int:
         if streams:
             streams.pop()  # nobody reads on: its prompt is kept here and now
         return compare(*given)
 
-    monkeypatch.setattr(prefix, "common", common)
+    monkeypatch.setattr(prefix_cache, "common", common)
     for _ in range(3):
         assert model.chat("what is this, and why?", max_new_tokens=5).text == expected
     assert not streams and len(model.prefixes.entries) == 5

@@ -9,10 +9,10 @@ from tests.varlen import use_kernel
 from visavis.api import Model
 from visavis.errors import MemoryLimitError
 from visavis.generate.engine import Engine
-from visavis.generate.prefix import PrefixCache
-from visavis.model.graphs import StaticDecoder
-from visavis.model.paged import PagePool
-from visavis.prompt import Prompt
+from visavis.generate.prefix_cache import PrefixCache
+from visavis.inputs import Prompt
+from visavis.model.cuda_graphs import StaticDecoder
+from visavis.model.paged_kv_cache import PagePool
 
 BEGINNING = "tell me all that there is to know about this thing, and "
 PROMPTS = [

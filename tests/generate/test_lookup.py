@@ -13,15 +13,15 @@ import visavis
 from tests.fakes import tiny_model
 from visavis.api import Model
 from visavis.generate.engine import Engine
-from visavis.generate.lookup import Lookup
-from visavis.model.decode import FlatStep
+from visavis.generate.prompt_lookup import PromptLookup
+from visavis.inputs import Prompt
+from visavis.model.cpu_decode import FusedDecodeStep
 from visavis.model.decoder import Decoder
 from visavis.model.kv_cache import KVCache
-from visavis.model.quantized import PackedLinear
-from visavis.prompt import Prompt
+from visavis.model.quantized_linear import QuantizedLinear
 
 
-class RowByRow(PackedLinear):
+class RowByRow(QuantizedLinear):
     """A float32 product that, as packed ones do, gives each row what it gives it alone."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -58,7 +58,7 @@ def answer(model: Model, text: str, guess: bool, **settings: object) -> tuple[li
 
 
 def test_a_guess_is_what_followed_the_last_time() -> None:
-    lookup = Lookup([1, 2, 3, 4, 5, 1, 2, 9, 7, 1])
+    lookup = PromptLookup([1, 2, 3, 4, 5, 1, 2, 9, 7, 1])
     assert lookup.draft() == []
     lookup.say(2)  # after 7 1, which never stood together
     assert lookup.draft() == []
@@ -103,9 +103,9 @@ def test_a_grammar_is_followed_through_guesses() -> None:
 @pytest.mark.network
 def test_real_weights_say_the_same_in_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, passes = visavis.load("nano"), []
-    several = FlatStep.several
+    several = FusedDecodeStep.several
     monkeypatch.setattr(
-        FlatStep, "several", lambda self, ids: passes.append(len(ids)) or several(self, ids)
+        FusedDecodeStep, "several", lambda self, ids: passes.append(len(ids)) or several(self, ids)
     )
     text = "Repeat this text: the quick brown fox jumps over the lazy dog and runs away."
     for drawn in ({}, {"temperature": 0.3, "seed": 1}):
@@ -121,7 +121,7 @@ def test_real_weights_say_the_same_in_fewer_passes(monkeypatch: pytest.MonkeyPat
 def test_real_scores_are_bitwise_those_of_one_at_a_time() -> None:
     decoder = visavis.load("nano").vlm.decoder
     alone, together = (
-        FlatStep(decoder, KVCache(decoder.config, dtype=decoder.dtype)) for _ in range(2)
+        FusedDecodeStep(decoder, KVCache(decoder.config, dtype=decoder.dtype)) for _ in range(2)
     )
     ids = torch.randint(49_000, (240,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

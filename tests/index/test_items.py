@@ -12,12 +12,12 @@ import pytest
 from PIL import Image as pil
 
 from tests.fakes import picture, tiny_model, write_pictures
-from tests.processing.test_documents import RED, WHITE, pdf
+from tests.processing.test_documents import RED, WHITE, pdf_bytes
 from tests.processing.test_video import colour, encode
 from visavis import Index
 from visavis.errors import ImageError, InputError
 from visavis.index.items import preview, shown_by, title, visual_of
-from visavis.prompt import Document, Image, Page, Video
+from visavis.inputs import Document, Image, Page, Video
 
 pytest.importorskip("av")
 pytest.importorskip("pypdfium2")
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "mixed"
     write_pictures(folder, 2)
     encode(folder / "clip.mp4", num=40)
-    (folder / "paper.pdf").write_bytes(pdf(3))
+    (folder / "paper.pdf").write_bytes(pdf_bytes(3))
     (folder / "broken.pdf").write_bytes(b"%PDF-1.4")
     (folder / "broken.mov").write_bytes(b"no video")
     return folder
@@ -90,7 +90,7 @@ def test_titles(folder: Path, index: Index) -> None:
 
 def test_pages_and_files_that_are_gone(folder: Path, index: Index) -> None:
     index.add([folder / "paper.pdf", folder / "clip.mp4"])
-    (folder / "paper.pdf").write_bytes(pdf(1))
+    (folder / "paper.pdf").write_bytes(pdf_bytes(1))
     report = index.add(folder / "paper.pdf")
     assert (report.added, report.changed) == (0, 1)
     (folder / "clip.mp4").unlink()

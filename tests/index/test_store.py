@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 from visavis.errors import StoreError
-from visavis.index.store import Row, Stamp, Store
+from visavis.index.store import IndexRow, Stamp, Store
 
 META = {"model": "tiny", "fingerprint": "abc", "dim": "4"}
 
 
-def row(number: int, content: str = "") -> Row:
+def row(number: int, content: str = "") -> IndexRow:
     vector = np.eye(4, dtype=np.float32)[number % 4]
-    return Row(f"/pictures/{number}.png", content or f"content {number}", vector, Stamp(number, 1))
+    return IndexRow(
+        f"/pictures/{number}.png", content or f"content {number}", vector, Stamp(number, 1)
+    )
 
 
 def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
@@ -57,7 +59,7 @@ def test_nothing_is_made_before_the_first_put(tmp_path: Path) -> None:
 def test_one_bad_row_undoes_its_whole_batch(tmp_path: Path) -> None:
     store = Store(tmp_path / "a.idx")
     store.put([row(0)], META)
-    bad = Row(None, "x", np.zeros(4, np.float32))  # type: ignore[arg-type]
+    bad = IndexRow(None, "x", np.zeros(4, np.float32))  # type: ignore[arg-type]
     with pytest.raises(StoreError):
         store.put([row(1), row(2), bad], META)
     assert len(store) == 1
@@ -156,7 +158,7 @@ def test_killed_inside_a_transaction(tmp_path: Path) -> None:
 import sys, time
 import numpy as np
 from pathlib import Path
-from visavis.index.store import Row, Store
+from visavis.index.store import IndexRow, Store
 
 class Stuck:
     def astype(self, kind):  # called in the middle of `put`, after it has begun to write
@@ -165,8 +167,9 @@ class Stuck:
 
 store = Store(Path({str(path)!r}))
 meta = {META!r}
-store.put([Row("/first.png", "1", np.zeros(4, np.float32))], meta)
-store.put([Row("/second.png", "2", np.zeros(4, np.float32)), Row("/third.png", "3", Stuck())], meta)
+store.put([IndexRow("/first.png", "1", np.zeros(4, np.float32))], meta)
+second = IndexRow("/second.png", "2", np.zeros(4, np.float32))
+store.put([second, IndexRow("/third.png", "3", Stuck())], meta)
 """
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None

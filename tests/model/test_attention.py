@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from visavis.model.attention import Layout, attend
+from visavis.model.attention import SequenceLayout, attend
 from visavis.model.config import DecoderConfig
 from visavis.model.kv_cache import KVCache
 
@@ -40,7 +40,7 @@ def test_each_sequence_attends_to_itself(
     lengths: tuple[int, ...], causal: bool, window: int
 ) -> None:
     q, k, v = random_qkv(sum(lengths))
-    packed = attend(q, k, v, Layout(lengths), causal=causal, window=window)
+    packed = attend(q, k, v, SequenceLayout(lengths), causal=causal, window=window)
     singles = [
         by_formula(*parts, causal, window)
         for parts in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
@@ -57,12 +57,12 @@ def cache(capacity: int) -> KVCache:
 @pytest.mark.parametrize("capacity", [1, 64])
 def test_chunks_through_a_cache_equal_the_whole(window: int, capacity: int) -> None:
     q, k, v = random_qkv(40)
-    expected = attend(q, k, v, Layout((40,)), window=window)
+    expected = attend(q, k, v, SequenceLayout((40,)), window=window)
     store = cache(capacity)
     pieces = []
     for length in (7, 1, 1, 20, 1, 10):
         now = slice(store.length, store.length + length)
-        layout = Layout((length,), (store,))
+        layout = SequenceLayout((length,), (store,))
         pieces.append(attend(q[now], k[now], v[now], layout, window=window))
         store.advance(length)
     torch.testing.assert_close(torch.cat(pieces), expected, atol=1e-6, rtol=1e-5)
@@ -79,9 +79,9 @@ def test_sequences_with_pasts_of_their_own_share_a_stream() -> None:
         torch.cat([parts[i][past:] for parts, past in zip(sequences, pasts, strict=True)])
         for i in range(3)
     ]
-    packed = attend(*new, Layout(lengths, caches))
+    packed = attend(*new, SequenceLayout(lengths, caches))
     singles = [
-        attend(*parts, Layout((len(parts[0]),)))[past:]
+        attend(*parts, SequenceLayout((len(parts[0]),)))[past:]
         for parts, past in zip(sequences, pasts, strict=True)
     ]
     torch.testing.assert_close(packed, torch.cat(singles), atol=1e-6, rtol=1e-5)
@@ -90,15 +90,15 @@ def test_sequences_with_pasts_of_their_own_share_a_stream() -> None:
 def test_a_truncated_cache_forgets() -> None:
     q, k, v = random_qkv(10)
     store = cache(16)
-    attend(q, k * 2, v + 1, Layout((10,), (store,)))
+    attend(q, k * 2, v + 1, SequenceLayout((10,), (store,)))
     store.advance(10)
     store.truncate(0)
-    again = attend(q, k, v, Layout((10,), (store,)))
-    torch.testing.assert_close(again, attend(q, k, v, Layout((10,))))
+    again = attend(q, k, v, SequenceLayout((10,), (store,)))
+    torch.testing.assert_close(again, attend(q, k, v, SequenceLayout((10,))))
 
 
 def test_boundaries_of_sequences() -> None:
-    layout = Layout((3, 1, 4))
+    layout = SequenceLayout((3, 1, 4))
     assert layout.cu_seqlens(torch.device("cpu")).tolist() == [0, 3, 4, 8]
     assert layout.max_length == 4
 
@@ -110,7 +110,7 @@ def test_training_attention_has_the_gradients_of_the_fused_kernel(lengths: tuple
     shapes = ((total, 6, 8), (total, 2, 8), (total, 2, 8))
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     weights = torch.randn(total, 6, 8)
-    (attend(*inputs, Layout(lengths)) * weights).sum().backward()
+    (attend(*inputs, SequenceLayout(lengths)) * weights).sum().backward()
     found = [x.grad for x in inputs]
 
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs)

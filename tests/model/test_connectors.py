@@ -19,8 +19,8 @@ from visavis.model.config import (
     vlm_config_from_dict,
 )
 from visavis.model.connectors import CONNECTORS, build_connector, connector_tokens
-from visavis.model.fusion import select
-from visavis.model.visual import Visual
+from visavis.model.image_input import ImageInput
+from visavis.model.image_tokens import select
 from visavis.model.vlm import VLM
 
 DECODER = DecoderConfig(40, 32, 1, 4, 2, 8, 48, 64)
@@ -94,7 +94,7 @@ def test_a_mixture_interleaves_two_towers_that_see_the_same() -> None:
     vlm = VLM(config).eval()
     assert config.tokens_per_image == 32
     pixels = torch.randn(1, 3, 16, 16)
-    ((tokens, mean),) = vlm.see([Visual(pixels)])
+    ((tokens, mean),) = vlm.see([ImageInput(pixels)])
     first = vlm.connector.first(vlm.tower.first(pixels, -2)[:, 1:])[0]  # type: ignore
     second = vlm.connector.second(vlm.tower.second(pixels, -2)[:, 1:])[0]  # type: ignore
     torch.testing.assert_close(tokens[0::2], first)

@@ -7,23 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from visavis.model.attention import Layout
+from visavis.model.attention import SequenceLayout
 from visavis.model.config import DecoderConfig, VLMConfig
-from visavis.model.decode import FlatStep, can_flatten, is_row_by_row
+from visavis.model.cpu_decode import FusedDecodeStep, can_flatten, is_row_by_row
 from visavis.model.decoder import Decoder
+from visavis.model.image_input import ImageGrid
 from visavis.model.kv_cache import KVCache
-from visavis.model.mrope import positions
-from visavis.model.quantized import (
-    PackedEmbedding,
-    PackedLinear,
-    PackedRows,
+from visavis.model.quantized_linear import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedRows,
     packed_kernels,
     quantize,
 )
-from visavis.model.visual import Shape
+from visavis.model.rope import mrope_positions
 from visavis.model.vlm import VLM
-from visavis.train.lora import LoRALinear, add_lora
-from visavis.train.qlora import quantize_decoder
+from visavis.train.lora import LoRALinear, add_lora, quantize_decoder
 from visavis.train.recipe import LoraRecipe
 
 CONFIG = DecoderConfig(
@@ -38,12 +37,12 @@ CONFIG = DecoderConfig(
 )
 
 
-def packed(linear: torch.nn.Module, *bits: int) -> PackedLinear:
+def packed(linear: torch.nn.Module, *bits: int) -> QuantizedLinear:
     """Return a linear's weight as integers, equal numbers of rows in each of the bits."""
     assert isinstance(linear, torch.nn.Linear)
     parts = linear.weight.detach().chunk(len(bits))
-    rows = [PackedRows.of(quantize(part, b)) for part, b in zip(parts, bits, strict=True)]
-    return PackedLinear(rows, bias=linear.bias)
+    rows = [QuantizedRows.of(quantize(part, b)) for part, b in zip(parts, bits, strict=True)]
+    return QuantizedLinear(rows, bias=linear.bias)
 
 
 def packed_decoder(config: DecoderConfig, bits: int) -> Decoder:
@@ -55,7 +54,7 @@ def packed_decoder(config: DecoderConfig, bits: int) -> Decoder:
     head = packed(decoder.head, 8)
     head.result = torch.float32
     decoder.head = head  # type: ignore[assignment]
-    decoder.embed = PackedEmbedding(head.parts)
+    decoder.embed = QuantizedEmbedding(head.parts)
     return decoder
 
 
@@ -70,11 +69,11 @@ def test_flat_step_equals_modules(kind: str) -> None:
     dtype = decoder.dtype
     slow = KVCache(config, dtype=dtype, capacity=2)
     fast = KVCache(config, dtype=dtype, capacity=2)
-    step = FlatStep(decoder, fast)
+    step = FusedDecodeStep(decoder, fast)
     with torch.inference_mode(), packed_kernels():
         for position, token in enumerate([5, 17, 17, 80, 3]):
             x = decoder.embed_tokens(torch.tensor([token]))
-            hidden = decoder(x, torch.tensor([position]), Layout((1,), (slow,)))[-1]
+            hidden = decoder(x, torch.tensor([position]), SequenceLayout((1,), (slow,)))[-1]
             assert torch.equal(step(token), decoder.logits(hidden)[0])
     assert fast.length == slow.length == 5
 
@@ -88,11 +87,11 @@ def test_flat_step_keeps_adapters() -> None:
         if isinstance(adapted, LoRALinear):
             torch.nn.init.normal_(adapted.lora_b)
     slow, fast = (KVCache(CONFIG, dtype=torch.float32, capacity=2) for _ in range(2))
-    step = FlatStep(decoder, fast)
+    step = FusedDecodeStep(decoder, fast)
     with torch.inference_mode(), packed_kernels():
         for position, token in enumerate([5, 17, 80]):
             x = decoder.embed_tokens(torch.tensor([token]))
-            hidden = decoder(x, torch.tensor([position]), Layout((1,), (slow,)))[-1]
+            hidden = decoder(x, torch.tensor([position]), SequenceLayout((1,), (slow,)))[-1]
             assert torch.equal(step(token), decoder.logits(hidden)[0])
 
 
@@ -101,18 +100,18 @@ def test_after_an_image_on_three_axes() -> None:
     torch.manual_seed(3)
     config = replace(CONFIG, mrope_sections=(2, 3, 3))
     decoder = Decoder(config).eval()
-    prompt, read = torch.randn(8, 64), positions(8, [(2, 4)], [Shape(rows=4, columns=4)])
+    prompt, read = torch.randn(8, 64), mrope_positions(8, [(2, 4)], [ImageGrid(rows=4, columns=4)])
     ahead = int(read.max()) + 1 - 8
     slow, fast = (KVCache(config, dtype=torch.float32, capacity=8) for _ in range(2))
     with torch.inference_mode():
         for cache in (slow, fast):
-            decoder(prompt, read, Layout((8,), (cache,)))
-        step = FlatStep(decoder, fast, ahead)
+            decoder(prompt, read, SequenceLayout((8,), (cache,)))
+        step = FusedDecodeStep(decoder, fast, ahead)
         for position, token in enumerate([5, 17, 80], start=8 + ahead):
             x = decoder.embed_tokens(torch.tensor([token]))
             axes = torch.tensor([[position]] * 3)
             with packed_kernels():
-                hidden = decoder(x, axes, Layout((1,), (slow,)))[-1]
+                hidden = decoder(x, axes, SequenceLayout((1,), (slow,)))[-1]
                 assert torch.equal(step(token), decoder.logits(hidden)[0])
     assert ahead == -2
 
@@ -132,7 +131,7 @@ def test_several_tokens_at_a_time_are_each_alone(kind: str, count: int) -> None:
         up = decoder.blocks[0].up
         up.low, up.high = torch.randn(4, 64).bfloat16(), torch.randn(256, 4).bfloat16()
     alone, together = (
-        FlatStep(decoder, KVCache(config, dtype=decoder.dtype, capacity=2)) for _ in range(2)
+        FusedDecodeStep(decoder, KVCache(config, dtype=decoder.dtype, capacity=2)) for _ in range(2)
     )
     assert is_row_by_row(decoder) and not is_row_by_row(Decoder(CONFIG))
     with torch.inference_mode():
@@ -145,5 +144,5 @@ def test_low_rank_pairs_in_float32_are_not_row_by_row() -> None:
     decoder = packed_decoder(CONFIG, 4)
     linear = decoder.blocks[2].down
     low_rank = (torch.zeros(4, 128), torch.zeros(64, 4))
-    decoder.blocks[2].down = PackedLinear(linear.parts, dtype=torch.float32, low_rank=low_rank)
+    decoder.blocks[2].down = QuantizedLinear(linear.parts, dtype=torch.float32, low_rank=low_rank)
     assert not is_row_by_row(decoder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from visavis.model.attention import Layout
+from visavis.model.attention import SequenceLayout
 from visavis.model.config import DecoderConfig
 from visavis.model.decoder import Decoder
 from visavis.model.kv_cache import KVCache
@@ -64,7 +64,7 @@ def ids(length: int) -> Tensor:
 def run(decoder: Decoder, token_ids: Tensor, **options: Any) -> dict[int, Tensor]:
     positions = torch.arange(len(token_ids))
     x = decoder.embed_tokens(token_ids)
-    return decoder(x, positions, Layout((len(token_ids),)), **options)
+    return decoder(x, positions, SequenceLayout((len(token_ids),)), **options)
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
@@ -74,7 +74,7 @@ def test_a_mixed_batch_equals_its_singles(changes: dict[str, Any]) -> None:
     sequences = [ids(length) for length in LENGTHS]
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
     x = decoder.embed_tokens(torch.cat(sequences))
-    packed = decoder(x, positions, Layout(LENGTHS), range(4))
+    packed = decoder(x, positions, SequenceLayout(LENGTHS), range(4))
     for layer, hidden in packed.items():
         singles = torch.cat([run(decoder, one, layers=(layer,))[layer] for one in sequences])
         torch.testing.assert_close(hidden, singles, atol=1e-5, rtol=1e-4)
@@ -90,7 +90,7 @@ def test_decode_with_a_cache_equals_decode_without(changes: dict[str, Any]) -> N
     pieces = []
     for chunk in token_ids.split([9, 1, 1, 12, 1, 6]):
         positions = torch.arange(cache.length, cache.length + len(chunk))
-        layout = Layout((len(chunk),), (cache,))
+        layout = SequenceLayout((len(chunk),), (cache,))
         hidden = decoder(decoder.embed_tokens(chunk), positions, layout)[-1]
         pieces.append(decoder.logits(hidden))
     assert cache.length == 30

@@ -7,9 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visavis.model.config import ConnectorConfig, DecoderConfig, MergeConfig, ViTConfig, VLMConfig
-from visavis.model.fusion import arrange, count_tokens, picture_area
-from visavis.model.visual import Shape
+from visavis.model.config import (
+    ConnectorConfig,
+    DecoderConfig,
+    ImageLayoutConfig,
+    ViTConfig,
+    VLMConfig,
+)
+from visavis.model.image_input import ImageGrid
+from visavis.model.image_tokens import count_tokens, image_area, pack_image_features
 
 DECODER = DecoderConfig(
     vocab_size=40,
@@ -21,11 +27,11 @@ DECODER = DecoderConfig(
     ffn_width=8,
     context_length=64,
 )
-SPATIAL = MergeConfig("spatial", unpad=True, newline=True)
-MAX_9 = MergeConfig("spatial", unpad=True, newline=True, max_tiles=9)
+SPATIAL = ImageLayoutConfig("spatial", unpad=True, newline=True)
+MAX_9 = ImageLayoutConfig("spatial", unpad=True, newline=True, max_tiles=9)
 
 
-def config(side: int, merge: MergeConfig) -> VLMConfig:
+def config(side: int, merge: ImageLayoutConfig) -> VLMConfig:
     tower = ViTConfig(side * 2, 2, 8, 1, 2, 8, "gelu", 1e-6)
     return VLMConfig(DECODER, tower, ConnectorConfig("linear", 8, 8), merge=merge)
 
@@ -51,9 +57,13 @@ COUNTS = [
 
 @pytest.mark.parametrize(("side", "merge", "size", "tiles", "expected"), COUNTS)
 def test_counts_of_published_models(
-    side: int, merge: MergeConfig, size: tuple[int, int], tiles: tuple[int, int], expected: int
+    side: int,
+    merge: ImageLayoutConfig,
+    size: tuple[int, int],
+    tiles: tuple[int, int],
+    expected: int,
 ) -> None:
-    assert count_tokens(config(side, merge), Shape(1, *tiles, size)) == expected
+    assert count_tokens(config(side, merge), ImageGrid(1, *tiles, size)) == expected
 
 
 @pytest.mark.parametrize(
@@ -61,14 +71,14 @@ def test_counts_of_published_models(
     [("one_token", 6273), ("grid", 6720), ("frame", 6304), ("no_token", 6272)],
 )
 def test_counts_of_a_video_of_32_frames(newline: str, expected: int) -> None:
-    merge = MergeConfig("spatial", newline=True, video_pool=2, video_newline=newline)  # type: ignore[arg-type]
-    assert count_tokens(config(27, merge), Shape(frames=32, video=True)) == expected
+    merge = ImageLayoutConfig("spatial", newline=True, video_pool=2, video_newline=newline)  # type: ignore[arg-type]
+    assert count_tokens(config(27, merge), ImageGrid(frames=32, video=True)) == expected
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     merge=st.builds(
-        MergeConfig,
+        ImageLayoutConfig,
         kind=st.sampled_from(["flat", "spatial"]),
         unpad=st.booleans(),
         newline=st.booleans(),
@@ -84,25 +94,25 @@ def test_counts_of_a_video_of_32_frames(newline: str, expected: int) -> None:
     frames=st.integers(0, 3),
 )
 def test_features_give_as_many_tokens_as_were_counted(
-    merge: MergeConfig, side: int, tiles: tuple[int, int], size: tuple[int, int], frames: int
+    merge: ImageLayoutConfig, side: int, tiles: tuple[int, int], size: tuple[int, int], frames: int
 ) -> None:
-    shape = Shape(frames, size=size, video=True) if frames else Shape(1, *tiles, size)
+    shape = ImageGrid(frames, size=size, video=True) if frames else ImageGrid(1, *tiles, size)
     tokens = torch.randn(shape.views, side * side, 8)
     newline = torch.randn(8) if merge.newline else None
-    run = arrange(tokens, shape, merge, newline)
+    run = pack_image_features(tokens, shape, merge, newline)
     assert len(run) == count_tokens(config(side, merge), shape)
     assert torch.isfinite(run).all()
 
 
 def test_tiles_come_back_as_rows_of_the_picture() -> None:
-    shape = Shape(1, 2, 2, (50, 50))
+    shape = ImageGrid(1, 2, 2, (50, 50))
     tokens = torch.arange(5 * 4.0).view(5, 4, 1).expand(5, 4, 3)
-    run = arrange(tokens, shape, MergeConfig("spatial"), None)[:, 0]
+    run = pack_image_features(tokens, shape, ImageLayoutConfig("spatial"), None)[:, 0]
     assert run.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 6, 7, 10, 11, 12, 13, 16, 17, 14, 15, 18, 19]
 
 
 def test_padding_is_cut_from_both_ends() -> None:
-    wide = Shape(1, 2, 2, (400, 300))
-    assert picture_area(wide, 24, SPATIAL) == (6, 0, 36, 48)
-    high = Shape(1, 2, 2, (300, 400))
-    assert picture_area(high, 24, SPATIAL) == (0, 6, 48, 36)
+    wide = ImageGrid(1, 2, 2, (400, 300))
+    assert image_area(wide, 24, SPATIAL) == (6, 0, 36, 48)
+    high = ImageGrid(1, 2, 2, (300, 400))
+    assert image_area(high, 24, SPATIAL) == (0, 6, 48, 36)

@@ -17,13 +17,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.varlen import use_kernel
-from visavis.model.attention import Layout
+from visavis.model.attention import SequenceLayout
 from visavis.model.config import DecoderConfig
+from visavis.model.cuda_graphs import StaticDecoder, Step
 from visavis.model.decoder import Decoder
-from visavis.model.graphs import StaticDecoder, Step
 from visavis.model.kv_cache import KVCache
-from visavis.model.paged import PAGE, PagedCache, PagePool
-from visavis.model.paged_attention import has_kernel
+from visavis.model.paged_kv_cache import PAGE, PagedCache, PagePool, has_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -48,7 +47,7 @@ def decoder_of(config: DecoderConfig) -> Decoder:
 def read(decoder: Decoder, ids: list[int], cache: KVCache | PagedCache) -> Tensor:
     """Return the scores after some tokens."""
     positions = torch.arange(cache.length, cache.length + len(ids))
-    layout = Layout.of((len(ids),), (cache,))
+    layout = SequenceLayout.of((len(ids),), (cache,))
     hidden = decoder(decoder.embed_tokens(torch.tensor(ids)), positions, layout)[-1]
     return decoder.logits(hidden[-1:])[0]
 
@@ -193,7 +192,7 @@ def test_a_prompt_on_cuda_reads_pages_only_where_there_is_a_past(past: int) -> N
             cache.reserve(past)
             cache.length = past
         with torch.device("cpu"):
-            layout = Layout.of((5, 260), caches)
+            layout = SequenceLayout.of((5, 260), caches)
         cos, sin = decoder.rope.table(600, pool.keys[0].device, torch.bfloat16)
         rotary = cos.narrow(0, 0, 265), sin.narrow(0, 0, 265)
         x = torch.zeros(265, CONFIG.width)

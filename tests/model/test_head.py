@@ -7,7 +7,7 @@ from torch import Tensor
 
 from visavis.model.batch import PackedBatch
 from visavis.model.config import DecoderConfig, HeadConfig, VLMConfig
-from visavis.model.head import EmbeddingHead, mean_per_group
+from visavis.model.embedding_head import EmbeddingHead, mean_per_group
 from visavis.model.vlm import VLM
 
 LENGTHS = (3, 1, 5)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from visavis.model.mrope import positions
-from visavis.model.visual import Shape
+from visavis.model.image_input import ImageGrid
+from visavis.model.rope import mrope_positions
 
 
 def rows(found: Tensor) -> list[list[int]]:
@@ -16,7 +16,7 @@ def rows(found: Tensor) -> list[list[int]]:
 
 
 def test_the_example_of_the_docstring() -> None:
-    found = positions(11, [(3, 6)], [Shape(1, 4, 6)])
+    found = mrope_positions(11, [(3, 6)], [ImageGrid(1, 4, 6)])
     assert rows(found) == [
         [0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7],
         [0, 1, 2, 3, 3, 3, 4, 4, 4, 6, 7],
@@ -26,7 +26,7 @@ def test_the_example_of_the_docstring() -> None:
 
 def test_a_video_continues_after_its_largest_position() -> None:
     """Three temporal patches of 1 x 2 tokens: the next text stands at 3, not at 2."""
-    found = positions(8, [(0, 6)], [Shape(3, 2, 4, video=True)])
+    found = mrope_positions(8, [(0, 6)], [ImageGrid(3, 2, 4, video=True)])
     assert rows(found) == [
         [0, 0, 1, 1, 2, 2, 3, 4],
         [0, 0, 0, 0, 0, 0, 3, 4],
@@ -35,11 +35,11 @@ def test_a_video_continues_after_its_largest_position() -> None:
 
 
 def test_text_alone_and_neighbours() -> None:
-    assert rows(positions(3, [], [])) == [[0, 1, 2]] * 3
-    found = positions(3, [(0, 1), (1, 2)], [Shape(1, 2, 2), Shape(1, 2, 4)])
+    assert rows(mrope_positions(3, [], [])) == [[0, 1, 2]] * 3
+    found = mrope_positions(3, [(0, 1), (1, 2)], [ImageGrid(1, 2, 2), ImageGrid(1, 2, 4)])
     assert rows(found) == [[0, 1, 1], [0, 1, 1], [0, 1, 2]]
     with pytest.raises(AssertionError, match="has 4 tokens, its slot 3"):
-        positions(5, [(1, 3)], [Shape(1, 4, 4)])
+        mrope_positions(5, [(1, 3)], [ImageGrid(1, 4, 4)])
 
 
 def test_mixed_sequences_equal_transformers() -> None:
@@ -65,6 +65,6 @@ def test_mixed_sequences_equal_transformers() -> None:
         image_grid_thw=torch.tensor(grid[1]),
         video_grid_thw=torch.tensor(grid[2]),
     )
-    ours = positions(len(types), slots, [Shape(*g) for g in grids])
+    ours = mrope_positions(len(types), slots, [ImageGrid(*g) for g in grids])
     assert torch.equal(ours, theirs[:, 0])
     assert int(ours.max()) + 1 == len(types) + int(ahead)

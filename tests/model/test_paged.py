@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from visavis.errors import MemoryLimitError
-from visavis.model.attention import Layout
+from visavis.model.attention import SequenceLayout
 from visavis.model.config import DecoderConfig
 from visavis.model.decoder import Decoder
 from visavis.model.kv_cache import KVCache
-from visavis.model.paged import PagedCache, PagePool
+from visavis.model.paged_kv_cache import PagedCache, PagePool
 
 CONFIG = DecoderConfig(40, 24, 2, (4, 6), (2, 3), 8, 16, 64)  # heads differ by layer
 PAGE = 4
@@ -55,7 +55,7 @@ def test_scores_are_those_of_a_plain_cache(window: int) -> None:
 
     def scores(cache: KVCache | PagedCache, ids: list[int]) -> Tensor:
         positions = torch.arange(cache.length, cache.length + len(ids))
-        layout = Layout.of((len(ids),), (cache,))
+        layout = SequenceLayout.of((len(ids),), (cache,))
         return decoder.logits(
             decoder(decoder.embed_tokens(torch.tensor(ids)), positions, layout)[-1]
         )

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from visavis.model.quantized import (
+from visavis.model.quantized_linear import (
     Groups,
-    PackedEmbedding,
-    PackedLinear,
-    PackedRows,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedRows,
     _by_fours,
     packed_kernels,
     quantize,
@@ -33,11 +33,11 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 ROUNDING = 2.0**-8  # of bfloat16, relative
 
 
-def packed(num_rows: int, inside: int, bits: int, group: int = 32) -> PackedRows:
-    return PackedRows.of(quantize(torch.randn(num_rows, inside) * 0.05, bits, group))
+def packed(num_rows: int, inside: int, bits: int, group: int = 32) -> QuantizedRows:
+    return QuantizedRows.of(quantize(torch.randn(num_rows, inside) * 0.05, bits, group))
 
 
-def weight(rows: PackedRows) -> Tensor:
+def weight(rows: QuantizedRows) -> Tensor:
     return rows.groups(torch.arange(rows.num_rows)).values()
 
 
@@ -76,7 +76,7 @@ def test_codes_that_fit_stay_as_they_are() -> None:
 def test_packed_rows_come_back(shape: tuple[int, int], bits: int) -> None:
     torch.manual_seed(1)
     groups = quantize(torch.randn(shape), bits)
-    rows = PackedRows(*shape, bits)
+    rows = QuantizedRows(*shape, bits)
     for start in range(0, shape[0], 64):
         rows.fill(start, groups.between(start, start + 64))
     chosen = torch.tensor([shape[0] - 1, 0, 31, 32, 7])
@@ -92,10 +92,10 @@ def test_packed_rows_come_back(shape: tuple[int, int], bits: int) -> None:
 def test_other_processors_pack_otherwise(processor: str) -> None:
     """Their kernels read rows in other orders, which are found out too."""
     code = (
-        "import torch; from visavis.model.quantized import *\n"
+        "import torch; from visavis.model.quantized_linear import *\n"
         "for bits in (4, 8):\n"
         "    groups = quantize(torch.randn(188, 64), bits)\n"
-        "    rows = PackedRows.of(groups)\n"
+        "    rows = QuantizedRows.of(groups)\n"
         "    assert torch.equal(rows.groups(torch.arange(188)).codes, groups.codes)\n"
         "    tiles = torch.cat(list(rows.tiles(torch.float32)), 1).T\n"
         "    assert torch.allclose(tiles, groups.values(), rtol=0, atol=1e-6)\n"
@@ -119,7 +119,7 @@ def test_products_are_those_of_the_values(bits: int, group: int) -> None:
     x = torch.randn(5, 128).bfloat16()
     expected = x.float() @ weight(rows).T
     allowed = 0.01 * expected.abs().max()
-    linear = PackedLinear([rows])
+    linear = QuantizedLinear([rows])
     assert (linear(x).float() - expected).abs().max() < allowed
     with packed_kernels():
         assert (linear(x).float() - expected).abs().max() < allowed
@@ -129,7 +129,7 @@ def test_products_are_those_of_the_values(bits: int, group: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_does_not_depend_on_its_company(bits: int) -> None:
     torch.manual_seed(3)
-    linear = PackedLinear([packed(192, 576, bits)])
+    linear = QuantizedLinear([packed(192, 576, bits)])
     x = torch.randn(40, 576).bfloat16()
     for decoding in (True, False):
         run = linear.product() if decoding else linear.forward
@@ -142,10 +142,10 @@ def test_parts_biases_and_low_rank_pairs_add_up() -> None:
     torch.manual_seed(4)
     parts = [packed(64, 64, 4), packed(40, 64, 8)]
     bias, low, high = torch.randn(104), torch.randn(4, 64) * 0.1, torch.randn(104, 4) * 0.1
-    linear = PackedLinear(parts, bias=bias, low_rank=(low, high))
+    linear = QuantizedLinear(parts, bias=bias, low_rank=(low, high))
     assert (linear.num_weights, len(linear.weight)) == (104 * 64, 104)
     whole = torch.cat([weight(part) for part in parts]) + high @ low
-    kept = PackedLinear(parts, bias=bias, dense=linear.weight, low_rank=(low, high))
+    kept = QuantizedLinear(parts, bias=bias, dense=linear.weight, low_rank=(low, high))
     x = torch.randn(3, 64).bfloat16()
     expected = x.float() @ whole.T + bias
     with packed_kernels():
@@ -156,7 +156,7 @@ def test_parts_biases_and_low_rank_pairs_add_up() -> None:
 
 def test_a_model_in_float32_keeps_its_type() -> None:
     torch.manual_seed(5)
-    linear = PackedLinear([packed(64, 64, 8)], dtype=torch.float32)
+    linear = QuantizedLinear([packed(64, 64, 8)], dtype=torch.float32)
     x = torch.randn(2, 64)
     expected = x @ weight(linear.parts[0]).T
     assert torch.allclose(linear(x), expected, atol=1e-5)
@@ -169,7 +169,7 @@ def test_a_model_in_float32_keeps_its_type() -> None:
 def test_embeddings_are_rows_of_a_head() -> None:
     torch.manual_seed(6)
     rows = packed(100, 64, 8)
-    embedding = PackedEmbedding([rows])
+    embedding = QuantizedEmbedding([rows])
     ids = torch.tensor([99, 0, 5, 5, 64])
     assert torch.equal(embedding(ids), weight(rows)[ids])
 

@@ -16,8 +16,8 @@ from visavis.model.config import (
     VLMConfig,
 )
 from visavis.model.connectors.mlp import MLP, pixel_shuffle
-from visavis.model.fusion import splice
-from visavis.model.visual import Visual
+from visavis.model.image_input import ImageInput
+from visavis.model.image_tokens import merge_image_features
 from visavis.model.vlm import VLM
 
 DECODER = DecoderConfig(40, 32, 1, 4, 2, 8, 48, 64)
@@ -84,7 +84,7 @@ def test_an_image_becomes_as_many_tokens_as_the_config_says(
     )
     assert config.tokens_per_image == expected
     pixels = torch.randn(2, 1, 3, tower.image_size, tower.image_size)
-    tokens = torch.stack([t for t, _ in VLM(config).see([Visual(one) for one in pixels])])
+    tokens = torch.stack([t for t, _ in VLM(config).see([ImageInput(one) for one in pixels])])
     assert tokens.shape == (2, expected, 32)
 
 
@@ -107,7 +107,7 @@ def test_a_linear_connector_has_one_layer_and_an_mlp_gelu_between() -> None:
 def test_splice_writes_images_in_order_and_nothing_else() -> None:
     embeddings = torch.zeros(7, 2)
     images = torch.tensor([[1.0, 1], [2, 2], [3, 3], [4, 4]])
-    spliced = splice(embeddings, images, torch.tensor([1, 2, 4, 5]))
+    spliced = merge_image_features(embeddings, images, torch.tensor([1, 2, 4, 5]))
     assert spliced[:, 0].tolist() == [0, 1, 2, 0, 3, 4, 0]
     assert not embeddings.any()  # training must not write into a leaf's result
 
@@ -117,7 +117,7 @@ def test_a_wrong_number_of_placeholders_is_refused(num_positions: int) -> None:
     images = torch.ones(4, 4)
     message = f"{num_positions} image placeholders but its images give 4 image tokens"
     with pytest.raises(InputError, match=message):
-        splice(torch.zeros(9, 4), images, torch.arange(num_positions))
+        merge_image_features(torch.zeros(9, 4), images, torch.arange(num_positions))
 
 
 def test_the_model_refuses_it_too() -> None:
@@ -128,7 +128,7 @@ def test_the_model_refuses_it_too() -> None:
         torch.arange(27),
         (27,),
         image_positions=torch.arange(1, 26),
-        visuals=tuple(Visual(one[None]) for one in torch.randn(2, 3, 20, 20)),
+        visuals=tuple(ImageInput(one[None]) for one in torch.randn(2, 3, 20, 20)),
     )
     with pytest.raises(InputError, match="25 image placeholders but its images give 50"):
         vlm(batch)
@@ -146,7 +146,7 @@ def test_a_mixed_batch_equals_its_singles() -> None:
             positions=torch.cat([torch.arange(n) for n in lengths]),
             lengths=lengths,
             image_positions=torch.cat([picture + start for start in starts]),
-            visuals=tuple(Visual(one[None]) for one in images),
+            visuals=tuple(ImageInput(one[None]) for one in images),
         )
 
     # 28 tokens with a picture at 2, 35 tokens (a multiple of 7) with one at 5

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.parity.peers import assert_close
-from visavis.checkpoints.transformers.config import vlm_config
-from visavis.checkpoints.transformers.layout import read
-from visavis.model.attention import Layout
+from visavis.checkpoints.transformers.vision_models import vlm_config
+from visavis.checkpoints.transformers.weights import read
+from visavis.model.attention import SequenceLayout
 from visavis.model.batch import PackedBatch
 from visavis.model.kv_cache import KVCache
 from visavis.model.vlm import VLM
@@ -77,5 +77,5 @@ def assert_cached_equals_whole(peer: PreTrainedModel, vlm: VLM) -> None:
     for chunk in ids.split([40, 1, 1, 7, 1, 10]):
         positions = torch.arange(cache.length, cache.length + len(chunk))
         x = vlm.decoder.embed_tokens(chunk)
-        pieces.append(vlm.decoder(x, positions, Layout((len(chunk),), (cache,)))[-1])
+        pieces.append(vlm.decoder(x, positions, SequenceLayout((len(chunk),), (cache,)))[-1])
     assert_close(vlm.decoder.logits(torch.cat(pieces)), peer(ids[None]).logits[0], "cached logits")

@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tests.fakes import byte_tokenizer
 from tests.parity.peers import randomized
-from visavis.model.visual import Shape
+from visavis.model.image_input import ImageGrid
 
 SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 START, END, IMAGE, VIDEO = 260, 261, 262, 263  # after the byte tokenizer's own
@@ -100,7 +100,7 @@ def noise(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def peer_inputs(
-    ids: list[int], visuals: list[tuple[Tensor, Shape]], *, grid: bool = True
+    ids: list[int], visuals: list[tuple[Tensor, ImageGrid]], *, grid: bool = True
 ) -> dict[str, Tensor]:
     """Return what the peer takes of ids and patches; without `grid` its positions are 0, 1, 2, …"""
     kinds = {"": [v for v in visuals if not v[1].video], "s": [v for v in visuals if v[1].video]}

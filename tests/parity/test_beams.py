@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.parity.decoders import BASE, ours_of, random_ids, stream
 from tests.parity.peers import randomized
-from visavis.generate.beams import Beams, Search
-from visavis.generate.engine import Engine, Generation
-from visavis.generate.prefix import PrefixCache
+from visavis.generate.beam_search import BeamSearch, BeamSettings
+from visavis.generate.engine import Engine, GeneratedSequence
+from visavis.generate.prefix_cache import PrefixCache
 
 pytestmark = pytest.mark.parity
 
@@ -33,7 +33,7 @@ def test_answers_are_the_peers(settings: dict[str, Any], stops: tuple[int, ...])
     randomized(peer)
     peer.lm_head.weight[list(stops)] *= 2.5  # ends that come now and then
     vlm, lengths = ours_of(peer), set()
-    beams = Beams(
+    beams = BeamSettings(
         settings["num_beams"],
         settings.get("length_penalty", 1.0),
         settings.get("early_stopping", False),
@@ -49,8 +49,8 @@ def test_answers_are_the_peers(settings: dict[str, Any], stops: tuple[int, ...])
             pad_token_id=0,
             **settings,
         )[0, len(ids) :].tolist()
-        search = Search(beams, max_new_tokens=14, stop_ids=frozenset(stops))
-        sequence = Generation(
+        search = BeamSearch(beams, max_new_tokens=14, stop_ids=frozenset(stops))
+        sequence = GeneratedSequence(
             lambda ids=ids: stream(ids),  # type: ignore[misc]
             int,
             14,

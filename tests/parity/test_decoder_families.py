@@ -36,8 +36,8 @@ from tests.parity.decoders import (
     stream,
 )
 from tests.parity.peers import randomized
-from visavis.checkpoints.transformers.config import vlm_config
-from visavis.checkpoints.transformers.layout import read, write
+from visavis.checkpoints.transformers.vision_models import vlm_config
+from visavis.checkpoints.transformers.weights import read, write
 from visavis.errors import CheckpointError
 
 pytestmark = pytest.mark.parity

@@ -20,7 +20,7 @@ from tests.parity.peers import assert_close
 from visavis.checkpoints.efficientnet import LITE2, Classifier, load_efficientnet
 from visavis.errors import CheckpointError
 from visavis.model.config import EfficientNetConfig
-from visavis.model.towers.efficientnet import EfficientNetLite
+from visavis.model.vision.efficientnet import EfficientNetLite
 
 pytestmark = pytest.mark.parity
 

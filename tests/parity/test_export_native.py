@@ -22,9 +22,9 @@ from tests.fakes import picture, write_tiny_checkpoint
 from tests.parity.qwen2_vl_files import save_qwen2_vl
 from tests.parity.test_gguf_families import build_peer
 from tests.parity.test_gguf_families import write as write_gguf_file
+from visavis.checkpoints.checkpoint import whole_state
 from visavis.checkpoints.load import load_checkpoint, resolve
 from visavis.checkpoints.native import write_native
-from visavis.checkpoints.writing import whole_state
 
 __all__ = ["tiny_tower"]  # a fixture, used by every test
 pytestmark = pytest.mark.parity

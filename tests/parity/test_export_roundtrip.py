@@ -24,18 +24,17 @@ from tests.checkpoints.transformers_files import IMAGE_SIZE, TEXT, VISION, save_
 from tests.fakes import byte_tokenizer, picture
 from tests.parity import test_llava_original_anyres as anyres
 from tests.parity.peers import TOLERANCE
+from visavis.checkpoints.checkpoint import Checkpoint, whole_state, write_tensors
 from visavis.checkpoints.llava.export import write_llava
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.loaded import Loaded
 from visavis.checkpoints.native import write_native
+from visavis.checkpoints.tensor_files import read_tensors, weight_files
 from visavis.checkpoints.transformers.export import write_transformers
-from visavis.checkpoints.weight_files import read_tensors, weight_files
-from visavis.checkpoints.writing import whole_state, write_tensors
 from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, DecoderConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
+from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
 pytestmark = pytest.mark.parity
@@ -44,14 +43,14 @@ PROMPT = {"image": [picture(1), picture(2, (30, 70))], "text": "What is this?"}
 Write = Callable[..., Any]
 
 
-def through(folder: Path, write: Write, loaded: Loaded) -> Loaded:
+def through(folder: Path, write: Write, loaded: Checkpoint) -> Checkpoint:
     """Write a model and load what was written."""
     folder.mkdir()
     write(loaded, folder)
     return load_checkpoint(folder, precision="f32", device="cpu")
 
 
-def assert_same(first: Loaded, second: Loaded) -> None:
+def assert_same(first: Checkpoint, second: Checkpoint) -> None:
     ours, theirs = whole_state(first.vlm), whole_state(second.vlm)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -59,7 +58,7 @@ def assert_same(first: Loaded, second: Loaded) -> None:
     assert first.specials == second.specials
 
 
-def logits(loaded: Loaded) -> np.ndarray:
+def logits(loaded: Checkpoint) -> np.ndarray:
     return visavis.Model(loaded).trace(PROMPT).logits
 
 
@@ -209,12 +208,12 @@ def test_any_model(
     tokenizer = byte_tokenizer()
     by_text = {t.content: n for n, t in tokenizer.get_added_tokens_decoder().items()}
     own = "crop" if config.tower and config.tower.class_token else "squash"
-    first = Loaded(
+    first = Checkpoint(
         name="any",
         vlm=vlm.requires_grad_(False).eval(),
         tokenizer=tokenizer,
         specials=SpecialTokens(None, 258, (258, 256), 258, False, by_text),
-        profile=PromptProfile(turns="qwen_1_5"),
+        profile=PromptConfig(turns="qwen_1_5"),
         processor=ImageProcessorConfig(
             IMAGE_SIZE, own if resize == "native" else "pad", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
         ),

@@ -13,15 +13,15 @@ from tests.llamacpp import llama_cpp
 from tests.parity.decoders import random_ids
 from tests.parity.peers import assert_close
 from tests.parity.test_gguf_families import VARIANTS, build_peer, write
+from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.gguf.export import write_gguf
 from visavis.checkpoints.gguf.quantize import FILE_TYPES
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.loaded import Loaded
 from visavis.model.config import RopeScaling
 from visavis.model.vlm import VLM
-from visavis.processing.pack import pack
-from visavis.processing.templates import Encoded
+from visavis.processing.chat_template import Encoded
+from visavis.processing.collate import pack
 
 pytestmark = pytest.mark.parity
 
@@ -30,18 +30,18 @@ LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
 
 
 @torch.no_grad()
-def logits(loaded: Loaded) -> Tensor:
+def logits(loaded: Checkpoint) -> Tensor:
     batch = pack([Encoded(IDS, [], [False] * len(IDS))])
     return loaded.vlm.decoder.logits(loaded.vlm(batch)[-1])
 
 
-def load_variant(folder: Path, name: str) -> Loaded:
+def load_variant(folder: Path, name: str) -> Checkpoint:
     """Return a tiny model that the `gguf` library wrote; widths are whole blocks of 32."""
     path = write(folder / "peer.gguf", name, build_peer(name, intermediate_size=64))
     return load_checkpoint(path, precision="f32", device="cpu")
 
 
-def distance(loaded: Loaded, path: Path) -> float:
+def distance(loaded: Checkpoint, path: Path) -> float:
     """Return how far log-probabilities of the likeliest next tokens are from llama.cpp's."""
     ours = logits(loaded)[-1].log_softmax(-1)
     with llama_cpp(path, context_length=256) as server:

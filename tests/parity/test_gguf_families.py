@@ -21,11 +21,11 @@ from tests.parity.test_decoder_families import CLASSES, LONGROPE, SPECIALS
 from visavis.checkpoints.gguf.decoder import decoder_config
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.transformers.config import vlm_config
+from visavis.checkpoints.transformers.vision_models import vlm_config
 from visavis.errors import CheckpointError
-from visavis.model.quantized import PackedLinear, packed_kernels
-from visavis.processing.pack import pack
-from visavis.processing.templates import Encoded
+from visavis.model.quantized_linear import QuantizedLinear, packed_kernels
+from visavis.processing.chat_template import Encoded
+from visavis.processing.collate import pack
 
 pytestmark = pytest.mark.parity
 
@@ -226,7 +226,7 @@ def test_quantised_blocks_are_packed(name: str, tmp_path: Path) -> None:
     exact = load_checkpoint(path, precision="f32", device="cpu").vlm
     packed = load_checkpoint(path, device="cpu").vlm
     assert not any(isinstance(module, torch.nn.Linear) for module in packed.decoder.modules())
-    assert isinstance(packed.decoder.head, PackedLinear)
+    assert isinstance(packed.decoder.head, QuantizedLinear)
     ids = random_ids(20).tolist()
     batch = pack([Encoded(ids, [], [False] * len(ids))])
     with packed_kernels():

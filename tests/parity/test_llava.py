@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from tests.parity.peers import assert_close, randomized
-from visavis.checkpoints.transformers.config import vlm_config
-from visavis.checkpoints.transformers.layout import read, write
+from visavis.checkpoints.transformers.vision_models import vlm_config
+from visavis.checkpoints.transformers.weights import read, write
 from visavis.errors import CheckpointError
 from visavis.model.batch import PackedBatch
-from visavis.model.visual import Visual
+from visavis.model.image_input import ImageInput
 from visavis.model.vlm import VLM
 
 pytestmark = pytest.mark.parity
@@ -87,7 +87,7 @@ def pack(sequences: list[Tensor], pixels: Tensor) -> PackedBatch:
         positions=torch.cat([torch.arange(len(ids)) for ids in sequences]),
         lengths=tuple(len(ids) for ids in sequences),
         image_positions=(token_ids == IMAGE).nonzero()[:, 0],
-        visuals=tuple(Visual(one[None]) for one in pixels),
+        visuals=tuple(ImageInput(one[None]) for one in pixels),
     )
 
 
@@ -105,7 +105,7 @@ def test_logits_with_images_in_the_middle_of_text(changes: dict[str, Any]) -> No
     ours = vlm.decoder.logits(vlm(pack([ids], pixels))[-1])
     theirs = peer(input_ids=ids[None], pixel_values=pixels).logits[0]
     assert_close(ours, theirs, "logits with three images")
-    seen = vlm.see([Visual(one[None]) for one in pixels])
+    seen = vlm.see([ImageInput(one[None]) for one in pixels])
     tokens = torch.stack([tokens for tokens, _ in seen])
     assert_close(tokens, torch.stack(peer_image_tokens(peer, pixels)), "tokens")
 

@@ -27,8 +27,8 @@ from tests.checkpoints.anyres_files import LONG, NUM_PATCHES, save_next
 from tests.checkpoints.transformers_files import VISION
 from tests.fakes import picture
 from tests.parity.peers import assert_close
-from visavis.checkpoints.transformers.config import vlm_config
-from visavis.checkpoints.transformers.layout import read, write
+from visavis.checkpoints.transformers.vision_models import vlm_config
+from visavis.checkpoints.transformers.weights import read, write
 from visavis.errors import CheckpointError
 from visavis.model.vlm import VLM
 

@@ -22,8 +22,8 @@ from tests.checkpoints.transformers_files import IMAGE_SIZE
 from tests.fakes import picture
 from tests.parity.peers import assert_close
 from tests.parity.test_llava_next import QUESTION, compare, inputs_of, load
-from visavis.checkpoints.transformers.config import vlm_config
-from visavis.checkpoints.transformers.layout import read, write
+from visavis.checkpoints.transformers.vision_models import vlm_config
+from visavis.checkpoints.transformers.weights import read, write
 from visavis.errors import CheckpointError
 
 pytestmark = pytest.mark.parity

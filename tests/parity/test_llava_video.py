@@ -22,7 +22,7 @@ from tests.fakes import picture
 from visavis.checkpoints.llava.export import write_llava
 from visavis.checkpoints.load import load_checkpoint
 from visavis.errors import CheckpointError
-from visavis.prompt import Message, Prompt, Text, Video
+from visavis.inputs import Message, Prompt, Text, Video
 
 pytestmark = pytest.mark.parity
 

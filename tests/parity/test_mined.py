@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.data.test_negatives import Table, match, mined
-from visavis.data.negatives import Mining
-from visavis.prompt import Prompt
+from visavis.data.hard_negatives import Mining
+from visavis.inputs import Prompt
 
 pytestmark = pytest.mark.parity
 NUM, OTHERS = 40, 60

@@ -24,12 +24,12 @@ from tests.mmproj_files import compose, tiny_llama
 from tests.parity.qwen2_vl_files import save_qwen2_vl
 from tests.parity.test_llava_original_anyres import VARIANTS
 from tests.parity.test_llava_original_anyres import save as save_anyres
-from tests.processing.test_documents import pdf
+from tests.processing.test_documents import pdf_bytes
 from visavis.checkpoints.gguf.export import write_gguf
 from visavis.generate.engine import generate
-from visavis.processing.documents import expand
+from visavis.inputs import Document, Image, Prompt, Text, Video
 from visavis.processing.feature_cache import FeatureCache
-from visavis.prompt import Document, Image, Prompt, Text, Video
+from visavis.processing.pdf import expand
 
 pytest.importorskip("pypdfium2")
 pytestmark = pytest.mark.parity
@@ -92,7 +92,7 @@ NO_PAGES = {"vlm2vec-v2"}  # which it does not make smaller: too many tokens for
 def items_for(name: str) -> dict[str, Any]:
     """Return one item of each kind that a system takes."""
     one, two, three = picture(1, (90, 41)), picture(2, (30, 70)), picture(3, (33, 33))
-    clip, pages = Video([picture(n, (50, 41)) for n in range(5)], frames=3), Document(pdf(2))
+    clip, pages = Video([picture(n, (50, 41)) for n in range(5)], frames=3), Document(pdf_bytes(2))
     items: dict[str, Any] = {"word": "a", "text": "two cats on a sofa, and a third one below it"}
     if name not in NO_PICTURES:
         items |= {

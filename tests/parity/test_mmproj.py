@@ -21,21 +21,21 @@ from tests.llamacpp import llama_cpp
 from tests.mmproj_files import SIZE, VARIANTS, compose, rewrite, tiny_llama
 from tests.parity.peers import assert_close
 from visavis.api import Model
+from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.gguf.export import write_gguf
 from visavis.checkpoints.gguf.mmproj import VISION
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.loaded import Loaded
 from visavis.generate.engine import generate
 from visavis.generate.sampling import Sampler, Sampling
 from visavis.model.batch import PackedBatch
 from visavis.model.config import ViTConfig
-from visavis.model.towers.vit import ViT
-from visavis.model.visual import Visual
+from visavis.model.image_input import ImageInput
+from visavis.model.vision.vit import ViT
+from visavis.processing.chat_template import Encoded
+from visavis.processing.collate import pack
 from visavis.processing.images import process_image
-from visavis.processing.pack import pack
-from visavis.processing.profile import PromptProfile
-from visavis.processing.templates import Encoded
+from visavis.processing.prompt_encoder import PromptConfig
 
 pytestmark = pytest.mark.parity
 
@@ -44,11 +44,11 @@ PICTURE = pil.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3
 
 
 @pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_llama(tmp_path_factory.mktemp("llm"))
 
 
-def batch_of(loaded: Loaded, picture: pil.Image = PICTURE) -> PackedBatch:
+def batch_of(loaded: Checkpoint, picture: pil.Image = PICTURE) -> PackedBatch:
     """Return the picture between two texts."""
     assert loaded.processor is not None
     encoded = Encoded()
@@ -57,26 +57,26 @@ def batch_of(loaded: Loaded, picture: pil.Image = PICTURE) -> PackedBatch:
     encoded.add(loaded.tokenizer.encode(AFTER, add_special_tokens=False).ids)
     batch = pack([encoded])
     pixels = torch.from_numpy(process_image(picture, loaded.processor))
-    batch.visuals = (Visual(pixels[None]),)
+    batch.visuals = (ImageInput(pixels[None]),)
     return batch
 
 
 @torch.no_grad()
-def read(loaded: Loaded) -> tuple[Tensor, Tensor]:
+def read(loaded: Checkpoint) -> tuple[Tensor, Tensor]:
     """Return the final hidden states and logits of the picture and its texts."""
     hidden = loaded.vlm(batch_of(loaded))[-1]
     return hidden, loaded.vlm.decoder.logits(hidden)
 
 
 @torch.no_grad()
-def greedy(loaded: Loaded, length: int) -> list[int]:
+def greedy(loaded: Checkpoint, length: int) -> list[int]:
     batch = loaded.vlm.resolve_images(batch_of(loaded))
     sampler = Sampler(Sampling())
     stop = frozenset(loaded.specials.eot_ids)
     return list(generate(loaded.vlm, batch, sampler, max_new_tokens=length, stop_ids=stop))
 
 
-def misplace_class_token(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def misplace_class_token(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a tower make llama.cpp's mistake."""
     tower = loaded.vlm.tower
     assert isinstance(tower, ViT) and tower.class_token is not None
@@ -89,14 +89,14 @@ def misplace_class_token(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tower, "embed", embed)
 
 
-def distance(loaded: Loaded, found: dict[int, float]) -> float:
+def distance(loaded: Checkpoint, found: dict[int, float]) -> float:
     ours = read(loaded)[1][-1].log_softmax(-1)
     return max(abs(ours[token].item() - value) for token, value in found.items())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_was_written_is_read_and_seen_by_both(
-    name: str, language_model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, language_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = compose(language_model, name)
     model, mmproj = write_gguf(loaded, tmp_path, kind="F32")
@@ -128,12 +128,14 @@ def test_what_was_written_is_read_and_seen_by_both(
     assert greedy(again, 16) == (tokens[:-1] if ended else tokens)
 
 
-def test_embeddings_with_pictures_are_llama_cpps(language_model: Loaded, tmp_path: Path) -> None:
+def test_embeddings_with_pictures_are_llama_cpps(
+    language_model: Checkpoint, tmp_path: Path
+) -> None:
     """Pooled as the file says. Its mean is of the words after the last picture only: llama.cpp
     pools what it computes at once, and pictures are computed apart."""
     for pooling in ("last", "mean"):
         loaded = compose(language_model, "SigLIP, mlp2x")
-        loaded.profile = PromptProfile(turns="qwen_1_5", pooling=pooling)
+        loaded.profile = PromptConfig(turns="qwen_1_5", pooling=pooling)
         model, mmproj = write_gguf(loaded, tmp_path / pooling, kind="F16")
         with llama_cpp(model, mmproj, context_length=256, embedding=True) as server:
             content = server.with_pictures(f"{BEFORE}<image>{AFTER}", [PICTURE])
@@ -147,7 +149,7 @@ def test_embeddings_with_pictures_are_llama_cpps(language_model: Loaded, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
-def test_smaller_types(kind: str, language_model: Loaded, tmp_path: Path) -> None:
+def test_smaller_types(kind: str, language_model: Checkpoint, tmp_path: Path) -> None:
     loaded = compose(language_model, "SigLIP, mlp2x")
     files = write_gguf(loaded, tmp_path / "m.gguf", kind=kind)
     assert [file.name for file in files] == ["m.gguf", "mmproj-m.gguf"]
@@ -164,7 +166,7 @@ def test_smaller_types(kind: str, language_model: Loaded, tmp_path: Path) -> Non
     assert cosine > {"F16": 0.9999, "Q8_0": 0.995, "Q4_0": 0.8}[kind]
 
 
-def test_a_folder_of_the_two_chats_and_embeds(language_model: Loaded, tmp_path: Path) -> None:
+def test_a_folder_of_the_two_chats_and_embeds(language_model: Checkpoint, tmp_path: Path) -> None:
     loaded = compose(language_model, "CLIP, mlp2x")
     write_gguf(loaded, tmp_path, kind="F32")
     ours, again = Model(loaded), Model(load_checkpoint(tmp_path, precision="f32", device="cpu"))
@@ -175,7 +177,7 @@ def test_a_folder_of_the_two_chats_and_embeds(language_model: Loaded, tmp_path: 
     assert np.abs(vectors[0] - vectors[1]).max() < 1e-5
 
 
-def test_llama_cpp_chats_with_the_same_words(language_model: Loaded, tmp_path: Path) -> None:
+def test_llama_cpp_chats_with_the_same_words(language_model: Checkpoint, tmp_path: Path) -> None:
     """What its server makes of our jinja is what we write, LLaVA's newline after pictures too."""
     loaded = compose(language_model, "SigLIP, mlp2x")
     files = write_gguf(loaded, tmp_path, kind="F32")
@@ -191,7 +193,7 @@ def test_llama_cpp_chats_with_the_same_words(language_model: Loaded, tmp_path: P
 
 
 def test_files_of_llama_cpps_first_converter(
-    language_model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    language_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No feature layer, one block cut off before, and the feed-forward matrices swapped.
 

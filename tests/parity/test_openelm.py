@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tests.parity.decoders import random_ids, stream
 from tests.parity.peers import assert_close
-from visavis.checkpoints.transformers.config import vlm_config
-from visavis.checkpoints.transformers.layout import read, write
+from visavis.checkpoints.transformers.vision_models import vlm_config
+from visavis.checkpoints.transformers.weights import read, write
 from visavis.errors import CheckpointError
-from visavis.model.attention import Layout
+from visavis.model.attention import SequenceLayout
 from visavis.model.config import DecoderConfig
 from visavis.model.kv_cache import KVCache
 from visavis.model.vlm import VLM
@@ -192,7 +192,7 @@ def test_hidden_states_logits_batches_and_caches() -> None:
     for chunk in ids.split([30, 1, 1, 7, 11]):
         positions = torch.arange(cache.length, cache.length + len(chunk))
         x = vlm.decoder.embed_tokens(chunk)
-        pieces.append(vlm.decoder(x, positions, Layout((len(chunk),), (cache,)))[-1])
+        pieces.append(vlm.decoder(x, positions, SequenceLayout((len(chunk),), (cache,)))[-1])
     assert_close(vlm.decoder.logits(torch.cat(pieces)), logits, "cached logits")
 
 

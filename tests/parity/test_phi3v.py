@@ -22,11 +22,11 @@ from tests.checkpoints.phi3v_files import published_inputs, save_phi3v, tiny_tow
 from tests.fakes import picture
 from tests.parity.peers import TOLERANCE, assert_close
 from tests.processing.test_hd import reference
-from visavis.checkpoints.names import to_theirs
-from visavis.checkpoints.phi3v.layout import name_table, vlm_config
+from visavis.checkpoints.phi3v import name_table, vlm_config
+from visavis.checkpoints.weight_mapping import to_theirs
 from visavis.cli import app
 from visavis.errors import CheckpointError
-from visavis.processing.hd import hd_shape
+from visavis.processing.phi3v import phi3v_grid
 
 __all__ = ["tiny_tower"]  # a fixture, used by every test
 pytestmark = pytest.mark.parity
@@ -41,7 +41,7 @@ def load(folder: Path, **settings: Any) -> visavis.Model:
 def published(model: visavis.Model, image: Image.Image) -> tuple[torch.Tensor, int, int]:
     """Return a picture's views, rows and columns by the published rules."""
     assert model.processor is not None
-    shape = hd_shape(image.size, model.processor)
+    shape = phi3v_grid(image.size, model.processor)
     return reference(image, model.processor), shape.rows, shape.columns
 
 

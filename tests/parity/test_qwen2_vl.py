@@ -20,14 +20,14 @@ from tests.parity.qwen2_vl_files import (
     save_qwen2_vl,
     tokenizer,
 )
-from visavis.model.attention import Layout
+from visavis.model.attention import SequenceLayout
 from visavis.model.batch import PackedBatch
+from visavis.model.image_input import ImageGrid, ImageInput
 from visavis.model.kv_cache import KVCache
-from visavis.model.mrope import positions
-from visavis.model.visual import Shape, Visual
-from visavis.processing.pack import pack
-from visavis.processing.patches import image_patches, video_patches
-from visavis.processing.templates import Encoded
+from visavis.model.rope import mrope_positions
+from visavis.processing.chat_template import Encoded
+from visavis.processing.collate import pack
+from visavis.processing.qwen2_vl import image_patches, video_patches
 
 pytestmark = pytest.mark.parity
 
@@ -41,7 +41,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, visavis.Model]:
     return peer, visavis.load(folder, precision="f32", device="cpu")
 
 
-def seen(model: visavis.Model, *sizes: tuple[int, int], frames: int = 0) -> list[Visual]:
+def seen(model: visavis.Model, *sizes: tuple[int, int], frames: int = 0) -> list[ImageInput]:
     """Return pictures of these sizes, or videos of so many frames."""
     assert model.processor is not None
     found = []
@@ -52,11 +52,11 @@ def seen(model: visavis.Model, *sizes: tuple[int, int], frames: int = 0) -> list
             if frames
             else image_patches(pictures[0], model.processor)
         )
-        found.append(Visual(torch.from_numpy(array), shape))
+        found.append(ImageInput(torch.from_numpy(array), shape))
     return found
 
 
-def sequence(parts: list[str | Visual]) -> Encoded:
+def sequence(parts: list[str | ImageInput]) -> Encoded:
     """Return ids of texts and visuals, with their positions on three axes."""
     encoded, shapes = Encoded(), []
     for part in parts:
@@ -68,18 +68,20 @@ def sequence(parts: list[str | Visual]) -> Encoded:
         encoded.add_image(VIDEO if part.shape.video else IMAGE, len(part.pixels) // 4)
         encoded.add([END])
     length = len(encoded.token_ids)
-    encoded.positions = positions(length, encoded.image_slots, shapes) if shapes else None
+    encoded.positions = mrope_positions(length, encoded.image_slots, shapes) if shapes else None
     return encoded
 
 
-def packed(sequences: list[list[str | Visual]]) -> PackedBatch:
+def packed(sequences: list[list[str | ImageInput]]) -> PackedBatch:
     batch = pack([sequence(parts) for parts in sequences])
-    batch.visuals = tuple(part for parts in sequences for part in parts if isinstance(part, Visual))
+    batch.visuals = tuple(
+        part for parts in sequences for part in parts if isinstance(part, ImageInput)
+    )
     return batch
 
 
-def theirs(peer: Any, parts: list[str | Visual]) -> Any:
-    visuals = [(part.pixels, part.shape) for part in parts if isinstance(part, Visual)]
+def theirs(peer: Any, parts: list[str | ImageInput]) -> Any:
+    visuals = [(part.pixels, part.shape) for part in parts if isinstance(part, ImageInput)]
     inputs = peer_inputs(sequence(parts).token_ids, visuals)
     return peer(**inputs, output_hidden_states=True)
 
@@ -106,7 +108,7 @@ def test_every_hidden_state_packed_and_single(pair: tuple[Any, visavis.Model]) -
     peer, model = pair
     one, two, three, four = seen(model, *SIZES)
     film, short = *seen(model, (20, 33), frames=4), *seen(model, (33, 24), frames=1)
-    sequences: list[list[str | Visual]] = [
+    sequences: list[list[str | ImageInput]] = [
         ["Hello there."],
         [one, "What is this?"],
         ["Which of ", two, three, " is ", four, " like?"],
@@ -138,18 +140,20 @@ def test_a_cache_continues_where_the_picture_ends(
     split = batch.num_tokens - 5
     cache = KVCache(decoder.config, dtype=torch.float32)
     x = model.vlm.embed_inputs(batch)
-    found = decoder(x[:split], batch.positions[:, :split], Layout((split,), (cache,)))[-1]
+    found = decoder(x[:split], batch.positions[:, :split], SequenceLayout((split,), (cache,)))[-1]
     rows = [decoder.logits(found)]
     ahead = int(batch.positions[:, :split].max()) + 1 - split
     assert ahead < 0, "positions fall behind tokens"
     for at in range(split, batch.num_tokens):
         position = torch.tensor([cache.length + ahead])
-        hidden = decoder(x[at : at + 1], position, Layout((1,), (cache,)))[-1]
+        hidden = decoder(x[at : at + 1], position, SequenceLayout((1,), (cache,)))[-1]
         rows.append(decoder.logits(hidden))
     assert_close(torch.cat(rows), whole, "token by token")
 
 
-def template_ids(model: visavis.Model, content: list[dict[str, str]], shapes: list[Shape]) -> Any:
+def template_ids(
+    model: visavis.Model, content: list[dict[str, str]], shapes: list[ImageGrid]
+) -> Any:
     """Return the peer's ids of one user message: its template, each placeholder expanded."""
     messages = [{"role": "user", "content": content}]
     rendered = tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -15,9 +15,9 @@ import visavis
 from tests.parity.peers import assert_close
 from tests.parity.qwen2_vl_files import IMAGE, noise, peer_inputs, save_qwen2_vl
 from visavis.checkpoints.native import save_native
-from visavis.checkpoints.transformers.layout import write
+from visavis.checkpoints.transformers.weights import write
 from visavis.errors import CheckpointError, UnknownNameError
-from visavis.processing.patches import SIZES, image_patches
+from visavis.processing.qwen2_vl import SIZES, image_patches
 
 peft = pytest.importorskip("peft", reason="needs peft (visavis[dev])")
 pytestmark = pytest.mark.parity

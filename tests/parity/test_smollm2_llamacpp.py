@@ -19,8 +19,8 @@ from tests.llamacpp import LlamaCpp, llama_cpp
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.generate.engine import generate
 from visavis.generate.sampling import Sampler, Sampling
-from visavis.processing.pack import pack
-from visavis.processing.templates import Encoded
+from visavis.processing.chat_template import Encoded
+from visavis.processing.collate import pack
 
 pytestmark = pytest.mark.parity
 

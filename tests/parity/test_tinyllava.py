@@ -39,8 +39,8 @@ from tests.parity.peers import assert_close
 from tests.parity.test_openelm import TINY, derived_from, random_state
 from tests.parity.test_tinyllava_connectors import random_state as random_connector
 from tests.parity.test_tinyllava_connectors import resampler, resampler_shapes
-from visavis.checkpoints.tinyllava import layout
-from visavis.checkpoints.transformers.decoders import decoder_config
+from visavis.checkpoints.tinyllava import config
+from visavis.checkpoints.transformers.language_models import decoder_config
 
 pytestmark = pytest.mark.parity
 
@@ -243,7 +243,7 @@ def test_an_older_repository(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     if kind == "phi":
         torch.nn.init.zeros_(peer.language_model.lm_head.bias)
     tower = siglip().to_dict() | {"model_type": "siglip_vision_model"}
-    monkeypatch.setattr(layout, "TOWERS", {"google/siglip-so400m-patch14-384": tower})
+    monkeypatch.setattr(config, "TOWERS", {"google/siglip-so400m-patch14-384": tower})
     names = {"norm_eps": 1e-5, "rope_pct": 0.25} if kind == "stablelm" else {}
     files.save_old(tmp_path, peer, mm_vision_tower="bczhou/TinyLLaVA-2.0B-SigLIP", **names)
     model = load(tmp_path)

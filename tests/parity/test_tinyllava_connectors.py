@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from tests.parity.peers import assert_close, randomized
-from visavis.checkpoints.names import NameTable, to_ours, to_theirs
 from visavis.checkpoints.tinyllava.connectors import connector_rows, ignored_names
+from visavis.checkpoints.weight_mapping import NameTable, to_ours, to_theirs
 from visavis.model.config import ConnectorConfig
 from visavis.model.connectors import build_connector
 

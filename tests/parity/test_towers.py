@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from tests.parity.peers import assert_close, randomized
-from visavis.checkpoints.transformers.config import vit_config
-from visavis.checkpoints.transformers.layout import read_tower, write_tower
-from visavis.model.towers.vit import ViT
+from visavis.checkpoints.transformers.vision_models import vit_config
+from visavis.checkpoints.transformers.weights import read_tower, write_tower
+from visavis.model.vision.vit import ViT
 
 pytestmark = pytest.mark.parity
 

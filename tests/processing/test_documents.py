@@ -8,17 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from visavis.errors import ImageError, InputError
-from visavis.processing import documents
-from visavis.processing.documents import PAGE_SIDE, expand, pages
+from visavis.inputs import Document, Image, Message, Page, Prompt, Text, Video
+from visavis.processing import pdf
 from visavis.processing.images import content_hash, decode_image, image_size
-from visavis.prompt import Document, Image, Message, Page, Prompt, Text, Video
+from visavis.processing.pdf import PAGE_SIDE, expand, pages
 
 pytest.importorskip("pypdfium2")
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
-def pdf(num_pages=2, size=(200, 100), rotate=0, field=False):
+def pdf_bytes(num_pages=2, size=(200, 100), rotate=0, field=False):
     """Return a PDF whose page n is red in its leftmost n tenths, or in a filled form field."""
     kids = " ".join(f"{3 + 2 * index} 0 R" for index in range(num_pages))
     last = 3 + 2 * num_pages
@@ -55,7 +55,7 @@ def pdf(num_pages=2, size=(200, 100), rotate=0, field=False):
 
 def test_pages_are_pictures_in_the_documents_place(tmp_path):
     path = tmp_path / "a.pdf"
-    path.write_bytes(pdf(3))
+    path.write_bytes(pdf_bytes(3))
     video, picture = Video("b.mp4"), Image("c.png")
     parts = (Text("of"), Document(path), Text("and"), video, Document(path, pages=(3, 1)), picture)
     prompt = Prompt((Message("system", "be brief"), Message("user", parts)))
@@ -70,7 +70,7 @@ def test_pages_are_pictures_in_the_documents_place(tmp_path):
 
 
 def test_pages_show_what_is_on_them(tmp_path):
-    data = pdf(4)
+    data = pdf_bytes(4)
     (tmp_path / "a.pdf").write_bytes(data)
     for source in (data, tmp_path / "a.pdf"):
         for number, image in enumerate(pages(Document(source)), 1):
@@ -91,42 +91,42 @@ def test_pages_show_what_is_on_them(tmp_path):
     ],
 )
 def test_every_page_has_its_longer_side_at_one_length(settings, size):
-    (image,) = pages(Document(pdf(1, **settings)))
+    (image,) = pages(Document(pdf_bytes(1, **settings)))
     assert image_size(image) == decode_image(image).size == size
 
 
 def test_filled_forms_are_drawn():
-    (image,) = pages(Document(pdf(1, field=True)))
+    (image,) = pages(Document(pdf_bytes(1, field=True)))
     assert decode_image(image).getpixel((800, 400)) == RED
 
 
 def test_pages_are_named_by_document_and_number(tmp_path):
-    (tmp_path / "a.pdf").write_bytes(pdf())
+    (tmp_path / "a.pdf").write_bytes(pdf_bytes())
     one, two = pages(Document(tmp_path / "a.pdf"))
-    hashes = {content_hash(image) for image in (one, two, *pages(Document(pdf())))}
+    hashes = {content_hash(image) for image in (one, two, *pages(Document(pdf_bytes())))}
     assert len(hashes) == 2
-    assert content_hash(Document(pdf())) != content_hash(Document(pdf(), pages=(1,)))
+    assert content_hash(Document(pdf_bytes())) != content_hash(Document(pdf_bytes(), pages=(1,)))
     assert one == Image(Page(tmp_path / "a.pdf", 1)) != two
 
 
 def test_threads_take_turns():
-    images = pages(Document(pdf(4))) * 4
+    images = pages(Document(pdf_bytes(4))) * 4
     with ThreadPoolExecutor(4) as pool:
         shown = list(pool.map(decode_image, images))
     assert all(shown[i].tobytes() == shown[i % 4].tobytes() for i in range(16))
 
 
 def test_pages_that_are_not_there(monkeypatch):
-    for document in (Document(pdf(), pages=(1, 3)), Document(pdf(), pages=(3,))):
+    for document in (Document(pdf_bytes(), pages=(1, 3)), Document(pdf_bytes(), pages=(3,))):
         with pytest.raises(InputError, match="page 3 of the document of .* has 2 pages"):
             pages(document)
     with pytest.raises(InputError, match="page 7 .* has 2 pages"):
-        decode_image(Image(Page(pdf(), 7)))
-    monkeypatch.setattr(documents, "MAX_PAGES", 3)
+        decode_image(Image(Page(pdf_bytes(), 7)))
+    monkeypatch.setattr(pdf, "MAX_PAGES", 3)
     with pytest.raises(InputError, match=r"4 pages .*at most 3.*pages=\(1, 2\)"):
-        expand(Prompt.of(Document(pdf(4))))
-    assert len(expand(Prompt.of(Document(pdf(4), pages=(2, 3, 4)))).visuals) == 3
-    assert len(pages(Document(pdf(4)))) == 4  # each in a prompt of its own
+        expand(Prompt.of(Document(pdf_bytes(4))))
+    assert len(expand(Prompt.of(Document(pdf_bytes(4), pages=(2, 3, 4)))).visuals) == 3
+    assert len(pages(Document(pdf_bytes(4)))) == 4  # each in a prompt of its own
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_pages_that_are_not_there(monkeypatch):
     [
         (b"", "0 bytes"),
         (b"\x89PNG\r\n\x1a\n", "not a PDF document"),
-        (pdf()[:300], "damaged"),
+        (pdf_bytes()[:300], "damaged"),
         (b"%PDF-1.4 and nothing else", "damaged"),
     ],
 )
@@ -153,7 +153,7 @@ def test_paths_that_are_no_documents(tmp_path):
 
 def test_a_document_given_as_a_picture_is_told_what_to_do():
     with pytest.raises(ImageError, match=r"visavis\.Document"):
-        decode_image(pdf())
+        decode_image(pdf_bytes())
 
 
 def test_without_pdfium_the_extra_is_named(monkeypatch):
@@ -166,7 +166,7 @@ def test_without_pdfium_the_extra_is_named(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"pip install 'visavis\[pdf\]'"):
-        pages(Document(pdf()))
+        pages(Document(pdf_bytes()))
 
 
 @pytest.mark.shared

@@ -13,8 +13,7 @@ import visavis
 from tests.fakes import picture, tiny_model, write_pictures, write_tiny_checkpoint
 from visavis.api import Model
 from visavis.errors import InputError
-from visavis.processing.feature_cache import FeatureCache
-from visavis.processing.feature_folder import FeatureFolder
+from visavis.processing.feature_cache import DiskFeatureCache, FeatureCache
 
 FEATURES = (torch.arange(12.0).view(3, 4), torch.ones(4, dtype=torch.bfloat16))
 
@@ -32,19 +31,19 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
-    FeatureFolder(tmp_path, "one").put("a", FEATURES)
-    found = FeatureFolder(tmp_path, "one").get("a")
+    DiskFeatureCache(tmp_path, "one").put("a", FEATURES)
+    found = DiskFeatureCache(tmp_path, "one").get("a")
     assert found is not None
     assert all(
         torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(found, FEATURES, strict=True)
     )
-    assert FeatureFolder(tmp_path, "other").get("a") is None
-    assert FeatureFolder(tmp_path, "one").get("b") is None
+    assert DiskFeatureCache(tmp_path, "other").get("a") is None
+    assert DiskFeatureCache(tmp_path, "one").get("b") is None
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "foreign"])
 def test_a_damaged_file_is_a_miss_and_removed(tmp_path: Path, harm: str) -> None:
-    folder = FeatureFolder(tmp_path, "one")
+    folder = DiskFeatureCache(tmp_path, "one")
     folder.put("a", FEATURES)
     (path,) = files(tmp_path)
     data = path.read_bytes()
@@ -57,12 +56,12 @@ def test_a_damaged_file_is_a_miss_and_removed(tmp_path: Path, harm: str) -> None
 
 
 def test_the_longest_unused_go_first(tmp_path: Path) -> None:
-    folder = FeatureFolder(tmp_path, "one")
+    folder = DiskFeatureCache(tmp_path, "one")
     for place, key in enumerate("abc"):
         folder.put(key, FEATURES)
         os.utime(folder._path(key), (place, place))
     size = folder.num_bytes // 3
-    folder = FeatureFolder(tmp_path, "one", max_bytes=int(3.5 * size))
+    folder = DiskFeatureCache(tmp_path, "one", max_bytes=int(3.5 * size))
     assert folder.num_bytes == 3 * size
     assert folder.get("a") is not None  # used now
     folder.put("d", FEATURES)
@@ -73,8 +72,8 @@ def test_the_longest_unused_go_first(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(InputError, match="name another folder"):
-        FeatureFolder(tmp_path / "file", "one")
-    folder = FeatureFolder(tmp_path / "cache", "one")
+        DiskFeatureCache(tmp_path / "file", "one")
+    folder = DiskFeatureCache(tmp_path / "cache", "one")
     (tmp_path / "cache").rmdir()
     (tmp_path / "cache").write_text("in the way")
     with pytest.warns(UserWarning, match="not kept"):
@@ -110,7 +109,7 @@ def test_auto_is_a_folder_in_the_cache(tmp_path: Path, own_cache: Path) -> None:
 
 def test_a_file_that_changes_is_another_picture(tmp_path: Path) -> None:
     model = tiny_model()
-    model.image_cache = FeatureCache(folder=FeatureFolder(tmp_path / "cache", model.seen_by))
+    model.image_cache = FeatureCache(folder=DiskFeatureCache(tmp_path / "cache", model.seen_by))
     path = tmp_path / "picture.png"
     vectors, replies = [], []
     for seed in (1, 2, 1):
@@ -128,7 +127,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model()
-    model.image_cache = FeatureCache(folder=FeatureFolder(tmp_path / "cache", model.seen_by))
+    model.image_cache = FeatureCache(folder=DiskFeatureCache(tmp_path / "cache", model.seen_by))
     path = tmp_path / "picture.png"
     picture(1).save(path)
     see = model.vlm.see

@@ -12,9 +12,9 @@ from PIL import Image
 
 from tests.fakes import picture
 from visavis.errors import InputError
-from visavis.model.hd import count_hd
-from visavis.processing.hd import HDConfig, hd_shape, hd_views
+from visavis.model.image_tokens import count_phi3v_tokens
 from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.phi3v import Phi3VConfig, phi3v_grid, phi3v_views
 
 SIDE = 28
 SIZES = [(64, 48), (48, 64), (28, 28), (100, 33), (33, 100), (5, 2), (3, 70), (112, 28), (1, 1)]
@@ -27,7 +27,7 @@ def processor(num_crops: int, side: int = SIDE) -> ImageProcessorConfig:
         (0.48145466, 0.4578275, 0.40821073),
         (0.26862954, 0.26130258, 0.27577711),
         resample="bilinear",
-        hd=HDConfig(num_crops),
+        hd=Phi3VConfig(num_crops),
     )
 
 
@@ -64,11 +64,11 @@ def reference(image: Image.Image, config: ImageProcessorConfig) -> torch.Tensor:
 @pytest.mark.parametrize("size", SIZES)
 def test_views_are_the_published_ones(size: tuple[int, int], num_crops: int) -> None:
     image, config = picture(1, size), processor(num_crops)
-    views, shape = hd_views(image, config)
+    views, shape = phi3v_views(image, config)
     theirs = reference(image, config).numpy()
     assert views.dtype == np.float32 and views.shape == theirs.shape
     assert np.abs(views - theirs).max() < 1e-5
-    assert shape == hd_shape(size, config)
+    assert shape == phi3v_grid(size, config)
     assert shape.views == len(views) and shape.rows * shape.columns <= num_crops
 
 
@@ -85,16 +85,16 @@ def test_views_are_the_published_ones(size: tuple[int, int], num_crops: int) -> 
 def test_published_numbers(
     size: tuple[int, int], num_crops: int, grid: tuple[int, int], tokens: int
 ) -> None:
-    shape = hd_shape(size, processor(num_crops, 336))
+    shape = phi3v_grid(size, processor(num_crops, 336))
     rows, columns = grid
     assert tokens == (rows * columns + 1) * 144 + 1 + (rows + 1) * 12
     assert (shape.rows, shape.columns) == grid
-    assert count_hd(12, shape) == tokens
+    assert count_phi3v_tokens(12, shape) == tokens
 
 
 def test_extreme_pictures_have_a_line_of_tiles() -> None:
-    assert hd_shape((65535, 1), processor(16)).columns == 16
-    views, shape = hd_views(picture(1, (1, 3000)), processor(4))
+    assert phi3v_grid((65535, 1), processor(16)).columns == 16
+    views, shape = phi3v_views(picture(1, (1, 3000)), processor(4))
     assert (shape.rows, shape.columns) == (4, 1) and np.isfinite(views).all()
 
 
@@ -105,6 +105,6 @@ def test_configs_come_back_from_json() -> None:
         with pytest.raises(InputError, match=named):
             ImageProcessorConfig.from_dict(config.to_dict() | broken)
     with pytest.raises(InputError, match="num_crops is 0"):
-        HDConfig(0)
+        Phi3VConfig(0)
     with pytest.raises(InputError, match="unknown key 'crops'"):
-        HDConfig.from_dict({"crops": 4})
+        Phi3VConfig.from_dict({"crops": 4})

@@ -19,10 +19,10 @@ from PIL import ImageCms
 
 from tests.pictures import RED, scene
 from visavis.errors import ImageError
+from visavis.inputs import Image
 from visavis.processing import images
 from visavis.processing.images import content_hash, decode_image, image_size
-from visavis.processing.opening import find_images
-from visavis.prompt import Image
+from visavis.processing.media import find_images
 
 GREEN, BLUE = (0, 255, 0), (0, 0, 255)
 

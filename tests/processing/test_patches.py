@@ -16,9 +16,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 
 from visavis.errors import ImageError, InputError
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.patches import SIZES as SIZES_OF
-from visavis.processing.patches import (
-    PatchesConfig,
+from visavis.processing.qwen2_vl import SIZES as SIZES_OF
+from visavis.processing.qwen2_vl import (
+    Qwen2VLConfig,
     image_patches,
     image_shape,
     resized,
@@ -35,7 +35,7 @@ BOUNDS = [(3136, 1003520), (3136, 12845056), (784, 30000), (60000, 90000)]
 
 
 def processor(**settings: Any) -> ImageProcessorConfig:
-    return ImageProcessorConfig(28, "patches", **CLIP, patches=PatchesConfig(**settings))
+    return ImageProcessorConfig(28, "patches", **CLIP, patches=Qwen2VLConfig(**settings))
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -60,7 +60,7 @@ def test_pictures_equal_transformers(size: tuple[int, int], bounds: tuple[int, i
 
 
 def test_sizes_equal_transformers() -> None:
-    config = PatchesConfig()
+    config = Qwen2VLConfig()
     for width, height in np.random.default_rng(1).integers(1, 4000, (3000, 2)).tolist():
         if max(width, height) <= 200 * min(width, height):
             assert resized((width, height), config)[::-1] == smart_resize(height, width)
@@ -68,17 +68,17 @@ def test_sizes_equal_transformers() -> None:
 
 def test_extreme_pictures() -> None:
     with pytest.raises(ImageError, match="2010 x 10 pixels is too long and narrow"):
-        resized((2010, 10), PatchesConfig())
-    square = PatchesConfig(extreme="square")
+        resized((2010, 10), Qwen2VLConfig())
+    square = Qwen2VLConfig(extreme="square")
     assert resized((6000, 29), square) == (980, 980)
     assert resized((2010, 10), square) == resized((27, 500), square) == (56, 56)
     assert resized((27, 500), square, video=True) == (504, 504)
-    assert resized((640, 480), square) == resized((640, 480), PatchesConfig())
+    assert resized((640, 480), square) == resized((640, 480), Qwen2VLConfig())
 
 
 def test_published_sizes() -> None:
     """Of VLM2Vec: a square of 1344 pixels, 2304 tokens; at most 1280 tokens, also a frame."""
-    base = PatchesConfig(max_pixels=12845056, video_max_pixels=602112)
+    base = Qwen2VLConfig(max_pixels=12845056, video_max_pixels=602112)
     first = replace(base, **SIZES_OF["vlm2vec-v1"])
     assert image_shape((10, 4000), first).rows == image_shape((10, 4000), first).columns == 96
     second = replace(base, **SIZES_OF["vlm2vec-v2"])
@@ -120,12 +120,12 @@ def test_settings() -> None:
     ]
     for settings, message in wrong:
         with pytest.raises(InputError, match=message):
-            PatchesConfig(**settings)
+            Qwen2VLConfig(**settings)
     with pytest.raises(InputError, match="unknown key 'pach'"):
-        PatchesConfig.from_dict({"pach": 3})
+        Qwen2VLConfig.from_dict({"pach": 3})
     with pytest.raises(InputError, match="size is 32, but a token 28 pixels"):
-        ImageProcessorConfig(32, "patches", **CLIP, patches=PatchesConfig())
-    with pytest.raises(InputError, match="resize='squash', but patches are PatchesConfig"):
-        ImageProcessorConfig(28, "squash", **CLIP, patches=PatchesConfig())
+        ImageProcessorConfig(32, "patches", **CLIP, patches=Qwen2VLConfig())
+    with pytest.raises(InputError, match="resize='squash', but patches are Qwen2VLConfig"):
+        ImageProcessorConfig(28, "squash", **CLIP, patches=Qwen2VLConfig())
     with pytest.raises(InputError, match="resize='patches', but patches are None"):
         ImageProcessorConfig(28, "patches", **CLIP)

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from tests.texts import FRAGMENTS, texts
 from visavis.errors import CheckpointError
-from visavis.processing.sentencepiece import read_sentencepiece
 from visavis.processing.tokenizer import SpecialTokens, encode, load_tokenizer
+from visavis.processing.tokenizer_conversion import read_sentencepiece
 
 SIZE = 1600
 SPECIALS = ["<s>", "</s>", "<unk>"]

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer
 
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.errors import CheckpointError, InputError
-from visavis.processing.templates import (
+from visavis.inputs import Image, Message, Prompt, Text, Video
+from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat
+from visavis.processing.chat_template import (
     ChatTemplate,
     Encoded,
     encode_chat,
@@ -20,11 +22,9 @@ from visavis.processing.templates import (
     encode_turns,
 )
 from visavis.processing.tokenizer import SpecialTokens, build_tokenizer, encode, special_tokens
-from visavis.processing.turns import TURNS, TurnTemplate
-from visavis.prompt import Image, Message, Prompt, Text, Video
 
 IMAGE_ID = 16  # <empty_output>: never typed in these tests
-BARE = TURNS["chatml-bare"]
+BARE = CHAT_FORMATS["chatml-bare"]
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +355,7 @@ def test_templates_reach_nothing_outside_the_sandbox(attack: str) -> None:
 
 
 def test_a_template_without_a_role_says_so(smollm: tuple[Tokenizer, SpecialTokens]) -> None:
-    no_system = TurnTemplate({role: BARE.turns[role] for role in ("user", "assistant")})
+    no_system = ChatFormat({role: BARE.turns[role] for role in ("user", "assistant")})
     prompt = Prompt((Message("system", "Be brief."), Message("user", "Hi")))
     with pytest.raises(InputError, match="role 'system', expected one of user, assistant"):
         encode_turns(prompt, no_system, *smollm, image_token_id=IMAGE_ID, tokens_per_image=[])

@@ -14,14 +14,20 @@ from PIL import Image as pil
 
 from tests.pictures import RED, scene
 from visavis.errors import InputError
-from visavis.model.config import ConnectorConfig, DecoderConfig, MergeConfig, ViTConfig, VLMConfig
-from visavis.model.fusion import count_tokens
-from visavis.model.visual import Shape
-from visavis.processing import tiling
+from visavis.inputs import Image
+from visavis.model.config import (
+    ConnectorConfig,
+    DecoderConfig,
+    ImageLayoutConfig,
+    ViTConfig,
+    VLMConfig,
+)
+from visavis.model.image_input import ImageGrid
+from visavis.model.image_tokens import count_tokens
+from visavis.processing import anyres
+from visavis.processing.anyres import AnyresConfig, best_grid, image_shape, image_views
+from visavis.processing.image_processor import depends_on_image_count, grid_of, pixels_of
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.tiling import TilesConfig, best_grid, image_shape, image_views
-from visavis.processing.visuals import pixels_of, shape_of, sized_by_company
-from visavis.prompt import Image
 
 HALF = (0.5, 0.5, 0.5)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -37,7 +43,7 @@ def all_pairs(most):
 
 
 def processor(tile, pairs, axes="wh", multi_image="tile", mean=HALF, std=HALF):
-    tiles = TilesConfig(grids(pairs, tile), axes, multi_image)
+    tiles = AnyresConfig(grids(pairs, tile), axes, multi_image)
     return ImageProcessorConfig(tile, "squash", mean, std, tiles=tiles)
 
 
@@ -50,7 +56,7 @@ def model(side, max_tiles):
     """A config that counts as a published one does: side² tokens of a view."""
     decoder = DecoderConfig(40, 8, 1, 2, 2, 4, 8, 64)
     tower = ViTConfig(side * 2, 2, 8, 1, 2, 8, "gelu", 1e-6)
-    merge = MergeConfig("spatial", unpad=True, newline=True, max_tiles=max_tiles)
+    merge = ImageLayoutConfig("spatial", unpad=True, newline=True, max_tiles=max_tiles)
     return VLMConfig(decoder, tower, ConnectorConfig("linear", 8, 8), merge=merge)
 
 
@@ -75,7 +81,7 @@ def test_canvases_and_token_counts_of_published_models(size, next_, onevision, l
     ):
         shape = image_shape(size, config, alone=True)
         side = config.size
-        assert shape == Shape(rows=height // side, columns=width // side, size=size)
+        assert shape == ImageGrid(rows=height // side, columns=width // side, size=size)
         assert count_tokens(vlm, shape) == tokens
 
 
@@ -210,7 +216,7 @@ def test_views_equal_llava_onevision_of_transformers(size):
     ours, shape = image_views(scene(*size), config, alone=False)
     theirs = peer([[scene(*size), scene(9, 9)]], return_tensors="np")["pixel_values"][0]
     assert_same_views(ours, theirs, config)
-    assert shape == Shape(size=size)
+    assert shape == ImageGrid(size=size)
 
 
 @pytest.mark.parametrize("size", PICTURES)
@@ -247,9 +253,9 @@ def test_header_and_pixels_give_the_same_shape(size, axes, multi_image, alone):
     config = processor(16, NEXT_PAIRS, axes, multi_image)
     image = Image(pil.new("RGB", size, RED))
     views, shape = pixels_of(image, config, alone)
-    assert shape == shape_of(image, config, alone)
+    assert shape == grid_of(image, config, alone)
     assert views.shape == (shape.views, 3, 16, 16)
-    assert sized_by_company(config) == (multi_image == "pad")
+    assert depends_on_image_count(config) == (multi_image == "pad")
 
 
 @pytest.mark.parametrize("size", [(65_535, 1), (1, 65_535)])
@@ -297,4 +303,4 @@ def test_wrong_dicts():
     with pytest.raises(InputError, match="only with 'squash'"):
         ImageProcessorConfig.from_dict({**values, "resize": "pad"})
     with pytest.raises(InputError, match="grids"):
-        tiling.TilesConfig.from_dict({"grids": "(1x1),...,(6x6)"})
+        anyres.AnyresConfig.from_dict({"grids": "(1x1),...,(6x6)"})

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from visavis.errors import InputError
-from visavis.processing.templates import Encoded, encode_turns
+from visavis.inputs import Image, Message, Prompt, Text
+from visavis.processing.chat_formats import CHAT_FORMATS, EXAMPLE, SAFE_ASSISTANT
+from visavis.processing.chat_template import Encoded, encode_turns
 from visavis.processing.tokenizer import SpecialTokens, encode
-from visavis.processing.turns import EXAMPLE, SAFE_ASSISTANT, TURNS
-from visavis.prompt import Image, Message, Prompt, Text
 
 TEXTS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<eos>", "<|eot_id|>",
          "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>",
@@ -165,7 +165,7 @@ def turns(
 ) -> Encoded:
     return encode_turns(
         prompt,
-        TURNS[name],
+        CHAT_FORMATS[name],
         *coder,
         image_token_id=coder[1].by_text["<image>"],
         tokens_per_image=[2] * len(prompt.images),
@@ -203,15 +203,15 @@ def test_two_turns_are_written_as_in_the_original(name: str) -> None:
     kept = [i for i, m in zip(encoded.token_ids, encoded.loss_mask, strict=True) if m]
     # A token that joins the space before an answer to its first letter is learned whole.
     assert text_of(kept).removeprefix(" ") == learned
-    if TURNS[name].joined:
+    if CHAT_FORMATS[name].joined:
         assert encoded.token_ids == encode(*BYTES, whole)
 
 
 def test_every_format_is_compared() -> None:
-    assert set(RENDERED) == set(TURNS)
+    assert set(RENDERED) == set(CHAT_FORMATS)
 
 
-@pytest.mark.parametrize("name", sorted(set(TURNS) - {"plain", "v0_plain", "chatml-bare"}))
+@pytest.mark.parametrize("name", sorted(set(CHAT_FORMATS) - {"plain", "v0_plain", "chatml-bare"}))
 def test_an_image_stands_before_its_question(name: str) -> None:
     encoded = turns(name, conversation("Q1", image=True))
     text = text_of(encoded.token_ids)
@@ -225,7 +225,7 @@ def test_plain_is_a_picture_and_its_caption() -> None:
     assert encoded.loss_mask == [False] * 2 + [True] * (len(encoded.token_ids) - 2)
 
 
-@pytest.mark.parametrize("name", sorted(TURNS))
+@pytest.mark.parametrize("name", sorted(CHAT_FORMATS))
 @pytest.mark.parametrize("coder", [BYTES, PIECES], ids=["bytes", "sentencepiece"])
 @given(answer=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=8))
 def test_what_is_learned_follows_what_is_asked(
@@ -236,7 +236,7 @@ def test_what_is_learned_follows_what_is_asked(
     whole = turns(name, conversation("Q1", answer, image=True), coder, open_answer=False)
     learned = [number for number, kept in enumerate(whole.loss_mask) if kept]
     assert learned == list(range(learned[0], learned[-1] + 1))
-    gap = TURNS[name].turns["assistant"].gap
+    gap = CHAT_FORMATS[name].turns["assistant"].gap
     first = learned[0]
     if first > len(asking):  # the gap is a token of its own
         assert coder[0].decode(whole.token_ids[len(asking) : first]).strip() == "" and gap
@@ -287,5 +287,5 @@ def test_typed_special_texts_stay_text(name: str) -> None:
     ]
     kept = [i for i, m in zip(encoded.token_ids, encoded.loss_mask, strict=True) if m]
     assert text_of(kept).removeprefix(" ").startswith(answer)
-    end = TURNS[name].turns["assistant"].end
+    end = CHAT_FORMATS[name].turns["assistant"].end
     assert text_of(kept).removeprefix(" ") == answer + end

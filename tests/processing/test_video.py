@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image as pil
 
 from visavis.errors import ImageError, InputError
+from visavis.inputs import Image, Video
 from visavis.processing import video as module
+from visavis.processing.image_processor import grid_of, pixels_of
 from visavis.processing.images import ImageProcessorConfig, content_hash
-from visavis.processing.opening import frame_files
+from visavis.processing.media import frame_files
 from visavis.processing.video import VideoConfig, read_frames, sample, survey, time_instruction
-from visavis.processing.visuals import pixels_of, shape_of
-from visavis.prompt import Image, Video
 
 av = pytest.importorskip("av")
 
@@ -227,7 +227,7 @@ def test_views_for_a_tower(clip):
     assert ImageProcessorConfig.from_dict(processor.to_dict()) == processor
     views, shape = pixels_of(Video(clip), processor, alone=True)
     assert views.shape == (8, 3, 16, 16) and views.dtype == np.float32
-    assert shape == shape_of(Video(clip), processor, alone=True)
+    assert shape == grid_of(Video(clip), processor, alone=True)
     assert shape.video and shape.views == 8
     one = pixels_of(Image(read_frames(Video(clip), EIGHT).frames[2]), processor, True)[0]
     assert np.array_equal(views[2:3], one)
@@ -324,8 +324,8 @@ def test_wrong_configs(values, says):
 
 def test_import_is_light():
     code = (
-        "import sys, visavis.processing.video, visavis.processing.documents, "
-        "visavis.processing.tiling; print({'torch', 'av', 'pypdfium2'} & set(sys.modules))"
+        "import sys, visavis.processing.video, visavis.processing.pdf, "
+        "visavis.processing.anyres; print({'torch', 'av', 'pypdfium2'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from tests.fakes import tiny_model
-from tests.processing.test_documents import RED, pdf
+from tests.processing.test_documents import RED, pdf_bytes
 from tests.processing.test_video import encode
 from visavis import Index
 from visavis.serve.app import create_app
@@ -23,7 +23,7 @@ pytest.importorskip("pypdfium2")
 
 def test_a_video_and_a_page(tmp_path: Path) -> None:
     clip = encode(tmp_path / "clip.mp4", num=40)
-    (tmp_path / "paper.pdf").write_bytes(pdf(2))
+    (tmp_path / "paper.pdf").write_bytes(pdf_bytes(2))
     with Index(tmp_path / "test.idx", tiny_model()) as index:
         index.add([clip, tmp_path / "paper.pdf"])
         client = TestClient(create_app(tiny_model(), index), base_url="http://127.0.0.1")

@@ -11,7 +11,7 @@ import pyarrow as arrow
 import pyarrow.parquet
 
 from tests.fakes import picture
-from visavis.train.recipe import Recipe, SourceRecipe
+from visavis.train.recipe import Recipe, SourceConfig
 
 ROWS = 2
 TALK = [
@@ -34,7 +34,7 @@ def make_data(recipe: Recipe, root: Path) -> None:
             _write(source, root)
 
 
-def _write(source: SourceRecipe, root: Path) -> None:
+def _write(source: SourceConfig, root: Path) -> None:
     path = root / source.path.replace("*", "0")
     if path.suffix not in (".json", ".jsonl", ".parquet"):
         path = path / "train.json"

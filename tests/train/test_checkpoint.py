@@ -21,12 +21,12 @@ from tests.train.training import TinyRun
 from visavis.checkpoints.load import load_checkpoint
 from visavis.errors import TrainError
 from visavis.train.checkpoint import found
+from visavis.train.export import save_model
 from visavis.train.loop import Stopped, train_loop
 from visavis.train.lora import add_lora
-from visavis.train.meter import RunLog, read_log
-from visavis.train.output import save_model
+from visavis.train.metrics import RunLog, read_log
+from visavis.train.objectives.contrastive import JointTask
 from visavis.train.recipe import LoraRecipe, read_recipe
-from visavis.train.tasks.joint import JointTask
 
 STEPS = 26
 forks = multiprocessing.get_context("forkserver")

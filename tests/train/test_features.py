@@ -20,10 +20,10 @@ from PIL import Image as pil
 from tests.fakes import picture, tiny_model
 from tests.train.training import TinyRun
 from visavis.errors import TrainError
-from visavis.processing.tiling import TilesConfig
-from visavis.processing.visuals import pixels_of
-from visavis.prompt import Image, Prompt, Video
-from visavis.train.features import FeatureStore, key_of
+from visavis.inputs import Image, Prompt, Video
+from visavis.processing.anyres import AnyresConfig
+from visavis.processing.image_processor import pixels_of
+from visavis.train.feature_store import FeatureStore, key_of
 
 FLOAT16 = 2**-10  # relative error of rounding to float16, doubled
 
@@ -182,7 +182,7 @@ def test_what_it_cannot_keep_is_an_error(tmp_path: Path) -> None:
             store.of([Prompt.of(broken)], ["seven"])
     model = tiny_model()
     assert model.processor is not None
-    tiles = replace(model.processor, tiles=TilesConfig(((32, 32), (64, 32))))
+    tiles = replace(model.processor, tiles=AnyresConfig(((32, 32), (64, 32))))
     with pytest.raises(TrainError, match="several views"):
         FeatureStore(tmp_path, model.vlm, tiles)
     with pytest.raises(TrainError, match="beyond float16"):

@@ -17,11 +17,11 @@ from PIL import Image as pil
 import visavis
 from tests.fakes import picture, tiny_config, write_tiny_checkpoint
 from visavis.errors import TrainError
+from visavis.inputs import Image
 from visavis.model.config import ConnectorConfig, HeadConfig
-from visavis.prompt import Image
-from visavis.train import frozen
+from visavis.train import closed_form_stages
 from visavis.train.recipe import Recipe
-from visavis.train.run import Run, run_recipe, start
+from visavis.train.runner import TrainingRun, run_recipe, start
 
 COLOURS = {"crimson": (220, 20, 40), "emerald": (20, 200, 80), "azure": (20, 80, 220)}
 STAGES: dict[str, dict[str, Any]] = {
@@ -78,14 +78,14 @@ def recipe(root: Path, *stages: str, connector: str = "linear", **changes: Any) 
     )
 
 
-def started(root: Path, made: Recipe) -> Run:
+def started(root: Path, made: Recipe) -> TrainingRun:
     return start(made, root, root / "out", lambda *words: None)
 
 
 def test_image_tokens_are_near_the_words_of_captions(tmp_path: Path) -> None:
     run = started(tmp_path, recipe(tmp_path, "words"))
     (stage,) = run.recipe.stages
-    frozen.run_frozen_stage(run, stage)  # type: ignore[arg-type]
+    closed_form_stages.run_frozen_stage(run, stage)  # type: ignore[arg-type]
     vlm, tokenizer = run.loaded.vlm, run.loaded.tokenizer
     words = torch.stack(
         [vlm.decoder.embed.weight[tokenizer.encode(f" {name}").ids].mean(0) for name in COLOURS]
@@ -115,7 +115,7 @@ def test_what_was_found_is_not_fitted_again(
     folder = run_recipe(made, tmp_path, tmp_path / "out")
     before = (folder / "model.safetensors").read_bytes()
     for name in ("fit_start", "fit_head"):
-        monkeypatch.setattr(frozen, name, lambda *args: pytest.fail("fitted again"))
+        monkeypatch.setattr(closed_form_stages, name, lambda *args: pytest.fail("fitted again"))
     run_recipe(made, tmp_path, tmp_path / "out")
     assert (folder / "model.safetensors").read_bytes() == before
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
 
-from visavis.train.devices import gather_rows, world_size
+from visavis.train.distributed import gather_rows, world_size
 from visavis.train.gradcache import cached_backward, token_chunks
-from visavis.train.objectives import Contrast, contrastive_loss
+from visavis.train.losses import Contrast, contrastive_loss
 
 LLAVE = Contrast(symmetric=True, alpha=9.0)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import visavis
-from visavis.data.formats import open_source
-from visavis.train.recipe import Recipe, SourceRecipe
-from visavis.train.run import run_recipe
+from visavis.data.formats import open_data_source
+from visavis.train.recipe import Recipe, SourceConfig
+from visavis.train.runner import run_recipe
 
 SEEDS = (0, 1, 2)
 CHANCE = 1 / 160
@@ -59,8 +59,8 @@ def contrast(folder: Path, base: str, seed: int, what: str, **objective: Any) ->
     options = {"as": what, "negatives": 3}
     trained = run(folder, base, stage, {**SHAPES, "options": options}, seed)
     model = visavis.load(trained, precision="f32", device="cpu")
-    held_out = SourceRecipe.model_validate({**SHAPES, "path": "test", "options": options})
-    samples = list(open_source(held_out, folder, name="test"))
+    held_out = SourceConfig.model_validate({**SHAPES, "path": "test", "options": options})
+    samples = list(open_data_source(held_out, folder, name="test"))
     queries = model.embed([one.query for one in samples])
     targets = model.embed([one.target for one in samples])
     return float(((queries @ targets.T).argmax(1) == np.arange(len(samples))).mean())

@@ -16,16 +16,16 @@ import torch
 
 from tests.fakes import picture
 from tests.train.training import TinyRun, chats, matches
-from visavis.data.samples import Chat, Match
+from visavis.data.examples import ContrastiveExample, Conversation
 from visavis.errors import TrainError
-from visavis.prompt import Image, Message, Prompt, Text
-from visavis.train import batcher
+from visavis.inputs import Image, Message, Prompt, Text
+from visavis.train import data_loader
 from visavis.train.checkpoint import found
+from visavis.train.distributed import Processes
 from visavis.train.loop import LoopSettings, flat, schedule, train_loop
-from visavis.train.meter import Meter, flops_per_token, peak_flops
-from visavis.train.processes import Processes
-from visavis.train.tasks import Part
-from visavis.train.tasks.joint import JointTask
+from visavis.train.metrics import Meter, flops_per_token, peak_flops
+from visavis.train.objectives import Part
+from visavis.train.objectives.contrastive import JointTask
 
 # ---- precision -----------------------------------------------------------------------------------
 
@@ -210,9 +210,11 @@ def test_a_broken_picture_amid_a_run_is_named(kind: str, tmp_path: Path) -> None
     if kind == "generative":
         answer = Message("assistant", (Text("red"),))
         broken = Prompt((Message("user", (broken_picture(), Text("what?"))), answer))
-        task: Any = run.generative(samples=[*chats(8), Chat("the-broken-one", broken)], batch=2)
+        task: Any = run.generative(
+            samples=[*chats(8), Conversation("the-broken-one", broken)], batch=2
+        )
     else:
-        bad = Match("the-broken-one", Prompt.of("red"), Prompt.of(broken_picture()))
+        bad = ContrastiveExample("the-broken-one", Prompt.of("red"), Prompt.of(broken_picture()))
         task = run.contrastive(samples=[*matches(8), bad], batch=2)
     with pytest.raises(TrainError, match=r"sample 'the-broken-one' cannot be read: .*data check"):
         run.train(task, tmp_path, steps=20, save_every=1)
@@ -227,7 +229,7 @@ def test_a_worker_that_fails_names_its_sample(
     def fail(*arguments: Any) -> Any:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(batcher, "pixels_of", fail)
+    monkeypatch.setattr(data_loader, "pixels_of", fail)
     run = TinyRun()
     with pytest.raises(TrainError, match=r"worker failed .* 'chat-\d' \(MemoryError: no room\)"):
         run.train(run.generative(), tmp_path)
@@ -279,7 +281,7 @@ def test_time_spent_waiting_for_data_is_said(
     meter.add([Part("generative", 2.0, 30, waited=0.5), Part("contrastive", 1.0, 12, waited=2.0)])
     assert meter.take()["stall"] == pytest.approx(0.25, abs=0.01)
     run, ticks = TinyRun(), count()
-    monkeypatch.setattr(batcher.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(data_loader.time, "perf_counter", lambda: float(next(ticks)))
     task = JointTask([run.generative(micro_tokens=60), run.contrastive(chunk_tokens=60)])
     parts = task.step(run.trainee, Processes(run.accelerator, run.trainee, run.groups))
     assert all(part.waited > 1 for part in parts)  # at the start, and for each chunk

@@ -12,8 +12,14 @@ from tests.fakes import tiny_config
 from visavis.checkpoints.native import merge
 from visavis.model.batch import PackedBatch
 from visavis.model.vlm import VLM
-from visavis.train.lora import LoRALinear, add_lora, merged_state, native_pairs
-from visavis.train.qlora import QuantizedLinear, quantize_decoder
+from visavis.train.lora import (
+    LoRALinear,
+    QLoRALinear,
+    add_lora,
+    merged_state,
+    native_pairs,
+    quantize_decoder,
+)
 from visavis.train.recipe import LoraRecipe
 
 
@@ -70,7 +76,7 @@ def test_pairs_of_our_own_layout_merge_to_the_same() -> None:
 def test_quantized_linears_are_near_and_pass_gradients(kind: str, error: float) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(70, 33), torch.randn(5, 70, requires_grad=True)
-    quantized = QuantizedLinear(linear, kind)  # type: ignore[arg-type]
+    quantized = QLoRALinear(linear, kind)  # type: ignore[arg-type]
     difference = (quantized.weight - linear.weight).abs().max() / linear.weight.abs().max()
     assert difference < error
     dense = torch.nn.functional.linear(x, quantized.weight, linear.bias)

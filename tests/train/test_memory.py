@@ -13,15 +13,14 @@ import pytest
 import torch
 
 from tests.fakes import byte_tokenizer, tiny_config
-from visavis.data.mixture import Mixture, Share
-from visavis.data.samples import Match
+from visavis.data.examples import ContrastiveExample
+from visavis.data.sampler import SourceSampler, SourceShare
+from visavis.inputs import Prompt
 from visavis.model.config import ViTConfig
 from visavis.model.vlm import VLM
-from visavis.processing.encoder import PromptEncoder
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
+from visavis.processing.prompt_encoder import PromptConfig, PromptEncoder
 from visavis.processing.tokenizer import SpecialTokens
-from visavis.prompt import Prompt
 
 SIZE = 256  # pixels of a side: 0.8 MB a picture, as the model takes it
 
@@ -29,10 +28,10 @@ SIZE = 256  # pixels of a side: 0.8 MB a picture, as the model takes it
 def peak(pictures: Path, batch: int, answer: Connection) -> None:
     """Send the most memory, in MB, that a process needs for one step, and what it had before."""
     from tests.fakes import picture
-    from visavis.train.batcher import Batcher
-    from visavis.train.objectives import Contrast
-    from visavis.train.tasks.contrastive import ContrastiveTask
-    from visavis.train.trainee import Trainee
+    from visavis.train.data_loader import DataLoader
+    from visavis.train.distributed import TrainModule
+    from visavis.train.losses import Contrast
+    from visavis.train.objectives.contrastive import ContrastiveTask
 
     torch.set_num_threads(1)
     config = tiny_config()
@@ -46,7 +45,7 @@ def peak(pictures: Path, batch: int, answer: Connection) -> None:
         vlm.config,
         byte_tokenizer(),
         SpecialTokens(None, None, (), None, False),
-        PromptProfile(),
+        PromptConfig(),
         processor,
     )
     samples = []
@@ -54,11 +53,13 @@ def peak(pictures: Path, batch: int, answer: Connection) -> None:
         path = pictures / f"{number}.png"
         if not path.exists():
             picture(number, (SIZE, SIZE)).save(path)
-        samples.append(Match(str(number), Prompt.of(f"picture {number}"), Prompt.of(path)))
+        samples.append(
+            ContrastiveExample(str(number), Prompt.of(f"picture {number}"), Prompt.of(path))
+        )
     task = ContrastiveTask(
         {"all": samples},
-        Mixture({"all": Share(batch)}, seed=0),
-        Batcher(encoder),
+        SourceSampler({"all": SourceShare(batch)}, seed=0),
+        DataLoader(encoder),
         Contrast(),
         batch=batch,
         chunk_tokens=128,
@@ -80,7 +81,7 @@ def peak(pictures: Path, batch: int, answer: Connection) -> None:
             return value
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    task.step(Trainee(vlm), Alone())  # type: ignore[arg-type]
+    task.step(TrainModule(vlm), Alone())  # type: ignore[arg-type]
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     answer.send((before / 1024, after / 1024))
 

@@ -9,12 +9,12 @@ import pytest
 
 import visavis
 from visavis.checkpoints.native import FORMAT
-from visavis.data.sources import load_source
+from visavis.data.datasets import load_source
 from visavis.evaluate.zeroshot import zero_shot
-from visavis.prompt import Image
-from visavis.train.plan import plan
+from visavis.inputs import Image
+from visavis.train.dry_run import plan
 from visavis.train.recipe import read_recipe
-from visavis.train.run import run_recipe
+from visavis.train.runner import run_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "nano.yaml"
 STEPS = 20

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visavis.train.objectives import Contrast, contrastive_loss, row_losses
+from visavis.train.losses import Contrast, contrastive_loss, row_losses
 
 SIMILARITY = torch.tensor([[0.60, 0.50, 0.10], [0.20, 0.55, 0.52], [-0.10, 0.30, 0.40]])
 
@@ -96,7 +96,7 @@ def test_blocks_of_rows_change_nothing(symmetric: bool, monkeypatch: pytest.Monk
         return loss, torch.autograd.grad(loss, queries)[0]
 
     whole = run()
-    monkeypatch.setattr("visavis.train.objectives.CELLS", 3 * 12)
+    monkeypatch.setattr("visavis.train.losses.CELLS", 3 * 12)
     for found, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -110,7 +110,7 @@ def test_pairs_can_be_excluded_as_their_rows_come(monkeypatch: pytest.MonkeyPatc
         asked.append(block)
         return matrix[block]
 
-    monkeypatch.setattr("visavis.train.objectives.CELLS", 3 * 12)
+    monkeypatch.setattr("visavis.train.losses.CELLS", 3 * 12)
     found, expected = (
         contrastive_loss(queries, targets, Contrast(True, 9.0), scale=20, excluded=excluded)
         for excluded in (rows, matrix)

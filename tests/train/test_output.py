@@ -14,9 +14,9 @@ import visavis
 from tests.checkpoints.transformers_files import TEXT, fast_tokenizer, save_llava
 from tests.fakes import picture, write_pictures, write_tiny_checkpoint
 from tests.parity.peers import assert_close, randomized
-from visavis.train.output import stands_on_bundle
+from visavis.train.export import stands_on_bundle
 from visavis.train.recipe import Recipe
-from visavis.train.run import run_recipe
+from visavis.train.runner import run_recipe
 
 PROMPT = [1, 5, 9, 200, 17]
 

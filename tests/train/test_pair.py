@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from visavis.train.pair import PairSettings, fit_pair, stack_pairs
+from visavis.train.closed_form_stages import PairSettings, fit_pair, stack_pairs
 
 
 def made_pairs() -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,15 +11,15 @@ import torch
 from tests.fakes import write_tiny_checkpoint
 from tests.train.made_data import make_data
 from visavis.api import load
-from visavis.checkpoints.describe import model_parts
-from visavis.checkpoints.published import MODELS, outline
-from visavis.data.formats import open_source
-from visavis.train import estimate
-from visavis.train.batcher import Batcher
-from visavis.train.freeze import trainable_groups
-from visavis.train.plan import plan
+from visavis.checkpoints.hub_configs import MODELS, outline
+from visavis.checkpoints.inspect import model_parts
+from visavis.data.formats import open_data_source
+from visavis.train import cost_model
+from visavis.train.data_loader import DataLoader
+from visavis.train.distributed import TrainModule
+from visavis.train.dry_run import plan
+from visavis.train.param_groups import trainable_groups
 from visavis.train.recipe import Recipe, StepsStage
-from visavis.train.trainee import Trainee
 
 SHAPES = {"format": "shapes", "path": "train"}
 
@@ -63,8 +63,8 @@ def test_a_plan_says_what_trains_and_how_much_is_read(tmp_path: Path) -> None:
 
 def test_tokens_are_about_those_of_the_run(tmp_path: Path) -> None:
     made = plan(recipe(), tmp_path).stages[0]
-    batcher = Batcher(load("tiny-random", precision="f32").encoder)
-    samples = open_source(recipe().data["talk"], tmp_path, name="talk")
+    batcher = DataLoader(load("tiny-random", precision="f32").encoder)
+    samples = open_data_source(recipe().data["talk"], tmp_path, name="talk")
     counted = [len(batcher.chat(samples[number]).token_ids) for number in range(40)]
     assert made.tokens_per_step == pytest.approx(sum(counted), rel=0.15)
 
@@ -172,8 +172,8 @@ def test_memory_is_near_what_is_held(tmp_path: Path) -> None:
     groups = trainable_groups(model.vlm, stage)
     trained = sum(p.numel() for group in groups.values() for p in group)
     assert made.memory["gradients"] == 4 * trained and made.memory["optimizer"] == 8 * trained
-    samples = open_source(recipe().data["talk"], tmp_path, name="talk")[:8]
-    batcher = Batcher(model.encoder)
+    samples = open_data_source(recipe().data["talk"], tmp_path, name="talk")[:8]
+    batcher = DataLoader(model.encoder)
     encoded = [batcher.chat(sample) for sample in samples]
     batch = batcher.pack(
         [sample.prompt for sample in samples],
@@ -191,10 +191,10 @@ def test_memory_is_near_what_is_held(tmp_path: Path) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        Trainee(model.vlm)(batch, "loss")
+        TrainModule(model.vlm)(batch, "loss")
     config, learned = model.vlm.config.decoder, sum(sum(one.loss_mask) for one in encoded)
-    expected = estimate.activation_bytes(config, batch.num_tokens, 4, recomputed=False)
-    expected += estimate.score_bytes(config, learned, 4)
+    expected = cost_model.activation_bytes(config, batch.num_tokens, 4, recomputed=False)
+    expected += cost_model.score_bytes(config, learned, 4)
     assert 0.67 < expected / sum(saved.values()) < 1.5
 
 
@@ -203,12 +203,12 @@ def test_operations_are_six_a_weight_where_all_is_trained() -> None:
     weights = sum(p.numel() for p in vlm.decoder.blocks.parameters() if p.dim() == 2)
     vlm.decoder.requires_grad_(True)
     numbers = {"cached": False, "recomputed": False}
-    assert estimate.step_operations(vlm, (10.0, 0.0, 0.0), 3, **numbers) == 6 * 30 * weights
+    assert cost_model.step_operations(vlm, (10.0, 0.0, 0.0), 3, **numbers) == 6 * 30 * weights
     numbers = {"cached": True, "recomputed": True}
-    assert estimate.step_operations(vlm, (10.0, 0.0, 0.0), 3, **numbers) == 10 * 30 * weights
+    assert cost_model.step_operations(vlm, (10.0, 0.0, 0.0), 3, **numbers) == 10 * 30 * weights
     vlm.decoder.requires_grad_(False)
     numbers = {"cached": False, "recomputed": False}
-    assert estimate.step_operations(vlm, (10.0, 0.0, 0.0), 3, **numbers) == 4 * 30 * weights
+    assert cost_model.step_operations(vlm, (10.0, 0.0, 0.0), 3, **numbers) == 4 * 30 * weights
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from torch import multiprocessing
 from tests.train.training import TinyRun, chats
 from visavis.errors import TrainError
 from visavis.train.lora import add_lora
+from visavis.train.objectives.contrastive import JointTask
 from visavis.train.recipe import LoraRecipe
-from visavis.train.tasks.joint import JointTask
 
 SETTINGS: dict[str, Any] = {"ema": 0.3, "weight_decay": 0.1}
 

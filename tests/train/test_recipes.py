@@ -11,9 +11,9 @@ import pytest
 
 import visavis
 from tests.train.made_data import make_data
-from visavis.train.plan import Plan, plan
+from visavis.train.dry_run import Plan, plan
 from visavis.train.recipe import Recipe, StepsStage, read_recipe
-from visavis.train.run import run_recipe
+from visavis.train.runner import run_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 HAVE_OWN_TESTS = ("nano", "scene-graph", "tiny-scene-graph")

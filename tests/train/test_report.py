@@ -15,18 +15,18 @@ import torch
 
 from tests.fakes import picture, write_pictures, write_tiny_checkpoint
 from tests.train.training import TinyRun, chats, matches
-from visavis.checkpoints.loaded import Loaded
-from visavis.data.samples import Chat
+from visavis.checkpoints.checkpoint import Checkpoint
+from visavis.data.examples import Conversation
 from visavis.errors import TrainError
-from visavis.prompt import Image, Message, Prompt, Text
-from visavis.train import trackers
+from visavis.inputs import Image, Message, Prompt, Text
+from visavis.train import metrics
 from visavis.train.lora import LoRALinear, add_lora
+from visavis.train.metrics import choose_trackers
+from visavis.train.objectives.contrastive import JointTask
 from visavis.train.predictions import predict, thumbnail
 from visavis.train.recipe import LoraRecipe, Recipe
 from visavis.train.report import write_report
-from visavis.train.run import run_recipe
-from visavis.train.tasks.joint import JointTask
-from visavis.train.trackers import choose_trackers
+from visavis.train.runner import run_recipe
 
 VOID = {"meta", "img", "br", "line", "polyline", "circle"}
 HOSTILE = '<script>alert(1)</script>" onload="x'
@@ -141,10 +141,10 @@ def test_runs_of_any_length_are_drawn(num: int, tmp_path: Path) -> None:
     assert len(page.source) < 200_000
 
 
-def loaded(run: TinyRun) -> Loaded:
+def loaded(run: TinyRun) -> Checkpoint:
     model = run.model
     parts = (model.tokenizer, model.specials, model.profile, model.processor, model.fingerprint)
-    return Loaded(model.name, run.vlm, *parts)
+    return Checkpoint(model.name, run.vlm, *parts)
 
 
 def test_predictions_are_the_models_own(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_predictions_are_the_models_own(tmp_path: Path) -> None:
     answer = Message("assistant", (Text("red"),))
     broken = Prompt((Message("user", (Image(b"none"), Text("what?"))), answer))
     task = JointTask(
-        [run.generative(samples=[*chats(4), Chat("broken", broken)]), run.contrastive()]
+        [run.generative(samples=[*chats(4), Conversation("broken", broken)]), run.contrastive()]
     )
     rows = predict(loaded(run), task)
     assert [row["kind"] for row in rows] == ["answer"] * 5 + ["match"] * 6
@@ -251,7 +251,7 @@ def test_a_run_ends_with_a_report_and_curves(tmp_path: Path) -> None:
 def test_trackers_that_are_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     assert choose_trackers(["tensorboard"], asked=False) == (
         [],
         "no curves while it runs: `pip install tensorboard` for them",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.train.training import TinyRun, chats
-from visavis.train.tasks.joint import JointTask
+from visavis.train.objectives.contrastive import JointTask
 
 
 @pytest.mark.parametrize("kind", ["generative", "contrastive"])

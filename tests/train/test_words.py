@@ -6,9 +6,14 @@ import torch
 
 from tests.fakes import tiny_model
 from visavis.checkpoints.efficientnet import Classifier
-from visavis.data.records import Record
-from visavis.train.classes import class_grids, class_shifts
-from visavis.train.words import content_words, fit_words, word_targets
+from visavis.data.datasets import Record
+from visavis.train.closed_form_stages import (
+    class_grids,
+    class_shifts,
+    content_words,
+    fit_words,
+    word_targets,
+)
 
 
 def test_content_words() -> None:

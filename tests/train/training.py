@@ -14,21 +14,21 @@ from torch import nn
 
 from tests.fakes import picture, write_tiny_checkpoint
 from visavis.api import load
-from visavis.data.mixture import Mixture, Share
-from visavis.data.samples import Chat, Match
-from visavis.prompt import Image, Message, Prompt, Text
-from visavis.train.batcher import Batcher
+from visavis.data.examples import ContrastiveExample, Conversation
+from visavis.data.sampler import SourceSampler, SourceShare
+from visavis.inputs import Image, Message, Prompt, Text
+from visavis.train.data_loader import DataLoader
+from visavis.train.distributed import TrainModule
 from visavis.train.loop import LoopSettings, Run, train_loop
-from visavis.train.objectives import Contrast
-from visavis.train.tasks import Task
-from visavis.train.tasks.contrastive import ContrastiveTask
-from visavis.train.tasks.generative import GenerativeTask
-from visavis.train.trainee import Trainee
+from visavis.train.losses import Contrast
+from visavis.train.objectives import Task
+from visavis.train.objectives.contrastive import ContrastiveTask
+from visavis.train.objectives.generative import GenerativeTask
 
 WORDS = ("red", "green", "blue", "wide", "narrow", "round", "flat", "old")
 
 
-def chats(num: int) -> list[Chat]:
+def chats(num: int) -> list[Conversation]:
     """Conversations of different lengths, every third without a picture."""
     samples = []
     for number in range(num):
@@ -36,14 +36,14 @@ def chats(num: int) -> list[Chat]:
         shown = () if number % 3 == 2 else (Image(picture(number)),)
         answer = Message("assistant", (Text(WORDS[number % len(WORDS)] * (number % 5 + 1)),))
         prompt = Prompt((Message("user", (*shown, question)), answer))
-        samples.append(Chat(f"chat-{number}", prompt))
+        samples.append(Conversation(f"chat-{number}", prompt))
     return samples
 
 
-def matches(num: int) -> list[Match]:
+def matches(num: int) -> list[ContrastiveExample]:
     """Queries in words, pictures as targets, none to two hard negatives."""
     return [
-        Match(
+        ContrastiveExample(
             f"match-{number}",
             Prompt.of(f"the picture that is {WORDS[number % len(WORDS)]}, number {number}"),
             Prompt.of(picture(number)),
@@ -60,10 +60,10 @@ class TinyRun:
         with tempfile.TemporaryDirectory() as folder:
             self.model = load(write_tiny_checkpoint(Path(folder)), precision="f32", device="cpu")
         self.vlm = self.model.vlm
-        self.batcher = Batcher(self.model.encoder)
+        self.batcher = DataLoader(self.model.encoder)
         AcceleratorState._reset_state()  # it is one per process, whatever the precision
         self.accelerator = Accelerator(cpu=True, mixed_precision=precision)
-        self.trainee = Trainee(self.vlm)
+        self.trainee = TrainModule(self.vlm)
         parts: dict[str, nn.Module | None] = {
             "connector": self.vlm.connector,
             "language_model": self.vlm.decoder,
@@ -74,10 +74,10 @@ class TinyRun:
                 parameter.requires_grad_(True)
 
     def generative(
-        self, *, micro_tokens: int = 10_000, batch: int = 6, samples: Sequence[Chat] = ()
+        self, *, micro_tokens: int = 10_000, batch: int = 6, samples: Sequence[Conversation] = ()
     ) -> GenerativeTask:
         samples = samples or chats(9)
-        mixture = Mixture({"chats": Share(len(samples))}, seed=3)
+        mixture = SourceSampler({"chats": SourceShare(len(samples))}, seed=3)
         return GenerativeTask(
             {"chats": samples}, mixture, self.batcher, batch=batch, micro_tokens=micro_tokens
         )
@@ -87,11 +87,11 @@ class TinyRun:
         *,
         chunk_tokens: int = 10_000,
         batch: int = 6,
-        samples: Sequence[Match] = (),
+        samples: Sequence[ContrastiveExample] = (),
         **settings: Any,
     ) -> ContrastiveTask:
         samples = samples or matches(9)
-        mixture = Mixture({"matches": Share(len(samples))}, seed=5)
+        mixture = SourceSampler({"matches": SourceShare(len(samples))}, seed=5)
         return ContrastiveTask(
             {"matches": samples},
             mixture,

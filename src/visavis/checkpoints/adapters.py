@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from visavis.checkpoints import hub
-from visavis.checkpoints.transformers.settings import number, require, section, without_nulls
-from visavis.checkpoints.weight_files import (
+from visavis.checkpoints.tensor_files import (
     FLOATS,
     StoredTensor,
     TensorFiles,
     read_headers,
     read_json,
 )
+from visavis.checkpoints.transformers.config_reader import number, require, section, without_nulls
 from visavis.errors import CheckpointError, FetchError
 
 CONFIG_NAME = "adapter_config.json"

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visavis.errors import FetchError
-from visavis.registry import lookup
+from visavis.utils import lookup
 
 CHUNK_BYTES = 1 << 20
 POLL_SECONDS = 0.1

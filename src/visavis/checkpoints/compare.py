@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from visavis.checkpoints.describe import Description, Entry
-from visavis.checkpoints.names import fill
+from visavis.checkpoints.inspect import Description, TensorEntry
+from visavis.checkpoints.weight_mapping import fill
 from visavis.errors import InputError
 from visavis.model.config import to_dict
 
@@ -90,7 +90,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return largest
 
 
-def _by_key(one: Description, alike: bool) -> dict[str, Entry]:
+def _by_key(one: Description, alike: bool) -> dict[str, TensorEntry]:
     """Return tensors by what they are called in both."""
     if one.table is None:
         return one.tensors

@@ -19,33 +19,33 @@ import torch
 from torch import Tensor
 
 from visavis.checkpoints import bundled
+from visavis.checkpoints.checkpoint import Checkpoint, checkpoint_fingerprint
 from visavis.checkpoints.detect import NATIVE
 from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.load import load_checkpoint, resolve
-from visavis.checkpoints.loaded import Loaded, fingerprint
 from visavis.checkpoints.native import read_config
-from visavis.checkpoints.transformers.config import vision_part, vit_config
-from visavis.checkpoints.transformers.layout import read_tower
+from visavis.checkpoints.tensor_files import read_json, read_tensors, weight_files
 from visavis.checkpoints.transformers.processor import processor_config
-from visavis.checkpoints.weight_files import read_json, read_tensors, weight_files
+from visavis.checkpoints.transformers.vision_models import vision_part, vit_config
+from visavis.checkpoints.transformers.weights import read_tower
 from visavis.errors import CheckpointError
 from visavis.model.config import (
     ConnectorConfig,
     DecoderConfig,
     EfficientNetConfig,
     HeadConfig,
-    MergeConfig,
+    ImageLayoutConfig,
     TowerConfig,
     ViTConfig,
     VLMConfig,
     vlm_config_from_dict,
 )
 from visavis.model.connectors import build_connector
-from visavis.model.head import EmbeddingHead
+from visavis.model.embedding_head import EmbeddingHead
 from visavis.model.vlm import VLM
+from visavis.processing.anyres import AnyresConfig
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
-from visavis.processing.tiling import TilesConfig
+from visavis.processing.prompt_encoder import PromptConfig
 
 EFFICIENTNET = "efficientnet-lite2"
 
@@ -86,7 +86,7 @@ class Composition:
 
 def compose(
     parts: Composition, *, precision: str = "auto", device: str = "cpu", seed: int = 0
-) -> Loaded:
+) -> Checkpoint:
     """Return a model of existing parts and a connector that knows nothing yet.
 
     Raises:
@@ -115,16 +115,16 @@ def compose(
     processor = composed_processor(parts, processor)
     turns = parts.turns or base.profile.turns
     identity = {"parts": repr(parts), "base": base.fingerprint, "seed": seed}
-    return Loaded(
+    return Checkpoint(
         name=f"{Path(parts.vision_tower).name} + {base.name}",
         vlm=vlm.requires_grad_(False).eval(),
         tokenizer=base.tokenizer,
         specials=base.specials,
-        profile=PromptProfile(
+        profile=PromptConfig(
             turns=turns, jinja="" if turns else base.profile.jinja, pooling=parts.pooling
         ),
         processor=processor,
-        fingerprint=fingerprint([], identity),
+        fingerprint=checkpoint_fingerprint([], identity),
         files=base.files,
     )
 
@@ -159,7 +159,9 @@ def tiled(
 ) -> ImageProcessorConfig:
     """Return a processor that lays pictures on canvases of so many columns and rows of tiles."""
     grids = tuple((columns * processor.size, rows * processor.size) for columns, rows in canvases)
-    tiles = TilesConfig(grids) if processor.tiles is None else replace(processor.tiles, grids=grids)
+    tiles = (
+        AnyresConfig(grids) if processor.tiles is None else replace(processor.tiles, grids=grids)
+    )
     if tiles.axes == "hw":
         tiles = replace(tiles, grids=tuple((height, width) for width, height in grids))
     return replace(processor, resize="squash", tiles=tiles)
@@ -250,7 +252,7 @@ def _head(parts: Composition, width: int) -> HeadConfig | None:
     return HeadConfig(tuple(layers), dim, tower_width=width if from_tower else 0)
 
 
-def _merge(parts: Composition) -> MergeConfig:
+def _merge(parts: Composition) -> ImageLayoutConfig:
     if not parts.canvases:
-        return MergeConfig()
-    return MergeConfig("spatial", unpad=True, newline=True, max_tiles=parts.max_tiles)
+        return ImageLayoutConfig()
+    return ImageLayoutConfig("spatial", unpad=True, newline=True, max_tiles=parts.max_tiles)

@@ -12,10 +12,10 @@ from typing import Any
 
 from visavis.checkpoints.gguf.reader import MAGIC as GGUF_MAGIC
 from visavis.checkpoints.gguf.reader import open_gguf
-from visavis.checkpoints.transformers.decoders import KINDS as LANGUAGE_MODELS
-from visavis.checkpoints.weight_files import read_json
+from visavis.checkpoints.tensor_files import read_json
+from visavis.checkpoints.transformers.language_models import KINDS as LANGUAGE_MODELS
 from visavis.errors import CheckpointError
-from visavis.registry import suggest
+from visavis.utils import suggest
 
 KINDS = {  # one word per layout -> what people call it
     "native": "visavis folder",
@@ -51,7 +51,7 @@ MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
-class Layout:
+class DetectedFormat:
     """What a path holds.
 
     Attributes:
@@ -70,7 +70,7 @@ class Layout:
         return KINDS[self.kind]
 
 
-def detect(path: Path) -> Layout:
+def detect(path: Path) -> DetectedFormat:
     """Return the layout of a file or folder.
 
     Raises:
@@ -79,17 +79,17 @@ def detect(path: Path) -> Layout:
     if not path.is_dir():
         return _detect_file(path)
     if (path / NATIVE).is_file():
-        return Layout("native", path, f"it has {NATIVE}", (path / NATIVE,))
+        return DetectedFormat("native", path, f"it has {NATIVE}", (path / NATIVE,))
     config, adapter = path / CONFIG, path / ADAPTER
     if adapter.is_file():
         if config.is_file() and read_json(config).get("model_type") == "tinyllava":
             why = f"{CONFIG} has model_type 'tinyllava', beside {ADAPTER}"
-            return Layout("tinyllava", path, why, (config, adapter))
-        return Layout("adapter", path, f"it has {ADAPTER}", (adapter,))
+            return DetectedFormat("tinyllava", path, why, (config, adapter))
+        return DetectedFormat("adapter", path, f"it has {ADAPTER}", (adapter,))
     if config.is_file():
         return detect_config(path)
     if files := tuple(sorted(path.glob("*.gguf"))):
-        return Layout("gguf", path, f"it has {files[0].name} and no {CONFIG}", files)
+        return DetectedFormat("gguf", path, f"it has {files[0].name} and no {CONFIG}", files)
     found = ", ".join(sorted(child.name for child in path.iterdir())[:MAX_LISTED]) or "nothing"
     raise CheckpointError(
         f"{path} holds {found}, but neither {NATIVE} nor {CONFIG}; expected a folder that visavis, "
@@ -98,7 +98,7 @@ def detect(path: Path) -> Layout:
     )
 
 
-def detect_config(folder: Path) -> Layout:
+def detect_config(folder: Path) -> DetectedFormat:
     """Return the layout that a folder's config.json is of, whatever lies beside it.
 
     Raises:
@@ -110,14 +110,18 @@ def detect_config(folder: Path) -> Layout:
     named = classes[0] if isinstance(classes, list) and classes else None
     kind = config.get("model_type")
     if named in TINYLLAVA_CLASSES:
-        return Layout("tinyllava", folder, f"{CONFIG} has architectures [{named!r}]", (path,))
+        return DetectedFormat(
+            "tinyllava", folder, f"{CONFIG} has architectures [{named!r}]", (path,)
+        )
     if "mm_vision_tower" in config:
         if is_first_stage(folder):
             why = f"{CONFIG} has mm_vision_tower, and {PROJECTOR} stands without a model"
-            return Layout("llava_first_stage", folder, why, (path, folder / PROJECTOR))
-        return Layout("llava_original", folder, f"{CONFIG} has mm_vision_tower", (path,))
+            return DetectedFormat("llava_first_stage", folder, why, (path, folder / PROJECTOR))
+        return DetectedFormat("llava_original", folder, f"{CONFIG} has mm_vision_tower", (path,))
     if isinstance(kind, str) and kind in MODEL_TYPES:
-        return Layout(MODEL_TYPES[kind], folder, f"{CONFIG} has model_type {kind!r}", (path,))
+        return DetectedFormat(
+            MODEL_TYPES[kind], folder, f"{CONFIG} has model_type {kind!r}", (path,)
+        )
     raise CheckpointError(
         f"{path} has model_type {kind!r} and architectures {classes!r}, expected a kind of model "
         f"that is read here: {suggest(str(kind), MODEL_TYPES)}"
@@ -130,7 +134,7 @@ def is_first_stage(folder: Path) -> bool:
     return (folder / PROJECTOR).is_file() and not whole
 
 
-def _detect_file(path: Path) -> Layout:
+def _detect_file(path: Path) -> DetectedFormat:
     """Return what a single file is, by its first bytes."""
     try:
         with path.open("rb") as file:
@@ -149,4 +153,4 @@ def _detect_file(path: Path) -> Layout:
     why = f"a GGUF file with general.architecture {architecture!r}"
     if "split.count" in metadata:
         why += f", one of {metadata['split.count']} parts"
-    return Layout("mmproj" if architecture == "clip" else "gguf", path, why, (path,))
+    return DetectedFormat("mmproj" if architecture == "clip" else "gguf", path, why, (path,))

@@ -17,11 +17,7 @@ from torch import Tensor
 
 from visavis.errors import CheckpointError
 from visavis.model.config import EfficientNetConfig
-from visavis.model.towers.efficientnet import (
-    HEAD_CHANNELS,
-    EfficientNetLite,
-    InvertedBottleneck,
-)
+from visavis.model.vision.efficientnet import HEAD_CHANNELS, EfficientNetLite, InvertedBottleneck
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, which the weights were trained with
 NUM_CLASSES = 1000

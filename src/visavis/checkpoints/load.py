@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from visavis.checkpoints import bundled, hub
 from visavis.errors import CheckpointError, InputError, UnknownNameError
-from visavis.processing.profile import PROFILES
-from visavis.processing.turns import TURNS
-from visavis.registry import lookup, suggest
+from visavis.processing.chat_formats import CHAT_FORMATS
+from visavis.processing.prompt_encoder import PROFILES
+from visavis.utils import lookup, suggest
 
 if TYPE_CHECKING:
-    from visavis.checkpoints.loaded import Loaded
+    from visavis.checkpoints.checkpoint import Checkpoint
     from visavis.processing.images import ImageProcessorConfig
 
 NANO_FOLDER = Path(__file__).parent / "nano"
@@ -37,16 +37,16 @@ class Loader:
 
 LOADERS = {  # by kinds of `detect.py`
     "native": Loader("native:load_native"),
-    "gguf": Loader("gguf.model:load_gguf", ("vision_tower",)),
-    "mmproj": Loader("gguf.model:load_gguf", ("vision_tower",)),
-    "transformers": Loader("transformers.folder:load_transformers", ("adapters",)),
-    "llava_next": Loader("transformers.folder:load_transformers", ("adapters",)),
-    "llava_onevision": Loader("transformers.folder:load_transformers", ("adapters",)),
-    "phi3_v": Loader("phi3v.folder:load_phi3v", ("adapters",)),
-    "qwen2_vl": Loader("transformers.folder:load_transformers", ("adapters",)),
-    "llava_original": Loader("llava.folder:load_llava", ("adapters", "vision_tower")),
-    "tinyllava": Loader("tinyllava.folder:load_tinyllava", ("adapters",)),
-    "llava_first_stage": Loader("llava.folder:load_llava", ("base", "vision_tower")),
+    "gguf": Loader("gguf.load:load_gguf", ("vision_tower",)),
+    "mmproj": Loader("gguf.load:load_gguf", ("vision_tower",)),
+    "transformers": Loader("transformers.load:load_transformers", ("adapters",)),
+    "llava_next": Loader("transformers.load:load_transformers", ("adapters",)),
+    "llava_onevision": Loader("transformers.load:load_transformers", ("adapters",)),
+    "phi3_v": Loader("phi3v:load_phi3v", ("adapters",)),
+    "qwen2_vl": Loader("transformers.load:load_transformers", ("adapters",)),
+    "llava_original": Loader("llava.load:load_llava", ("adapters", "vision_tower")),
+    "tinyllava": Loader("tinyllava.load:load_tinyllava", ("adapters",)),
+    "llava_first_stage": Loader("llava.load:load_llava", ("base", "vision_tower")),
 }
 
 
@@ -86,9 +86,9 @@ def _here(name: str) -> Path:
     if name == "nano":
         return NANO_FOLDER
     if name == "tiny-random":
-        from visavis.checkpoints import tiny
+        from visavis.checkpoints import tiny_random
 
-        return tiny.fetch()
+        return tiny_random.fetch()
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -108,7 +108,7 @@ def load_checkpoint(
     profile: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
-) -> Loaded:
+) -> Checkpoint:
     """Load a bundled name, a name on the hub, a .gguf file or a folder in any layout that is read.
 
     Raises:
@@ -116,10 +116,10 @@ def load_checkpoint(
         CheckpointError: the files are damaged or of a kind not known.
     """
     if turns:
-        lookup("turn template", turns, TURNS)
+        lookup("turn template", turns, CHAT_FORMATS)
     if profile:
         lookup("profile", profile, PROFILES)
-    from visavis.checkpoints.loaded import INTEGERS, fingerprint
+    from visavis.checkpoints.checkpoint import INTEGERS, checkpoint_fingerprint
 
     path = resolve(name_or_path)
     loaded = _load(
@@ -130,7 +130,9 @@ def load_checkpoint(
         vision_tower=None if vision_tower is None else resolve(vision_tower),
     )
     if precision in INTEGERS:
-        loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "bits": precision})
+        loaded.fingerprint = checkpoint_fingerprint(
+            [], {"model": loaded.fingerprint, "bits": precision}
+        )
     if turns:
         loaded.profile = replace(loaded.profile, turns=turns)
     if profile:
@@ -138,21 +140,23 @@ def load_checkpoint(
     return loaded
 
 
-def embed_as(loaded: Loaded, profile: str) -> None:
+def embed_as(loaded: Checkpoint, profile: str) -> None:
     """Let a model embed, and size its pictures, as a profile says, and chat as before."""
-    from visavis.checkpoints.loaded import fingerprint
+    from visavis.checkpoints.checkpoint import checkpoint_fingerprint
 
     loaded.profile = loaded.profile.embedding_as(PROFILES[profile])
     if loaded.processor is not None:
         loaded.processor = sized_as(loaded.processor, profile)
-    loaded.fingerprint = fingerprint([], {"model": loaded.fingerprint, "profile": profile})
+    loaded.fingerprint = checkpoint_fingerprint(
+        [], {"model": loaded.fingerprint, "profile": profile}
+    )
 
 
 def sized_as(processor: ImageProcessorConfig, profile: str) -> ImageProcessorConfig:
     """Return a processor that sizes pictures and videos as a profile's models were trained."""
-    from visavis.processing.hd import CROPS, HDConfig
-    from visavis.processing.patches import SIZES
-    from visavis.processing.tiling import SQUARES
+    from visavis.processing.anyres import SQUARES
+    from visavis.processing.phi3v import CROPS, Phi3VConfig
+    from visavis.processing.qwen2_vl import SIZES
     from visavis.processing.video import VideoConfig
 
     if processor.patches and profile in SIZES:
@@ -162,18 +166,18 @@ def sized_as(processor: ImageProcessorConfig, profile: str) -> ImageProcessorCon
         tiles = replace(processor.tiles, square=SQUARES[profile])
         processor = replace(processor, tiles=tiles)
     if processor.hd and profile in CROPS:
-        processor = replace(processor, hd=HDConfig(CROPS[profile]))
+        processor = replace(processor, hd=Phi3VConfig(CROPS[profile]))
     return processor
 
 
 def _load(
     path: Path, *, precision: str, device: str, base: Path | None, vision_tower: Path | None
-) -> Loaded:
+) -> Checkpoint:
     """Find out which layout the files are in, and load them."""
     from visavis.checkpoints.adapters import adapter_chain
     from visavis.checkpoints.detect import CONFIG, KINDS, detect, detect_config
-    from visavis.checkpoints.llava.layout import is_llava
-    from visavis.checkpoints.weight_files import read_json
+    from visavis.checkpoints.llava.config import is_llava
+    from visavis.checkpoints.tensor_files import read_json
 
     layout = detect(path)
     parts: dict[str, Any] = {"base": base, "vision_tower": vision_tower}
@@ -203,7 +207,7 @@ def _load(
         )
     module, _, function = loader.function.partition(":")
     load = getattr(import_module(f"visavis.checkpoints.{module}"), function)
-    loaded: Loaded = load(layout.path, precision=precision, device=device, **given)
+    loaded: Checkpoint = load(layout.path, precision=precision, device=device, **given)
     return loaded
 
 

@@ -28,28 +28,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from visavis.checkpoints import bundled
-from visavis.checkpoints.efficientnet import load_efficientnet
-from visavis.checkpoints.gguf.decoder import check_types, decoder_tensors, dequantized
-from visavis.checkpoints.gguf.groups import pack_blocks, take_blocks
-from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
-from visavis.checkpoints.loaded import Loaded, blank, fingerprint
-from visavis.checkpoints.packing import LowRank, Packing, Part
-from visavis.checkpoints.weight_files import StoredTensor, TensorFiles, read_tensors
-from visavis.checkpoints.writing import (
+from visavis.checkpoints.checkpoint import (
+    Checkpoint,
     Written,
+    blank,
+    checkpoint_fingerprint,
     whole_state,
     write_json,
     write_tensors,
     write_words,
 )
+from visavis.checkpoints.efficientnet import load_efficientnet
+from visavis.checkpoints.gguf.decoder import check_types, decoder_tensors, dequantized
+from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
+from visavis.checkpoints.gguf.repack import pack_blocks, take_blocks
+from visavis.checkpoints.quantize import LowRank, Quantizer, WeightPart
+from visavis.checkpoints.tensor_files import StoredTensor, TensorFiles, read_tensors
 from visavis.errors import CheckpointError
-from visavis.files import write_atomically
 from visavis.model.config import Qwen2VLTowerConfig, VLMConfig, to_dict, vlm_config_from_dict
-from visavis.model.quantized import GROUP, Groups, PackedLinear, quantize
+from visavis.model.quantized_linear import GROUP, Groups, QuantizedLinear, quantize
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
+from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import build_tokenizer, load_tokenizer, special_tokens
+from visavis.utils import write_atomically
 
 FORMAT = "visavis/1"
 CONFIG_NAME = "visavis.json"
@@ -86,7 +88,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_settings(
     folder: Path, data: dict[str, Any]
-) -> tuple[VLMConfig, PromptProfile, ImageProcessorConfig | None]:
+) -> tuple[VLMConfig, PromptConfig, ImageProcessorConfig | None]:
     """Return what `visavis.json` describes, checked to make a model.
 
     Raises:
@@ -100,7 +102,7 @@ def read_settings(
             _check_numbers(config.tokens_per_image, "tokens per image")
         if not all(isinstance(value, str) for value in data["profile"].values()):
             raise ValueError(f"profile is {data['profile']}, expected texts")
-        profile = PromptProfile(**data["profile"])
+        profile = PromptConfig(**data["profile"])
         processor = data.get("processor")
         return config, profile, ImageProcessorConfig.from_dict(processor) if processor else None
     except Exception as error:  # whatever wrong values lead modules to
@@ -121,7 +123,7 @@ def _check_numbers(value: Any, key: str = "config") -> None:
             raise ValueError(f"{key} is {value}, expected at most {limit}")
 
 
-def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -> Loaded:
+def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -> Checkpoint:
     """Load a folder in visavis' own layout.
 
     Raises:
@@ -135,7 +137,7 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
         raise CheckpointError(f"no .safetensors file in {folder}; copy the folder again.")
     own = read_tensors(weights)
     files = [folder / CONFIG_NAME, *weights]
-    packing = Packing(config, precision, device, where=str(folder))
+    packing = Quantizer(config, precision, device, where=str(folder))
     if "bundle" in data:
         scale = float(data.get("lora_scale", 1.0))
         base = bundled.fetch(data["bundle"])
@@ -148,14 +150,14 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
         state, pairs = own_state(own, packing)
         tokenizer, specials = load_tokenizer(folder)
     vlm = packing.build(state, pairs)
-    return Loaded(
+    return Checkpoint(
         name=data["name"],
         vlm=vlm,
         tokenizer=tokenizer,
         specials=specials,
         profile=profile,
         processor=processor,
-        fingerprint=fingerprint(files, data),
+        fingerprint=checkpoint_fingerprint(files, data),
         files=files,
     )
 
@@ -163,7 +165,7 @@ def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -
 def bundled_state(
     file: GGUFFile,
     tower_path: Path,
-    packing: Packing,
+    packing: Quantizer,
     own: Mapping[str, Tensor],
     scale: float,
     folder: Path,
@@ -197,7 +199,7 @@ def bundled_state(
     return state
 
 
-def own_state(own: TensorFiles, packing: Packing) -> tuple[dict[str, Tensor], LowRank]:
+def own_state(own: TensorFiles, packing: Quantizer) -> tuple[dict[str, Tensor], LowRank]:
     """Return a whole folder's tensors, packed where they are to be, and its low-rank pairs.
 
     Raises:
@@ -218,7 +220,7 @@ def own_state(own: TensorFiles, packing: Packing) -> tuple[dict[str, Tensor], Lo
     return state, pairs
 
 
-def _take_packed(name: str, found: dict[str, StoredTensor], packing: Packing) -> Tensor:
+def _take_packed(name: str, found: dict[str, StoredTensor], packing: Quantizer) -> Tensor:
     """Return what stands in the state for a matrix that is stored as integers."""
     count = sum(key.endswith("codes") for key in found)
     groups = [_stored_groups(name, found, number, packing) for number in range(count)]
@@ -229,7 +231,7 @@ def _take_packed(name: str, found: dict[str, StoredTensor], packing: Packing) ->
         if bits is None:
             break
         group = own.group if bits == own.bits else GROUP
-        parts.append(Part(len(own.codes), bits, group, partial(_cut, own, bits)))
+        parts.append(WeightPart(len(own.codes), bits, group, partial(_cut, own, bits)))
     else:
         return packing.pack(name, shape[1], parts)
     values = torch.cat([part.values() for part in groups])
@@ -244,7 +246,7 @@ def _cut(own: Groups, bits: int, start: int, end: int) -> Groups:
 
 
 def _stored_groups(
-    name: str, found: dict[str, StoredTensor], part: int, packing: Packing
+    name: str, found: dict[str, StoredTensor], part: int, packing: Quantizer
 ) -> Groups:
     """Return one part of a matrix: 4 bits if two codes share a byte."""
     codes, scales = (found.get(f"{part}.{kind}") for kind in ("codes", "scales"))
@@ -302,7 +304,7 @@ def low_rank_pairs(own: Mapping[str, Tensor], scale: float) -> LowRank:
 
 
 def write_native(
-    loaded: Loaded,
+    loaded: Checkpoint,
     folder: Path,
     *,
     progress: bool = False,
@@ -326,7 +328,7 @@ def stored_state(vlm: VLM) -> dict[str, Tensor]:
     """Return a model's tensors by the names that they are stored under, packed ones as integers."""
     state, tied = whole_state(vlm, packed=False), vlm.config.decoder.tied_head
     for name, module in vlm.named_modules():
-        if not isinstance(module, PackedLinear):
+        if not isinstance(module, QuantizedLinear):
             continue
         weight = f"{'decoder.embed' if tied and name == 'decoder.head' else name}.weight"
         state.pop(weight, None)
@@ -346,7 +348,7 @@ def save_native(
     name: str,
     config: VLMConfig,
     tensors: dict[str, Tensor],
-    profile: PromptProfile,
+    profile: PromptConfig,
     processor: ImageProcessorConfig | None,
     bundle: str = "",
     lora_scale: float = 1.0,
@@ -372,7 +374,7 @@ def save_native(
 def _settings(
     name: str,
     config: VLMConfig,
-    profile: PromptProfile,
+    profile: PromptConfig,
     processor: ImageProcessorConfig | None,
 ) -> dict[str, Any]:
     """Return `visavis.json` of a folder that stands alone."""
@@ -383,3 +385,24 @@ def _settings(
         "profile": profile.to_dict(),
         "processor": processor.to_dict() if processor else None,
     }
+
+
+MODULE = "visavis.interop.sentence_transformers.VisavisModule"
+
+
+def write_sentence_transformers(
+    loaded: Checkpoint, folder: Path, *, progress: bool = False
+) -> Written:
+    """Write a loaded model; it stays a folder that `visavis.load` reads."""
+    written = write_native(loaded, folder, progress=progress)
+    settings: dict[str, Any] = {
+        "model_type": "SentenceTransformer",
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    files = [
+        write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": MODULE}]),
+        write_json(folder / "config_sentence_transformers.json", settings),
+    ]
+    return Written([*files, *written.files], written.lost)

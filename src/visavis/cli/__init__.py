@@ -12,19 +12,16 @@ from typing import Annotated
 import typer
 
 from visavis import __version__
-from visavis.cli.bench import bench
+from visavis.cli.bench import bench, doctor, fetch
 from visavis.cli.chat import chat
+from visavis.cli.common import Group, quiet_broken_pipe, say
 from visavis.cli.compose import compose
-from visavis.cli.console import Group, quiet_broken_pipe, say
 from visavis.cli.convert import convert
-from visavis.cli.data import data
+from visavis.cli.data import data, mine
 from visavis.cli.demo import demo
-from visavis.cli.doctor import doctor
 from visavis.cli.embed import embed
-from visavis.cli.fetch import fetch
 from visavis.cli.index import index
 from visavis.cli.inspect import inspect
-from visavis.cli.mine import mine
 from visavis.cli.train import train
 
 app = typer.Typer(

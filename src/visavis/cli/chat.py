@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visavis.cli.console import print_json, say
-from visavis.cli.options import (
+from visavis.cli.common import (
     DocumentsOption,
     ImagesOption,
     JsonOption,
@@ -19,14 +18,16 @@ from visavis.cli.options import (
     ModelArgument,
     VideosOption,
     loads_a_model,
+    print_json,
+    say,
     visuals_of,
 )
 from visavis.errors import InputError, VisavisError
 
 if TYPE_CHECKING:
     from visavis.api import Model
-    from visavis.generate.answer import AnswerSettings, Reply
-    from visavis.prompt import Message, Visual
+    from visavis.generate.streaming import AnswerSettings, Reply
+    from visavis.inputs import Message, Visual
 
 HELP = (
     "Type a question. /image PATH adds a picture to it, /video PATH a video, /document PATH a PDF; "
@@ -146,7 +147,7 @@ def _read_schema(path: Path) -> str:
 
 def _talk(model: Model, visuals: list[Visual], settings: AnswerSettings) -> None:
     """Answer line after line, each with everything said before."""
-    from visavis.prompt import Document, Image, Message, Text, Video
+    from visavis.inputs import Document, Image, Message, Text, Video
 
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 - gives input() line editing and history

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from visavis.cli.console import human_bytes, print_json
-from visavis.cli.options import JsonOption
+from visavis.cli.common import JsonOption, human_bytes, print_json
 from visavis.errors import InputError
 
 
@@ -35,8 +34,8 @@ def compose(
     """
     from visavis.checkpoints import compose as parts
     from visavis.checkpoints.native import write_native
-    from visavis.files import write_folder_atomically
     from visavis.train.recipe import read_model
+    from visavis.utils import write_folder_atomically
 
     model = read_model(settings)
     if model.base or model.lora or model.quantize:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visavis.cli.console import (
+from visavis.cli.common import (
+    BaseOption,
+    JsonOption,
+    TurnsOption,
+    VisionTowerOption,
     human_bytes,
     print_columns,
     print_json,
     say,
     show_progress,
 )
-from visavis.cli.options import BaseOption, JsonOption, TurnsOption, VisionTowerOption
 from visavis.errors import InputError
 
 if TYPE_CHECKING:

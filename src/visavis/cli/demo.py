@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visavis.cli.console import (
+from visavis.cli.common import (
+    JsonOption,
+    Loading,
+    ModelOption,
+    loads_a_model,
     print_json,
     say,
     show_progress,
 )
-from visavis.cli.options import JsonOption, Loading, ModelOption, loads_a_model
 
 if TYPE_CHECKING:
     from visavis.demo.run import DemoResult

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from visavis.cli.console import print_json, show_progress
-from visavis.cli.options import (
+from visavis.cli.common import (
     DocumentsOption,
     ImagesOption,
     JsonOption,
@@ -18,6 +17,8 @@ from visavis.cli.options import (
     ModelArgument,
     VideosOption,
     loads_a_model,
+    print_json,
+    show_progress,
     visuals_of,
 )
 from visavis.errors import InputError
@@ -70,7 +71,7 @@ def embed(
 
     import numpy as np
 
-    from visavis.files import write_atomically
+    from visavis.utils import write_atomically
 
     named = [(text, text) for text in texts] + _seen(images, videos, documents, whole)
     named += [(item, item) for item in (_read_items(items) if items else [])]
@@ -103,8 +104,8 @@ def _seen(
     images: list[Path], videos: list[Path], documents: list[Path], whole: bool
 ) -> list[tuple[Any, Any]]:
     """Return what is to be seen, each with its name."""
-    from visavis.processing.documents import pages
-    from visavis.prompt import Document
+    from visavis.inputs import Document
+    from visavis.processing.pdf import pages
 
     found: list[tuple[Any, Any]] = []
     for visual in visuals_of(images, videos, documents):

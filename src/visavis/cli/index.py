@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visavis.cli.console import print_columns, print_json, say, show_progress
-from visavis.cli.options import (
+from visavis.cli.common import (
     DocumentsOption,
     ImagesOption,
     JsonOption,
@@ -17,6 +16,10 @@ from visavis.cli.options import (
     ModelOption,
     VideosOption,
     loads_a_model,
+    print_columns,
+    print_json,
+    say,
+    show_progress,
     visuals_of,
 )
 from visavis.errors import InputError
@@ -112,7 +115,7 @@ def search(
 
       visavis index search photos.idx "the same at night" --image bridge.jpg --json
     """
-    from visavis.prompt import Message, Prompt, Text
+    from visavis.inputs import Message, Prompt, Text
 
     visuals = visuals_of(images, videos, documents)
     if not text.strip() and not visuals:

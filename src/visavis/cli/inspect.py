@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visavis.cli.console import (
+from visavis.cli.common import (
+    JsonOption,
+    ModelArgument,
     human_bytes,
     print_columns,
     print_json,
     say,
 )
-from visavis.cli.options import JsonOption, ModelArgument
 
 if TYPE_CHECKING:
     from visavis.checkpoints.compare import Comparison
-    from visavis.checkpoints.describe import Description
+    from visavis.checkpoints.inspect import Description
     from visavis.model.config import VLMConfig
     from visavis.processing.images import ImageProcessorConfig
 
@@ -57,7 +58,7 @@ def inspect(
       visavis inspect base-folder tuned-folder
     """
     from visavis.checkpoints.compare import compare
-    from visavis.checkpoints.describe import describe
+    from visavis.checkpoints.inspect import describe
     from visavis.checkpoints.load import resolve
 
     found = describe(resolve(model))

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visavis.cli.console import (
+from visavis.cli.common import (
     EXIT_ERROR,
+    JsonOption,
     human_bytes,
     print_columns,
     print_json,
     say,
     show_progress,
 )
-from visavis.cli.options import JsonOption
 
 if TYPE_CHECKING:
-    from visavis.train.plan import Plan, StagePlan
+    from visavis.train.dry_run import Plan, StagePlan
     from visavis.train.recipe import Recipe
 
 
@@ -65,7 +65,7 @@ def train(
 
 def _plan(recipe: Recipe, data: Path, flops: float | None, as_json: bool) -> None:
     """Print what a recipe would do, then all that is wrong with it."""
-    from visavis.train.plan import plan
+    from visavis.train.dry_run import plan
 
     made = plan(recipe, data, flops=flops)
     if as_json:
@@ -80,8 +80,8 @@ def _plan(recipe: Recipe, data: Path, flops: float | None, as_json: bool) -> Non
 
 def _run(recipe: Recipe, data: Path, out: Path, as_json: bool) -> None:
     """Train; only the first of several processes says anything."""
-    from visavis.train.progress import Progress
-    from visavis.train.run import run_recipe
+    from visavis.train.metrics import Progress
+    from visavis.train.runner import run_recipe
 
     first = os.environ.get("RANK", "0") == "0"
     with Progress(first and show_progress()) as progress:

@@ -60,7 +60,7 @@ TARGETS = {
     ),
     "sentence-transformers": Target(
         "sentence-transformers",
-        "sentence_transformers:write_sentence_transformers",
+        "native:write_sentence_transformers",
         "from sentence_transformers import SentenceTransformer\n\n"
         'model = SentenceTransformer("{folder}", trust_remote_code=True)  # runs visavis itself\n'
         'vectors = model.encode(["a cat", {{"image": "cat.jpg"}}])\n',

@@ -1,26 +1,242 @@
-"""Whether a conversion answers as its source does.
+"""What a model and its conversion are both asked, and how answers are compared.
 
-Both are asked the same (`probes.py`): vectors are compared by cosine, the next token by KL
-divergence. What was written is opened by the program that it is for, if that is installed
-(`peers.py`), and else, or beside it, by us again. Knows no layout.
+A few texts and drawn pictures, always the same. Knows no model and no layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import http.client
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from visavis.api import Model
+from visavis.checkpoints.checkpoint import INTEGERS
+from visavis.checkpoints.gguf.load import find_parts
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.loaded import INTEGERS
-from visavis.convert.peers import PEERS
-from visavis.convert.probes import Answer, Probe, cosine, divergence, probes
-from visavis.convert.run import Conversion
+from visavis.convert.conversion import Conversion
 from visavis.convert.targets import TARGETS
+
+TEXTS = (
+    "A cup of coffee stands on a wooden table.",
+    "猫が窓のそばで寝ています。  12:30 — déjà midi ?",
+    "def area(radius):\n    return 3.14159 * radius**2\n",
+    "Name three colours of the rainbow, separated by commas.",
+)
+QUESTION = "What is in this picture?"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One thing that is asked: a text, or a picture with one."""
+
+    name: str
+    text: str
+    image: Image.Image | None = None
+
+    @property
+    def item(self) -> Any:
+        """The probe as `Model.embed` takes it."""
+        if self.image is None:
+            return self.text
+        return {"image": self.image, "text": self.text}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model makes of a probe, as far as it says.
+
+    Attributes:
+        vector: what it embeds the probe to, [D].
+        hidden: the last hidden state of the probe in its chat format, [W].
+        log_probs: of the token after it, [vocab]; -inf for those not told.
+        token_ids: of the probe in its chat format.
+    """
+
+    vector: np.ndarray | None = None
+    hidden: np.ndarray | None = None
+    log_probs: np.ndarray | None = None
+    token_ids: tuple[int, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return self.vector is None and self.hidden is None and self.log_probs is None
+
+
+def probes(with_pictures: bool) -> list[Probe]:
+    """Return what is asked; pictures of several shapes."""
+    asked = [Probe(f"text {number}", text) for number, text in enumerate(TEXTS, start=1)]
+    if with_pictures:
+        drawn = {"gradient": _gradient(), "checkers": _checkers(), "blocks": _blocks()}
+        asked += [Probe(f"picture of {name}", QUESTION, image) for name, image in drawn.items()]
+    return asked
+
+
+def cosine(first: Answer, second: Answer) -> float | None:
+    """Return the smaller cosine of vectors and hidden states; None if one has neither."""
+    pairs = [(first.vector, second.vector), (first.hidden, second.hidden)]
+    found = [
+        float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+        for a, b in pairs
+        if a is not None and b is not None
+    ]
+    return min(found, default=None)
+
+
+def divergence(first: Answer, second: Answer) -> float | None:
+    """Return the Kullback-Leibler divergence of the second's next token from the first's, over
+    the tokens that both tell; None if one tells nothing."""
+    if first.log_probs is None or second.log_probs is None:
+        return None
+    size = min(len(first.log_probs), len(second.log_probs))  # a placeholder may have been added
+    p, q = (one[:size].astype(np.float64) for one in (first.log_probs, second.log_probs))
+    told = np.isfinite(p) & np.isfinite(q)
+    p, q = (one[told] - np.logaddexp.reduce(one[told]) for one in (p, q))
+    return max(0.0, float((np.exp(p) * (p - q)).sum()))
+
+
+def _gradient() -> Image.Image:
+    rows, columns = np.mgrid[0:240, 0:400]
+    pixels = np.stack((rows, columns * 0.6, 255 - rows), -1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _checkers() -> Image.Image:
+    rows, columns = np.mgrid[0:360, 0:200] // 40
+    light = (rows + columns) % 2 == 0
+    return Image.fromarray(np.where(light[..., None], (250, 240, 210), (120, 60, 20)).astype("u1"))
+
+
+def _blocks() -> Image.Image:
+    blocks = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((300, 300), Image.Resampling.NEAREST)
+
+
+NUM_TOLD = 50  # likeliest tokens that llama.cpp is asked for
+TIMEOUT_S = 600
+
+Ask = Callable[[Path, str, Sequence[Probe], Sequence[Answer]], list[Answer]]
+
+
+def ask_transformers(
+    place: Path, precision: str, probes: Sequence[Probe], _: Sequence[Answer]
+) -> list[Answer]:
+    """Ask a folder's `Auto…` classes, with the folder's own chat template and processor."""
+    import transformers
+
+    with_pictures = any(probe.image is not None for probe in probes)
+    vision = (place / "processor_config.json").is_file()
+    auto: Any = (
+        transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    )
+    model = auto.from_pretrained(place, dtype="auto", local_files_only=True).eval()
+    reader_class: Any = transformers.AutoProcessor if vision else transformers.AutoTokenizer
+    reader = reader_class.from_pretrained(place, local_files_only=True)
+    assert vision or not with_pictures
+    answers = []
+    for probe in probes:
+        inputs = _inputs(reader, probe, vision)
+        if vision and "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        with torch.inference_mode():
+            found = model(**inputs, output_hidden_states=True)
+        answers.append(
+            Answer(
+                hidden=found.hidden_states[-1][0, -1].float().numpy(),
+                log_probs=found.logits[0, -1].float().log_softmax(-1).numpy(),
+                token_ids=tuple(inputs["input_ids"][0].tolist()),
+            )
+        )
+    return answers
+
+
+def _inputs(reader: Any, probe: Probe, vision: bool) -> Any:
+    images = [] if probe.image is None else [probe.image]
+    if reader.chat_template:
+        content: Any = [{"type": "image"} for _ in images] + [{"type": "text", "text": probe.text}]
+        message = {"role": "user", "content": content if vision else probe.text}
+        text = reader.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    else:
+        text = "".join(reader.image_token for _ in images) + probe.text
+    # A template of a language model writes all special tokens itself, one of a LLaVA all but bos.
+    settings: dict[str, Any] = {"images": images or None} if vision else {}
+    if reader.chat_template and not vision:
+        settings["add_special_tokens"] = False
+    inputs = reader(text=text, return_tensors="pt", **settings)
+    inputs.pop("token_type_ids", None)
+    return inputs
+
+
+def ask_sentence_transformers(
+    place: Path, precision: str, probes: Sequence[Probe], _: Sequence[Answer]
+) -> list[Answer]:
+    """Ask `SentenceTransformer(folder)`."""
+    import sentence_transformers
+
+    model = sentence_transformers.SentenceTransformer(
+        str(place),
+        trust_remote_code=True,
+        device="cpu",
+        local_files_only=True,
+        model_kwargs={"precision": precision},
+    )
+    vectors = model.encode([probe.item for probe in probes])
+    return [Answer(vector=vector) for vector in vectors]
+
+
+def ask_llama_cpp(
+    place: Path, precision: str, probes: Sequence[Probe], expected: Sequence[Answer]
+) -> list[Answer]:
+    """Ask llama.cpp for the token after each text; pictures are left out.
+
+    The ids are those of the source's tokenizer.
+    """
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(find_parts(place)[0] if place.is_dir() else place)
+    parameters.hostnames = ["127.0.0.1"]
+    parameters.port = 0
+    parameters.n_ctx = 512
+    parameters.n_parallel = 1
+    parameters.warmup = False
+    parameters.verbosity = 0
+    server = xllamacpp.Server(parameters)
+    address = server.listening_address.removeprefix("http://")
+    answers = []
+    for probe, answer in zip(probes, expected, strict=True):
+        if probe.image is not None or answer.log_probs is None:
+            answers.append(Answer())
+            continue
+        ids = list(answer.token_ids)
+        request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": NUM_TOLD}
+        connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
+        connection.request(
+            "POST", "/completion", json.dumps(request), {"Content-Type": "application/json"}
+        )
+        body = json.loads(connection.getresponse().read())
+        connection.close()
+        told = np.full(len(answer.log_probs), -np.inf, np.float32)
+        for token in body["completion_probabilities"][0]["top_logprobs"]:
+            told[token["id"]] = token["logprob"]
+        answers.append(Answer(log_probs=told, token_ids=answer.token_ids))
+    del server
+    return answers
+
+
+PEERS: dict[str, tuple[str, Ask]] = {  # Python package -> what people call it, how it is asked
+    "transformers": ("transformers", ask_transformers),
+    "sentence_transformers": ("sentence-transformers", ask_sentence_transformers),
+    "xllamacpp": ("llama.cpp", ask_llama_cpp),
+}
+
 
 # Least cosine and largest KL by what the weights are stored in. Several times what rounding does to
 # nano and SmolLM2-135M, whose numbers are in docs/convert.md.

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from visavis.data.formats import Source, SourceSpec, open_source
-from visavis.data.formats.rows import find_files, open_rows
-from visavis.data.samples import Chat, Sample, estimated_tokens
-from visavis.data.sources import SOURCES, is_made
+from visavis.data.datasets import SOURCES, is_made
+from visavis.data.examples import Conversation, Sample, estimated_tokens
+from visavis.data.formats import Source, SourceSpec, open_data_source
+from visavis.data.readers import find_files, open_rows
 from visavis.errors import TrainError, VisavisError
-from visavis.processing.encoder import PromptEncoder
+from visavis.inputs import Image, Part, Prompt, Stored, Text, Video
 from visavis.processing.images import content_hash, decode_image
+from visavis.processing.prompt_encoder import PromptEncoder
 from visavis.processing.video import VideoConfig, read_frames
-from visavis.prompt import Image, Part, Prompt, Stored, Text, Video
 
 WINDOW = 64  # samples whose pictures are decoded side by side
 EDGES = tuple(16 << power for power in range(12))  # of the histogram's bars, in tokens
@@ -51,7 +51,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CheckedSource:
     """A source to check.
 
     Args:
@@ -80,7 +80,7 @@ class Findings:
         unused: mined negatives whose record is not there.
     """
 
-    entry: Entry
+    entry: CheckedSource
     samples: int = 0
     pictures: int = 0
     videos: int = 0
@@ -111,7 +111,7 @@ Track: TypeAlias = Callable[[range, str], Iterable[int]]
 
 
 def check(
-    entries: Sequence[Entry], *, track: Track = lambda numbers, name: numbers
+    entries: Sequence[CheckedSource], *, track: Track = lambda numbers, name: numbers
 ) -> list[Findings]:
     """Look at every sample of every source.
 
@@ -124,14 +124,14 @@ def check(
     return [found[id(entry)] for entry in entries]
 
 
-def _is_test(entry: Entry) -> bool:
+def _is_test(entry: CheckedSource) -> bool:
     return entry.test
 
 
-def _check(entry: Entry, seen: _Seen, track: Track) -> Findings:
+def _check(entry: CheckedSource, seen: _Seen, track: Track) -> Findings:
     findings = Findings(entry)
     try:
-        source = open_source(entry.spec, entry.root, name=entry.name)
+        source = open_data_source(entry.spec, entry.root, name=entry.name)
     except VisavisError as error:
         findings.problems.append(Problem("source", entry.name, str(error)))
         return findings
@@ -161,7 +161,7 @@ def _add(findings: Findings, sample: Sample, seen: _Seen, pictures: Pictures) ->
     visuals = _visuals(sample)
     findings.pictures += sum(isinstance(one, Image) and not is_made(one) for one in visuals)
     findings.videos += sum(isinstance(one, Video) for one in visuals)
-    findings.negatives += 0 if isinstance(sample, Chat) else len(sample.negatives)
+    findings.negatives += 0 if isinstance(sample, Conversation) else len(sample.negatives)
     broken = [pictures[one] for one in visuals if isinstance(pictures[one], Exception)]
     if broken:
         findings.problems.append(Problem("picture", sample.id, str(broken[0])))
@@ -184,14 +184,14 @@ def _add(findings: Findings, sample: Sample, seen: _Seen, pictures: Pictures) ->
 def _measure(findings: Findings, sample: Sample) -> None:
     """Count tokens; note what would be masked whole, and what is too long."""
     encoder, limit = findings.entry.encoder, findings.entry.limit
-    said = isinstance(sample, Chat) and any(
+    said = isinstance(sample, Conversation) and any(
         part.text.strip()
         for message in sample.prompt.messages
         if message.role == "assistant"
         for part in message.parts
         if isinstance(part, Text)
     )
-    if isinstance(sample, Chat) and not said:
+    if isinstance(sample, Conversation) and not said:
         text = "all its answers are empty"
         findings.problems.append(Problem("masked", sample.id, text))
     if encoder is None:
@@ -216,7 +216,7 @@ def _measure(findings: Findings, sample: Sample) -> None:
 
 def _lengths(sample: Sample, encoder: PromptEncoder) -> Iterator[tuple[int, bool]]:
     """Yield the tokens of each sequence of a sample, and whether any is learned."""
-    if isinstance(sample, Chat):
+    if isinstance(sample, Conversation):
         encoded = encoder.chat(sample.prompt, add_generation_prompt=False)
         yield len(encoded.token_ids), any(encoded.loss_mask[1:])
         return
@@ -273,7 +273,7 @@ def _visuals(sample: Sample) -> list[Image | Video]:
 
 
 def _prompts(sample: Sample) -> tuple[Prompt, ...]:
-    if isinstance(sample, Chat):
+    if isinstance(sample, Conversation):
         return (sample.prompt,)
     return (sample.query, sample.target, *sample.negatives)
 

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from visavis.errors import InputError, TrainError
-from visavis.files import write_atomically
+from visavis.utils import write_atomically
 
 Box: TypeAlias = tuple[float, float, float, float]  # x1, y1, x2, y2, in pixels
 Pair: TypeAlias = tuple[Box, Box]

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from visavis.demo.samples import copy_samples
 from visavis.demo.sheet import SheetRow, draw_sheet
 from visavis.errors import InputError
-from visavis.files import write_atomically
 from visavis.index import Hit, Index
+from visavis.utils import write_atomically
 
 if TYPE_CHECKING:
     from visavis.api import Model
-    from visavis.generate.answer import Reply
+    from visavis.generate.streaming import Reply
 
 TEXT_QUERIES = (
     "a cup of coffee",

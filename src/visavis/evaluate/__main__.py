@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from visavis.api import Model, load
-from visavis.data.sources import load_source
+from visavis.data.datasets import load_source
 from visavis.errors import VisavisError
 from visavis.evaluate.retrieval import retrieval
 from visavis.evaluate.vqa import exact_match

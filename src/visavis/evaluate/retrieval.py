@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from visavis.api import Model
-from visavis.data.records import Record
-from visavis.prompt import Image
+from visavis.data.datasets import Record
+from visavis.inputs import Image
 
 RANKS = (1, 5, 10)
 

@@ -23,13 +23,13 @@ from typing import TypeAlias
 import numpy as np
 
 from visavis.api import Model, load
-from visavis.data.formats import Source, open_source
+from visavis.data.formats import Source, open_data_source
 from visavis.data.formats.scene_graph import Predicates, graphs
 from visavis.data.scene_graph import NO_RELATION, STATEMENT
 from visavis.errors import InputError, VisavisError
 from visavis.processing.images import image_size
-from visavis.registry import lookup
 from visavis.train.recipe import read_recipe
+from visavis.utils import lookup
 
 RANKS = (50, 100)
 # The 15 of VG150's 50 predicates that open-vocabulary models see first when they are tested.
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = read_recipe(options.recipe)
         spec = lookup("source", options.source, recipe.data)
-        source = open_source(spec, options.data, name=options.source)
+        source = open_data_source(spec, options.data, name=options.source)
         novel = VG150_NOVEL if options.vg150 else ()
         scores = scene_graph(load(options.model), source, novel=novel)
     except VisavisError as error:

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from visavis.api import Model
-from visavis.data.records import Record
-from visavis.prompt import Image
+from visavis.data.datasets import Record
+from visavis.inputs import Image
 
 
 def normalise(text: str) -> str:

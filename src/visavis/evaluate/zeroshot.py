@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from visavis.api import Model
-from visavis.data.records import Record
+from visavis.data.datasets import Record
 from visavis.evaluate.vqa import normalise
-from visavis.prompt import Image
+from visavis.inputs import Image
 
 PHRASE = "a photo of {name}"
 

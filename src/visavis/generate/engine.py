@@ -23,24 +23,24 @@ import torch
 from torch import Tensor
 
 from visavis.errors import InputError, MemoryLimitError
-from visavis.generate.beams import Search
-from visavis.generate.lookup import Lookup
-from visavis.generate.prefix import Names, PrefixCache
+from visavis.generate.beam_search import BeamSearch
+from visavis.generate.prefix_cache import Names, PrefixCache
+from visavis.generate.prompt_lookup import PromptLookup
 from visavis.memory import enough_memory
-from visavis.model.attention import Layout
+from visavis.model.attention import SequenceLayout
 from visavis.model.batch import PackedBatch
-from visavis.model.decode import FlatStep, can_flatten, is_row_by_row
-from visavis.model.graphs import StaticDecoder
+from visavis.model.cpu_decode import FusedDecodeStep, can_flatten, is_row_by_row
+from visavis.model.cuda_graphs import StaticDecoder
 from visavis.model.kv_cache import KVCache
-from visavis.model.paged import Cache, PagedCache
-from visavis.model.quantized import packed_kernels
+from visavis.model.paged_kv_cache import Cache, PagedCache
+from visavis.model.quantized_linear import packed_kernels
 from visavis.model.vlm import VLM
 
 GROWTH = 512  # tokens of an answer that a cache has room for from the start
 
 
 @dataclass(eq=False)
-class Generation:
+class GeneratedSequence:
     """One prompt and its answer.
 
     Args:
@@ -56,7 +56,7 @@ class Generation:
     sample: Callable[[Tensor], int]
     max_new_tokens: int
     stop_ids: frozenset[int]
-    search: Search | None = None
+    search: BeamSearch | None = None
     names: Names = ()
     tokens: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
@@ -64,7 +64,7 @@ class Generation:
     done: bool = False
     error: Exception | None = None  # what ended it, where something of its own went wrong
     cache: Cache | None = None
-    lookup: Lookup | None = None  # where guesses can be checked
+    lookup: PromptLookup | None = None  # where guesses can be checked
     ahead: int = 0  # by how much a token's position exceeds the number of tokens before it
 
     def stop(self) -> None:
@@ -89,9 +89,9 @@ class Engine:
         if max_sequences < 1:
             raise InputError(f"max_sequences is {max_sequences}, expected 1 or more.")
         self.vlm, self.max_sequences, self.prefixes = vlm, max_sequences, prefixes
-        self.waiting: deque[Generation] = deque()
-        self.active: list[Generation] = []
-        self.flat: tuple[KVCache, FlatStep] | None = None
+        self.waiting: deque[GeneratedSequence] = deque()
+        self.active: list[GeneratedSequence] = []
+        self.flat: tuple[KVCache, FusedDecodeStep] | None = None
         self.guesses = is_row_by_row(vlm.decoder)
         self.full = False  # a prompt waits for pages
 
@@ -100,12 +100,12 @@ class Engine:
         """What decodes on CUDA, where a kernel reads pages."""
         return StaticDecoder.of(self.vlm.decoder)
 
-    def add(self, sequence: Generation) -> None:
+    def add(self, sequence: GeneratedSequence) -> None:
         """Let a sequence wait for its turn."""
         self.waiting.append(sequence)
 
     @torch.inference_mode()
-    def step(self) -> list[Generation]:
+    def step(self) -> list[GeneratedSequence]:
         """Read a waiting prompt if there is room, else grow all by a token; return who grew or
         ended.
 
@@ -156,7 +156,7 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.waiting or self.active)
 
-    def run(self, sequences: Iterable[Generation]) -> Iterator[Generation]:
+    def run(self, sequences: Iterable[GeneratedSequence]) -> Iterator[GeneratedSequence]:
         """Yield each sequence whenever it has grown or ended, until all have ended.
 
         Leaving the iteration early returns the memory of those that have not. An error that ends
@@ -191,14 +191,14 @@ class Engine:
             if self.prefixes is not None and sequence.names and cache is not None:
                 self.prefixes.keep(sequence.names, cache)
 
-    def _prefill(self, sequence: Generation) -> Tensor:
+    def _prefill(self, sequence: GeneratedSequence) -> Tensor:
         """Read a prompt; return the scores of its last position, float32 [vocab]."""
         decoder, batch = self.vlm.decoder, sequence.prompt()
         sequence.num_prompt_tokens = batch.num_tokens
         # With M-RoPE an image takes fewer positions than tokens.
         sequence.ahead = int(batch.positions.max()) + 1 - batch.num_tokens
         if self.guesses:
-            sequence.lookup = Lookup(batch.token_ids.tolist())
+            sequence.lookup = PromptLookup(batch.token_ids.tolist())
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
         cache: Cache | None = None
         with enough_memory(
@@ -236,7 +236,7 @@ class Engine:
         while known and len(pool.free) < sum(map(pool.pages_of, lengths)):
             known.popitem(last=False)
 
-    def _take(self, sequence: Generation, scores: Tensor) -> None:
+    def _take(self, sequence: GeneratedSequence, scores: Tensor) -> None:
         """Choose a sequence's next token, or end it."""
         token = sequence.sample(scores)
         if token in sequence.stop_ids:
@@ -247,7 +247,7 @@ class Engine:
             sequence.lookup.say(token)
         sequence.done = len(sequence.tokens) >= sequence.max_new_tokens
 
-    def _search(self, sequence: Generation, search: Search, scores: Tensor) -> None:
+    def _search(self, sequence: GeneratedSequence, search: BeamSearch, scores: Tensor) -> None:
         """Find a sequence's answer, of the scores of its first token."""
         cache, start = sequence.cache, sequence.num_prompt_tokens
         assert cache is not None
@@ -273,7 +273,7 @@ class Engine:
             )
         sequence.tokens, sequence.cache, sequence.done = search.best, caches[0], True
 
-    def _one(self, sequence: Generation) -> None:
+    def _one(self, sequence: GeneratedSequence) -> None:
         """Extend the only sequence by one token, or by as many as were guessed right."""
         decoder, cache = self.vlm.decoder, sequence.cache
         assert cache is not None
@@ -283,7 +283,7 @@ class Engine:
                 self._take(sequence, scores)
             return
         if self.flat is None or self.flat[0] is not cache:
-            self.flat = (cache, FlatStep(decoder, cache, sequence.ahead))
+            self.flat = (cache, FusedDecodeStep(decoder, cache, sequence.ahead))
         draft = sequence.lookup.draft() if sequence.lookup is not None else []
         past = cache.length
         scores = self.flat[1].several((sequence.tokens[-1], *draft))
@@ -295,7 +295,7 @@ class Engine:
                 break
         cache.truncate(past)
 
-    def _several(self, sequences: list[Generation]) -> Tensor:
+    def _several(self, sequences: list[GeneratedSequence]) -> Tensor:
         """Extend each sequence by its last token; return the scores of the next, [B, vocab]."""
         decoder = self.vlm.decoder
         caches = _caches(sequences)
@@ -307,18 +307,18 @@ class Engine:
             return self.static(decoder, paged, tokens, places)
         device = decoder.norm.weight.device
         with packed_kernels():
-            layout = Layout((1,) * len(sequences), caches)
+            layout = SequenceLayout((1,) * len(sequences), caches)
             x = decoder.embed_tokens(torch.tensor(tokens, device=device))
             hidden = decoder(x, torch.tensor(places, device=device), layout)[-1]
             return decoder.logits(hidden)
 
 
-def _caches(sequences: Iterable[Generation]) -> tuple[Cache, ...]:
+def _caches(sequences: Iterable[GeneratedSequence]) -> tuple[Cache, ...]:
     return tuple(one.cache for one in sequences if one.cache is not None)
 
 
 @contextmanager
-def _on_its_own(sequence: Generation) -> Iterator[None]:
+def _on_its_own(sequence: GeneratedSequence) -> Iterator[None]:
     """Let an error end this sequence and no other."""
     try:
         yield
@@ -338,7 +338,7 @@ def generate(
 
     The first token arrives when the prompt has been read; stopping the iteration frees the cache.
     """
-    sequence = Generation(lambda: batch, sample, max_new_tokens, stop_ids)
+    sequence = GeneratedSequence(lambda: batch, sample, max_new_tokens, stop_ids)
     engine, shown = Engine(vlm), 0
     engine.static = None  # training goes on after one answer: no pool that stays, no graphs
     for _ in engine.run([sequence]):

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from visavis.errors import VisavisError
 from visavis.index.store import StoredItem
-from visavis.processing.documents import pages
+from visavis.inputs import Document, Image, Page, Prompt, Text, Video, Visual
 from visavis.processing.images import decode_image
+from visavis.processing.pdf import pages
 from visavis.processing.video import middle_frame
-from visavis.prompt import Document, Image, Page, Prompt, Text, Video, Visual
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage

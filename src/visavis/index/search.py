@@ -23,12 +23,12 @@ import numpy as np
 
 from visavis.errors import InputError, StoreError, VisavisError
 from visavis.index.items import file_of, picture_of, preview, shown_by, source_of, still_there
-from visavis.index.store import Row, Stamp, Store, StoredItem
-from visavis.processing.documents import pages
+from visavis.index.store import IndexRow, Stamp, Store, StoredItem
+from visavis.inputs import Document, Prompt, Text, Visual
 from visavis.processing.images import content_hash
-from visavis.processing.opening import find_images
-from visavis.progress import track
-from visavis.prompt import Document, Prompt, Text, Visual
+from visavis.processing.media import find_images
+from visavis.processing.pdf import pages
+from visavis.utils import track
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -64,7 +64,7 @@ class AddReport:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _IndexEntry:
     """One item on its way into the index."""
 
     source: str
@@ -129,7 +129,7 @@ class Index:
         """
         report = AddReport()
         entries = self._entries(paths_or_items, report)
-        waiting: dict[str, list[tuple[_Entry, Stamp]]] = {}  # content -> who needs its vector
+        waiting: dict[str, list[tuple[_IndexEntry, Stamp]]] = {}  # content -> who needs its vector
         shown = track(entries, "indexing", weights=[1] * len(entries), show=progress)
         for entry in shown:
             try:
@@ -200,12 +200,12 @@ class Index:
 
     # --- adding -----------------------------------------------------------------------------------
 
-    def _entries(self, paths_or_items: Any, report: AddReport) -> list[_Entry]:
+    def _entries(self, paths_or_items: Any, report: AddReport) -> list[_IndexEntry]:
         """Find out what is to be added, each source once; folders are searched here."""
         many = isinstance(paths_or_items, Iterable) and not isinstance(
             paths_or_items, (str, bytes, Mapping, np.ndarray)
         )
-        entries: dict[str, _Entry] = {}
+        entries: dict[str, _IndexEntry] = {}
         items = list(paths_or_items) if many else [paths_or_items]
         if not items:
             raise InputError("nothing to add: the list of paths and items is empty")
@@ -228,7 +228,10 @@ class Index:
         return list(entries.values())
 
     def _add_known(
-        self, entry: _Entry, waiting: dict[str, list[tuple[_Entry, Stamp]]], report: AddReport
+        self,
+        entry: _IndexEntry,
+        waiting: dict[str, list[tuple[_IndexEntry, Stamp]]],
+        report: AddReport,
     ) -> None:
         """Settle an item whose vector the index has already; put any other among the waiting."""
         known = self._store.known(entry.source) if self._store.exists() else None
@@ -248,7 +251,7 @@ class Index:
             _count(report, known is not None)
 
     def _embed(
-        self, waiting: Mapping[str, Sequence[tuple[_Entry, Stamp]]], report: AddReport
+        self, waiting: Mapping[str, Sequence[tuple[_IndexEntry, Stamp]]], report: AddReport
     ) -> None:
         """Embed what waits and commit it; if one item fails, find out which."""
         if not waiting:
@@ -287,39 +290,39 @@ class Index:
         return self._matrix[1:]
 
 
-def _from_file(file: Path) -> list[_Entry]:
+def _from_file(file: Path) -> list[_IndexEntry]:
     """Return the item that a file is, or those that a document's pages are."""
     (part,) = Prompt.of(file).messages[0].parts
     if not isinstance(part, Document):
-        return [_Entry(str(file), Prompt.of(part), is_file=True)]
+        return [_IndexEntry(str(file), Prompt.of(part), is_file=True)]
     return [
-        _Entry(f"{file}#page={number}", Prompt.of(page), is_file=True)
+        _IndexEntry(f"{file}#page={number}", Prompt.of(page), is_file=True)
         for number, page in enumerate(pages(part), 1)
     ]
 
 
-def _from_item(item: Any) -> _Entry:
+def _from_item(item: Any) -> _IndexEntry:
     source = None
     if isinstance(item, Mapping) and "source" in item:
         source = str(item["source"])
         item = {key: value for key, value in item.items() if key != "source"}
     prompt = Prompt.of(item)
     if source is not None:
-        return _Entry(source, prompt, is_file=False)
+        return _IndexEntry(source, prompt, is_file=False)
     visuals = _visuals(prompt)
     if len(visuals) == 1 and (path := source_of(visuals[0])):
         has_text = bool(prompt.text.strip())
-        return _Entry(f"{path} + {prompt.text}" if has_text else path, prompt, not has_text)
+        return _IndexEntry(f"{path} + {prompt.text}" if has_text else path, prompt, not has_text)
     if not visuals:
-        return _Entry(prompt.text, prompt, is_file=False)
-    return _Entry(f"item {_hash_parts(prompt)}", prompt, is_file=False)
+        return _IndexEntry(prompt.text, prompt, is_file=False)
+    return _IndexEntry(f"item {_hash_parts(prompt)}", prompt, is_file=False)
 
 
 def _visuals(prompt: Prompt) -> list[Visual]:
     return [p for m in prompt.messages for p in m.parts if not isinstance(p, Text)]
 
 
-def _stamp(entry: _Entry) -> Stamp:
+def _stamp(entry: _IndexEntry) -> Stamp:
     if not entry.is_file:
         return Stamp()
     try:
@@ -329,7 +332,7 @@ def _stamp(entry: _Entry) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
-def _content(entry: _Entry) -> str:
+def _content(entry: _IndexEntry) -> str:
     return content_hash(shown_by(entry.source)) if entry.is_file else _hash_parts(entry.prompt)
 
 
@@ -344,12 +347,12 @@ def _hash_parts(prompt: Prompt) -> str:
     return digest.hexdigest()
 
 
-def _row(entry: _Entry, content: str, stamp: Stamp, vector: np.ndarray) -> Row:
+def _row(entry: _IndexEntry, content: str, stamp: Stamp, vector: np.ndarray) -> IndexRow:
     kept = _kept_preview(entry)
-    return Row(entry.source, content, vector, stamp, entry.is_file, entry.prompt.text, kept)
+    return IndexRow(entry.source, content, vector, stamp, entry.is_file, entry.prompt.text, kept)
 
 
-def _kept_preview(entry: _Entry) -> bytes | None:
+def _kept_preview(entry: _IndexEntry) -> bytes | None:
     """A small JPEG of what is nowhere else to be found later."""
     visuals = _visuals(entry.prompt)
     if entry.is_file or not visuals:

@@ -50,7 +50,7 @@ class Stamp:
 
 
 @dataclass(frozen=True)
-class Row:
+class IndexRow:
     """One item as it is kept. `is_file`: `source` is the path of a picture that can be reread."""
 
     source: str
@@ -119,7 +119,7 @@ class Store:
                 "model it was made with, or add your pictures to a new index file"
             )
 
-    def put(self, rows: Sequence[Row], meta: dict[str, str]) -> None:
+    def put(self, rows: Sequence[IndexRow], meta: dict[str, str]) -> None:
         """Add or replace rows by source, all or none of them.
 
         Raises:

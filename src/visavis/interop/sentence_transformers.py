@@ -17,17 +17,17 @@ from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import InputModule
 
 from visavis.api import Model
+from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.loaded import Loaded
-from visavis.checkpoints.sentence_transformers import write_sentence_transformers
-from visavis.prompt import Image
+from visavis.checkpoints.native import write_sentence_transformers
+from visavis.inputs import Image
 
 
 class VisavisModule(InputModule):
     """Embeds what `visavis.Model.embed` takes; strings that name a picture are pictures, as
     everywhere in sentence-transformers."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Checkpoint) -> None:
         super().__init__()
         self.loaded = loaded
         self.vlm = loaded.vlm  # a submodule: moves and casts reach it

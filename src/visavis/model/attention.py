@@ -1,9 +1,9 @@
 """Attention over packed sequences: one function, two backends.
 
-Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `Layout` says where each
-sequence ends and what it has cached. On CUDA (Ampere and newer), in half precision, the whole
+Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `SequenceLayout` says
+where each sequence ends and what it has cached. On CUDA (Ampere and newer), in half precision, the whole
 stream goes through `varlen_attn`, with keys and values in pages where there is a cache
-(`paged_attention.py`); everywhere else each sequence goes through scaled-dot-product attention by
+(`paged_kv_cache.py`); everywhere else each sequence goes through scaled-dot-product attention by
 itself. Knows nothing of projections, positions or rotary embeddings.
 """
 
@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visavis.model.paged import Cache, PagedCache
-from visavis.model.paged_attention import Paging, attend_paged, has_kernel
+from visavis.model.paged_kv_cache import Cache, PagedCache, Paging, attend_paged, has_kernel
 
 SHORT = 256  # tokens up to which attention is written out in training on the CPU
 
 
 @dataclass(frozen=True)
-class Layout:
+class SequenceLayout:
     """How a packed stream divides into sequences.
 
     Args:
@@ -39,13 +38,13 @@ class Layout:
     _starts: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False)
 
     @staticmethod
-    def of(lengths: tuple[int, ...], caches: tuple[Cache, ...]) -> Layout:
+    def of(lengths: tuple[int, ...], caches: tuple[Cache, ...]) -> SequenceLayout:
         """Return the layout of new tokens that follow what caches hold."""
         paged = [cache for cache in caches if isinstance(cache, PagedCache)]
         keys = paged[0].pool.keys[0] if paged else None
         if keys is None or not has_kernel(keys.device, keys.dtype, keys.shape[-1]):
-            return Layout(lengths, caches)
-        return Layout(lengths, caches, Paging.of(paged, lengths))
+            return SequenceLayout(lengths, caches)
+        return SequenceLayout(lengths, caches, Paging.of(paged, lengths))
 
     @cached_property
     def max_length(self) -> int:
@@ -63,7 +62,7 @@ def attend(
     query: Tensor,  # [T, heads, head_dim]
     key: Tensor,  # [T, kv_heads, head_dim]
     value: Tensor,  # [T, kv_heads, head_dim]
-    layout: Layout,
+    layout: SequenceLayout,
     *,
     layer: int = 0,
     causal: bool = True,
@@ -142,7 +141,7 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_equal(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, window: int
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, causal: bool, window: int
 ) -> Tensor:
     """Sequences of one length need no ragged loop: one call with a batch axis."""
     num, length = len(layout.lengths), layout.max_length
@@ -168,7 +167,7 @@ def _causal_mask(length: int, total: int, window: int, device: torch.device) -> 
 
 
 def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, window: int
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, causal: bool, window: int
 ) -> Tensor:
     """One kernel over the whole stream (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn

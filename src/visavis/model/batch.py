@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visavis.model.visual import Visual
+from visavis.model.image_input import ImageInput
 
 
 @dataclass
@@ -32,7 +32,7 @@ class PackedBatch:
     positions: Tensor
     lengths: tuple[int, ...]
     image_positions: Tensor | None = None
-    visuals: tuple[Visual, ...] = ()
+    visuals: tuple[ImageInput, ...] = ()
     features: Tensor | None = None
     image_tokens: Tensor | None = None
     image_counts: tuple[int, ...] = ()
@@ -120,5 +120,7 @@ class PackedBatch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        moved["visuals"] = tuple(Visual(one.pixels.to(device), one.shape) for one in self.visuals)
+        moved["visuals"] = tuple(
+            ImageInput(one.pixels.to(device), one.shape) for one in self.visuals
+        )
         return replace(self, **moved)

@@ -188,7 +188,7 @@ class ConnectorConfig:
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class ImageLayoutConfig:
     """How the tokens of an image's views, or of a video's frames, become one run of tokens.
 
     `flat` lays view after view. `spatial` (LLaVA 1.6) puts the tiles of a picture back together
@@ -247,7 +247,7 @@ class VLMConfig:
     image_token_id: int = -1
     select_layer: int = -1
     select_feature: Literal["patch", "class_patch"] = "patch"
-    merge: MergeConfig = MergeConfig()
+    merge: ImageLayoutConfig = ImageLayoutConfig()
     video_token_id: int = -1
     drop_first_token: bool = False
 
@@ -294,7 +294,7 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
         head = fields["head"]
         fields["head"] = HeadConfig(**{**head, "layers": tuple(head["layers"])})
     if "merge" in fields:
-        fields["merge"] = MergeConfig(**fields["merge"])
+        fields["merge"] = ImageLayoutConfig(**fields["merge"])
     return VLMConfig(**fields)
 
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visavis.model.attention import Layout, attend
+from visavis.model.attention import SequenceLayout, attend
 from visavis.model.config import DecoderConfig
 from visavis.model.layers import Embedding, Linear
-from visavis.model.quantized import PackedEmbedding, decoding
+from visavis.model.quantized_linear import QuantizedEmbedding, decoding
 from visavis.model.rope import Rope, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,7 +75,7 @@ class Block(nn.Module):
         self.k_norm = Norm(head_dim, config) if config.qk_norm else None
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: SequenceLayout) -> Tensor:
         dtype = rotary[0].dtype
         normed = self.attn_norm(x).to(dtype)  # [T, D]
         if self.ffn_norm is None:
@@ -83,7 +83,7 @@ class Block(nn.Module):
         x = x + self.attention(normed, rotary, layout)
         return x + self.feed_forward(self.ffn_norm(x).to(dtype))
 
-    def attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: SequenceLayout) -> Tensor:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.config.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         self.config = config
         self.recompute = False  # in training: activations of blocks again on the way back
         self.rope = Rope(config)
-        self.embed: Embedding | PackedEmbedding = Embedding(config.vocab_size, config.width)
+        self.embed: Embedding | QuantizedEmbedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = Norm(config.width, config)
         self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What matmuls compute in."""
-        if isinstance(self.embed, PackedEmbedding):
+        if isinstance(self.embed, QuantizedEmbedding):
             return self.embed.dtype
         weight = self.embed.weight
         if torch.is_autocast_enabled(weight.device.type):
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         self,
         x: Tensor,  # [T, D]
         positions: Tensor,  # int64 [T], or [3, T] for M-RoPE
-        layout: Layout,
+        layout: SequenceLayout,
         layers: Collection[int] = (-1,),
     ) -> dict[int, Tensor]:
         """Return the hidden states of the named layers, each float32 [T, D].

@@ -6,11 +6,13 @@ Knows frequencies and angles; does not know which layers or heads use them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from visavis.model.config import DecoderConfig, RopeScaling
+from visavis.model.image_input import ImageGrid
 
 
 class Rope:
@@ -84,3 +86,34 @@ def scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = ((scaling.original_context / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def mrope_positions(
+    length: int, slots: Sequence[tuple[int, int]], shapes: Sequence[ImageGrid], merge: int = 2
+) -> Tensor:
+    """Return the positions of one sequence, int64 [3, L]; the next token's is their maximum + 1.
+
+    Args:
+        length: tokens of the sequence, L.
+        slots: (start, number of tokens) of each image or video.
+        shapes: their temporal patches, and rows and columns of patches.
+        merge: side of the square of patches that become one token.
+    """
+    pieces: list[Tensor] = []
+    at = following = 0  # in the sequence; the next free position
+    pairs = zip(slots, shapes, strict=True)
+    for (start, count), shape in sorted(pairs, key=lambda pair: pair[0]):
+        pieces.append(_text_positions(start - at, following))
+        following += start - at
+        size = (shape.frames, shape.rows // merge, shape.columns // merge)
+        grid = torch.cartesian_prod(*(torch.arange(n) for n in size)).T  # [3, n]
+        assert grid.shape[1] == count, f"{shape} has {grid.shape[1]} tokens, its slot {count}"
+        pieces.append(grid + following)
+        following += max(size)
+        at = start + count
+    pieces.append(_text_positions(length - at, following))
+    return torch.cat(pieces, 1)
+
+
+def _text_positions(length: int, first: int) -> Tensor:
+    return torch.arange(first, first + length).expand(3, -1)

@@ -11,22 +11,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from visavis.model.attention import Layout
+from visavis.model.attention import SequenceLayout
 from visavis.model.batch import PackedBatch
 from visavis.model.config import Qwen2VLTowerConfig, VLMConfig
 from visavis.model.connectors import build_connector
 from visavis.model.connectors.mlp import MLP
 from visavis.model.decoder import Decoder
-from visavis.model.fusion import arrange, count_tokens, select, splice
-from visavis.model.hd import Separators
-from visavis.model.head import EmbeddingHead, mean_per_group
-from visavis.model.paged import Cache
-from visavis.model.towers import build_tower
-from visavis.model.visual import Shape, Visual
+from visavis.model.embedding_head import EmbeddingHead, mean_per_group
+from visavis.model.image_input import ImageGrid, ImageInput
+from visavis.model.image_tokens import (
+    Separators,
+    count_tokens,
+    merge_image_features,
+    pack_image_features,
+    select,
+)
+from visavis.model.paged_kv_cache import Cache
+from visavis.model.vision import build_tower
 
 TOWER_BATCH = 4  # views per forward of the vision tower on the CPU
 
-Seen = tuple[Tensor, Tensor]  # tokens [n, D] and mean feature [W] of one image or video
+ImageFeatures = tuple[Tensor, Tensor]  # tokens [n, D] and mean feature [W] of one image or video
 
 
 class VLM(nn.Module):
@@ -58,7 +63,7 @@ class VLM(nn.Module):
         pixels = pixels.to(dtype, memory_format=torch.channels_last)  # a third faster on the CPU
         return select(self.tower(pixels, self.config.select_layer), self.config).float()
 
-    def see(self, visuals: Sequence[Visual]) -> list[Seen]:
+    def see(self, visuals: Sequence[ImageInput]) -> list[ImageFeatures]:
         """Return what images and videos become: their tokens and mean features."""
         if isinstance(self.config.tower, Qwen2VLTowerConfig):
             return self._see_patches(visuals)
@@ -68,7 +73,7 @@ class VLM(nn.Module):
         features = torch.cat([self.tower_features(chunk) for chunk in chunks])
         return self.connect(features, [visual.shape for visual in visuals])
 
-    def _see_patches(self, visuals: Sequence[Visual]) -> list[Seen]:
+    def _see_patches(self, visuals: Sequence[ImageInput]) -> list[ImageFeatures]:
         """See images and videos of any size: their patches stand in one stream."""
         assert self.tower is not None and self.connector is not None
         shapes = [visual.shape for visual in visuals]
@@ -81,7 +86,7 @@ class VLM(nn.Module):
         means = [own.mean(0) for own in features.split([len(one.pixels) for one in visuals])]
         return list(zip(tokens.split(counts), means, strict=True))
 
-    def connect(self, features: Tensor, shapes: Sequence[Shape]) -> list[Seen]:
+    def connect(self, features: Tensor, shapes: Sequence[ImageGrid]) -> list[ImageFeatures]:
         """Return what images become, of the features [V, P, W] of all their views."""
         assert self.connector is not None
         views = [shape.views for shape in shapes]
@@ -91,7 +96,7 @@ class VLM(nn.Module):
             assert isinstance(self.connector, MLP)
             newline = self.connector.layers(self.separators())  # [2, D]
         return [
-            (arrange(own, shape, merge, newline), seen.mean((0, 1)))
+            (pack_image_features(own, shape, merge, newline), seen.mean((0, 1)))
             for own, seen, shape in zip(tokens, features.split(views), shapes, strict=True)
         ]
 
@@ -100,7 +105,7 @@ class VLM(nn.Module):
         if batch.image_positions is None or batch.image_tokens is not None:
             return batch
         if batch.features is not None:  # each image is one view
-            seen = self.connect(batch.features, [Shape()] * len(batch.features))
+            seen = self.connect(batch.features, [ImageGrid()] * len(batch.features))
         else:
             seen = self.see(batch.visuals)
         return replace(
@@ -117,7 +122,7 @@ class VLM(nn.Module):
         if batch.image_positions is None:
             return x
         assert batch.image_tokens is not None
-        return splice(x, batch.image_tokens, batch.image_positions)
+        return merge_image_features(x, batch.image_tokens, batch.image_positions)
 
     def forward(
         self,
@@ -126,7 +131,7 @@ class VLM(nn.Module):
         caches: tuple[Cache, ...] = (),
     ) -> dict[int, Tensor]:
         """Return hidden states of the named layers, each float32 [T, D] (see `Decoder.forward`)."""
-        layout = Layout.of(batch.lengths, caches)
+        layout = SequenceLayout.of(batch.lengths, caches)
         return self.decoder(self.embed_inputs(batch), batch.positions, layout, layers)
 
     def embed(self, batch: PackedBatch) -> Tensor:

@@ -29,14 +29,14 @@ from PIL import Image as pil
 from PIL import UnidentifiedImageError
 
 from visavis.errors import ImageError, InputError
-from visavis.processing import documents
-from visavis.processing.hd import HDConfig
-from visavis.processing.opening import FORMATS, frame_files, name_of, open_source
-from visavis.processing.patches import PatchesConfig
-from visavis.processing.tiling import TilesConfig
+from visavis.inputs import Document, Image, Page, Stored, Video
+from visavis.processing import pdf
+from visavis.processing.anyres import AnyresConfig
+from visavis.processing.media import FORMATS, frame_files, name_of, open_media
+from visavis.processing.phi3v import Phi3VConfig
+from visavis.processing.qwen2_vl import Qwen2VLConfig
 from visavis.processing.video import VideoConfig
-from visavis.prompt import Document, Image, Page, Stored, Video
-from visavis.registry import suggest
+from visavis.utils import suggest
 
 MAX_PIXELS = 64_000_000  # read from the header, before anything is decoded
 MAX_SIDE = 65_535  # longest side, also what JPEG itself allows
@@ -91,14 +91,14 @@ def decode_image(image: Any) -> pil.Image:
     """
     source = _source(image)
     if isinstance(source, Page):
-        return documents.render(source)
+        return pdf.render(source)
     name = _name(source)
     try:
         if isinstance(source, np.ndarray):
             return _to_rgb(_from_array(source, name), name)
         if isinstance(source, pil.Image):
             return _decode(source, name)
-        with open_source(source) as data, _open_header(data, name) as opened:
+        with open_media(source) as data, _open_header(data, name) as opened:
             return _decode(opened, name)
     except ImageError:
         raise
@@ -114,12 +114,12 @@ def image_size(image: Any) -> tuple[int, int]:
     """
     source = _source(image)
     if isinstance(source, Page):
-        return documents.page_size(source)
+        return pdf.page_size(source)
     if not isinstance(source, (Path, bytes, Stored)):  # its pixels are there already
         return decode_image(source).size
     name = _name(source)
     try:
-        with open_source(source) as data, _open_header(data, name) as opened:
+        with open_media(source) as data, _open_header(data, name) as opened:
             _check_size(opened, name)
             # What ICO's header says may be wrong, and a PNG may say how it is turned after its
             # pixels. TIFF's size is that of the upright picture once it is loaded.
@@ -154,7 +154,7 @@ def content_hash(visual: Any) -> str:
 
 def _hash_source(digest: hashlib.blake2b, source: Any) -> None:
     if isinstance(source, (Path, bytes, Stored)):
-        with open_source(source) as data:
+        with open_media(source) as data:
             while chunk := data.read(2**20):
                 digest.update(chunk)
     elif isinstance(source, Page):
@@ -328,9 +328,9 @@ class ImageProcessorConfig:
     std: tuple[float, float, float]
     resample: Resample = "bicubic"
     crop_fraction: float = 1.0  # crop only: shortest edge becomes floor(size / crop_fraction)
-    patches: PatchesConfig | None = None
-    hd: HDConfig | None = None
-    tiles: TilesConfig | None = None  # squash only: tiles beside the whole, see tiling.py
+    patches: Qwen2VLConfig | None = None
+    hd: Phi3VConfig | None = None
+    tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see tiling.py
     video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
     def __post_init__(self) -> None:
@@ -389,11 +389,11 @@ class ImageProcessorConfig:
         tuples: dict[str, Any] = {n: tuple(map(float, values[n])) for n in ("mean", "std")}
         patches = values.get("patches")
         if patches is not None:
-            tuples["patches"] = PatchesConfig.from_dict(patches)
+            tuples["patches"] = Qwen2VLConfig.from_dict(patches)
         if values.get("hd") is not None:
-            tuples["hd"] = HDConfig.from_dict(values["hd"])
+            tuples["hd"] = Phi3VConfig.from_dict(values["hd"])
         if values.get("tiles") is not None:
-            tuples["tiles"] = TilesConfig.from_dict(values["tiles"])
+            tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
         if values.get("video") is not None:
             tuples["video"] = VideoConfig.from_dict(values["video"])
         return cls(**{**values, **tuples})

@@ -30,9 +30,8 @@ from tokenizers import (
 )
 
 from visavis.errors import CheckpointError
-from visavis.processing.pretokenizers import PRE_TOKENIZERS
-from visavis.processing.sentencepiece import read_sentencepiece
-from visavis.registry import suggest
+from visavis.processing.tokenizer_conversion import PRE_TOKENIZERS, read_sentencepiece
+from visavis.utils import suggest
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 

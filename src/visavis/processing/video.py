@@ -25,9 +25,9 @@ import numpy as np
 from PIL import Image as pil
 
 from visavis.errors import ImageError, InputError, VisavisError
-from visavis.processing.opening import frame_files, name_of, open_source
-from visavis.prompt import Video
-from visavis.registry import suggest
+from visavis.inputs import Video
+from visavis.processing.media import frame_files, name_of, open_media
+from visavis.utils import suggest
 
 MAX_CLIP_PIXELS = 1_000_000_000  # of all frames of one clip together: 3 GB
 PICTURES_PER_SECOND = 2  # taken for pictures that carry no times, as LLaVA does for its folders
@@ -192,7 +192,7 @@ def _open(video: Video) -> Iterator[_Reader]:
     source = video.source
     assert isinstance(source, (Path, bytes))
     name = name_of(source, "video")
-    with open_source(source, "video") as data:
+    with open_media(source, "video") as data:
         start = data.read(12)
         data.seek(0)
         kind = next((kind for kind, magic in _ANIMATIONS.items() if magic.match(start)), None)

@@ -36,13 +36,13 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visavis.errors import ImageError, InputError, VisavisError
-from visavis.generate.answer import Reply
-from visavis.generate.desk import Desk
 from visavis.generate.engine import Engine
+from visavis.generate.scheduler import BatchScheduler
+from visavis.generate.streaming import Reply
 from visavis.index.items import preview, title, visual_of
 from visavis.index.store import StoredItem
-from visavis.prompt import Image, Prompt, Text, Visual
-from visavis.prompt import Message as Turn
+from visavis.inputs import Image, Prompt, Text, Visual
+from visavis.inputs import Message as Turn
 
 if TYPE_CHECKING:
     from visavis.api import Model
@@ -92,7 +92,7 @@ class Site:
         self.model = model
         self.index = index
         self.examples = list(examples)
-        self.desk = Desk(model.ask, Engine(model.vlm, prefixes=model.prefixes))
+        self.desk = BatchScheduler(model.ask, Engine(model.vlm, prefixes=model.prefixes))
         self._encoded = lru_cache(maxsize=NUM_KEPT_PICTURES)(_encode_picture)
 
     async def page(self, request: Request) -> Response:

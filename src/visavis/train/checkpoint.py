@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from visavis.errors import TrainError
-from visavis.files import write_atomically
+from visavis.train.distributed import Processes, share_of, whole
 from visavis.train.gradcache import RandomState
-from visavis.train.meter import Meter
-from visavis.train.processes import Processes, share_of, whole
-from visavis.train.tasks import Task
+from visavis.train.metrics import Meter
+from visavis.train.objectives import Task
+from visavis.utils import write_atomically
 
 MOST_FREE = 5  # a state is so many times its trained tensors at most: moments, means, headroom
 

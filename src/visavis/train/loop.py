@@ -25,13 +25,11 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from visavis.errors import TrainError
-from visavis.files import write_atomically
 from visavis.train.checkpoint import Checkpoints, State
-from visavis.train.meter import Meter, flops_per_token, peak_flops
-from visavis.train.processes import Processes
-from visavis.train.tasks import Part, Task
-from visavis.train.trackers import track
-from visavis.train.trainee import Trainee
+from visavis.train.distributed import Processes, TrainModule
+from visavis.train.metrics import Meter, flops_per_token, peak_flops, track
+from visavis.train.objectives import Part, Task
+from visavis.utils import write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,7 +81,7 @@ class Run:
         identity: of data and settings; a checkpoint of another one is refused.
     """
 
-    trainee: Trainee
+    trainee: TrainModule
     task: Task
     groups: Mapping[str, Sequence[nn.Parameter]]
     settings: LoopSettings

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from visavis.errors import TrainError
-from visavis.files import write_atomically
 from visavis.model.config import DecoderConfig
 from visavis.model.decoder import Decoder
 from visavis.model.vlm import VLM
-from visavis.train.qlora import QuantizedLinear
+from visavis.utils import write_atomically
 
 if TYPE_CHECKING:
-    from visavis.checkpoints.names import NameTable
+    from visavis.checkpoints.weight_mapping import NameTable
     from visavis.train.recipe import LoraRecipe
+
 
 GAUSSIAN_RANK_SHARE = 1.0  # PEFT's "gaussian": standard deviation 1 / r
 
@@ -121,7 +121,7 @@ def add_lora(decoder: Decoder, recipe: LoraRecipe) -> list[LoRALinear]:
     for layer, block in enumerate(decoder.blocks):
         for target in recipe.targets:
             linear = getattr(block, target, None)
-            if not isinstance(linear, nn.Linear | QuantizedLinear):
+            if not isinstance(linear, nn.Linear | QLoRALinear):
                 raise TrainError(
                     f"lora target {target!r} is no linear of a decoder block; expected some of "
                     "qkv, out, up, down."
@@ -143,7 +143,7 @@ def merged_state(vlm: VLM) -> dict[str, Tensor]:
                 state[f"{name}.bias"] = bias
             for own in ("lora_a", "lora_b", "lora_magnitude"):
                 state.pop(f"{name}.{own}", None)
-        elif isinstance(module, QuantizedLinear) and f"{name}.codes" in state:
+        elif isinstance(module, QLoRALinear) and f"{name}.codes" in state:
             state[f"{name}.weight"] = module.weight
             for own in ("codes", "scales"):
                 del state[f"{name}.{own}"]
@@ -237,3 +237,67 @@ def _common_module(names: Iterable[str]) -> str:
     parts = [name.split(".")[:-1] for name in names]
     together = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
     return ".".join(level[0] for level in together)
+
+
+GROUP = 64
+LEVELS = {"int8": 127, "int4": 7}
+
+
+class QLoRALinear(nn.Module):
+    """A frozen linear of integers; computes in the type of its input.
+
+    `codes` is int8 [out, in], or for int4 uint8 [out, in / 2], two codes a byte.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear, kind: Literal["int8", "int4"]) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype, self.kind = linear.weight.dtype, kind
+        self.bias = linear.bias
+        grouped = F.pad(linear.weight.float(), (0, -self.in_features % GROUP))
+        grouped = grouped.unflatten(1, (-1, GROUP))  # [out, groups, 64]
+        level = LEVELS[kind]
+        scales = (grouped.abs().amax(-1, keepdim=True) / level).clamp(min=1e-12)
+        codes = (grouped / scales).round().clamp(-level, level).flatten(1).to(torch.int8)
+        if kind == "int4":
+            pairs = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2))
+            codes = pairs[..., 0] | pairs[..., 1] << 4
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales[..., 0].to(torch.bfloat16))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as numbers [out, in], made anew each time."""
+        codes = self.codes
+        if self.kind == "int4":
+            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1).to(torch.int8) - 8
+        numbers = codes.to(self.dtype).unflatten(1, (-1, GROUP)) * self.scales[..., None]
+        return numbers.flatten(1)[:, : self.in_features].to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _Product.apply(x, self)
+        return product if self.bias is None else product + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ that does not keep W for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: QLoRALinear) -> Tensor:
+        ctx.linear = linear
+        return F.linear(x, linear.weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.linear.weight.to(gradient.dtype), None
+
+
+def quantize_decoder(decoder: Decoder, kind: Literal["int8", "int4"]) -> None:
+    """Replace every linear of every block by integers; embeddings and head stay as they are."""
+    for block in decoder.blocks:
+        for name, linear in list(block.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(block, name, QLoRALinear(linear, kind))

@@ -15,19 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visavis.checkpoints.loaded import Loaded
-from visavis.embed.encoder import pooled
+from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.errors import VisavisError
 from visavis.generate.engine import generate
 from visavis.generate.sampling import Sampler, Sampling
+from visavis.inputs import Image, Prompt, Text
+from visavis.model.pooling import pooled
+from visavis.processing.chat_template import Encoded
 from visavis.processing.images import content_hash, decode_image
-from visavis.processing.templates import Encoded
-from visavis.prompt import Image, Prompt, Text
 from visavis.train.gradcache import token_chunks
-from visavis.train.tasks import Task
-from visavis.train.tasks.contrastive import ContrastiveTask
-from visavis.train.tasks.generative import GenerativeTask
-from visavis.train.tasks.joint import JointTask
+from visavis.train.objectives import Task
+from visavis.train.objectives.contrastive import ContrastiveTask, JointTask
+from visavis.train.objectives.generative import GenerativeTask
 
 SHOWN = 6  # samples of each objective
 CANDIDATES = 48  # targets that a query is looked up among
@@ -38,7 +37,7 @@ CHUNK_TOKENS = 2048
 Row = dict[str, Any]
 
 
-def predict(loaded: Loaded, task: Task) -> list[Row]:
+def predict(loaded: Checkpoint, task: Task) -> list[Row]:
     """Return rows of {kind, id, drawn, query, expected, found, right, …}; a sample that cannot be
     shown is a row with its problem."""
     rows: list[Row] = []
@@ -50,7 +49,7 @@ def predict(loaded: Loaded, task: Task) -> list[Row]:
     return rows
 
 
-def _answers(loaded: Loaded, task: GenerativeTask) -> list[Row]:
+def _answers(loaded: Checkpoint, task: GenerativeTask) -> list[Row]:
     rows = []
     for drawn, sample in _samples(task, SHOWN):
         row: Row = {"kind": "answer", "id": sample.id, "drawn": drawn}
@@ -62,7 +61,7 @@ def _answers(loaded: Loaded, task: GenerativeTask) -> list[Row]:
     return rows
 
 
-def _answer(loaded: Loaded, task: GenerativeTask, id: str, prompt: Prompt) -> Row:
+def _answer(loaded: Checkpoint, task: GenerativeTask, id: str, prompt: Prompt) -> Row:
     roles = [message.role for message in prompt.messages]
     first = roles.index("assistant")
     question = Prompt(prompt.messages[:first])
@@ -88,7 +87,7 @@ def _answer(loaded: Loaded, task: GenerativeTask, id: str, prompt: Prompt) -> Ro
     }
 
 
-def _matches(loaded: Loaded, task: ContrastiveTask) -> list[Row]:
+def _matches(loaded: Checkpoint, task: ContrastiveTask) -> list[Row]:
     samples = _samples(task, CANDIDATES)
     item = task.batcher.item
     distinct = {_key(one.target): one for _, one in samples}
@@ -128,7 +127,7 @@ def _matches(loaded: Loaded, task: ContrastiveTask) -> list[Row]:
 
 @torch.inference_mode()
 def _vectors(
-    loaded: Loaded, task: ContrastiveTask, items: Sequence[tuple[str, Prompt, Encoded]]
+    loaded: Checkpoint, task: ContrastiveTask, items: Sequence[tuple[str, Prompt, Encoded]]
 ) -> Tensor:
     found = []
     for chunk in token_chunks([len(one.token_ids) for _, _, one in items], CHUNK_TOKENS):

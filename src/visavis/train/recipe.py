@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from visavis.data.datasets import SOURCES, TRAINING_SOURCES
 from visavis.data.formats import FORMATS
-from visavis.data.sources import SOURCES, TRAINING_SOURCES
 from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
-from visavis.processing.profile import PROFILES
-from visavis.processing.turns import TURNS
-from visavis.registry import suggest
+from visavis.processing.chat_formats import CHAT_FORMATS
+from visavis.processing.prompt_encoder import PROFILES
+from visavis.utils import suggest
 
 if TYPE_CHECKING:
     from visavis.checkpoints.compose import Composition
@@ -108,8 +108,10 @@ class ModelRecipe(_Strict):
                 "give either `base`, a model that exists, or both `language_model` and "
                 "`vision_tower`, to be joined by a new connector"
             )
-        if self.turns and self.turns not in TURNS:
-            raise ValueError(f"unknown chat format {self.turns!r}: {suggest(self.turns, TURNS)}")
+        if self.turns and self.turns not in CHAT_FORMATS:
+            raise ValueError(
+                f"unknown chat format {self.turns!r}: {suggest(self.turns, CHAT_FORMATS)}"
+            )
         if self.profile and self.profile not in PROFILES:
             raise ValueError(f"unknown profile {self.profile!r}: {suggest(self.profile, PROFILES)}")
         if self.base and (self.connector_weights or self.resize or self.max_tiles):
@@ -146,7 +148,7 @@ class ModelRecipe(_Strict):
 # ---- the data ------------------------------------------------------------------------------------
 
 
-class SourceRecipe(_Strict):
+class SourceConfig(_Strict):
     """Where samples come from.
 
     Args:
@@ -176,7 +178,7 @@ class SourceRecipe(_Strict):
         return name
 
 
-class Drawn(_Strict):
+class DrawnFrom(_Strict):
     """How much of a step comes from a source, and in blocks of how many samples (of all
     processes together) from it alone."""
 
@@ -190,7 +192,7 @@ class Drawn(_Strict):
 class Generative(_Strict):
     """The next-token share of a step."""
 
-    sources: dict[str, Drawn]
+    sources: dict[str, DrawnFrom]
     batch: Count = 16  # conversations of a step, of all processes together
     micro_tokens: Annotated[int, Field(ge=16)] = 4096  # of one pass through the model
     max_tokens: Annotated[int, Field(ge=8)] | None = None  # of one conversation
@@ -201,7 +203,7 @@ class Generative(_Strict):
 class Contrastive(_Strict):
     """The contrastive share of a step; see `objectives.Contrast`."""
 
-    sources: dict[str, Drawn]
+    sources: dict[str, DrawnFrom]
     batch: Annotated[int, Field(ge=2)] = 64  # queries of a step, of all processes together
     chunk_tokens: Annotated[int, Field(ge=16)] = 4096  # of one pass through the model
     max_tokens: Annotated[int, Field(ge=8)] | None = None
@@ -259,15 +261,17 @@ class StepsStage(_Strict):
             problems.append("give one of `steps` and `epochs`")
         if not self.train:
             problems.append("`train` names no part")
-        if self.turns and self.turns not in TURNS:
-            problems.append(f"unknown chat format {self.turns!r}: {suggest(self.turns, TURNS)}")
+        if self.turns and self.turns not in CHAT_FORMATS:
+            problems.append(
+                f"unknown chat format {self.turns!r}: {suggest(self.turns, CHAT_FORMATS)}"
+            )
         if problems:
             raise ValueError(f"stage {self.name!r}: {'; '.join(problems)}")
         return self
 
 
 class WordsStage(_Strict):
-    """Start the connector so that image tokens resemble captions' words (`train/words.py`)."""
+    """Start the connector so that image tokens resemble captions' words."""
 
     kind: Literal["words"]
     name: str
@@ -275,7 +279,7 @@ class WordsStage(_Strict):
 
 
 class HeadStage(_Strict):
-    """Fit the embedding head on the model as it then is (`train/pair.py`)."""
+    """Fit the embedding head on the model as it then is (`train/closed_form_stages.py`)."""
 
     kind: Literal["head"]
     name: str
@@ -299,7 +303,7 @@ class Recipe(_Strict):
 
     name: str
     model: ModelRecipe
-    data: dict[str, SourceRecipe]
+    data: dict[str, SourceConfig]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     seed: int = 0
     precision: Literal["f32", "bf16", "f16"] = "bf16"

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from visavis.files import write_atomically
-from visavis.train.meter import read_log
+from visavis.train.metrics import read_log
+from visavis.utils import write_atomically
 
 WIDTH, HEIGHT = 520, 230  # of a curve's drawing
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 30  # of them, margins

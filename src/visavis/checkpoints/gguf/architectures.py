@@ -53,7 +53,7 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How one file holds what may be held in two ways."""
 
     rotary_pairs: bool = True
@@ -61,11 +61,11 @@ class Layout:
     fused_up: bool = False
 
 
-LLAMA = Layout()
+LLAMA = TensorLayout()
 
 
 @dataclass(frozen=True)
-class Part:
+class RowPart:
     """One GGUF tensor, and whether its rows hold interleaved rotary pairs."""
 
     name: str
@@ -73,18 +73,18 @@ class Part:
     rotary: bool = False
 
 
-def rows(config: DecoderConfig, layout: Layout) -> Iterator[tuple[str, list[Part]]]:
+def rows(config: DecoderConfig, layout: TensorLayout) -> Iterator[tuple[str, list[RowPart]]]:
     """Yield each tensor of ours and the GGUF tensors whose rows make it up, in order."""
-    yield "decoder.embed.weight", [Part("token_embd.weight", ("vocab", "width"))]
+    yield "decoder.embed.weight", [RowPart("token_embd.weight", ("vocab", "width"))]
     for kind in _kinds(config.norm == "layer"):
-        yield f"decoder.norm.{kind}", [Part(f"output_norm.{kind}", ("width",))]
+        yield f"decoder.norm.{kind}", [RowPart(f"output_norm.{kind}", ("width",))]
     if not config.tied_head:
-        yield "decoder.head.weight", [Part("output.weight", ("vocab", "width"))]
+        yield "decoder.head.weight", [RowPart("output.weight", ("vocab", "width"))]
     if config.head_bias:
-        yield "decoder.head.bias", [Part("output.bias", ("vocab",))]
+        yield "decoder.head.bias", [RowPart("output.bias", ("vocab",))]
     for layer in range(config.num_layers):
         for ours, parts in _block_rows(config, layout):
-            named = [Part(f"blk.{layer}.{part.name}", part.shape, part.rotary) for part in parts]
+            named = [RowPart(f"blk.{layer}.{part.name}", part.shape, part.rotary) for part in parts]
             yield f"decoder.blocks.{layer}.{ours}", named
 
 
@@ -105,7 +105,7 @@ def sizes(config: DecoderConfig, layer: int) -> dict[Size, int]:
     }
 
 
-def shape_of(part: Part, config: DecoderConfig) -> tuple[int, ...]:
+def shape_of(part: RowPart, config: DecoderConfig) -> tuple[int, ...]:
     """Return the shape that a part must have."""
     known = sizes(config, layer_of(part.name))
     return tuple(known[size] for size in part.shape)
@@ -116,19 +116,19 @@ def layer_of(name: str) -> int:
     return int(name.split(".")[1]) if name.startswith("blk.") else 0
 
 
-def _block_rows(config: DecoderConfig, layout: Layout) -> Iterator[tuple[str, list[Part]]]:
+def _block_rows(config: DecoderConfig, layout: TensorLayout) -> Iterator[tuple[str, list[RowPart]]]:
     """Yield the rows of one block, without its number."""
     norm_kinds = _kinds(config.norm == "layer")
     for kind in norm_kinds:
-        yield f"attn_norm.{kind}", [Part(f"attn_norm.{kind}", ("width",))]
+        yield f"attn_norm.{kind}", [RowPart(f"attn_norm.{kind}", ("width",))]
     for kind in _kinds(config.qkv_bias):
         yield f"qkv.{kind}", _qkv(kind, layout)
     for name in ("q_norm", "k_norm") if config.qk_norm else ():
-        yield f"{name}.weight", [Part(f"attn_{name}.weight", ("head",))]
+        yield f"{name}.weight", [RowPart(f"attn_{name}.weight", ("head",))]
     for kind in _kinds(config.out_bias):
         yield f"out.{kind}", [_linear("attn_output", "width", "q", kind)]
     for kind in () if config.parallel_block else norm_kinds:
-        yield f"ffn_norm.{kind}", [Part(f"ffn_norm.{kind}", ("width",))]
+        yield f"ffn_norm.{kind}", [RowPart(f"ffn_norm.{kind}", ("width",))]
     for kind in _kinds(config.ffn_bias):
         gate = [_linear("ffn_gate", "ffn", "width", kind)] if config.gated else []
         apart = [*gate, _linear("ffn_up", "ffn", "width", kind)]
@@ -137,7 +137,7 @@ def _block_rows(config: DecoderConfig, layout: Layout) -> Iterator[tuple[str, li
         yield f"down.{kind}", [_linear("ffn_down", "width", "ffn", kind)]
 
 
-def _qkv(kind: str, layout: Layout) -> list[Part]:
+def _qkv(kind: str, layout: TensorLayout) -> list[RowPart]:
     if layout.fused_qkv:
         return [_linear("attn_qkv", "qkv", "width", kind)]
     return [
@@ -147,9 +147,9 @@ def _qkv(kind: str, layout: Layout) -> list[Part]:
     ]
 
 
-def _linear(name: str, outside: Size, inside: Size, kind: str, rotary: bool = False) -> Part:
+def _linear(name: str, outside: Size, inside: Size, kind: str, rotary: bool = False) -> RowPart:
     shape = (outside, inside) if kind == "weight" else (outside,)
-    return Part(f"{name}.{kind}", shape, rotary)
+    return RowPart(f"{name}.{kind}", shape, rotary)
 
 
 def _kinds(biased: bool) -> tuple[str, ...]:

@@ -15,21 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from visavis.checkpoints.gguf import quants
+from visavis.checkpoints.gguf import dequantize
 from visavis.checkpoints.gguf.architectures import (
     ARCHITECTURES,
     LLAMA,
     Architecture,
-    Layout,
-    Part,
+    RowPart,
+    TensorLayout,
     rows,
     shape_of,
 )
+from visavis.checkpoints.gguf.dequantize import BlockParts
 from visavis.checkpoints.gguf.reader import GGUFFile, TensorInfo
-from visavis.checkpoints.weight_files import warn_not_finite
+from visavis.checkpoints.tensor_files import warn_not_finite
 from visavis.errors import CheckpointError
 from visavis.model.config import DecoderConfig, PerLayer, RopeScaling
-from visavis.registry import suggest
+from visavis.utils import suggest
 
 # Expected, but no weights of ours: they become config.rope_scaling.
 ROPE_FACTORS = "rope_freqs.weight"
@@ -48,11 +49,11 @@ class StoredPart:
 
     def dequantize(self, out: np.ndarray) -> None:
         """Write float32 values to `out`, contiguous and of `shape`."""
-        quants.dequantize(self.raw.reshape(-1), self.type, self.shape, out)
+        dequantize.dequantize(self.raw.reshape(-1), self.type, self.shape, out)
 
-    def parts(self) -> quants.Parts:
+    def parts(self) -> BlockParts:
         """Return codes, scales and minimums; only for quantised types."""
-        return quants.parts(self.raw.reshape(-1), self.type, self.shape)
+        return dequantize.parts(self.raw.reshape(-1), self.type, self.shape)
 
 
 def decoder_config(file: GGUFFile) -> DecoderConfig:
@@ -161,7 +162,7 @@ def check_types(file: GGUFFile) -> None:
         CheckpointError: naming one, and the types that can be.
     """
     for info in file.tensors.values():
-        if info.type not in quants.SUPPORTED:
+        if info.type not in dequantize.SUPPORTED:
             file.dequantize(info.name)
 
 
@@ -181,7 +182,7 @@ def dequantized(file: GGUFFile, ours: str, stored: list[StoredPart]) -> np.ndarr
 
 
 def gguf_state(
-    state: Mapping[str, np.ndarray], config: DecoderConfig, layout: Layout = LLAMA
+    state: Mapping[str, np.ndarray], config: DecoderConfig, layout: TensorLayout = LLAMA
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield GGUF's tensors by GGUF's names from ours: the inverse of `decoder_state`."""
     for ours, at, part in split_rows(config, layout):
@@ -191,7 +192,7 @@ def gguf_state(
         yield ROPE_FACTORS, np.array(config.rope_scaling.factors, np.float32)
 
 
-def split_rows(config: DecoderConfig, layout: Layout) -> Iterator[tuple[str, slice, Part]]:
+def split_rows(config: DecoderConfig, layout: TensorLayout) -> Iterator[tuple[str, slice, RowPart]]:
     """Yield each GGUF tensor, with the tensor of ours and the rows of it that it holds."""
     for ours, parts in rows(config, layout):
         start = 0
@@ -211,11 +212,11 @@ def _architecture(file: GGUFFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def _layout(file: GGUFFile) -> Layout:
+def _layout(file: GGUFFile) -> TensorLayout:
     """Return how this file holds what its architecture leaves open."""
     found = _architecture(file)
     fused = "blk.0.attn_qkv.weight" in file.tensors if found.fused_qkv is None else found.fused_qkv
-    return Layout(found.rotary_pairs, fused, found.fused_up)
+    return TensorLayout(found.rotary_pairs, fused, found.fused_up)
 
 
 def _refuse_variants(file: GGUFFile, metadata: _Metadata) -> None:
@@ -269,7 +270,7 @@ def _check_sizes(file: GGUFFile, config: DecoderConfig) -> None:
         )
 
 
-def _check_tensors(file: GGUFFile, config: DecoderConfig, layout: Layout) -> None:
+def _check_tensors(file: GGUFFile, config: DecoderConfig, layout: TensorLayout) -> None:
     wanted = {
         part.name: shape_of(part, config) for _, parts in rows(config, layout) for part in parts
     }

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from visavis.checkpoints.gguf.reader import GGUFFile
-from visavis.checkpoints.weight_files import warn_not_finite
+from visavis.checkpoints.tensor_files import warn_not_finite
 from visavis.errors import CheckpointError, InputError
-from visavis.model.config import ConnectorConfig, MergeConfig, ViTConfig, VLMConfig
+from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
+from visavis.processing.anyres import AnyresConfig
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.tiling import TilesConfig
 
 ARCHITECTURE = "clip"
 VISION = "visavis.vision"  # ours: how pictures are prepared and put together, to the last setting
@@ -34,7 +34,7 @@ MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
-class Half:
+class MmprojModel:
     """What an mmproj file says of a model.
 
     Attributes:
@@ -43,7 +43,7 @@ class Half:
 
     tower: ViTConfig
     connector: ConnectorConfig
-    merge: MergeConfig
+    merge: ImageLayoutConfig
     processor: ImageProcessorConfig
     linear: bool
 
@@ -59,7 +59,7 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Row:
+class MmprojRow:
     """One tensor of ours, its shape, and those of GGUF whose rows make it up, in order."""
 
     ours: str
@@ -71,22 +71,22 @@ class Row:
         return (self.shape[0] // len(self.theirs), *self.shape[1:])
 
 
-def tower_rows(tower: ViTConfig, swapped: bool = False) -> Iterator[Row]:
+def tower_rows(tower: ViTConfig, swapped: bool = False) -> Iterator[MmprojRow]:
     """Yield the tensors of a tower (layer scales apart, which GGUF's have not).
 
     Args:
         swapped: the first converter's names, in which `ffn_down` comes before `ffn_up`.
     """
     width, patch = tower.width, tower.patch_size
-    yield Row("patch.weight", (width, 3, patch, patch), ("v.patch_embd.weight",))
+    yield MmprojRow("patch.weight", (width, 3, patch, patch), ("v.patch_embd.weight",))
     if tower.patch_bias:
-        yield Row("patch.bias", (width,), ("v.patch_embd.bias",))
+        yield MmprojRow("patch.bias", (width,), ("v.patch_embd.bias",))
     if tower.class_token:
-        yield Row("class_token", (width,), ("v.class_embd",))
+        yield MmprojRow("class_token", (width,), ("v.class_embd",))
     num_positions = tower.grid**2 + int(tower.class_token)
-    yield Row("positions", (num_positions, width), ("v.position_embd.weight",))
+    yield MmprojRow("positions", (num_positions, width), ("v.position_embd.weight",))
     for kind in ("weight", "bias") if tower.pre_norm else ():
-        yield Row(f"pre_norm.{kind}", (width,), (f"v.pre_ln.{kind}",))
+        yield MmprojRow(f"pre_norm.{kind}", (width,), (f"v.pre_ln.{kind}",))
     up, down = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
     gated_up = ("ffn_gate", up) if tower.gated_ffn else (up,)
     wide = tower.ffn_width * len(gated_up)
@@ -102,10 +102,10 @@ def tower_rows(tower: ViTConfig, swapped: bool = False) -> Iterator[Row]:
             for kind in ("weight", "bias"):
                 shape = (outside, inside) if inside and kind == "weight" else (outside,)
                 found = tuple(f"v.blk.{layer}.{name}.{kind}" for name in theirs)
-                yield Row(f"blocks.{layer}.{ours}.{kind}", shape, found)
+                yield MmprojRow(f"blocks.{layer}.{ours}.{kind}", shape, found)
 
 
-def read_half(file: GGUFFile) -> Half:
+def read_half(file: GGUFFile) -> MmprojModel:
     """Return the parts that an mmproj file describes.
 
     Raises:
@@ -164,12 +164,12 @@ def read_half(file: GGUFFile) -> Half:
         else projector.shape[1],
     )
     merge, processor = _preparation(keys, tower)
-    half = Half(tower, connector, merge, processor, linear)
+    half = MmprojModel(tower, connector, merge, processor, linear)
     _check_tensors(file, half)
     return half
 
 
-def half_state(file: GGUFFile, half: Half) -> Iterator[tuple[str, Tensor]]:
+def half_state(file: GGUFFile, half: MmprojModel) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of ours by name, float32; those that are not finite with a warning."""
     for row in tower_rows(half.tower, _is_swapped(file)):
         parts = [_values(file, name).reshape(row.part_shape) for name in row.theirs]
@@ -219,7 +219,7 @@ def _ffn_width(file: GGUFFile) -> int:
     return 0 if info is None else info.shape[0]
 
 
-def _check_tensors(file: GGUFFile, half: Half) -> None:
+def _check_tensors(file: GGUFFile, half: MmprojModel) -> None:
     found, connector = file.tensors, half.connector
     wanted = {
         name: row.part_shape
@@ -259,7 +259,7 @@ def _is_cut(name: str, tower: ViTConfig) -> bool:
     return parts[:2] == ["v", "blk"] and parts[2].isdigit() and int(parts[2]) >= tower.num_layers
 
 
-def _preparation(keys: _Keys, tower: ViTConfig) -> tuple[MergeConfig, ImageProcessorConfig]:
+def _preparation(keys: _Keys, tower: ViTConfig) -> tuple[ImageLayoutConfig, ImageProcessorConfig]:
     """Return how pictures are prepared and their views put together.
 
     Without word of ours: padded to a square of the mean colour, as LLaVA 1.5 was trained and as
@@ -269,12 +269,14 @@ def _preparation(keys: _Keys, tower: ViTConfig) -> tuple[MergeConfig, ImageProce
     try:
         if own:
             data = json.loads(own)
-            return MergeConfig(**data["merge"]), ImageProcessorConfig.from_dict(data["processor"])
+            return ImageLayoutConfig(**data["merge"]), ImageProcessorConfig.from_dict(
+                data["processor"]
+            )
         mean, std = (keys.three(f"clip.vision.image_{name}") for name in ("mean", "std"))
         pairs = keys.optional("clip.vision.image_grid_pinpoints", np.ndarray, np.empty(0, np.int32))
         plain = ImageProcessorConfig(tower.image_size, "pad", mean, std)
         if not pairs.size:
-            return MergeConfig(), plain
+            return ImageLayoutConfig(), plain
         grids = tuple((int(w), int(h)) for w, h in pairs.reshape(-1, 2))
         merge = keys.optional("clip.vision.mm_patch_merge_type", str, "flat")
         if merge not in ("flat", "spatial", "spatial_unpad"):
@@ -282,8 +284,10 @@ def _preparation(keys: _Keys, tower: ViTConfig) -> tuple[MergeConfig, ImageProce
         newline = any(name in keys.file.tensors for name in NEWLINES)
         unpad = merge == "spatial_unpad"
         return (
-            MergeConfig() if merge == "flat" else MergeConfig("spatial", unpad, unpad and newline),
-            replace(plain, resize="squash", tiles=TilesConfig(grids)),
+            ImageLayoutConfig()
+            if merge == "flat"
+            else ImageLayoutConfig("spatial", unpad, unpad and newline),
+            replace(plain, resize="squash", tiles=AnyresConfig(grids)),
         )
     except (InputError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

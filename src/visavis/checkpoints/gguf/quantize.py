@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from visavis.checkpoints.gguf.quants import BY_NAME
+from visavis.checkpoints.gguf.dequantize import BY_NAME
 
 CHUNK = 1 << 16  # values quantised at a time: the search's temporaries stay in the cache
 FILE_TYPES = {  # what a file may be asked to be -> llama.cpp's general.file_type

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from visavis.checkpoints.gguf import quants
+from visavis.checkpoints.gguf import dequantize
 from visavis.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -99,13 +99,13 @@ class GGUFFile:
             CheckpointError: its type cannot be dequantised.
         """
         info = self.tensors[name]
-        if info.type not in quants.SUPPORTED:
+        if info.type not in dequantize.SUPPORTED:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} is of type {info.type}, expected one of "
-                f"{', '.join(quants.SUPPORTED)}; use a file quantised as one of these, "
+                f"{', '.join(dequantize.SUPPORTED)}; use a file quantised as one of these, "
                 "such as Q4_K_M or Q8_0"
             )
-        return quants.dequantize(self.raw(name), info.type, info.shape)
+        return dequantize.dequantize(self.raw(name), info.type, info.shape)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -250,9 +250,9 @@ class _Reader:
         for name, shape, number, offset in entries:
             if name in tensors:
                 self._fail(f"tensor {name!r} occurs twice", "each name once")
-            if number not in quants.TYPES:
+            if number not in dequantize.TYPES:
                 self._fail(f"tensor {name!r} has type number {number}", "a known GGML type")
-            kind = quants.TYPES[number]
+            kind = dequantize.TYPES[number]
             nbytes = self._num_bytes(name, shape, kind)
             if offset % alignment:
                 self._fail(f"tensor {name!r} lies at offset {offset}", f"a multiple of {alignment}")
@@ -265,7 +265,7 @@ class _Reader:
                 self._fail(f"tensors {before.name!r} and {after.name!r} overlap", "separate ones")
         return tensors
 
-    def _num_bytes(self, name: str, shape: tuple[int, ...], kind: quants.BlockType) -> int:
+    def _num_bytes(self, name: str, shape: tuple[int, ...], kind: dequantize.BlockType) -> int:
         count = 1
         for dim in shape:
             count *= dim  # Python integers: no overflow

@@ -9,17 +9,20 @@ numbers become blocks (quantize.py).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from visavis.checkpoints.gguf.quants import BY_NAME, TYPES
+from visavis.checkpoints.gguf.dequantize import BY_NAME, TYPES
+from visavis.checkpoints.gguf.quantize import quantize
 from visavis.checkpoints.gguf.reader import ARRAY, BOOL, HEADER, MAGIC, SCALARS, STRING
-from visavis.files import write_atomically
+from visavis.utils import write_atomically
 
 VERSION = 3
 ALIGNMENT = 32
@@ -112,3 +115,33 @@ def _numbers(value: Any) -> np.ndarray:
 
 def _type_of(array: np.ndarray) -> int:
     return BOOL if array.dtype == bool else SCALAR_TYPES[array.dtype]
+
+
+CHUNK = 1 << 22  # values that are float32 at a time
+
+
+def weight(module: nn.Module, name: str) -> Tensor:
+    """Return a tensor below a module by name, whatever keeps it."""
+    owner_name, _, last = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    found = getattr(owner, last)
+    assert isinstance(found, Tensor)
+    return found.detach()
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as float32 in the main memory."""
+    array: np.ndarray = tensor.detach().to("cpu", torch.float32).numpy()
+    return array
+
+
+def quantized(tensor: Tensor, type: str) -> Iterator[np.ndarray]:
+    """Yield a tensor's bytes in a GGML type."""
+    rows = max(1, CHUNK // max(1, tensor[0].numel()))
+    for part in tensor.split(rows):
+        yield from quantize(as_numpy(part), type)
+
+
+def stored(name: str, tensor: Tensor, type: str = "F32") -> NewTensor:
+    """Return a GGUF tensor of a tensor as it is."""
+    return NewTensor(name, tuple(tensor.shape), type, lambda: quantized(tensor, type))

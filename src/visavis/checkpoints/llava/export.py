@@ -13,7 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from visavis.checkpoints.llava.layout import (
+from visavis.checkpoints.checkpoint import (
+    Checkpoint,
+    Written,
+    whole_state,
+    write_json,
+    write_tensors,
+    write_words,
+)
+from visavis.checkpoints.llava.config import (
     CLASSES,
     KNOWN_TOWERS,
     TYPES,
@@ -22,36 +30,24 @@ from visavis.checkpoints.llava.layout import (
     turns_of,
     vlm_config,
 )
-from visavis.checkpoints.loaded import Loaded
-from visavis.checkpoints.transformers.config import vit_config
-from visavis.checkpoints.transformers.config_json import (
+from visavis.checkpoints.transformers.export import chat_template, library_norms, lost_settings
+from visavis.checkpoints.transformers.export_config import (
     decoder_json,
     describe_connector,
     inexpressible,
     tower_json,
 )
-from visavis.checkpoints.transformers.export import (
-    chat_template,
-    library_norms,
-    lost_settings,
-)
-from visavis.checkpoints.transformers.layout import write_as
-from visavis.checkpoints.transformers.processor_json import processor_json
-from visavis.checkpoints.writing import (
-    Written,
-    whole_state,
-    write_json,
-    write_tensors,
-    write_words,
-)
-from visavis.model.config import ConnectorConfig, MergeConfig, ViTConfig, VLMConfig
+from visavis.checkpoints.transformers.export_processor import processor_json
+from visavis.checkpoints.transformers.vision_models import vit_config
+from visavis.checkpoints.transformers.weights import write_as
+from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
 from visavis.processing.images import ImageProcessorConfig
 
 TOWER = "vision_tower"
 OTHERS = "`--to native` keeps every part"
 
 
-def write_llava(loaded: Loaded, folder: Path, *, progress: bool = False) -> Written:
+def write_llava(loaded: Checkpoint, folder: Path, *, progress: bool = False) -> Written:
     """Write a loaded model; all tensors in the type that its matmuls compute in.
 
     Raises:
@@ -97,7 +93,7 @@ def _config(
     text: dict[str, Any],
     vision: dict[str, Any],
     processor: ImageProcessorConfig,
-    loaded: Loaded,
+    loaded: Checkpoint,
 ) -> dict[str, Any]:
     """Return the layout's config.json: the language model's settings and its own."""
     known = {kind: name for name, kind in CLASSES.items()}
@@ -169,7 +165,7 @@ def _projector(connector: ConnectorConfig | None) -> str:
     return "linear" if connector.kind == "linear" else f"mlp{connector.depth}x_gelu"
 
 
-def _merge(merge: MergeConfig) -> dict[str, Any]:
+def _merge(merge: ImageLayoutConfig) -> dict[str, Any]:
     pool = {"mm_spatial_pool_mode": merge.video_pool_mode} if merge.video_pool > 1 else {}
     if merge.kind == "flat":
         return {"mm_patch_merge_type": "flat", **pool}
@@ -198,7 +194,7 @@ def _whole(processor: ImageProcessorConfig, vision: dict[str, Any]) -> Any:
     return "crop" if vision["model_type"] == "clip_vision_model" else "squash"
 
 
-def _lost_turns(data: dict[str, Any], text: dict[str, Any], loaded: Loaded) -> list[str]:
+def _lost_turns(data: dict[str, Any], text: dict[str, Any], loaded: Checkpoint) -> list[str]:
     """Return what has to be said when the folder is loaded, if its config settles otherwise."""
     settled, ours = turns_of(data, text), loaded.profile.turns
     if settled == ours or not settled:

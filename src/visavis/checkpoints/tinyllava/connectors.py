@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from visavis.checkpoints.names import Row
-from visavis.checkpoints.transformers.settings import Json, count, require, without_nulls
+from visavis.checkpoints.transformers.config_reader import Json, count, require, without_nulls
+from visavis.checkpoints.weight_mapping import MappingRow
 from visavis.model.config import ConnectorConfig
 
 DEFAULTS: dict[str, Any] = {"num_queries": 128, "num_resampler_layers": 3}
@@ -62,7 +62,7 @@ def connector_type(config: ConnectorConfig) -> tuple[dict[str, Any], str]:
     return found, name
 
 
-def connector_rows(config: ConnectorConfig, prefix: str) -> tuple[Row, ...]:
+def connector_rows(config: ConnectorConfig, prefix: str) -> tuple[MappingRow, ...]:
     """Rows of a connector; `prefix` ends in no dot."""
     return {
         "identity": lambda *_: (),
@@ -79,20 +79,20 @@ def ignored_names(config: ConnectorConfig, prefix: str) -> tuple[str, ...]:
     return (f"{prefix}.bert.embeddings.position_ids",) if config.kind == "qformer" else ()
 
 
-def _pairs(ours: str, theirs: str, tensors: tuple[str, ...] = TENSORS) -> list[Row]:
-    return [Row(f"connector.{ours}.{tensor}", (f"{theirs}.{tensor}",)) for tensor in tensors]
+def _pairs(ours: str, theirs: str, tensors: tuple[str, ...] = TENSORS) -> list[MappingRow]:
+    return [MappingRow(f"connector.{ours}.{tensor}", (f"{theirs}.{tensor}",)) for tensor in tensors]
 
 
-def _linear(config: ConnectorConfig, prefix: str) -> tuple[Row, ...]:
+def _linear(config: ConnectorConfig, prefix: str) -> tuple[MappingRow, ...]:
     return tuple(_pairs("layers.0", prefix))
 
 
-def _mlp(config: ConnectorConfig, prefix: str) -> tuple[Row, ...]:
+def _mlp(config: ConnectorConfig, prefix: str) -> tuple[MappingRow, ...]:
     places = range(0, 2 * config.depth, 2)
     return tuple(row for n in places for row in _pairs(f"layers.{n}", f"{prefix}.{n}"))
 
 
-def _mixture(config: ConnectorConfig, prefix: str) -> tuple[Row, ...]:
+def _mixture(config: ConnectorConfig, prefix: str) -> tuple[MappingRow, ...]:
     return tuple(
         row
         for ours, theirs in (("first", "clip"), ("second", "dinov2"))
@@ -101,9 +101,9 @@ def _mixture(config: ConnectorConfig, prefix: str) -> tuple[Row, ...]:
     )
 
 
-def _resampler(config: ConnectorConfig, prefix: str) -> tuple[Row, ...]:
+def _resampler(config: ConnectorConfig, prefix: str) -> tuple[MappingRow, ...]:
     block = f"{prefix}.layers.*"
-    rows = [Row("connector.queries", (f"{prefix}.latents",))]
+    rows = [MappingRow("connector.queries", (f"{prefix}.latents",))]
     rows += _pairs("input", f"{prefix}.linear") + _pairs("norm", f"{prefix}.norm")
     for ours, theirs in (
         ("feature_norm", "0.norm_media"),
@@ -122,9 +122,9 @@ def _resampler(config: ConnectorConfig, prefix: str) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _qformer(config: ConnectorConfig, prefix: str) -> tuple[Row, ...]:
+def _qformer(config: ConnectorConfig, prefix: str) -> tuple[MappingRow, ...]:
     block = f"{prefix}.bert.encoder.layer.*"
-    rows = [Row("connector.queries", (f"{prefix}.query_tokens",), unit_axes=1)]
+    rows = [MappingRow("connector.queries", (f"{prefix}.query_tokens",), unit_axes=1)]
     rows += _pairs("output", f"{prefix}.projector")
     for ours, theirs in (("attention", "attention"), ("cross_attention", "crossattention")):
         for part, name in (

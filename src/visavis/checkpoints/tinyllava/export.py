@@ -15,38 +15,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from visavis.checkpoints.loaded import Loaded
-from visavis.checkpoints.tinyllava.connectors import connector_type
-from visavis.checkpoints.tinyllava.defaults import LANGUAGE_MODELS, TOWERS
-from visavis.checkpoints.tinyllava.folder import PROCESSOR
-from visavis.checkpoints.tinyllava.layout import (
-    MIXTURE,
-    PLACES,
-    TURNS_SETTING,
-    name_table,
-    turns_of,
-    vlm_config,
-)
-from visavis.checkpoints.transformers.config import vit_config
-from visavis.checkpoints.transformers.config_json import decoder_json, inexpressible, tower_json
-from visavis.checkpoints.transformers.decoders import decoder_config
-from visavis.checkpoints.transformers.export import lost_settings
-from visavis.checkpoints.transformers.layout import write_as
-from visavis.checkpoints.transformers.processor_json import processor_json
-from visavis.checkpoints.transformers.settings import Json
-from visavis.checkpoints.writing import (
+from visavis.checkpoints.checkpoint import (
+    Checkpoint,
     Written,
     whole_state,
     write_json,
     write_tensors,
     write_words,
 )
+from visavis.checkpoints.tinyllava.config import (
+    LANGUAGE_MODELS,
+    MIXTURE,
+    PLACES,
+    TOWERS,
+    TURNS_SETTING,
+    name_table,
+    turns_of,
+    vlm_config,
+)
+from visavis.checkpoints.tinyllava.connectors import connector_type
+from visavis.checkpoints.tinyllava.load import PROCESSOR
+from visavis.checkpoints.transformers.config_reader import Json
+from visavis.checkpoints.transformers.export import lost_settings
+from visavis.checkpoints.transformers.export_config import decoder_json, inexpressible, tower_json
+from visavis.checkpoints.transformers.export_processor import processor_json
+from visavis.checkpoints.transformers.language_models import decoder_config
+from visavis.checkpoints.transformers.vision_models import vit_config
+from visavis.checkpoints.transformers.weights import write_as
 from visavis.model.config import DecoderConfig, MixtureConfig, ViTConfig, VLMConfig
 
 IGNORE_INDEX, IMAGE_TOKEN_INDEX = -100, -200  # the original's marks in labels and ids
 
 
-def write_tinyllava(loaded: Loaded, folder: Path, *, progress: bool = False) -> Written:
+def write_tinyllava(loaded: Checkpoint, folder: Path, *, progress: bool = False) -> Written:
     """Write a loaded model; all tensors in the type that its matmuls compute in.
 
     Raises:

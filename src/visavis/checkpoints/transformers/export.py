@@ -1,15 +1,13 @@
-"""A loaded model as a folder in transformers' layout, which its stock classes load.
+"""Export to transformers' layout, the chat format as a jinja chat template included.
 
-    config.json  generation_config.json  model.safetensors (or shards and their index)
-    tokenizer.json  tokenizer_config.json  chat_template.jinja
-    preprocessor_config.json  processor_config.json                   with vision only
-
-The configs are in `config_json.py` and `processor_json.py`, the names of tensors in `layout.py`.
+The template takes a message's content as one text or as a list of images and texts, and writes an
+image as its placeholder. Makes text; renders nothing.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,26 +16,97 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 
-from visavis.checkpoints.loaded import Loaded
-from visavis.checkpoints.transformers.chat_jinja import chat_jinja
-from visavis.checkpoints.transformers.config_json import config_json, inexpressible
-from visavis.checkpoints.transformers.layout import write
-from visavis.checkpoints.transformers.processor_json import pinpoints, processor_json
-from visavis.checkpoints.writing import (
+from visavis.checkpoints.checkpoint import (
+    Checkpoint,
     Written,
     whole_state,
     write_json,
     write_tensors,
     write_words,
 )
+from visavis.checkpoints.transformers.export_config import config_json, inexpressible
+from visavis.checkpoints.transformers.export_processor import pinpoints, processor_json
+from visavis.checkpoints.transformers.weights import write
 from visavis.model.config import DecoderConfig, RopeScaling, ViTConfig, VLMConfig
 from visavis.model.rope import Rope
+from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.profile import PromptProfile
-from visavis.processing.turns import TURNS
+from visavis.processing.prompt_encoder import PromptConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+def chat_jinja(template: ChatFormat, image: str = "", video: str = "") -> str:
+    """Return the source of a template that writes the same text; empty if none can.
+
+    Args:
+        image, video: what stands for one, within what the format writes around it; empty: the
+            model takes none.
+    """
+    if any(turn.images_only for turn in template.turns.values()):
+        return ""  # a template that drops words would be taken for a broken one
+    visuals = [
+        f"{{%- {keyword} part['type'] == '{kind}' -%}}"
+        + _text(template.image_start + token + template.image_end)
+        for keyword, kind, token in (("if", "image", image), ("elif", "video", video))
+        if token
+    ]
+    text = "{{- part['text'] -}}"
+    lines = [
+        "{%- macro body(content) -%}",
+        "{%- if content is string -%}{{- content -}}",
+        "{%- else -%}{%- for part in content -%}",
+        *([*visuals, "{%- else -%}", text, "{%- endif -%}"] if visuals else [text]),
+        "{%- endfor -%}{%- endif -%}",
+        "{%- endmacro -%}",
+    ]
+    if template.before:
+        lines.append(_text(template.before))
+    if template.system:
+        lines += [
+            "{%- if not messages or messages[0]['role'] != 'system' -%}",
+            "{%- set messages = [{'role': 'system', 'content': "
+            f"{json.dumps(template.system)}}}] + messages -%}}",
+            "{%- endif -%}",
+        ]
+    lines += [
+        "{%- set state = namespace(asked=false) -%}",
+        "{%- for message in messages -%}",
+    ]
+    opening = "if"
+    if template.first_user is not None:
+        lines.append("{%- if message['role'] == 'user' and not state.asked -%}")
+        lines += [*_turn(template.first_user), "{%- set state.asked = true -%}"]
+        opening = "elif"
+    for role, turn in template.turns.items():
+        lines += [f"{{%- {opening} message['role'] == '{role}' -%}}", *_turn(turn)]
+        opening = "elif"
+    roles = ", ".join(template.turns)
+    lines += [
+        "{%- else -%}",
+        f"{{{{- raise_exception('roles are {roles}') -}}}}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+        f"{{%- if add_generation_prompt -%}}{_text(template.turns['assistant'].start)}"
+        "{%- endif -%}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _turn(turn: Turn) -> list[str]:
+    pieces = [
+        _text(turn.start + turn.gap),
+        "{{- body(message['content']) -}}",
+        _text(turn.end + turn.after),
+    ]
+    return [piece for piece in pieces if piece]
+
+
+def _text(text: str) -> str:
+    """Return jinja that writes a text as it is."""
+    return f"{{{{- {json.dumps(text)} -}}}}" if text else ""
+
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # what a model without placeholders gets
 ROWS = 64  # embeddings grow to a multiple of so many rows, as the library's converters do
@@ -51,7 +120,7 @@ PROCESSORS = {
 }
 
 
-def write_transformers(loaded: Loaded, folder: Path, *, progress: bool = False) -> Written:
+def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = False) -> Written:
     """Write a loaded model; all tensors in the type that its matmuls compute in.
 
     Raises:
@@ -130,7 +199,7 @@ def _by_rule(config: DecoderConfig) -> RopeScaling | None:
     return rule if torch.allclose(ours, theirs, rtol=1e-5) else listed
 
 
-def has_placeholder(loaded: Loaded) -> bool:
+def has_placeholder(loaded: Checkpoint) -> bool:
     """Return whether the image placeholder is a token of its own: LLaVA's original layout has
     none, there its id is 0."""
     number = loaded.vlm.config.image_token_id
@@ -161,26 +230,26 @@ def with_placeholders(
     return tokenizer, state, config
 
 
-def chat_template(profile: PromptProfile, image: str, video: str = "") -> str:
+def chat_template(profile: PromptConfig, image: str, video: str = "") -> str:
     """Return the source of a profile's chat template, empty if it has none."""
     if not profile.turns:
         return profile.jinja
     image, video = (
         profile.image_start + token + profile.image_end if token else "" for token in (image, video)
     )
-    return chat_jinja(TURNS[profile.turns], image, video)
+    return chat_jinja(CHAT_FORMATS[profile.turns], image, video)
 
 
-def lost_settings(profile: PromptProfile) -> list[str]:
+def lost_settings(profile: PromptConfig) -> list[str]:
     """Return the settings of a profile that config.json and its neighbours have no place for."""
-    default = PromptProfile()
+    default = PromptConfig()
     lost = [
         f"{f.name}={value!r}"
         for f in fields(profile)
         if f.name not in IN_TEMPLATE
         and (value := getattr(profile, f.name)) != getattr(default, f.name)
     ]
-    if profile.turns and not chat_jinja(TURNS[profile.turns]):
+    if profile.turns and not chat_jinja(CHAT_FORMATS[profile.turns]):
         lost.append(f"the chat format {profile.turns!r}")
     return lost
 

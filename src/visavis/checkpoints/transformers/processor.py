@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from visavis.checkpoints.transformers.settings import Json, count, require, without_nulls
+from visavis.checkpoints.transformers.config_reader import Json, count, require, without_nulls
 from visavis.errors import CheckpointError
+from visavis.processing.anyres import AnyresConfig
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.tiling import TilesConfig
-from visavis.registry import suggest
+from visavis.utils import suggest
 
 CLIP: dict[str, Any] = {
     "size": {"shortest_edge": 224},
@@ -75,7 +75,7 @@ def processor_config(config: Json) -> ImageProcessorConfig:
     if kind in MULTI_IMAGE:  # whose `do_pad` fills up batches
         require("crop_size", crop, crop == edge, f"{edge}, the size of a tile")
         canvases = grids(config["image_grid_pinpoints"], edge)
-        tiles = TilesConfig(canvases, axes="hw", multi_image=MULTI_IMAGE[kind])
+        tiles = AnyresConfig(canvases, axes="hw", multi_image=MULTI_IMAGE[kind])
         return ImageProcessorConfig(size=edge, resize="squash", tiles=tiles, **fields)
     if config.get("do_pad"):
         require("crop_size", crop, crop == edge, f"{edge}, the size after padding")

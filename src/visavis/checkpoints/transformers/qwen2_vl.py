@@ -10,10 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from visavis.checkpoints.names import NameTable, Row
-from visavis.checkpoints.transformers.decoders import decoder_config
-from visavis.checkpoints.transformers.processor import common_fields
-from visavis.checkpoints.transformers.settings import (
+from visavis.checkpoints.transformers.config_reader import (
     MAX_LAYERS,
     Json,
     activation,
@@ -23,9 +20,12 @@ from visavis.checkpoints.transformers.settings import (
     section,
     without_nulls,
 )
+from visavis.checkpoints.transformers.language_models import decoder_config
+from visavis.checkpoints.transformers.processor import common_fields
+from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.model.config import ConnectorConfig, DecoderConfig, Qwen2VLTowerConfig, VLMConfig
 from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.patches import PatchesConfig
+from visavis.processing.qwen2_vl import Qwen2VLConfig
 
 KIND = "qwen2_vl"
 CLASS = "Qwen2VLImageProcessor"
@@ -138,12 +138,12 @@ def _tower(vision: Json, config: Json) -> tuple[Qwen2VLTowerConfig, int]:
 
 def qwen2_vl_table(config: VLMConfig) -> NameTable:
     """Return the names of the tensors."""
-    from visavis.checkpoints.transformers.names import decoder_rows
+    from visavis.checkpoints.transformers.weights import decoder_rows
 
     tower = config.tower
     assert isinstance(tower, Qwen2VLTowerConfig)
     axes = (3, tower.temporal_size, tower.patch_size, tower.patch_size)
-    rows = [Row("tower.patch.weight", ("visual.patch_embed.proj.weight",), axes=axes)]
+    rows = [MappingRow("tower.patch.weight", ("visual.patch_embed.proj.weight",), axes=axes)]
     parts = {
         "tower.blocks.*.attn_norm": "visual.blocks.*.norm1",
         "tower.blocks.*.qkv": "visual.blocks.*.attn.qkv",
@@ -156,7 +156,7 @@ def qwen2_vl_table(config: VLMConfig) -> NameTable:
         "connector.layers.2": "visual.merger.mlp.2",
     }
     for ours, theirs in parts.items():
-        rows += [Row(f"{ours}.{kind}", (f"{theirs}.{kind}",)) for kind in ("weight", "bias")]
+        rows += [MappingRow(f"{ours}.{kind}", (f"{theirs}.{kind}",)) for kind in ("weight", "bias")]
     tied = ("lm_head.weight",) if config.decoder.tied_head else ()
     return NameTable(
         rows=(*decoder_rows("qwen2", "", "lm_head"), *rows),
@@ -191,7 +191,7 @@ def qwen2_vl_processor(
         video_least, video_most = least, max(least, min(most, VIDEO_BOUNDS["longest_edge"]))
     else:
         video_least, video_most = _bounds(video, VIDEO_BOUNDS)
-    patches = PatchesConfig(
+    patches = Qwen2VLConfig(
         patch=tower.patch_size,
         merge=tower.merge,
         temporal=tower.temporal_size,

@@ -1,4 +1,4 @@
-"""From data files to samples, whatever format they are in: `open_source` and the table `FORMATS`.
+"""Data formats: `open_data_source` reads data files as examples; `FORMATS` lists the formats.
 
     source: {format: llava, path: mix665k.json, images: pictures}   ──►   Sequence of Chat or Match
 
@@ -19,20 +19,35 @@ from typing import Any, Protocol, overload
 
 from pydantic import ValidationError
 
-from visavis.data import drawings
-from visavis.data.formats import contents, shapes
-from visavis.data.formats.conversations import LlavaOptions, conversation
-from visavis.data.formats.named import RecordOptions, Records, from_record
-from visavis.data.formats.pairs import Mined, PairOptions, Pairs, Spread
-from visavis.data.formats.pictures import Folder, PictureOptions, classified
-from visavis.data.formats.place import Options, Place
-from visavis.data.formats.retrieval import HoundOptions, hound, mmeb, vidore, visrag
-from visavis.data.formats.rows import Row, Rows, find_files, open_rows
+from visavis.data import fingerprint
+from visavis.data.examples import ContrastiveExample, Sample
+from visavis.data.formats import synthetic
+from visavis.data.formats.image_folder import (
+    Folder,
+    PictureOptions,
+    RecordOptions,
+    Records,
+    classified,
+    from_record,
+)
+from visavis.data.formats.llava import LlavaOptions, conversation
+from visavis.data.formats.retrieval import (
+    HoundOptions,
+    Mined,
+    PairOptions,
+    Pairs,
+    Spread,
+    hound,
+    mmeb,
+    vidore,
+    visrag,
+)
 from visavis.data.formats.scene_graph import Predicates, SceneGraphOptions, open_relations
-from visavis.data.formats.shapes import Scenes, ShapeOptions, shape_sample
-from visavis.data.samples import Match, Sample
+from visavis.data.formats.synthetic import Scenes, ShapeOptions, shape_sample
+from visavis.data.media_paths import Options, Place
+from visavis.data.readers import Row, Rows, find_files, open_rows
 from visavis.errors import TrainError, VisavisError
-from visavis.registry import lookup
+from visavis.utils import lookup
 
 
 class SourceSpec(Protocol):
@@ -72,7 +87,7 @@ class Format:
     rows: Callable[[str, Path, Any], Rows] = lambda path, root, options: open_rows(
         find_files(path, root)
     )
-    content: Callable[[str, Path], Iterable[bytes]] = contents.of_files
+    content: Callable[[str, Path], Iterable[bytes]] = fingerprint.of_files
 
 
 def _versioned(module: Any) -> Callable[[str, Path], Iterable[bytes]]:
@@ -81,8 +96,8 @@ def _versioned(module: Any) -> Callable[[str, Path], Iterable[bytes]]:
 
 
 def _relation_contents(path: str, root: Path) -> Iterable[bytes]:
-    drawn = path.startswith(drawings.PREFIX)
-    return (_versioned(drawings) if drawn else contents.of_files)(path, root)
+    drawn = path.startswith(synthetic.PREFIX)
+    return (_versioned(synthetic) if drawn else fingerprint.of_files)(path, root)
 
 
 def _each(function: Callable[..., Sample]) -> Callable[[Place, Any], Any]:
@@ -102,10 +117,10 @@ FORMATS: dict[str, Format] = {
         _each(classified),
         PictureOptions,
         lambda path, root, options: Folder(root / path),
-        contents.of_pictures,
+        fingerprint.of_pictures,
     ),
-    "records": Format(_each(from_record), RecordOptions, Records, contents.of_records),
-    "shapes": Format(_each(shape_sample), ShapeOptions, Scenes, _versioned(shapes)),
+    "records": Format(_each(from_record), RecordOptions, Records, fingerprint.of_records),
+    "shapes": Format(_each(shape_sample), ShapeOptions, Scenes, _versioned(synthetic)),
     "scene-graph": Format(Predicates, SceneGraphOptions, open_relations, _relation_contents),
 }
 
@@ -150,7 +165,7 @@ class Source(Sequence[Sample]):
         row["id"] = id = self._id_in(row, number)
         try:
             sample = self.make(row)
-            if isinstance(sample, Match):
+            if isinstance(sample, ContrastiveExample):
                 return self._completed(sample, id)
             if self.spec.instruction or self.spec.target_instruction or self.mined:
                 raise TrainError("it is a conversation; instructions and negatives are of queries")
@@ -174,7 +189,7 @@ class Source(Sequence[Sample]):
             return str(row["id"])
         return f"{Path(self.spec.path).stem}:{number}"
 
-    def _completed(self, sample: Match, id: str) -> Match:
+    def _completed(self, sample: ContrastiveExample, id: str) -> ContrastiveExample:
         """Return a sample with what the recipe adds to it."""
         added = self.mined.of(sample.id, self.place) if self.mined else ()
         if self.mined and not added and sample.id != id:  # one of several positives
@@ -187,7 +202,7 @@ class Source(Sequence[Sample]):
         )
 
 
-def open_source(recipe: SourceSpec, root: Path, *, name: str) -> Source:
+def open_data_source(recipe: SourceSpec, root: Path, *, name: str) -> Source:
     """Return the samples of a source; any of them can be asked for, none is made yet.
 
     Args:
@@ -204,7 +219,7 @@ def open_source(recipe: SourceSpec, root: Path, *, name: str) -> Source:
         raise TrainError(f"the source {name!r} cannot be opened: {error}") from error
 
 
-def fingerprint(recipe: SourceSpec, root: Path) -> str:
+def source_fingerprint(recipe: SourceSpec, root: Path) -> str:
     """Return 16 hex digits that change when the samples would.
 
     Files are hashed by content, those above 256 MiB by size and 256 pieces; of pictures outside of
@@ -222,7 +237,7 @@ def fingerprint(recipe: SourceSpec, root: Path) -> str:
         digest.update(content)
     others = [str(value) for _, value in options if isinstance(value, Path)]
     for other in filter(None, [*others, recipe.negatives]):
-        for content in contents.of_file(root / other):
+        for content in fingerprint.of_file(root / other):
             digest.update(content)
     return digest.hexdigest()
 

@@ -12,20 +12,18 @@ a blank) is left to the model's profile.
 from __future__ import annotations
 
 import re
+from array import array
+from collections.abc import Callable
 from itertools import zip_longest
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
-from visavis.data.formats.place import Options, Place, field, listed
-from visavis.data.formats.rows import Row
-from visavis.data.mmeb_strings import (
-    HOUND_QUESTION,
-    HOUND_RETRIEVAL,
-    VISRAG_TRAINING,
-    Strings,
-)
-from visavis.data.samples import Match
-from visavis.errors import InputError
-from visavis.prompt import Message, Part, Prompt, Text, Visual
+from visavis.data.examples import ContrastiveExample
+from visavis.data.media_paths import Options, Place, field, listed
+from visavis.data.mmeb_strings import HOUND_QUESTION, HOUND_RETRIEVAL, VISRAG_TRAINING, Strings
+from visavis.data.readers import Row, Rows, open_rows
+from visavis.errors import InputError, TrainError
+from visavis.inputs import Message, Part, Prompt, Text, Visual
 
 _TOKEN = re.compile(r"(?:<\|image_1\|>|<image>|<\|image_pad\|>|<video>)\n?")
 
@@ -43,7 +41,7 @@ class HoundOptions(Options):
     frames: int | None = None
 
 
-def mmeb(row: Row, place: Place, options: Options) -> Match:
+def mmeb(row: Row, place: Place, options: Options) -> ContrastiveExample:
     """Return a row of MMEB-train.
 
     A token without a picture (WebQA's queries have one) is dropped, a picture without a token
@@ -56,7 +54,7 @@ def mmeb(row: Row, place: Place, options: Options) -> Match:
         for text, path in zip_longest(texts, paths)
         if text or path
     ]
-    return Match(
+    return ContrastiveExample(
         row["id"],
         _marked(field(row, "qry", str), listed(row.get("qry_image_path")), place),
         _marked(field(row, "pos_text", str), listed(row.get("pos_image_path")), place),
@@ -80,7 +78,7 @@ def _marked(text: str, paths: list[Any], place: Place) -> Prompt:
     return _prompt(Text(text[: found[0].start()]), picture, Text(text[found[0].end() :]))
 
 
-def hound(row: Row, place: Place, options: HoundOptions) -> Match:
+def hound(row: Row, place: Place, options: HoundOptions) -> ContrastiveExample:
     """Return a row of LLaVA-Hound."""
     turns = field(row, "conversations", list, what="a question and an answer")
     values = [str(turn["value"]) for turn in turns if isinstance(turn, dict) and "value" in turn]
@@ -97,7 +95,7 @@ def hound(row: Row, place: Place, options: HoundOptions) -> Match:
     else:
         before = HOUND_QUESTION if options.mode == "qa" else ""
         query, target = _filmed(before + question, video), _prompt(Text(answer))
-    return Match(row["id"], query, target)
+    return ContrastiveExample(row["id"], query, target)
 
 
 def _filmed(text: str, video: Visual) -> Prompt:
@@ -107,18 +105,18 @@ def _filmed(text: str, video: Visual) -> Prompt:
     return _prompt(Text(text[: found[0].start()]), video, Text(text[found[0].end() :]))
 
 
-def vidore(row: Row, place: Place, options: Options) -> Match:
+def vidore(row: Row, place: Place, options: Options) -> ContrastiveExample:
     """Return a row of vidore/colpali_train_set."""
     query = _prompt(place.image(row.get("image")), Text(field(row, "query", str)))
-    return Match(row["id"], query, _prompt(Text(field(row, "answer", str))))
+    return ContrastiveExample(row["id"], query, _prompt(Text(field(row, "answer", str))))
 
 
-def visrag(row: Row, place: Place, options: Options) -> Match:
+def visrag(row: Row, place: Place, options: Options) -> ContrastiveExample:
     """Return a row of VisRAG's training data; sources that are not its own get no description."""
     strings = VISRAG_TRAINING.get(row.get("source") or "", Strings("", ""))
     query = f"{strings.query} {field(row, 'query', str)} ".removeprefix(" ")
     target = f"{strings.target}  " if strings.target else ""
-    return Match(
+    return ContrastiveExample(
         row["id"], _prompt(Text(query)), _prompt(Text(target), place.image(row.get("image")))
     )
 
@@ -126,3 +124,148 @@ def visrag(row: Row, place: Place, options: Options) -> Match:
 def _prompt(*parts: Part) -> Prompt:
     kept = tuple(part for part in parts if not isinstance(part, Text) or part.text)
     return Prompt((Message("user", kept),))
+
+
+Lookup: TypeAlias = Callable[[str], Row]
+
+_NOTES = ("score", "source")  # what an item says of itself, for people and for miners
+
+
+class PairOptions(Options):
+    """Options of `pairs`.
+
+    Args:
+        corpus: JSON lines of items with their ids; a path below the data folder.
+    """
+
+    corpus: Path | None = None
+
+
+class Spread:
+    """A row for each positive of each row, `positive` its number."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.numbers, self.positives = array("Q"), array("Q")
+        for number in range(len(rows)):
+            found = rows[number].get("positives")
+            for positive in range(len(found) if isinstance(found, list) and found else 1):
+                self.numbers.append(number)
+                self.positives.append(positive)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> Row:
+        return {**self.rows[self.numbers[number]], "positive": self.positives[number]}
+
+    def where(self, number: int) -> str:
+        return self.rows.where(self.numbers[number])
+
+
+class Pairs:
+    """Makes samples of rows.
+
+    Raises:
+        TrainError: the corpus cannot be read.
+    """
+
+    def __init__(self, place: Place, options: PairOptions) -> None:
+        self.place = place
+        self.find = Corpus(place.root / options.corpus).find if options.corpus else None
+
+    def __call__(self, row: Row) -> ContrastiveExample:
+        """Return the query of a row with one of its positives.
+
+        Raises:
+            InputError: an item is missing, or of no kind that is known.
+        """
+        positives = field(row, "positives", list, what="a list of items")
+        if not positives:
+            raise InputError("its 'positives' are empty, expected what the query should find")
+        if "query" not in row:
+            raise InputError(f"it has no 'query', expected an item; it has {', '.join(row)}")
+        id, number = row["id"], row["positive"]
+        group = row.get("group") or (id if len(positives) > 1 else "")
+        return ContrastiveExample(
+            id if number == 0 else f"{id}#{number}",
+            _pair_prompt(row["query"], self.place, self.find),
+            _pair_prompt(positives[number], self.place, self.find),
+            negatives(row, self.place, self.find),
+            group=str(group),
+        )
+
+
+def negatives(row: Row, place: Place, find: Lookup | None = None) -> tuple[Prompt, ...]:
+    """Return a row's negatives."""
+    found = row.get("negatives") or []
+    if not isinstance(found, list):
+        raise InputError(f"its 'negatives' are {str(found)[:60]!r}, expected a list of items")
+    return tuple(_pair_prompt(item, place, find) for item in found)
+
+
+def _pair_prompt(item: Any, place: Place, find: Lookup | None) -> Prompt:
+    if isinstance(item, str) and find is not None:
+        item = find(item)
+    if isinstance(item, dict):
+        item = {key: value for key, value in item.items() if key not in _NOTES}
+    return Prompt((Message("user", place.item(item)),))
+
+
+class Mined:
+    """Mined negatives, joined by id.
+
+    Raises:
+        TrainError: the file cannot be read, a line has no id, or two have the same.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.rows, self.folder = open_rows([path]), path.parent
+        self.numbers = index_by_id(self.rows)
+
+    def of(self, id: str, place: Place) -> tuple[Prompt, ...]:
+        """Return the negatives of a sample; none if it has no line. Paths start at the file."""
+        number = self.numbers.get(id)
+        here = Place(place.root, self.folder, within=place.root)
+        return () if number is None else negatives(self.rows[number], here)
+
+
+def index_by_id(rows: Rows) -> dict[str, int]:
+    """Return where each id is.
+
+    Raises:
+        TrainError: a row has none, or two have the same.
+    """
+    numbers: dict[str, int] = {}
+    for number in range(len(rows)):
+        id = rows[number].get("id")
+        if id in (None, "") or str(id) in numbers:
+            raise TrainError(
+                f"{rows.where(number)} has the id {id!r}, expected one of its own; negatives and "
+                "corpora are found by it."
+            )
+        numbers[str(id)] = number
+    return numbers
+
+
+class Corpus:
+    """Items by id.
+
+    Raises:
+        TrainError: the file cannot be read, a line has no id, or two have the same.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, open_rows([path])
+        self.numbers = index_by_id(self.rows)
+
+    def find(self, id: str) -> Row:
+        """Return an item.
+
+        Raises:
+            InputError: there is none of this id.
+        """
+        if id not in self.numbers:
+            raise InputError(f"it names the item {id!r}, which {self.path.name} has not")
+        item = self.rows[self.numbers[id]]
+        return {key: value for key, value in item.items() if key != "id"}

@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import Field
 
-from visavis.data import drawings
-from visavis.data.formats.place import Options, Place
-from visavis.data.formats.rows import Row, Rows, find_files, open_rows
-from visavis.data.samples import Match
+from visavis.data.examples import ContrastiveExample
+from visavis.data.formats import synthetic
+from visavis.data.media_paths import Options, Place
+from visavis.data.readers import Row, Rows, find_files, open_rows
 from visavis.data.scene_graph import (
     QUESTION,
     STATEMENT,
@@ -29,8 +29,8 @@ from visavis.data.scene_graph import (
     relation,
 )
 from visavis.errors import InputError
+from visavis.inputs import Image, Prompt, Text
 from visavis.processing.images import image_size
-from visavis.prompt import Image, Prompt, Text
 
 
 class SceneGraphOptions(Options):
@@ -84,8 +84,8 @@ class Relations:
 
 def open_relations(path: str, root: Path, options: SceneGraphOptions) -> Rows:
     """Return the rows of files, or those that are drawn (`drawn/train`, `drawn/test`)."""
-    if path.startswith(drawings.PREFIX):
-        rows: Rows = drawings.Drawn(path)
+    if path.startswith(synthetic.PREFIX):
+        rows: Rows = synthetic.Drawing(path)
     else:
         rows = open_rows(find_files(path, root))
     return Relations(rows) if options.labels else rows
@@ -104,7 +104,7 @@ class Predicates:
         if options.labels is not None:
             self.labels = read_labels(place.root / options.labels)
 
-    def __call__(self, row: Row) -> Match:
+    def __call__(self, row: Row) -> ContrastiveExample:
         """Return the question about a row's two things, with its predicate.
 
         Raises:
@@ -113,7 +113,7 @@ class Predicates:
         """
         one = relation(row)
         picture = self.picture(row)
-        return Match(
+        return ContrastiveExample(
             row["id"],
             self.query(picture, image_size(picture), one.subject, one.object),
             _statement(one.predicate),

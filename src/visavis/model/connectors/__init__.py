@@ -13,7 +13,7 @@ from visavis.model.connectors.mixture import MixtureMLP
 from visavis.model.connectors.mlp import MLP, Identity
 from visavis.model.connectors.qformer import QFormer
 from visavis.model.connectors.resampler import Resampler
-from visavis.registry import lookup
+from visavis.utils import lookup
 
 CONNECTORS: dict[str, type[Connector]] = {
     "identity": Identity,

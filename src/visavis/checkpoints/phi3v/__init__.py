@@ -1,1 +1,0 @@
-"""Folders of Phi-3-vision and Phi-3.5-vision."""

@@ -1,0 +1,250 @@
+"""Whole models and vision towers of transformers: their config.json as our configs.
+
+Takes parsed JSON: opens no file and imports no transformers. Whatever a file leaves out stands at
+the library's default; a setting that no part of ours has is refused by name. Language models are
+in `decoders.py`, tensor names in `names.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from visavis.checkpoints.transformers.config_reader import (
+    Json,
+    activation,
+    count,
+    num_layers,
+    number,
+    require,
+    section,
+    unknown_type,
+    without_nulls,
+)
+from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
+from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
+from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_config
+from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
+
+VIT: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+}
+CLIP = VIT | {
+    "intermediate_size": 3072,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+SIGLIP = VIT | {
+    "intermediate_size": 3072,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+DINOV2 = VIT | {"mlp_ratio": 4, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+REGISTERS = DINOV2 | {"patch_size": 16, "num_register_tokens": 4}
+LLAVA_TOWER: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+ONEVISION_TOWER: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+TOWERS = {
+    "clip_vision_model": CLIP,
+    "siglip_vision_model": SIGLIP,
+    "dinov2": DINOV2,
+    "dinov2_with_registers": REGISTERS,
+}
+
+
+@dataclass(frozen=True)
+class Llava:
+    """A model type made of a vision tower and a language model, and what its files leave out.
+
+    Args:
+        text: model type of a text_config that names none.
+        vision: settings of a vision_config that names no model type.
+        settings: of the whole.
+    """
+
+    text: str
+    vision: dict[str, Any]
+    settings: dict[str, Any]
+
+
+CLIP_BASED = Llava(
+    "llama",
+    LLAVA_TOWER,
+    {
+        "image_token_id": 32000,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    },
+)
+LLAVAS = {
+    "llava": CLIP_BASED,
+    "llava_next": CLIP_BASED,
+    "llava_onevision": Llava(
+        "qwen2",
+        ONEVISION_TOWER,
+        {
+            "image_token_id": 151646,
+            "video_token_id": 151647,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_9",
+        },
+    ),
+}
+
+
+def vlm_config(config: Json) -> VLMConfig:
+    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL.
+
+    Raises:
+        CheckpointError: another type, or a setting that no part of ours has.
+    """
+    kind = config.get("model_type")
+    if kind in KINDS:
+        return VLMConfig(decoder=decoder_config(config))
+    if kind == QWEN2_VL:
+        return qwen2_vl_config(config)
+    if not isinstance(kind, str) or kind not in LLAVAS:
+        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL))
+    text, vision = parts(config)
+    tower, decoder = vit_config(vision), decoder_config(text)
+    config = LLAVAS[kind].settings | without_nulls(config)
+    layer, select = config["vision_feature_layer"], config["vision_feature_select_strategy"]
+    one = isinstance(layer, int) and -tower.num_layers - 1 <= layer <= tower.num_layers
+    require("vision_feature_layer", layer, one, f"one number of {tower.num_layers} layers")
+    require("vision_feature_select_strategy", select, select in ("default", "full"), "one of two")
+    # "default" drops exactly the first token, whatever the tower is; tiles need a square of them.
+    fits = select == "full" or tower.num_prefix_tokens == 1
+    require("vision_feature_select_strategy", select, fits, "'full' for this tower")
+    fits = select == "default" or tower.num_prefix_tokens == 0 or kind == "llava"
+    require("vision_feature_select_strategy", select, fits, "'default' for this tower")
+    act = config.get("projector_hidden_act", "gelu")
+    require("projector_hidden_act", act, act == "gelu", "'gelu'")
+    bias = config.get("multimodal_projector_bias", True)
+    require("multimodal_projector_bias", bias, bias is True, "true")
+    return VLMConfig(
+        decoder=decoder,
+        tower=tower,
+        connector=ConnectorConfig("mlp", tower.width, decoder.width, depth=2),
+        image_token_id=_placeholder(config, "image", decoder.vocab_size),
+        video_token_id=(
+            _placeholder(config, "video", decoder.vocab_size) if "video_token_id" in config else -1
+        ),
+        select_layer=layer,
+        select_feature="patch" if select == "default" else "class_patch",
+        merge=_merge(kind, config),
+    )
+
+
+def _placeholder(config: Json, visual: str, vocab_size: int) -> int:
+    """Return the id that stands for an image or a video."""
+    name = f"{visual}_token_index"
+    found: Any = config.get(name, config[f"{visual}_token_id"])
+    in_vocabulary = isinstance(found, int) and 0 <= found < vocab_size
+    require(name, found, in_vocabulary, f"0 to {vocab_size - 1}")
+    return int(found)
+
+
+def _merge(kind: str, config: Json) -> ImageLayoutConfig:
+    """Return how the library puts an image's views or a video's frames together."""
+    if kind == "llava":
+        return ImageLayoutConfig()
+    if kind == "llava_next":
+        return ImageLayoutConfig("spatial", unpad=True, newline=True, round_unpad=True)
+    aspect = config["vision_aspect_ratio"]
+    found = re.fullmatch("anyres_max_([1-9][0-9]{0,3})", str(aspect))
+    require("vision_aspect_ratio", aspect, bool(found), "'anyres_max_' and a number")
+    assert found is not None
+    return ImageLayoutConfig(
+        "spatial",
+        unpad=True,
+        newline=True,
+        round_unpad=True,
+        max_tiles=int(found[1]),
+        video_pool=2,
+    )
+
+
+def vit_config(config: Json) -> ViTConfig:
+    """Return the tower that a vision config.json describes, alone or within a CLIP or SigLIP.
+
+    Raises:
+        CheckpointError: another type, or a setting that our tower has not.
+    """
+    config = vision_part(config)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in TOWERS:
+        raise unknown_type(kind, tuple(TOWERS))
+    config = TOWERS[kind] | without_nulls(config)
+    require("num_channels", (n := config.get("num_channels", 3)), n == 3, "3")
+    width, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
+    require("num_attention_heads", heads, width % heads == 0, f"a divisor of {width}")
+    image_size, patch_size = count(config, "image_size"), count(config, "patch_size")
+    require("patch_size", patch_size, patch_size <= image_size, "less than image_size")
+    fields: dict[str, Any] = {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "width": width,
+        "num_layers": num_layers(config),
+        "num_heads": heads,
+        "activation": activation(config),
+        "norm_eps": number(config, "layer_norm_eps"),
+    }
+    if kind == "clip_vision_model":
+        return ViTConfig(**fields, ffn_width=count(config, "intermediate_size"), pre_norm=True)
+    if kind == "siglip_vision_model":
+        ffn_width = count(config, "intermediate_size")
+        return ViTConfig(**fields, ffn_width=ffn_width, class_token=False, patch_bias=True)
+    require("qkv_bias", (bias := config.get("qkv_bias", True)), bias is True, "true")
+    ffn_width, gated = int(width * number(config, "mlp_ratio")), config.get("use_swiglu_ffn", False)
+    if gated:  # two thirds, in steps of 8, so that three matrices cost what two did
+        ffn_width, fields["activation"] = (int(ffn_width * 2 / 3) + 7) // 8 * 8, "silu"
+    return ViTConfig(
+        **fields,
+        ffn_width=ffn_width,
+        patch_bias=True,
+        layer_scale=True,
+        gated_ffn=gated,
+        num_registers=config.get("num_register_tokens", 0),
+        position_antialias=kind == "dinov2_with_registers",
+    )
+
+
+def parts(config: Json) -> tuple[Json, Json]:
+    """Return the text and vision configs of a llava, with what they take from the outer one."""
+    defaults = LLAVAS[config["model_type"]]
+    text = {"model_type": defaults.text} | section(config, "text_config")
+    if config.get("tie_word_embeddings"):
+        text["tie_word_embeddings"] = True
+    vision = without_nulls(section(config, "vision_config"))
+    return text, vision if "model_type" in vision else defaults.vision | vision
+
+
+def vision_part(config: Json) -> Json:
+    """Return the vision config of a whole CLIP or SigLIP, or the config itself."""
+    kind = config.get("model_type")
+    if kind in ("clip", "siglip"):
+        vision = without_nulls(section(config, "vision_config"))
+        return {"model_type": f"{kind}_vision_model"} | vision
+    return config

@@ -1,0 +1,212 @@
+"""What samples ask for and what there is to find, by content: what mining negatives starts from.
+
+    sample ──► key of its query, of its picture, place of its target in the list of items
+    item   ──► key of its content, once however many samples name it
+
+In memory are keys and numbers; a prompt is made again when it is embedded or written. What cannot
+be read is left out and listed. Knows neither models nor which items make good negatives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from visavis.data.examples import ContrastiveExample, Sample
+from visavis.errors import InputError, VisavisError
+from visavis.inputs import Document, Image, Prompt, Stored, Text, Video
+from visavis.processing.images import content_hash
+from visavis.utils import track
+
+
+@dataclass(frozen=True)
+class CorpusEntry:
+    """A sample, by numbers.
+
+    Args:
+        number: where it is among the samples.
+        query: key of what its vector depends on; `pictures`: of its pictures alone, "" without.
+        target: its target's place among the items.
+        own: places of negatives that it has already.
+    """
+
+    number: int
+    id: str
+    query: str
+    pictures: str
+    target: int
+    group: str
+    own: tuple[int, ...]
+
+
+@dataclass
+class Items:
+    """What can be found: targets, each once, then what else was given."""
+
+    keys: list[str] = field(default_factory=list)  # by content and instruction
+    owners: list[int] = field(default_factory=list)  # a sample whose target it is; -1 - n: other n
+    is_text: list[bool] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)  # by content
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def put(self, content: str, instruction: str, owner: int, is_text: bool) -> int:
+        """Return the place of an item, adding it if it is new."""
+        if content not in self.places:
+            self.places[content] = len(self.keys)
+            self.keys.append(_with(instruction, content))
+            self.owners.append(owner)
+            self.is_text.append(is_text)
+        return self.places[content]
+
+
+class Corpus:
+    """Samples and items by content.
+
+    Args:
+        samples: queries with targets; conversations are an error.
+        others: more that can be found, such as a larger corpus.
+        progress: show a bar on stderr; every picture is read once.
+
+    Attributes:
+        left_out: what cannot be read, each with the reason.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        others: Sequence[Prompt] = (),
+        *,
+        progress: bool = False,
+    ) -> None:
+        self.samples, self.others = samples, others
+        self.entries: list[CorpusEntry] = []
+        self.items = Items()
+        self.left_out: list[tuple[str, str]] = []
+        self.hashes: dict[Path | Stored, str] = {}  # of files, which many samples may share
+        self.by_query: dict[str, set[int]] = {}  # targets of one query
+        self.by_group: dict[str, set[int]] = {}
+        self.by_pictures: dict[str, dict[int, None]] = {}  # in the order of the samples
+        wrong: list[tuple[int, list[str]]] = []  # of each entry the negatives it has
+        numbers = range(len(samples))
+        for number in track(numbers, "reading", weights=[1] * len(numbers), show=progress):
+            name = f"sample {number + 1}"
+            try:
+                sample = samples[number]
+                name = sample.id
+                self._add(number, sample, wrong)
+            except VisavisError as error:
+                self.left_out.append((name, str(error)))
+        for number, prompt in enumerate(others):
+            try:
+                content = self._content(prompt)
+            except VisavisError as error:
+                self.left_out.append((f"item {number + 1} of the corpus", str(error)))
+                continue
+            self.items.put(content, self._instruction, -1 - number, _is_text(prompt))
+        self._settle(wrong)
+
+    def excluded(self, entry: CorpusEntry) -> set[int]:
+        """Return the items that are no negatives of a sample, or are its negatives already: its
+        query's targets, whoever says so, and its group's."""
+        found = {*self.by_query[entry.query], *entry.own}
+        return found | self.by_group[entry.group] if entry.group else found
+
+    def prompt(self, place: int) -> tuple[Prompt, str]:
+        """Return an item and the instruction it is embedded with."""
+        owner = self.items.owners[place]
+        if owner < 0:
+            return self.others[-1 - owner], self._instruction
+        sample = self.samples[owner]
+        assert isinstance(sample, ContrastiveExample)
+        return sample.target, sample.target_instruction
+
+    def name(self, place: int) -> str:
+        """Return how a message names an item."""
+        owner = self.items.owners[place]
+        if owner < 0:
+            return f"item {-owner} of the corpus"
+        return next(f"the target of {one.id}" for one in self.entries if one.number == owner)
+
+    def query(self, entry: CorpusEntry) -> tuple[Prompt, str]:
+        """Return a sample's query and the instruction it is embedded with."""
+        sample = self.samples[entry.number]
+        assert isinstance(sample, ContrastiveExample)
+        return sample.query, sample.instruction
+
+    @property
+    def _instruction(self) -> str:
+        """What targets are embedded with, for items that are nobody's target."""
+        return next((self._match(e).target_instruction for e in self.entries), "")
+
+    def _match(self, entry: CorpusEntry) -> ContrastiveExample:
+        sample = self.samples[entry.number]
+        assert isinstance(sample, ContrastiveExample)
+        return sample
+
+    def _add(self, number: int, sample: Sample, wrong: list[tuple[int, list[str]]]) -> None:
+        if not isinstance(sample, ContrastiveExample):
+            raise InputError("it is a conversation, expected a query with what it should find")
+        query = _with(sample.instruction, self._content(sample.query))
+        visuals = [part for part in _parts(sample.query) if not isinstance(part, Text)]
+        pictures = _hash(self._part(part) for part in visuals) if visuals else ""
+        has = [self._content(one) for one in sample.negatives]
+        content = self._content(sample.target)
+        target = self.items.put(content, sample.target_instruction, number, _is_text(sample.target))
+        wrong.append((len(self.entries), has))
+        self.entries.append(
+            CorpusEntry(number, sample.id, query, pictures, target, sample.group, ())
+        )
+        self.by_query.setdefault(query, set()).add(target)
+        if sample.group:
+            self.by_group.setdefault(sample.group, set()).add(target)
+        if pictures:
+            self.by_pictures.setdefault(pictures, {})[target] = None
+
+    def _settle(self, wrong: Sequence[tuple[int, list[str]]]) -> None:
+        """Look up negatives that samples have, now that all items have their places."""
+        places: Mapping[str, int] = self.items.places
+        for index, contents in wrong:
+            own = tuple(places[content] for content in contents if content in places)
+            if own:
+                old = self.entries[index]
+                fields = {**vars(old), "own": own}
+                self.entries[index] = CorpusEntry(**fields)
+
+    def _content(self, prompt: Prompt) -> str:
+        """Return a key that is the same where texts and pictures are, in their order."""
+        return _hash(self._part(part) for part in _parts(prompt))
+
+    def _part(self, part: Text | Image | Video | Document) -> str:
+        if isinstance(part, Text):
+            return f"text {part.text}"
+        source = part.source
+        if not isinstance(part, Image) or not isinstance(source, Path | Stored):
+            return f"{type(part).__name__} {content_hash(part)}"
+        if source not in self.hashes:
+            self.hashes[source] = content_hash(part)
+        return f"Image {self.hashes[source]}"
+
+
+def _parts(prompt: Prompt) -> Iterator[Text | Image | Video | Document]:
+    for message in prompt.messages:
+        yield from message.parts
+
+
+def _is_text(prompt: Prompt) -> bool:
+    return all(isinstance(part, Text) for part in _parts(prompt))
+
+
+def _with(instruction: str, content: str) -> str:
+    return _hash([instruction, content]) if instruction else content
+
+
+def _hash(pieces: Iterator[str] | Sequence[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        encoded = piece.encode()
+        digest.update(f"{len(encoded)} ".encode() + encoded)
+    return digest.hexdigest()

@@ -1,1 +1,0 @@
-"""Embedding: prompts to unit vectors in one space."""

@@ -1,0 +1,64 @@
+"""Keys and values of prompts that were read before, for prompts that begin the same way.
+
+A prompt is named by its tokens, image tokens by their image's content, so that two prompts share
+what they have in common whatever they are. Only what was read is kept, never what was said: answers
+are decoded by other kernels. Bounded in bytes, least recently used first. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+from visavis.model.paged_kv_cache import Cache
+
+Names = tuple[Hashable, ...]  # of each token of a prompt
+SHORTEST = 16  # tokens in common that are worth copying
+
+
+class PrefixCache:
+    """A bounded store of caches by what they hold.
+
+    A stream that nobody reads on is collected at any moment, and what it read is kept then: so
+    nothing here goes through the entries themselves.
+    """
+
+    def __init__(self, max_bytes: int = 256 * 2**20) -> None:
+        self.max_bytes = max_bytes
+        self.entries: OrderedDict[Names, Cache] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(cache.num_bytes for cache in list(self.entries.values()))
+
+    def begin(self, names: Names, capacity: int) -> Cache | None:
+        """Return a new cache of the longest beginning that is known, None if none is.
+
+        It never holds the whole prompt: the last token is always read, for its scores.
+        """
+        best, longest = None, 0
+        for known, cache in list(self.entries.items()):
+            length = min(common(known, names), len(names) - 1)
+            if length > longest:
+                best, longest = (known, cache), length
+        if best is None or longest < SHORTEST:
+            return None
+        if best[0] in self.entries:
+            self.entries.move_to_end(best[0])
+        return best[1].fork(longest, capacity)
+
+    def keep(self, names: Names, cache: Cache) -> None:
+        """Keep what was read of a prompt; `cache` may hold more and is not used by others again."""
+        cache.truncate(len(names))
+        for known in list(self.entries):
+            if common(known, names) == len(known):
+                self.entries.pop(known, None)  # the new one holds all of it
+        self.entries[names] = cache
+        while self.num_bytes > self.max_bytes and self.entries:
+            self.entries.popitem(last=False)
+
+
+def common(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
+    """Return how many tokens two prompts have in common from their start."""
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)

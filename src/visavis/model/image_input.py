@@ -1,0 +1,53 @@
+"""One image or video as a vision tower takes it, and the plain numbers that say its layout.
+
+An `ImageGrid` is enough to count an image's tokens before any pixel is read, and to put the tokens
+of its views together afterwards. Knows no resizing (see `processing`) and no arithmetic on features
+(see `image_tokens.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """How an image or video divides into views or patches.
+
+    Args:
+        frames: 1 for an image, else the frames of a video (towers of any resolution: temporal
+            patches, of two frames each).
+        rows, columns: tiles beside the base view, 0 without tiling (towers of any resolution:
+            patches).
+        size: width and height of the upright original, where the tokens' layout depends on it.
+        video: whether it is one; a video of one frame is still a video.
+    """
+
+    frames: int = 1
+    rows: int = 0
+    columns: int = 0
+    size: tuple[int, int] = (0, 0)
+    video: bool = False
+
+    @property
+    def views(self) -> int:
+        """Square pictures that a tower of one resolution sees of it."""
+        return self.frames if self.video else 1 + self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """Pixels of one image or video, ready for the tower.
+
+    Args:
+        pixels: float32 [V, 3, S, S], the base view and then tiles row by row, or frames; towers
+            of any resolution: patches, float32 [P, C].
+        shape: its layout.
+    """
+
+    pixels: Tensor
+    shape: ImageGrid = ImageGrid()

@@ -1,0 +1,62 @@
+"""From packed sequences to unit vectors: which hidden state stands for a sequence.
+
+Three poolings: the trained head, the last token, the mean of all. Knows no prompts or files.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visavis.errors import InputError
+from visavis.model.batch import PackedBatch
+from visavis.model.embedding_head import mean_per_group
+from visavis.model.vlm import VLM
+
+
+@torch.inference_mode()
+def embed_batch(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
+    """Return unit vectors, float32 [B, D], without gradients."""
+    return pooled(vlm, batch, pooling)
+
+
+def pooled(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
+    """Return unit vectors, float32 [B, D]."""
+    if pooling == "head":
+        return vlm.embed(batch)
+    hidden = vlm(batch)[-1]  # [T, D], after the final norm
+    if pooling == "mean":
+        found, _ = mean_per_group(hidden, batch.owners, len(batch.lengths))
+    else:
+        last = torch.tensor(batch.lengths, device=hidden.device).cumsum(0) - 1
+        found = hidden[last]
+    return F.normalize(found, dim=-1)
+
+
+def embedding_dim(vlm: VLM, pooling: str) -> int:
+    """Return the length of a model's vectors before any cut."""
+    if pooling == "head":
+        assert vlm.config.head is not None
+        return vlm.config.head.dim
+    return vlm.config.decoder.width
+
+
+def kept_dim(dim: int | None, whole: int) -> int:
+    """Return how many numbers of a vector are kept; None keeps all.
+
+    Raises:
+        InputError: `dim` is not between 1 and the vectors' length.
+    """
+    if dim is None:
+        return whole
+    if not 1 <= dim <= whole:
+        raise InputError(
+            f"dim is {dim}, but this model's vectors have {whole} numbers; choose 1 to {whole}."
+        )
+    return dim
+
+
+def cut(vectors: Tensor, dim: int) -> Tensor:
+    """Keep the first `dim` numbers and normalise again (Matryoshka, Kusupati et al. 2022)."""
+    return vectors if dim == vectors.shape[1] else F.normalize(vectors[:, :dim], dim=-1)

@@ -1,0 +1,128 @@
+"""One vision transformer for CLIP, SigLIP and DINOv2; `ViTConfig` flags are their differences.
+
+Takes normalised pixels and returns the hidden state of a chosen layer. Knows nothing of resizing,
+of which tokens a connector wants, or of weights' names elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visavis.model.attention import SequenceLayout, attend
+from visavis.model.config import MixtureConfig, ViTConfig
+from visavis.model.decoder import ACTIVATIONS
+from visavis.model.layers import Conv2d, Linear
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm attention and feed-forward, both with biases."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.attn_norm = nn.LayerNorm(width, config.norm_eps)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width, config.norm_eps)
+        self.up = Linear(width, config.ffn_width * (1 + config.gated_ffn))
+        self.down = Linear(config.ffn_width, width)
+        self.activation, self.gated = ACTIVATIONS[config.activation], config.gated_ffn
+        scaled = config.layer_scale
+        self.attn_scale = nn.Parameter(torch.ones(width)) if scaled else None
+        self.ffn_scale = nn.Parameter(torch.ones(width)) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, P, W]
+        num, length, width = x.shape
+        qkv = self.qkv(self.attn_norm(x)).view(num * length, 3 * self.num_heads, -1)
+        q, k, v = qkv.chunk(3, 1)  # each [N * P, heads, head_dim]
+        mixed = attend(q, k, v, SequenceLayout((length,) * num), causal=False).reshape(
+            num, length, width
+        )
+        mixed = self.out(mixed)
+        x = x + (mixed if self.attn_scale is None else mixed * self.attn_scale)
+        hidden = self.up(self.ffn_norm(x))
+        if self.gated:
+            gate, hidden = hidden.chunk(2, -1)
+            hidden = self.activation(gate) * hidden
+        else:
+            hidden = self.activation(hidden)
+        hidden = self.down(hidden)
+        return x + (hidden if self.ffn_scale is None else hidden * self.ffn_scale)
+
+
+class ViT(nn.Module):
+    """Patch embedding, optional class and register tokens, blocks, optional final norm."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, num_patches = config.width, config.grid**2
+        stride = config.patch_size
+        self.patch = Conv2d(3, width, stride, stride, bias=config.patch_bias)
+        self.class_token = nn.Parameter(torch.zeros(width)) if config.class_token else None
+        self.registers = (
+            nn.Parameter(torch.zeros(config.num_registers, width)) if config.num_registers else None
+        )
+        self.positions = nn.Parameter(torch.zeros(num_patches + config.class_token, width))
+        self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else None
+        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.num_layers))
+        self.post_norm = nn.LayerNorm(width, config.norm_eps) if config.post_norm else None
+
+    def forward(self, pixels: Tensor, layer: int = -1) -> Tensor:
+        """Return hidden states [N, prefix + P, W].
+
+        Args:
+            layer: which hidden state: 0 is the embeddings, n the output of block n, negative
+                from the end. None of them passes the final norm (see `normed`).
+        """
+        x = self.embed(pixels)
+        num_layers = self.config.num_layers
+        number = layer if layer >= 0 else num_layers + 1 + layer
+        for block in self.blocks[:number]:
+            x = block(x)
+        return x
+
+    def normed(self, pixels: Tensor) -> Tensor:
+        """Return the last hidden state after the final norm, [N, prefix + P, W]."""
+        assert self.post_norm is not None
+        return self.post_norm(self(pixels))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, P, W]
+        grid = pixels.shape[-1] // self.config.patch_size
+        patch_positions = self.positions[int(self.config.class_token) :]
+        x = x + resize_positions(patch_positions, grid, self.config.position_antialias)
+        if self.registers is not None:
+            x = torch.cat((self.registers.expand(len(x), -1, -1), x), 1)
+        if self.class_token is not None:
+            first = (self.class_token + self.positions[0]).expand(len(x), 1, -1)
+            x = torch.cat((first, x), 1)
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+
+def resize_positions(positions: Tensor, grid: int, antialias: bool) -> Tensor:
+    """Stretch learned positions [G * G, W] to another grid (bicubic, as DINOv2 does)."""
+    side = round(len(positions) ** 0.5)
+    if side == grid:
+        return positions
+    image = positions.view(1, side, side, -1).permute(0, 3, 1, 2).float()
+    image = F.interpolate(
+        image, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias
+    )
+    return image.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(positions.dtype)
+
+
+class TowerMixture(nn.Module):
+    """Hidden states of both towers side by side in the channels."""
+
+    def __init__(self, config: MixtureConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.first, self.second = ViT(config.first), ViT(config.second)
+
+    def forward(self, pixels: Tensor, layer: int = -1) -> Tensor:
+        """Return hidden states [V, prefix + P, W1 + W2]; see `ViT`."""
+        return torch.cat((self.first(pixels, layer), self.second(pixels, layer)), -1)

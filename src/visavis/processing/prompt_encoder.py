@@ -1,0 +1,318 @@
+"""The prompt profile: everything about prompts that a checkpoint must bring along.
+
+Saved with the weights and never guessed from a name. Knows no tokenizer and renders nothing; see
+`templates.py` for what the fields do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from visavis.errors import ContextLengthError, InputError
+from visavis.inputs import Message, Part, Prompt, Text, Video
+from visavis.model.config import VLMConfig
+from visavis.model.image_input import ImageGrid
+from visavis.model.image_tokens import count_tokens
+from visavis.model.rope import mrope_positions
+from visavis.processing.chat_formats import CHAT_FORMATS
+from visavis.processing.chat_template import (
+    ChatTemplate,
+    Encoded,
+    encode_chat,
+    encode_plain,
+    encode_turns,
+)
+from visavis.processing.image_processor import depends_on_image_count, grid_of, times_of
+from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.tokenizer import SpecialTokens
+from visavis.utils import lookup
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+CHAT_FIELDS = (
+    "turns",
+    "jinja",
+    "image_start",
+    "image_end",
+    "video_times",
+)  # the others are for embedding
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How one checkpoint wants to be asked, and how it embeds.
+
+    Args:
+        turns: name of a template in `turns.TURNS` for chat; empty: use `jinja`.
+        jinja: a chat template's source; both empty: the checkpoint cannot chat.
+        image_start, image_end: special tokens around each image's own (LLaVA 1.0's
+            mm_use_im_start_end), within what `turns` writes there.
+        video_times: whose sentence on a video's length and its frames' times stands after each
+            video in chat; empty: nobody's.
+        embed_prefix, embed_suffix: text around an item that is embedded.
+        embed_image_end: text after each of its images.
+        pooling: `head` is the trained embedding head, `last` the final hidden state of the last
+            token, `mean` the mean of final hidden states; all are L2-normalised.
+        instruction_form: how an instruction and a text are joined; both fields must occur.
+        embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
+            0, 1, 2, … as for text alone, which VLM2Vec trained with.
+    """
+
+    turns: str = ""
+    jinja: str = ""
+    image_start: str = ""
+    image_end: str = ""
+    video_times: Literal["", "llava-video"] = ""
+    embed_prefix: str = ""
+    embed_suffix: str = ""
+    embed_image_end: str = ""
+    pooling: Literal["head", "last", "mean"] = "last"
+    instruction_form: str = "{instruction}\n{text}"
+    embed_positions: Literal["grid", "flat"] = "grid"
+
+    def instructed(self, instruction: str, text: str) -> str:
+        """Return an instruction and a text as one; without a text nothing is left between them."""
+        before, after = self.instruction_form.split("{text}")
+        form = f"{before}{{text}}{after}" if text else f"{before.rstrip()}{after}"
+        return form.format(instruction=instruction, text=text)
+
+    def embedding_as(self, other: PromptConfig) -> PromptConfig:
+        """Return a profile that chats as this one and embeds as another."""
+        kept = {name: getattr(self, name) for name in CHAT_FIELDS}
+        return dataclasses.replace(other, **kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+PROFILES = {  # how published models embed, where their files do not say
+    # LLaVE: the answer is a newline, and the newline after its end is what is pooled.
+    "llave": PromptConfig(
+        embed_prefix="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n",
+        embed_suffix="<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n",
+        embed_image_end="\n",
+        instruction_form="{instruction} {text}\n",
+    ),
+    # VLM2Vec: no chat format and no marks around a picture's tokens, so that the code it was
+    # trained with found no pictures to count positions for. The first is what MMEB's image data
+    # hold, for both versions; the second what the second version makes of videos and pages.
+    "vlm2vec-v1": PromptConfig(
+        embed_image_end="\n",
+        instruction_form="{instruction} {text}\n",
+        embed_positions="flat",
+    ),
+    "vlm2vec-v2": PromptConfig(
+        embed_image_end=" ",
+        instruction_form="{instruction} {text}",
+        embed_positions="flat",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Everything that turns prompts into ids.
+
+    Args:
+        name: the model's, for messages.
+    """
+
+    name: str
+    config: VLMConfig
+    tokenizer: Tokenizer
+    specials: SpecialTokens
+    profile: PromptConfig
+    processor: ImageProcessorConfig | None
+
+    @property
+    def context_length(self) -> int:
+        return self.config.decoder.context_length
+
+    @property
+    def can_chat(self) -> bool:
+        return bool(self.profile.turns or self.profile.jinja)
+
+    @property
+    def stop(self) -> str:
+        """Text that ends an answer, where no token does."""
+        return CHAT_FORMATS[self.profile.turns].stop if self.profile.turns in CHAT_FORMATS else ""
+
+    def chat(
+        self, prompt: Prompt, *, add_generation_prompt: bool = True, cut: int | None = None
+    ) -> Encoded:
+        """Return the ids of turns and which of them are learned.
+
+        Args:
+            cut: keep only so many tokens, the first; None: all.
+
+        Raises:
+            InputError: the model cannot chat, or not about what the prompt holds.
+            ContextLengthError: the prompt is longer than the model's context.
+        """
+        prompt = self._timed(prompt)
+        shapes, profile = self._shapes(prompt), self.profile
+        settings = self._settings(shapes)
+        if profile.turns:
+            encoded = encode_turns(
+                prompt,
+                lookup("turn template", profile.turns, CHAT_FORMATS),
+                self.tokenizer,
+                self.specials,
+                image_start=profile.image_start,
+                image_end=profile.image_end,
+                add_generation_prompt=add_generation_prompt,
+                **settings,
+            )
+        else:
+            encoded = encode_chat(
+                prompt,
+                self.template,
+                self.tokenizer,
+                self.specials,
+                add_generation_prompt=add_generation_prompt,
+                **settings,
+            )
+        encoded = self._placed(encoded, shapes)
+        if cut is not None:
+            _cut(encoded, cut)
+        return self.checked(encoded)
+
+    def item(self, prompt: Prompt, instruction: str | None = None) -> Encoded:
+        """Return the ids of an item that is embedded.
+
+        Args:
+            instruction: what the vector is for; joined to the item's text as the profile says.
+
+        Raises:
+            InputError, ContextLengthError: see `chat`.
+        """
+        profile = self.profile
+        prompt = self.instructed(prompt, instruction)
+        shapes = self._shapes(prompt)
+        encoded = encode_plain(
+            prompt,
+            self.tokenizer,
+            self.specials,
+            prefix=profile.embed_prefix,
+            suffix=profile.embed_suffix,
+            image_start=profile.image_start,
+            image_end=profile.image_end + profile.embed_image_end,
+            **self._settings(shapes),
+        )
+        if profile.embed_positions == "grid":
+            encoded = self._placed(encoded, shapes)
+        return self.checked(encoded)
+
+    def alone(self, prompt: Prompt) -> bool:
+        """Return whether a prompt's pictures are sized as if each were its only one."""
+        return len(prompt.visuals) == 1 or not depends_on_image_count(self.processor)
+
+    def checked(self, encoded: Encoded) -> Encoded:
+        """Return a sequence that holds something and fits the context.
+
+        Raises:
+            InputError: it holds no token.
+            ContextLengthError: it does not fit.
+        """
+        length = len(encoded.token_ids)
+        if not length:
+            raise InputError(
+                f"the prompt has no tokens: nothing of its text is left as {self.name} reads it, "
+                "perhaps only marks that its tokenizer drops. Give some text or an image."
+            )
+        if length >= self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {length} tokens ({sum(n for _, n in encoded.image_slots)} of them "
+                f"from images), but {self.name} reads at most {self.context_length - 1}. Shorten "
+                "the text, split it into several items, or use fewer images."
+            )
+        return encoded
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's own chat template.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not self.profile.jinja:
+            raise InputError(
+                f"{self.name} brings no chat template, so how to ask it is unknown. Embed with "
+                "it instead, or name its format, visavis.load(…, turns='…'), one of: "
+                f"{', '.join(sorted(CHAT_FORMATS))}."
+            )
+        text = self.tokenizer.id_to_token
+        bos, eos = (
+            "" if number is None else text(number) or ""
+            for number in (self.specials.bos_id, self.specials.eos_id)
+        )
+        return ChatTemplate(self.profile.jinja, bos_token=bos, eos_token=eos)
+
+    def _shapes(self, prompt: Prompt) -> list[ImageGrid]:
+        if prompt.visuals and self.config.tower is None:
+            raise InputError(
+                f"{self.name} has no vision tower, but the prompt holds {len(prompt.visuals)} "
+                "image(s). Use a model with vision, such as 'nano', or send text only."
+            )
+        alone, processor = self.alone(prompt), self.processor
+        return [grid_of(one, processor, alone) for one in prompt.visuals if processor]
+
+    def _timed(self, prompt: Prompt) -> Prompt:
+        """Return a prompt with each video's times in words after it, where the profile has them."""
+        processor = self.processor
+        if not self.profile.video_times or processor is None:
+            return prompt
+
+        def timed(message: Message) -> Iterator[Part]:
+            for part in message.parts:
+                yield part
+                if isinstance(part, Video):
+                    yield Text(times_of(part, processor) + "\n")
+
+        return Prompt(tuple(replace(one, parts=tuple(timed(one))) for one in prompt.messages))
+
+    def _settings(self, shapes: Sequence[ImageGrid]) -> dict[str, Any]:
+        return {
+            "image_token_id": self.config.image_token_id,
+            "video_token_id": self.config.video_token_id,
+            "tokens_per_image": [count_tokens(self.config, shape) for shape in shapes],
+        }
+
+    def _placed(self, encoded: Encoded, shapes: Sequence[ImageGrid]) -> Encoded:
+        """Give a sequence its positions on three axes, where the decoder has them."""
+        if shapes and self.config.decoder.mrope_sections:
+            assert self.config.connector is not None
+            length, merge = len(encoded.token_ids), self.config.connector.shuffle
+            encoded.positions = mrope_positions(length, encoded.image_slots, shapes, merge)
+        return encoded
+
+    def instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
+        """Return an item with an instruction joined to its text, after its pictures."""
+        if not instruction:
+            return prompt
+        joined = self.profile.instructed(instruction, prompt.text)
+        return Prompt.of([*prompt.visuals, Text(joined)])
+
+
+def _cut(encoded: Encoded, length: int) -> None:
+    """Leave out what follows the first `length` tokens.
+
+    Raises:
+        InputError: an image reaches beyond them.
+    """
+    end = max((start + count for start, count in encoded.image_slots), default=0)
+    if end > length:
+        raise InputError(
+            f"its images reach to token {end}, and only {length} are kept: an image cannot be cut; "
+            "allow more tokens, or use fewer images"
+        )
+    encoded.token_ids, encoded.loss_mask = encoded.token_ids[:length], encoded.loss_mask[:length]
+    if encoded.positions is not None:
+        encoded.positions = encoded.positions[:, :length]

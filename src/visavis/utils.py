@@ -1,0 +1,115 @@
+"""Writing files so that a reader never sees half of one. Knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from visavis.errors import UnknownNameError
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success sync it and rename it into place.
+
+    On any error, Ctrl-C included, the temporary file is removed and `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_folder_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success rename it into place, where it replaces
+    what is there.
+
+    On any error, Ctrl-C included, the temporary folder is removed and `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.tmp-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():  # a folder cannot replace one that holds something in one step
+            before = Path(tempfile.mkdtemp(dir=temporary.parent, prefix=f"{path.name}.tmp-"))
+            path.replace(before)
+            try:
+                temporary.replace(path)
+            except BaseException:
+                before.replace(path)
+                raise
+            shutil.rmtree(before)
+        else:
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+Value = TypeVar("Value")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean …; known: …" for a name that is not in `known`."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return f"{hint}Known names: {', '.join(names)}."
+
+
+def lookup(kind: str, name: str, table: Mapping[str, Value]) -> Value:
+    """Return `table[name]`.
+
+    Raises:
+        UnknownNameError: `name` is not in the table; the message lists the nearest names.
+    """
+    if name not in table:
+        raise UnknownNameError(f"unknown {kind} {name!r}: {suggest(name, table)}")
+    return table[name]
+
+
+Item = TypeVar("Item")
+
+
+def track(
+    items: Iterable[Item], description: str, *, weights: Sequence[int], show: bool
+) -> Iterator[Item]:
+    """Yield `items`, moving a bar by each item's weight; no bar when `show` is off."""
+    if not show:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=sum(weights))
+        for item, weight in zip(items, weights, strict=True):
+            yield item
+            bar.advance(task, weight)
