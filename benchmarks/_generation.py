@@ -29,7 +29,7 @@ def compare(
     value: Value,
     unit: str,
     ratios: Mapping[str, float],
-    turns: str = "",
+    chat_template: str = "",
 ) -> None:
     """Add rows with `value` of what a run reports, for every generator in `names`.
 
@@ -37,7 +37,7 @@ def compare(
         model: a GGUF file, which every engine reads by itself; or what only visavis can load: its
             weights are then exported for transformers.
         names: engines; without transformers among them our own weights in float32 are the judge.
-        turns: chat format of a file that has none.
+        chat_template: chat format of a file that has none.
     """
     runs = report.options.runs
     judged_by = JUDGE if JUDGE in names else "exact"
@@ -54,7 +54,11 @@ def compare(
             ours.ask("export", model=model, folder=folder)
         for engine in everyone:
             own = everyone_reads_it or engine is ours
-            format = {"turns": turns} if turns and engine in (ours, judge) else {}
+            format = (
+                {"chat_template": chat_template}
+                if chat_template and engine in (ours, judge)
+                else {}
+            )
             engine.ask("load", model=model if own else folder, **format)
         warm_up, *prompts = (
             ours.ask("prompt", tokens=prompt_tokens, number=number) for number in range(runs + 1)

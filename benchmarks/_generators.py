@@ -26,7 +26,7 @@ class Visavis:
     """The public way, `Model.chat`, taken apart to note the ids; no token ends the answer, so that
     everyone says as many, and nothing is known of earlier prompts."""
 
-    def load(self, model: str, turns: str = "") -> dict[str, Any]:
+    def load(self, model: str, chat_template: str = "") -> dict[str, Any]:
         import dataclasses
 
         import torch
@@ -34,7 +34,7 @@ class Visavis:
         import visavis
 
         torch.set_num_threads(THREADS)
-        self.model = visavis.load(model, turns=turns)
+        self.model = visavis.load(model, chat_template=chat_template)
         self.model.specials = dataclasses.replace(self.model.specials, eot_ids=())
         return {}
 
@@ -181,13 +181,13 @@ class Transformers:
 class Exact:
     """A judge for files that transformers cannot take: our own weights in float32."""
 
-    def load(self, model: str, turns: str = "") -> dict[str, Any]:
+    def load(self, model: str, chat_template: str = "") -> dict[str, Any]:
         import torch
 
         import visavis
 
         torch.set_num_threads(THREADS)
-        self.model = visavis.load(model, turns=turns, precision="f32", device="cpu")
+        self.model = visavis.load(model, chat_template=chat_template, precision="f32", device="cpu")
         return {}
 
     def judge(self, ids: list[int], answer: list[int]) -> dict[str, Any]:

@@ -69,7 +69,9 @@ class Visavis:
 
         torch.set_num_threads(THREADS)
         self.folder = folder
-        self.model = visavis.load(folder, precision="f32", device="cpu", turns="chatml-bare")
+        self.model = visavis.load(
+            folder, precision="f32", device="cpu", chat_template="chatml-bare"
+        )
         self.batcher = DataLoader(self.model.encoder)
         self.samples = [_chat(json.loads(line)) for line in Path(samples).read_text().splitlines()]
         return {}
@@ -95,7 +97,9 @@ class Visavis:
         from visavis.train.loop import LoopSettings, Run, train_loop
         from visavis.train.objectives.generative import GenerativeTask
 
-        vlm = visavis.load(self.folder, precision="f32", device="cpu", turns="chatml-bare").vlm
+        vlm = visavis.load(
+            self.folder, precision="f32", device="cpu", chat_template="chatml-bare"
+        ).vlm
         chosen = self.samples[first : first + steps * BATCH]
         groups = {
             "connector": list(vlm.connector.parameters()),

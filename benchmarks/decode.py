@@ -55,7 +55,7 @@ def main() -> int:
                 value=lambda times: (new_tokens - 1) / times["decode_s"],
                 unit="tokens/s",
                 ratios={"llama.cpp": 1},
-                turns="mistral_instruct",
+                chat_template="mistral_instruct",
             )
     return report.finish()
 

@@ -80,7 +80,7 @@ def write_tiny_checkpoint(
         name=name,
         config=config,
         tensors=vlm.state_dict(),
-        profile=PromptConfig(turns="chatml-bare", pooling="head"),
+        profile=PromptConfig(chat_template="chatml-bare", pooling="head"),
         processor=ImageProcessorConfig(32, "squash", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     )
     byte_tokenizer().save(str(folder / "tokenizer.json"))

@@ -62,7 +62,7 @@ def compose(base: Checkpoint, name: str, **settings: Any) -> Checkpoint:
         base,
         vlm=vlm.requires_grad_(False),
         processor=ImageProcessorConfig(SIZE, "pad", mean, std),
-        profile=PromptConfig(turns="qwen_1_5"),
+        profile=PromptConfig(chat_template="qwen_1_5"),
     )
 
 

@@ -59,7 +59,7 @@ def test_models_have_it_and_keep_it(example: dict[str, Any], tmp_path: Path) -> 
         name="pooled",
         config=config,
         tensors=vlm.state_dict(),
-        profile=PromptConfig(turns="chatml-bare", pooling="head"),
+        profile=PromptConfig(chat_template="chatml-bare", pooling="head"),
         processor=ImageProcessorConfig(32, "squash", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     )
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))

@@ -1,7 +1,8 @@
 """The house rules that a machine can check: who may import whom, file length, docstrings, the tree.
 
-The tree in docs/architecture.md is a fenced block whose first line is `src/visavis/`. Below it every line is an
-indentation (or box drawing), one or more names, two spaces or more, and half a line of text:
+The tree in docs/architecture.md is a fenced block whose first line is `src/visavis/`. Below it
+every line is an indentation (or box drawing), one or more names, two spaces or more, and half a
+line of text:
 
     src/visavis/
       prompt.py            what a user may pass

@@ -67,7 +67,7 @@ def load(
     *,
     precision: str = "auto",
     device: str = "auto",
-    turns: str = "",
+    chat_template: str = "",
     profile: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
@@ -80,7 +80,7 @@ def load(
             machine can; "int8" and "int4" quantise any checkpoint while it is read; "f32", "bf16"
             and "f16" are what all weights become.
         device: "auto", "cpu" or "cuda".
-        turns: the chat format, by name, of a checkpoint that does not bring its own.
+        chat_template: the chat format, by name, of a checkpoint that does not bring its own.
         profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2" or
             "llave".
         base: the language model that a folder without one was trained on.
@@ -102,7 +102,7 @@ def load(
             name_or_path,
             precision=precision,
             device=device,
-            turns=turns,
+            chat_template=chat_template,
             profile=profile,
             base=base,
             vision_tower=vision_tower,

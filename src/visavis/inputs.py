@@ -404,7 +404,8 @@ def _sent(part: Mapping[str, Any], kind: str, key: str, media_type: str) -> str:
     if not url.lower().startswith("data:"):
         raise InputError(
             f"{kind} is {_shortened(url)!r}, expected a data: URI such as "
-            f"data:{media_type};base64,…; for a file use dict({name}=path) or visavis.{name.capitalize()}(path)"
+            f"data:{media_type};base64,…; for a file use "
+            f"dict({name}=path) or visavis.{name.capitalize()}(path)"
         )
     return url
 

@@ -151,7 +151,7 @@ def test_what_gguf_cannot_say_is_refused() -> None:
 def test_chat_formats_as_jinja_give_the_same_ids(name: str, add_bos: bool) -> None:
     tokenizer, specials = with_specials(trained(CUTS["GPT-2"][0])[0], add_bos=add_bos)
     bos = "<s>" if add_bos else ""
-    template = ChatTemplate(chat_template(PromptConfig(turns=name), bos))
+    template = ChatTemplate(chat_template(PromptConfig(chat_template=name), bos))
     settings: dict[str, Any] = {"image_token_id": IMAGE, "tokens_per_image": []}
     for prompt in (
         conversation("How many?"),
@@ -163,7 +163,7 @@ def test_chat_formats_as_jinja_give_the_same_ids(name: str, add_bos: bool) -> No
 
 
 def test_what_stands_beside_pictures_stands_beside_llama_cpps_mark() -> None:
-    profile = PromptConfig(turns="vicuna_v1", image_start="<a>", image_end="<b>")
+    profile = PromptConfig(chat_template="vicuna_v1", image_start="<a>", image_end="<b>")
     template = ChatTemplate(chat_template(profile, "<s>"))
     text = template.render([{"role": "user", "content": "<__media_x3Yz__>What?"}])
     assert text.startswith("<s>A chat between")
@@ -171,5 +171,5 @@ def test_what_stands_beside_pictures_stands_beside_llama_cpps_mark() -> None:
 
 
 def test_formats_that_leave_words_out_have_no_jinja() -> None:
-    assert chat_template(PromptConfig(turns="plain"), "") == ""
+    assert chat_template(PromptConfig(chat_template="plain"), "") == ""
     assert chat_template(PromptConfig(jinja="{{ x }}"), "<s>") == "{{ x }}"

@@ -115,7 +115,7 @@ def test_a_known_tower_may_lie_in_a_folder_of_its_authors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "vocab_size", "aspect", "turns"),
+    ("kind", "vocab_size", "aspect", "chat_template"),
     [
         ("Llama", 32000, "pad", "vicuna_v1"),
         ("Llama", 32064, "anyres", "vicuna_v1"),  # with padding
@@ -168,16 +168,16 @@ def test_parts_that_are_not_needed_are_refused(folder: Path, tmp_path: Path) -> 
 
 def test_which_format_it_chats_in(folder: Path) -> None:
     """LLaVA 1.5's recipe settles it; else the model embeds, and chats once a format is named."""
-    assert load(folder).profile.turns == "vicuna_v1"
+    assert load(folder).profile.chat_template == "vicuna_v1"
     edit_config(folder, image_aspect_ratio=None)
     model = load(folder)
     assert model.embed([picture(1)]).shape == (1, 32)
     with pytest.raises(InputError, match="name its format.*turns=.*vicuna_v1"):
         model.chat("What is this?", images=[picture(1)])
-    named = load(folder, turns="llava_v1")
+    named = load(folder, chat_template="llava_v1")
     assert named.chat("What?", images=[picture(1)], max_new_tokens=2).usage.completion_tokens <= 2
     with pytest.raises(InputError, match="unknown turn template 'vicuna'.*vicuna_v1"):
-        load(folder, turns="vicuna")
+        load(folder, chat_template="vicuna")
 
 
 def test_the_tower_of_the_checkpoint_goes_before_its_folder(folder: Path) -> None:

@@ -96,7 +96,7 @@ def test_a_first_stage_that_trained_them(num_rows: int, tmp_path: Path) -> None:
     rows = torch.randn(num_rows, 32, generator=torch.Generator().manual_seed(0))
     base = save_stage(tmp_path, rows)
     parts = {"base": tmp_path / "base", "vision_tower": tmp_path / "tower"}
-    model = load(tmp_path / "stage", **parts, turns="vicuna_v1")
+    model = load(tmp_path / "stage", **parts, chat_template="vicuna_v1")
     embeddings, head = model.vlm.decoder.embed.weight, model.vlm.decoder.head.weight
     assert torch.equal(embeddings[:260], base["model.embed_tokens.weight"])
     assert torch.equal(embeddings[261:], rows[-2:])
@@ -121,7 +121,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_answer_ends_at_text_where_no_token_ends_it(checkpoint: Path) -> None:
-    model = load(checkpoint, turns="llava_v0")
+    model = load(checkpoint, chat_template="llava_v0")
 
     def say(words: str) -> tuple[list[str], Reply]:
         answer = model.ask(Prompt.chat("What?", [picture(1)]))

@@ -204,7 +204,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
 def test_what_is_written_is_read_as_the_same(name: str, tmp_path: Path) -> None:
     peer = PEERS[name]()
     files.save_repository(tmp_path / "from", peer, image_aspect_ratio="pad")
-    settings = {"precision": "f32", "device": "cpu", "turns": "tinyllava_phi"}
+    settings = {"precision": "f32", "device": "cpu", "chat_template": "tinyllava_phi"}
     first = load_checkpoint(tmp_path / "from", **settings)  # type: ignore[arg-type]
     written = write_tinyllava(first, tmp_path / "to")
     assert written.lost == [] and all(path.is_file() for path in written.files)
@@ -223,11 +223,13 @@ def test_what_is_written_is_read_as_the_same(name: str, tmp_path: Path) -> None:
 def test_a_stage_becomes_a_repository(tmp_path: Path) -> None:
     files.save_stage(tmp_path / "stage", Peer())
     assert stored_precision(tmp_path / "stage") == "f32"
-    done = convert(tmp_path / "stage", tmp_path / "whole", to="tinyllava", turns="tinyllava_llama")
+    done = convert(
+        tmp_path / "stage", tmp_path / "whole", to="tinyllava", chat_template="tinyllava_llama"
+    )
     assert tmp_path / "whole" / "model.safetensors" in done.files
-    assert load(tmp_path / "whole").profile.turns == "tinyllava_llama"
+    assert load(tmp_path / "whole").profile.chat_template == "tinyllava_llama"
     convert(tmp_path / "stage", tmp_path / "unsaid", to="tinyllava")
-    assert load(tmp_path / "unsaid").profile.turns == ""  # the format is not made up
+    assert load(tmp_path / "unsaid").profile.chat_template == ""  # the format is not made up
 
 
 def test_names_of_published_parts_are_written() -> None:

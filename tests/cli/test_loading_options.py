@@ -30,7 +30,7 @@ pytest.importorskip("av")
 pytest.importorskip("pypdfium2")
 
 LOADING = ("chat", "embed", "demo", "index add", "index search", "index prune")
-CONVERTING = ("base", "vision_tower", "turns")
+CONVERTING = ("base", "vision_tower", "chat_template")
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def test_a_model_in_parts(run: Run, stage: Path, tmp_path: Path) -> None:
     (path,) = write_pictures(tmp_path, 1)
     below = {"base": stage.parent / "base", "vision_tower": stage.parent / "tower"}
     words = ["--base", below["base"], "--vision-tower", below["vision_tower"], "--precision", "f32"]
-    model = visavis.load(stage, turns="vicuna_v1", precision="f32", **below)  # type: ignore[arg-type]
-    settings = ("--max-new-tokens", 5, "--turns", "vicuna_v1")
+    model = visavis.load(stage, chat_template="vicuna_v1", precision="f32", **below)  # type: ignore[arg-type]
+    settings = ("--max-new-tokens", 5, "--chat-template", "vicuna_v1")
     shown = run("chat", stage, "What is it?", "-i", path, *words, *settings)
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == model.chat("What is it?", [path], max_new_tokens=5).text + "\n"
@@ -94,7 +94,7 @@ def test_a_model_in_parts(run: Run, stage: Path, tmp_path: Path) -> None:
     other = run("index", "search", "p.idx", "x", "-m", stage, *words)  # another way to embed
     assert_one_line(other, "cannot be compared")
     out = tmp_path / "whole"
-    done = run("convert", stage, out, "--to", "llava", "--turns", "vicuna_v1", *words[:4])
+    done = run("convert", stage, out, "--to", "llava", "--chat-template", "vicuna_v1", *words[:4])
     assert done.exit_code == 0, done.output
     assert run("chat", out, "What is it?", "-i", path, *settings).exit_code == 0
 
@@ -162,7 +162,9 @@ def test_what_cannot_be_shown(run: Run, tiny: str, clip: Path, tmp_path: Path) -
 
 
 def test_names_that_are_unknown(run: Run, tiny: str, tmp_path: Path) -> None:
-    assert_one_line(run("chat", tiny, "hi", "--turns", "vicuna_v2"), "did you mean 'vicuna_v1'")
+    assert_one_line(
+        run("chat", tiny, "hi", "--chat-template", "vicuna_v2"), "did you mean 'vicuna_v1'"
+    )
     assert_one_line(run("embed", tiny, "-t", "hi", "--profile", "lave"), "did you mean 'llave'")
     assert_one_line(run("chat", tiny, "hi", "--base", tmp_path / "gone"), "gone")
     assert_one_line(run("chat", tiny, "hi", "--base", tiny), "has no use for it")

@@ -86,7 +86,7 @@ def test_conversations_of_which_nothing_is_learned(tmp_path: Path) -> None:
 def test_a_chat_format_that_marks_nothing_is_found(tmp_path: Path) -> None:
     encoder = tiny_model().encoder
     jinja = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    profile = dataclasses.replace(encoder.profile, turns="", jinja=jinja)
+    profile = dataclasses.replace(encoder.profile, chat_template="", jinja=jinja)
     encoder = dataclasses.replace(encoder, profile=profile)
     (found,) = check([entry(tmp_path, "chats", chat(0), encoder=encoder)])
     assert kinds(found) == [("masked", "0")]

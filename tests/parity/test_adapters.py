@@ -143,7 +143,7 @@ def test_original_llava_with_what_was_trained_beside(whole_base: bool, tmp_path:
     ids = torch.from_numpy(trace.token_ids)[None]
     theirs = peer(input_ids=ids, pixel_values=found).logits[0]
     assert_close(torch.from_numpy(trace.logits), theirs, "original llava")
-    assert ours.profile.turns == "vicuna_v1"
+    assert ours.profile.chat_template == "vicuna_v1"
 
 
 def folder_of(base: Path, peer: Any, tmp_path: Path) -> Path:

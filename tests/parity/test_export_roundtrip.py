@@ -102,7 +102,7 @@ def test_the_original_layout_comes_back(aspect: str, tied: bool, tmp_path: Path)
     peer = tiny_peer(text)
     save_original(tmp_path / "in", peer, image_aspect_ratio=aspect)
     save_tower(tmp_path / "in" / "vision_tower", peer)
-    settings = {"precision": "f32", "device": "cpu", "turns": "llava_v1"}
+    settings = {"precision": "f32", "device": "cpu", "chat_template": "llava_v1"}
     first = load_checkpoint(tmp_path / "in", **settings)
     second = through(tmp_path / "out", write_llava, first)
     assert_same(first, second)
@@ -121,7 +121,9 @@ ANYRES = {  # what transformers has too
 @pytest.mark.parametrize("name", anyres.VARIANTS)
 def test_the_original_layout_with_tiles_comes_back(name: str, tmp_path: Path) -> None:
     anyres.save(tmp_path / "in", **anyres.VARIANTS[name]())
-    first = load_checkpoint(tmp_path / "in", precision="f32", device="cpu", turns="vicuna_v1")
+    first = load_checkpoint(
+        tmp_path / "in", precision="f32", device="cpu", chat_template="vicuna_v1"
+    )
     prompt = {"image": picture(1, (90, 61)), "text": "What is this?"}
     expected = visavis.Model(first).trace(prompt)
     second = through(tmp_path / "llava", write_llava, first)
@@ -213,7 +215,7 @@ def test_any_model(
         vlm=vlm.requires_grad_(False).eval(),
         tokenizer=tokenizer,
         specials=SpecialTokens(None, 258, (258, 256), 258, False, by_text),
-        profile=PromptConfig(turns="qwen_1_5"),
+        profile=PromptConfig(chat_template="qwen_1_5"),
         processor=ImageProcessorConfig(
             IMAGE_SIZE, own if resize == "native" else "pad", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
         ),

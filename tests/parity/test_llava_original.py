@@ -151,7 +151,7 @@ def test_a_linear_projector(tmp_path: Path) -> None:
     save_file(kept, tmp_path / "model.safetensors")
     save_tower(tmp_path / "vision_tower", peer)
     image = picture(1)
-    model = load(tmp_path, turns="llava_v1")
+    model = load(tmp_path, chat_template="llava_v1")
     compare(model, peer, pixels([image]), [image], "LLaVA 1.0, linear")
 
 
@@ -198,6 +198,8 @@ def test_a_first_stage_on_its_base(prefix: str, tmp_path: Path) -> None:
     }
     torch.save(projector, stage / "mm_projector.bin")
     save_tower(tmp_path / "tower", peer)
-    model = load(stage, base=tmp_path / "base", vision_tower=tmp_path / "tower", turns="vicuna_v1")
+    model = load(
+        stage, base=tmp_path / "base", vision_tower=tmp_path / "tower", chat_template="vicuna_v1"
+    )
     image = picture(1)
     compare(model, peer, pixels([padded(image)]), [image], "first stage")

@@ -107,7 +107,7 @@ def compare(model: visavis.Model, reference: Original, prompt: Any, visuals: lis
 @torch.no_grad()
 def test_pictures_of_many_shapes(name: str, tmp_path: Path) -> None:
     reference = save(tmp_path, **VARIANTS[name]())
-    model = load(tmp_path, turns="vicuna_v1")
+    model = load(tmp_path, chat_template="vicuna_v1")
     for size in SIZES:
         image = picture(1, size)
         prompt = {"image": image, "text": QUESTION}
@@ -121,7 +121,7 @@ def test_pictures_of_many_shapes(name: str, tmp_path: Path) -> None:
 def test_ids_and_answer_are_those_of_the_original(tmp_path: Path) -> None:
     """Pieces around <image> tokenised one by one, a beginning only once; then greedy, uncached."""
     reference = save(tmp_path, **VARIANTS["anyres, vicuna"]())
-    model = load(tmp_path, turns="vicuna_v1")
+    model = load(tmp_path, chat_template="vicuna_v1")
     images = [picture(1, (90, 61)), picture(2, (30, 70))]
     tokens = [reference.image(image) for image in images]
     tokenizer = fast_tokenizer()
@@ -163,7 +163,9 @@ def test_a_video_without_a_newline(tmp_path: Path) -> None:
     video = visavis.Video(tuple(map(visavis.Image, frames)))
     prompt = {"video": video, "text": QUESTION}
     with torch.no_grad():
-        compare(load(tmp_path, turns="vicuna_v1"), reference, prompt, [reference.video(frames)])
+        compare(
+            load(tmp_path, chat_template="vicuna_v1"), reference, prompt, [reference.video(frames)]
+        )
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def test_vectors_and_their_prompts(loaded: tuple) -> None:
 def test_it_chats_too(loaded: tuple) -> None:
     """Its language model is whole, in the format that its base was trained with."""
     _, model = loaded
-    assert model.profile.turns == "qwen_1_5"
+    assert model.profile.chat_template == "qwen_1_5"
     image = picture(1, (90, 61))
     trace = model.trace({"image": image, "text": "Why?"})
     visual = trace.image_slots[0][1]

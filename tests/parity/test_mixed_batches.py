@@ -65,7 +65,7 @@ def gguf(folder: Path) -> visavis.Model:
 
 def text_gguf(folder: Path) -> visavis.Model:
     tiny_llama(folder)
-    return load(folder / "llama.gguf", turns="vicuna_v1")
+    return load(folder / "llama.gguf", chat_template="vicuna_v1")
 
 
 SYSTEMS: dict[str, Callable[[Path], visavis.Model]] = {
@@ -81,7 +81,7 @@ SYSTEMS: dict[str, Callable[[Path], visavis.Model]] = {
     "qwen2_vl": saved(save_qwen2_vl),
     "vlm2vec-v2": saved(save_qwen2_vl, profile="vlm2vec-v2"),
     "phi3_v": saved(save_phi3v),
-    "tinyllava": saved(lambda folder: save_repository(folder, Peer()), turns="vicuna_v1"),
+    "tinyllava": saved(lambda folder: save_repository(folder, Peer()), chat_template="vicuna_v1"),
     "gguf": text_gguf,
     "gguf with mmproj": gguf,
 }

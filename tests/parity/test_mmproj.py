@@ -135,7 +135,7 @@ def test_embeddings_with_pictures_are_llama_cpps(
     pools what it computes at once, and pictures are computed apart."""
     for pooling in ("last", "mean"):
         loaded = compose(language_model, "SigLIP, mlp2x")
-        loaded.profile = PromptConfig(turns="qwen_1_5", pooling=pooling)
+        loaded.profile = PromptConfig(chat_template="qwen_1_5", pooling=pooling)
         model, mmproj = write_gguf(loaded, tmp_path / pooling, kind="F16")
         with llama_cpp(model, mmproj, context_length=256, embedding=True) as server:
             content = server.with_pictures(f"{BEFORE}<image>{AFTER}", [PICTURE])

@@ -175,8 +175,8 @@ def test_a_stage(tmp_path: Path) -> None:
     """Layout (a); which chat format it was trained with, no file says."""
     peer = Peer(Qwen2Config(**TEXT, tie_word_embeddings=True), siglip())
     files.save_stage(tmp_path, peer, llm_model_name_or_path="Qwen/Qwen2-0.5B")
-    assert load(tmp_path).profile.turns == ""
-    model = load(tmp_path, turns="tinyllava_qwen2_base")
+    assert load(tmp_path).profile.chat_template == ""
+    model = load(tmp_path, chat_template="tinyllava_qwen2_base")
     compare(model, peer, PATCHES - 1, "a stage", SIGLIP)
 
 
@@ -192,7 +192,7 @@ def test_a_lora_stage_is_merged(tmp_path: Path) -> None:
     wrapped.save_pretrained(tmp_path)
     model = load(tmp_path)
     compare(model, wrapped.base_model.model, PATCHES, "LoRA stage")
-    assert model.profile.turns == "tinyllava_llama"
+    assert model.profile.chat_template == "tinyllava_llama"
 
 
 def test_openelm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_an_older_repository(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     names = {"norm_eps": 1e-5, "rope_pct": 0.25} if kind == "stablelm" else {}
     files.save_old(tmp_path, peer, mm_vision_tower="bczhou/TinyLLaVA-2.0B-SigLIP", **names)
     model = load(tmp_path)
-    assert model.profile.turns == turns
+    assert model.profile.chat_template == turns
 
     def every_patch(values: Tensor) -> Tensor:
         states = peer.vision_tower.inner[0](values, output_hidden_states=True).hidden_states

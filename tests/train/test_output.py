@@ -77,7 +77,7 @@ def test_the_adapter_of_a_language_model(dora: bool, tmp_path: Path) -> None:
     fast_tokenizer().save_pretrained(base)
     write_talk(tmp_path, pictures=False)
     lora = {"rank": 4, "dora": dora, "dropout": 0.1}
-    made = recipe(base, turns="chatml-bare", lora=lora)
+    made = recipe(base, chat_template="chatml-bare", lora=lora)
     folder = run_recipe(made, tmp_path, tmp_path / "out")
     merged = load(folder).trace(PROMPT).logits
     assert abs(merged - load(base).trace(PROMPT).logits).max() > 0.01, "nothing was trained"
@@ -97,12 +97,16 @@ def test_the_adapter_of_a_llava_brings_its_connector(dora: bool, tmp_path: Path)
     peer, processor = save_llava(base)
     write_talk(tmp_path, pictures=True)
     lora = {"rank": 4, "dora": dora}
-    made = recipe(base, turns="vicuna_v1", lora=lora, train={"lora": 0.05, "connector": 0.01})
+    made = recipe(
+        base, chat_template="vicuna_v1", lora=lora, train={"lora": 0.05, "connector": 0.01}
+    )
     folder = run_recipe(made, tmp_path, tmp_path / "out")
     item = {"image": picture(1), "text": "What is this?"}
     merged = load(folder).trace(item)
-    assert abs(merged.logits - load(base, turns="vicuna_v1").trace(item).logits).max() > 0.01
-    ours = load(folder / "adapter", base=base, turns="vicuna_v1").trace(item)
+    assert (
+        abs(merged.logits - load(base, chat_template="vicuna_v1").trace(item).logits).max() > 0.01
+    )
+    ours = load(folder / "adapter", base=base, chat_template="vicuna_v1").trace(item)
     assert_close(torch.from_numpy(ours.logits), torch.from_numpy(merged.logits), "llava, adapter")
     theirs = peft.PeftModel.from_pretrained(peer.eval(), folder / "adapter").eval()
     values = processor.image_processor(images=[picture(1)], return_tensors="pt")["pixel_values"]

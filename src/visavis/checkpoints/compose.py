@@ -59,7 +59,7 @@ class Composition:
         connector: its kind and numbers (`ConnectorConfig`), widths left out.
         connector_weights: path of a visavis folder whose connector is taken over; empty: a
             new one.
-        turns: chat format by name; empty: the language model's own.
+        chat_template: chat format by name; empty: the language model's own.
         resize: how pictures become the tower's square; empty: as its own processor says.
         canvases: columns and rows of tiles that a picture may be laid on (LLaVA's anyres); empty:
             pictures are not tiled.
@@ -74,7 +74,7 @@ class Composition:
     vision_tower: str
     connector: dict[str, Any]
     connector_weights: str = ""
-    turns: str = ""
+    chat_template: str = ""
     resize: Literal["", "squash", "crop", "pad"] = ""
     canvases: tuple[tuple[int, int], ...] = ()
     max_tiles: int = 0
@@ -113,7 +113,7 @@ def compose(
     if parts.connector_weights:
         _take_connector(vlm, Path(parts.connector_weights))
     processor = composed_processor(parts, processor)
-    turns = parts.turns or base.profile.turns
+    chat_template = parts.chat_template or base.profile.chat_template
     identity = {"parts": repr(parts), "base": base.fingerprint, "seed": seed}
     return Checkpoint(
         name=f"{Path(parts.vision_tower).name} + {base.name}",
@@ -121,7 +121,9 @@ def compose(
         tokenizer=base.tokenizer,
         specials=base.specials,
         profile=PromptConfig(
-            turns=turns, jinja="" if turns else base.profile.jinja, pooling=parts.pooling
+            chat_template=chat_template,
+            jinja="" if chat_template else base.profile.jinja,
+            pooling=parts.pooling,
         ),
         processor=processor,
         fingerprint=checkpoint_fingerprint([], identity),

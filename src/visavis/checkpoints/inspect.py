@@ -174,7 +174,7 @@ def _llava(layout: DetectedFormat) -> Description:
         **{
             "architecture": str(found.text["model_type"]),
             "vision tower": str(found.data["mm_vision_tower"]),
-            "chat template": found.turns or template,
+            "chat template": found.chat_template or template,
         },
     )
     if found.lacking is None:
@@ -205,7 +205,9 @@ def _llava_first_stage(layout: DetectedFormat) -> Description:
 def _tinyllava(layout: DetectedFormat) -> Description:
     found = open_tinyllava(layout.path)
     profile = {"language model": str(found.text["model_type"])}
-    return _folder(layout, found, **profile, **{"chat template": found.turns or NO_TEMPLATE})
+    return _folder(
+        layout, found, **profile, **{"chat template": found.chat_template or NO_TEMPLATE}
+    )
 
 
 def _phi3v(layout: DetectedFormat) -> Description:

@@ -104,7 +104,7 @@ def load_checkpoint(
     *,
     precision: str = "auto",
     device: str = "auto",
-    turns: str = "",
+    chat_template: str = "",
     profile: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
@@ -112,11 +112,12 @@ def load_checkpoint(
     """Load a bundled name, a name on the hub, a .gguf file or a folder in any layout that is read.
 
     Raises:
-        UnknownNameError, FetchError: see `resolve`; or `turns` or `profile` is none that is known.
+        UnknownNameError, FetchError: see `resolve`; or `chat_template` or `profile` is not
+            known.
         CheckpointError: the files are damaged or of a kind not known.
     """
-    if turns:
-        lookup("turn template", turns, CHAT_FORMATS)
+    if chat_template:
+        lookup("chat template", chat_template, CHAT_FORMATS)
     if profile:
         lookup("profile", profile, PROFILES)
     from visavis.checkpoints.checkpoint import INTEGERS, checkpoint_fingerprint
@@ -133,8 +134,8 @@ def load_checkpoint(
         loaded.fingerprint = checkpoint_fingerprint(
             [], {"model": loaded.fingerprint, "bits": precision}
         )
-    if turns:
-        loaded.profile = replace(loaded.profile, turns=turns)
+    if chat_template:
+        loaded.profile = replace(loaded.profile, chat_template=chat_template)
     if profile:
         embed_as(loaded, profile)
     return loaded

@@ -172,7 +172,7 @@ def load_phi3v(
         vlm=packing.build(state),
         tokenizer=tokenizer,
         specials=specials,
-        profile=PromptConfig(turns="phi3_v", image_end=bos),
+        profile=PromptConfig(chat_template="phi3_v", image_end=bos),
         processor=processor,
         fingerprint=checkpoint_fingerprint([tokenizer_file(words), *found.files], identity),
         files=[folder / CONFIG_NAME, *found.files],

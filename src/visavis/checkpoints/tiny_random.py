@@ -91,7 +91,7 @@ def write(folder: Path) -> None:
         name=NAME,
         config=config,
         tensors=vlm.state_dict(),
-        profile=PromptConfig(turns="chatml-bare", embed_suffix="<|im_end|>"),
+        profile=PromptConfig(chat_template="chatml-bare", embed_suffix="<|im_end|>"),
         processor=ImageProcessorConfig(tower.image_size, "squash", PAPER, INK),
     )
     specials = SpecialTokens(None, end, (end,), end_of_text, False)

@@ -120,10 +120,10 @@ VideosOption = Annotated[
     list[Path], typer.Option("--video", help="A video, an animation or a folder of its frames.")
 ]
 DocumentsOption = Annotated[list[Path], typer.Option("--document", help="A PDF.")]
-TurnsOption = Annotated[
+ChatTemplateOption = Annotated[
     str,
     typer.Option(
-        "--turns",
+        "--chat-template",
         help="The chat format, by name, of a model that brings none.",
         rich_help_panel=PANEL,
     ),
@@ -159,7 +159,7 @@ class Loading:
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=PANEL)
     ] = "auto"
-    turns: TurnsOption = ""
+    chat_template: ChatTemplateOption = ""
     profile: Annotated[
         str,
         typer.Option(

@@ -10,8 +10,8 @@ import typer
 
 from visavis.cli.common import (
     BaseOption,
+    ChatTemplateOption,
     JsonOption,
-    TurnsOption,
     VisionTowerOption,
     human_bytes,
     print_columns,
@@ -54,7 +54,7 @@ def convert(
     ] = None,
     base: BaseOption = None,
     vision_tower: VisionTowerOption = None,
-    turns: TurnsOption = "",
+    chat_template: ChatTemplateOption = "",
     verify: Annotated[
         bool,
         typer.Option(
@@ -94,7 +94,7 @@ def convert(
         to=to,
         precision=precision,
         kind=kind,
-        turns=turns,
+        chat_template=chat_template,
         base=below,
         vision_tower=vision_tower,
         force=force,

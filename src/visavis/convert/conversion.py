@@ -61,7 +61,7 @@ def convert(
     to: str,
     precision: str = "auto",
     kind: str = "",
-    turns: str = "",
+    chat_template: str = "",
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     force: bool = False,
@@ -77,7 +77,7 @@ def convert(
             the source, bf16 if it is quantised; for our own layout also "int8" and "int4".
         kind: GGUF only: the type of its tensors, such as Q8_0; empty: as `precision`, F16 if
             that is "auto".
-        turns, base, vision_tower: see `visavis.load`.
+        chat_template, base, vision_tower: see `visavis.load`.
         force: replace a model that is at `out`.
 
     Raises:
@@ -102,7 +102,12 @@ def convert(
     below = None if base is None else resolve(base)
     precision = stored_precision(path, below) if precision == "auto" else precision
     loaded = load_checkpoint(
-        path, precision=precision, device="cpu", turns=turns, base=base, vision_tower=vision_tower
+        path,
+        precision=precision,
+        device="cpu",
+        chat_template=chat_template,
+        base=base,
+        vision_tower=vision_tower,
     )
     settings: dict[str, Any] = {"kind": kind} if target.kinds else {"progress": progress}
     try:

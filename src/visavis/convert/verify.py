@@ -340,7 +340,7 @@ def _reload(done: Conversion) -> Model:
         done.out,
         precision=done.precision,
         device="cpu",
-        turns=done.loaded.profile.turns,
+        chat_template=done.loaded.profile.chat_template,
         vision_tower=beside,
     )
     return Model(loaded)

@@ -1,8 +1,8 @@
 """Attention over packed sequences: one function, two backends.
 
 Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `SequenceLayout` says
-where each sequence ends and what it has cached. On CUDA (Ampere and newer), in half precision, the whole
-stream goes through `varlen_attn`, with keys and values in pages where there is a cache
+where each sequence ends and what it has cached. On CUDA (Ampere and newer), in half precision, the
+whole stream goes through `varlen_attn`, with keys and values in pages where there is a cache
 (`paged_kv_cache.py`); everywhere else each sequence goes through scaled-dot-product attention by
 itself. Knows nothing of projections, positions or rotary embeddings.
 """

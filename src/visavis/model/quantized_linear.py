@@ -3,9 +3,8 @@
 Two regimes on the CPU. Decoding reads few rows, so PyTorch's packed int4 kernel multiplies the
 integers as they are. Prefill and embedding read many, so weights are made floating-point, a tile
 at a time (`QuantizedRows.tiles`) or, in small models, once (`QuantizedLinear.dense`), and go
-through the dense product. The caller says which (`packed_kernels`), never the number of rows: both round
-differently, and a result must not depend on what else is in its batch. Knows integers and scales,
-not the files they come from.
+through the dense product. The caller says which (`packed_kernels`), never the number of rows: both
+round differently, and a result must not depend on what else is in its batch.
 """
 
 from __future__ import annotations

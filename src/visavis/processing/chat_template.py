@@ -1,9 +1,8 @@
 """From turns to token ids: chat templates, image placeholders, loss masks.
 
 Two kinds of template: a checkpoint's own jinja source, rendered in a sandbox, and turn templates,
-data in `turns.py` that also say which tokens are learned. What people type never becomes a special
-token, whatever it looks like. Knows how many tokens an image takes only because it is told; opens
-no image and runs no model.
+data in `chat_formats.py` that also say which tokens are learned. What people type never becomes a
+special token, whatever it looks like.
 """
 
 from __future__ import annotations
@@ -85,8 +84,8 @@ class ChatTemplate:
         if not source.strip():
             raise CheckpointError(
                 "the checkpoint has no chat template, so its turns cannot be written as it was "
-                f"trained; name one of {', '.join(sorted(CHAT_FORMATS))} as `turns` in its prompt "
-                "profile, or use it for embedding only"
+                f"trained; name one of {', '.join(sorted(CHAT_FORMATS))} as `chat_template` in its "
+                "prompt profile, or use it for embedding only"
             )
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -99,8 +98,8 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the checkpoint's chat template is not valid jinja (line {error.lineno}: "
-                f"{error.message}); name one of {', '.join(sorted(CHAT_FORMATS))} as `turns` in "
-                "its prompt profile instead"
+                f"{error.message}); name one of {', '.join(sorted(CHAT_FORMATS))} as "
+                "`chat_template` in its prompt profile instead"
             ) from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 CHAT_FIELDS = (
-    "turns",
+    "chat_template",
     "jinja",
     "image_start",
     "image_end",
@@ -49,10 +49,10 @@ class PromptConfig:
     """How one checkpoint wants to be asked, and how it embeds.
 
     Args:
-        turns: name of a template in `turns.TURNS` for chat; empty: use `jinja`.
+        chat_template: name of a format in `CHAT_FORMATS`; empty: use `jinja`.
         jinja: a chat template's source; both empty: the checkpoint cannot chat.
         image_start, image_end: special tokens around each image's own (LLaVA 1.0's
-            mm_use_im_start_end), within what `turns` writes there.
+            mm_use_im_start_end), within what `chat_template` writes there.
         video_times: whose sentence on a video's length and its frames' times stands after each
             video in chat; empty: nobody's.
         embed_prefix, embed_suffix: text around an item that is embedded.
@@ -64,7 +64,7 @@ class PromptConfig:
             0, 1, 2, … as for text alone, which VLM2Vec trained with.
     """
 
-    turns: str = ""
+    chat_template: str = ""
     jinja: str = ""
     image_start: str = ""
     image_end: str = ""
@@ -137,12 +137,16 @@ class PromptEncoder:
 
     @property
     def can_chat(self) -> bool:
-        return bool(self.profile.turns or self.profile.jinja)
+        return bool(self.profile.chat_template or self.profile.jinja)
 
     @property
     def stop(self) -> str:
         """Text that ends an answer, where no token does."""
-        return CHAT_FORMATS[self.profile.turns].stop if self.profile.turns in CHAT_FORMATS else ""
+        return (
+            CHAT_FORMATS[self.profile.chat_template].stop
+            if self.profile.chat_template in CHAT_FORMATS
+            else ""
+        )
 
     def chat(
         self, prompt: Prompt, *, add_generation_prompt: bool = True, cut: int | None = None
@@ -159,10 +163,10 @@ class PromptEncoder:
         prompt = self._timed(prompt)
         shapes, profile = self._shapes(prompt), self.profile
         settings = self._settings(shapes)
-        if profile.turns:
+        if profile.chat_template:
             encoded = encode_turns(
                 prompt,
-                lookup("turn template", profile.turns, CHAT_FORMATS),
+                lookup("chat template", profile.chat_template, CHAT_FORMATS),
                 self.tokenizer,
                 self.specials,
                 image_start=profile.image_start,
@@ -245,7 +249,7 @@ class PromptEncoder:
         if not self.profile.jinja:
             raise InputError(
                 f"{self.name} brings no chat template, so how to ask it is unknown. Embed with "
-                "it instead, or name its format, visavis.load(…, turns='…'), one of: "
+                "it instead, or name its format, visavis.load(…, chat_template='…'), one of: "
                 f"{', '.join(sorted(CHAT_FORMATS))}."
             )
         text = self.tokenizer.id_to_token

@@ -88,7 +88,7 @@ class ModelRecipe(_Strict):
     vision_tower: str = ""
     connector: ConnectorRecipe = ConnectorRecipe()
     connector_weights: str = ""  # a run's model folder, whose connector is taken over
-    turns: str = ""  # chat format by name; empty: the base's own
+    chat_template: str = ""  # chat format by name; empty: the base's own
     resize: Literal["", "squash", "crop", "pad"] = ""
     canvases: tuple[tuple[Count, Count], ...] = ()  # columns and rows of tiles (LLaVA's anyres)
     max_tiles: Annotated[int, Field(ge=0)] = 0
@@ -108,9 +108,10 @@ class ModelRecipe(_Strict):
                 "give either `base`, a model that exists, or both `language_model` and "
                 "`vision_tower`, to be joined by a new connector"
             )
-        if self.turns and self.turns not in CHAT_FORMATS:
+        if self.chat_template and self.chat_template not in CHAT_FORMATS:
             raise ValueError(
-                f"unknown chat format {self.turns!r}: {suggest(self.turns, CHAT_FORMATS)}"
+                f"unknown chat format {self.chat_template!r}: "
+                f"{suggest(self.chat_template, CHAT_FORMATS)}"
             )
         if self.profile and self.profile not in PROFILES:
             raise ValueError(f"unknown profile {self.profile!r}: {suggest(self.profile, PROFILES)}")
@@ -130,7 +131,7 @@ class ModelRecipe(_Strict):
             "language_model",
             "vision_tower",
             "connector_weights",
-            "turns",
+            "chat_template",
             "resize",
             "canvases",
             "max_tiles",
@@ -222,7 +223,7 @@ class StepsStage(_Strict):
     """Gradient steps through the model; with both objectives it is the joint task.
 
     Args:
-        turns: chat format of this stage, by name; empty: the model's.
+        chat_template: chat format of this stage, by name; empty: the model's.
         train: peak learning rate of each part that is trained.
         vision_from: of the vision tower, only this block and later ones.
         lora_from: of LoRA, only adapters of this block and later ones.
@@ -236,7 +237,7 @@ class StepsStage(_Strict):
     epochs: Positive | None = None
     generative: Generative | None = None
     contrastive: Contrastive | None = None
-    turns: str = ""
+    chat_template: str = ""
     train: dict[Part, Rate]
     vision_from: Annotated[int, Field(ge=0)] = 0
     lora_from: Annotated[int, Field(ge=0)] = 0
@@ -261,9 +262,10 @@ class StepsStage(_Strict):
             problems.append("give one of `steps` and `epochs`")
         if not self.train:
             problems.append("`train` names no part")
-        if self.turns and self.turns not in CHAT_FORMATS:
+        if self.chat_template and self.chat_template not in CHAT_FORMATS:
             problems.append(
-                f"unknown chat format {self.turns!r}: {suggest(self.turns, CHAT_FORMATS)}"
+                f"unknown chat format {self.chat_template!r}: "
+                f"{suggest(self.chat_template, CHAT_FORMATS)}"
             )
         if problems:
             raise ValueError(f"stage {self.name!r}: {'; '.join(problems)}")

@@ -167,7 +167,7 @@ def open_model(model: ModelRecipe, *, precision: str, device: str, seed: int) ->
             model.base,
             precision=precision,
             device=device,
-            turns=model.turns,
+            chat_template=model.chat_template,
             profile=model.profile,
         )
     else:
@@ -317,8 +317,10 @@ def _batcher(
     run: TrainingRun, stage: StepsStage, part: Generative | Contrastive, *, cut: bool = False
 ) -> DataLoader:
     encoder = run.encoder
-    if stage.turns:
-        encoder = replace(encoder, profile=replace(encoder.profile, turns=stage.turns))
+    if stage.chat_template:
+        encoder = replace(
+            encoder, profile=replace(encoder.profile, chat_template=stage.chat_template)
+        )
     return DataLoader(
         encoder,
         run.accelerator.device,

@@ -34,14 +34,14 @@ MARK_START, MARK_END = "<__media", "__>"  # what llama.cpp's marks begin and end
 def chat_template(profile: PromptConfig, bos: str) -> str:
     """Return a jinja chat template that writes a profile's turns; empty where there are none.
 
-    Of the formats of `turns.py` only `plain`, which leaves the user's words out, has none.
+    Of the formats of `chat_formats.py` only `plain`, which leaves the user's words out, has none.
 
     Args:
         bos: what every conversation begins with.
     """
-    if not profile.turns:
+    if not profile.chat_template:
         return profile.jinja
-    turns = lookup("turn template", profile.turns, CHAT_FORMATS)
+    turns = lookup("chat template", profile.chat_template, CHAT_FORMATS)
     if any(turn.images_only for turn in turns.turns.values()):
         return ""
     image = (turns.image_start + profile.image_start, profile.image_end + turns.image_end)
@@ -159,8 +159,8 @@ def open_model(path: Path) -> tuple[GGUFFile, list[Path]]:
             else ""
         )
         raise CheckpointError(
-            f"{path.parent} lacks {', '.join(missing[:MAX_MISSING_LISTED])}{more} of {count} parts; "
-            "fetch what is missing into the same folder."
+            f"{path.parent} lacks {', '.join(missing[:MAX_MISSING_LISTED])}{more} of {count} "
+            "parts; fetch what is missing into the same folder."
         )
     parts = [open_gguf(one) for one in paths]
     for number, part in enumerate(parts):

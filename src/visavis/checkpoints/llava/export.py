@@ -196,8 +196,8 @@ def _whole(processor: ImageProcessorConfig, vision: dict[str, Any]) -> Any:
 
 def _lost_turns(data: dict[str, Any], text: dict[str, Any], loaded: Checkpoint) -> list[str]:
     """Return what has to be said when the folder is loaded, if its config settles otherwise."""
-    settled, ours = turns_of(data, text), loaded.profile.turns
+    settled, ours = turns_of(data, text), loaded.profile.chat_template
     if settled == ours or not settled:
         return []
-    named = f"load it with turns={ours!r}" if ours else "its own template is in the folder"
+    named = f"load it with chat_template={ours!r}" if ours else "its own template is in the folder"
     return [f"the chat format (the layout's readers take {settled!r}; {named})"]

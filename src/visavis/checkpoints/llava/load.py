@@ -126,8 +126,8 @@ class Opened:
     Attributes:
         tensors: by the layout's names, wherever they lie.
         added: special tokens that a first stage adds to its base's vocabulary.
-        turns: the chat format that the config settles; empty for a first stage, which has seen
-            captions only.
+        chat_template: the chat format that the config settles; empty for a first stage, which has
+            seen captions only.
         lacking: why the folder cannot be loaded as it is.
     """
 
@@ -141,7 +141,7 @@ class Opened:
     files: list[Path]
     first_stage: bool
     added: tuple[str, ...]
-    turns: str
+    chat_template: str
     lacking: CheckpointError | None
 
 
@@ -216,7 +216,7 @@ def open_llava(
         files=files,
         first_stage=first_stage,
         added=added,
-        turns="" if first_stage else turns_of(data, text),
+        chat_template="" if first_stage else turns_of(data, text),
         lacking=lacking,
     )
 
@@ -303,9 +303,9 @@ def _with_image_tokens(
 def _profile(found: Opened, folder: Path) -> PromptConfig:
     """Return how the checkpoint is asked and how it embeds."""
     start, end = image_tokens(found.data)
-    jinja = "" if found.first_stage or found.turns else chat_template(folder)
+    jinja = "" if found.first_stage or found.chat_template else chat_template(folder)
     profile = PromptConfig(
-        turns=found.turns,
+        chat_template=found.chat_template,
         jinja=jinja,
         image_start=start,
         image_end=end,

@@ -61,10 +61,10 @@ def write_tinyllava(loaded: Checkpoint, folder: Path, *, progress: bool = False)
     assert loaded.processor is not None
     processor = processor_json(loaded.processor)
     data["image_aspect_ratio"] = "pad" if loaded.processor.resize == "pad" else "square"
-    lost = lost_settings(replace(profile, turns=""))
-    if profile.turns != turns_of(data, text):
-        data[TURNS_SETTING] = profile.turns
-    if profile.jinja and not profile.turns:
+    lost = lost_settings(replace(profile, chat_template=""))
+    if profile.chat_template != turns_of(data, text):
+        data[TURNS_SETTING] = profile.chat_template
+    if profile.jinja and not profile.chat_template:
         lost.append("the chat template")
     folder.mkdir(parents=True, exist_ok=True)
     files = [write_json(folder / "config.json", data), write_json(folder / PROCESSOR, processor)]

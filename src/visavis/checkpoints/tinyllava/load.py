@@ -97,7 +97,7 @@ def load_tinyllava(
         vlm=packing.build(state),
         tokenizer=tokenizer,
         specials=specials,
-        profile=PromptConfig(turns=found.turns),
+        profile=PromptConfig(chat_template=found.chat_template),
         processor=found.processor,
         fingerprint=checkpoint_fingerprint([tokenizer_file(words), *found.files], identity),
         files=[folder / CONFIG_NAME, *found.files],
@@ -111,7 +111,7 @@ class Opened:
     Attributes:
         data: config.json, an older repository's as the Factory would have it.
         tensors: by the layout's names, adapters merged.
-        turns: the chat format, empty if nothing settles it.
+        chat_template: the chat format, empty if nothing settles it.
     """
 
     data: Json
@@ -122,7 +122,7 @@ class Opened:
     table: NameTable
     adapters: Sequence[Adapter]
     files: list[Path]
-    turns: str
+    chat_template: str
 
 
 def open_tinyllava(folder: Path, *, adapters: Sequence[Adapter] = ()) -> Opened:
@@ -160,7 +160,7 @@ def open_tinyllava(folder: Path, *, adapters: Sequence[Adapter] = ()) -> Opened:
         table=table,
         adapters=adapters,
         files=[*files, *(file for adapter in adapters for file in adapter.files)],
-        turns=_turns(data, text, captions=is_stage and not is_adapter(folder)),
+        chat_template=_turns(data, text, captions=is_stage and not is_adapter(folder)),
     )
 
 

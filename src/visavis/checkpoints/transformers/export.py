@@ -112,7 +112,7 @@ IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # what a model without placehol
 ROWS = 64  # embeddings grow to a multiple of so many rows, as the library's converters do
 TILES = {"llava": None, "llava_next": "tile", "llava_onevision": "pad"}  # of several pictures
 LLAMA_3 = RopeScaling("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-IN_TEMPLATE = ("turns", "jinja", "image_start", "image_end")  # of a profile
+IN_TEMPLATE = ("chat_template", "jinja", "image_start", "image_end")  # of a profile
 PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
@@ -232,12 +232,12 @@ def with_placeholders(
 
 def chat_template(profile: PromptConfig, image: str, video: str = "") -> str:
     """Return the source of a profile's chat template, empty if it has none."""
-    if not profile.turns:
+    if not profile.chat_template:
         return profile.jinja
     image, video = (
         profile.image_start + token + profile.image_end if token else "" for token in (image, video)
     )
-    return chat_jinja(CHAT_FORMATS[profile.turns], image, video)
+    return chat_jinja(CHAT_FORMATS[profile.chat_template], image, video)
 
 
 def lost_settings(profile: PromptConfig) -> list[str]:
@@ -249,8 +249,8 @@ def lost_settings(profile: PromptConfig) -> list[str]:
         if f.name not in IN_TEMPLATE
         and (value := getattr(profile, f.name)) != getattr(default, f.name)
     ]
-    if profile.turns and not chat_jinja(CHAT_FORMATS[profile.turns]):
-        lost.append(f"the chat format {profile.turns!r}")
+    if profile.chat_template and not chat_jinja(CHAT_FORMATS[profile.chat_template]):
+        lost.append(f"the chat format {profile.chat_template!r}")
     return lost
 
 
