@@ -129,7 +129,7 @@ def test_a_known_tower_may_lie_in_a_folder_of_its_authors() -> None:
     ],
 )
 def test_the_format_that_a_config_settles(
-    kind: str, vocab_size: int, aspect: str, turns: str
+    kind: str, vocab_size: int, aspect: str, chat_template: str
 ) -> None:
     config = {
         "architectures": [f"Llava{kind}ForCausalLM"],
@@ -139,7 +139,7 @@ def test_the_format_that_a_config_settles(
         "image_aspect_ratio": aspect,
         "mm_patch_merge_type": "flat" if aspect == "pad" else "spatial_unpad",
     }
-    assert turns_of(config, text_config(config)) == turns
+    assert turns_of(config, text_config(config)) == chat_template
 
 
 def test_a_projector_without_its_base_says_so(folder: Path) -> None:
@@ -172,11 +172,11 @@ def test_which_format_it_chats_in(folder: Path) -> None:
     edit_config(folder, image_aspect_ratio=None)
     model = load(folder)
     assert model.embed([picture(1)]).shape == (1, 32)
-    with pytest.raises(InputError, match="name its format.*turns=.*vicuna_v1"):
+    with pytest.raises(InputError, match="name its format.*chat_template=.*vicuna_v1"):
         model.chat("What is this?", images=[picture(1)])
     named = load(folder, chat_template="llava_v1")
     assert named.chat("What?", images=[picture(1)], max_new_tokens=2).usage.completion_tokens <= 2
-    with pytest.raises(InputError, match="unknown turn template 'vicuna'.*vicuna_v1"):
+    with pytest.raises(InputError, match="unknown chat template 'vicuna'.*vicuna_v1"):
         load(folder, chat_template="vicuna")
 
 
