@@ -4,6 +4,7 @@ import base64
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image as pil
 from visavis import inputs as prompt_module
 from visavis.errors import InputError
 from visavis.inputs import Document, Image, Message, Page, Prompt, Text, Video
+from visavis.processing.images import content_hash
 
 PIXEL = b"\x89PNG not really, but prompts do not look inside"
 URI = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
@@ -375,3 +377,32 @@ def test_importing_prompt_is_light():
     code = "import sys, visavis.inputs; print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_content_key_is_equal_exactly_for_equal_content(tmp_path: Path) -> None:
+    pil.new("RGB", (5, 4), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+
+    def key(item: Any, **fields: str) -> str:
+        return Prompt.of(item).content_key(content_hash, **fields)
+
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    assert key(a) == key(b) == key(Image(a.read_bytes())) == key({"image": str(b)})
+    assert key("x") == key({"role": "user", "content": "x"}) == key("x", instruction="")
+    different = [
+        "x",
+        "a\nb",
+        {"role": "user", "content": [{"type": "text", "text": one} for one in ("a", "b")]},
+        {"role": "assistant", "content": "x"},
+        content_hash(a),
+        a,
+        {"image": a, "text": "x"},
+        {"text": "x", "image": a},
+        {"image": [a, a]},
+    ]
+    keys = [key(item) for item in different] + [
+        key("x", instruction="y"),
+        key("yx"),
+        key(a, instruction="y"),
+    ]
+    assert len(set(keys)) == len(keys)

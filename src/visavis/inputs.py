@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -221,6 +222,31 @@ class Prompt:
     def text(self) -> str:
         """Every piece of text, in order, joined by newlines: for previews, not for a model."""
         return "\n".join(p.text for m in self.messages for p in m.parts if isinstance(p, Text))
+
+    def content_key(self, hash_of: Callable[[Visual], str], *, instruction: str = "") -> str:
+        """Return 32 hex digits that two prompts share exactly if they have the same content: the
+        same roles and, in the same order, the same texts and media. The index, mining, training
+        and data checks tell items apart by this key alone.
+
+        Args:
+            hash_of: names the content of an image, video or document, such as
+                `processing.images.content_hash`.
+            instruction: what the item is embedded for, if its vector depends on it.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+
+        def add(kind: str, value: str) -> None:
+            encoded = value.encode()
+            digest.update(f"{kind} {len(encoded)} ".encode() + encoded)
+
+        if instruction:
+            add("instruction", instruction)
+        for message in self.messages:
+            add("role", message.role)
+            for part in message.parts:
+                value = part.text if isinstance(part, Text) else hash_of(part)
+                add(type(part).__name__.lower(), value)
+        return digest.hexdigest()
 
     @classmethod
     def of(cls, item: Any) -> Prompt:

@@ -19,7 +19,7 @@ from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.errors import VisavisError
 from visavis.generate.engine import generate
 from visavis.generate.sampling import Sampler, Sampling
-from visavis.inputs import Image, Prompt, Text
+from visavis.inputs import Image, Prompt
 from visavis.model.pooling import pooled
 from visavis.processing.chat_template import Encoded
 from visavis.processing.images import content_hash, decode_image
@@ -90,8 +90,9 @@ def _answer(loaded: Checkpoint, task: GenerativeTask, id: str, prompt: Prompt) -
 def _matches(loaded: Checkpoint, task: ContrastiveTask) -> list[Row]:
     samples = _samples(task, CANDIDATES)
     item = task.batcher.item
-    distinct = {_key(one.target): one for _, one in samples}
     try:
+        keys = [one.target.content_key(content_hash) for _, one in samples]
+        distinct = dict(zip(keys, (one for _, one in samples), strict=True))
         queries = [
             (one.id, one.query, item(one.id, one.query, one.instruction)) for _, one in samples
         ]
@@ -102,9 +103,9 @@ def _matches(loaded: Checkpoint, task: ContrastiveTask) -> list[Row]:
         similarity = _vectors(loaded, task, queries) @ _vectors(loaded, task, targets).T
     except VisavisError as error:
         return [{"kind": "match", "id": "", "drawn": False, "problem": str(error)}]
-    keys = list(distinct)
+    found = list(distinct)
     best = similarity.argmax(1).tolist()
-    right = [keys[place] == _key(one.target) for place, (_, one) in zip(best, samples, strict=True)]
+    right = [found[place] == key for place, key in zip(best, keys, strict=True)]
     return [
         {
             "kind": "match",
@@ -147,12 +148,6 @@ def _samples(task: GenerativeTask | ContrastiveTask, limit: int) -> list[tuple[b
         (drawn, task.sources[name][number])
         for drawn, (name, number) in islice(task.mixture.all_samples(), limit)
     ]
-
-
-def _key(prompt: Prompt) -> str:
-    """Return text that is equal where prompts' contents are."""
-    parts = (part for message in prompt.messages for part in message.parts)
-    return "\n".join(part.text if isinstance(part, Text) else content_hash(part) for part in parts)
 
 
 def shown(prompt: Prompt) -> dict[str, Any]:

@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from visavis.data.examples import Conversation, estimated_tokens
-from visavis.data.sampler import SourceSampler, dealt
-from visavis.errors import TrainError
+from visavis.data.examples import Conversation
+from visavis.data.sampler import SourceSampler
 from visavis.model.batch import PackedBatch
 from visavis.processing.chat_template import Encoded
 from visavis.train.data_loader import DataLoader
 from visavis.train.gradcache import token_chunks
-from visavis.train.objectives import Devices, Part
+from visavis.train.objectives import Devices, Part, draw
 
 
 class GenerativeTask:
@@ -49,7 +48,14 @@ class GenerativeTask:
 
     def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
         with self.batcher.waiting():
-            samples = self._own(devices)
+            samples = draw(
+                self.mixture,
+                self.sources,
+                Conversation,
+                devices,
+                batch=self.batch,
+                tokens_per_image=self.batcher.encoder.config.tokens_per_image,
+            )
             encoded = [self.batcher.chat(sample) for sample in samples]
         learned = sum(sum(one.loss_mask[1:]) for one in encoded)
         everywhere = devices.sum(learned)
@@ -68,31 +74,6 @@ class GenerativeTask:
         ids = tuple(sample.id for sample in samples)
         waited = self.batcher.take_waited()
         return [Part(self.name, mean, int(devices.sum(tokens)), ids, waited)]
-
-    def _own(self, devices: Devices) -> list[Conversation]:
-        """Draw a step's conversations; return those of this process.
-
-        Raises:
-            TrainError: it has none, or a sample is no conversation.
-        """
-        if self.batch < devices.world:
-            raise TrainError(
-                f"a step draws {self.batch} conversation(s) for {devices.world} processes, "
-                "expected at least one each; raise `batch` under `generative`."
-            )
-        drawn = self.mixture.batch(self.batch)
-        samples = [self.sources[name][number] for name, number in drawn]
-        for sample in samples:
-            if not isinstance(sample, Conversation):
-                raise TrainError(
-                    f"the sample {sample.id!r} is a query with its target, expected a "
-                    "conversation; name its source under `contrastive`."
-                )
-        if devices.world == 1:
-            return samples
-        per_image = self.batcher.encoder.config.tokens_per_image
-        sizes = [estimated_tokens(sample, per_image) for sample in samples]
-        return [samples[i] for i in dealt(sizes, devices.world)[devices.rank]]
 
     def _micro_batch(
         self, samples: Sequence[Conversation], encoded: Sequence[Encoded], chunk: Sequence[int]
