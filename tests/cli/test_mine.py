@@ -16,7 +16,7 @@ from tests.cli.conftest import Run
 from tests.fakes import write_pictures
 from visavis.api import Model
 from visavis.data import hard_negatives
-from visavis.train.recipe import SourceConfig
+from visavis.data.sources import SourceConfig
 
 
 @pytest.fixture

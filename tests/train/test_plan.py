@@ -13,7 +13,7 @@ from tests.train.made_data import make_data
 from visavis.api import load
 from visavis.checkpoints.hub_configs import MODELS, outline
 from visavis.checkpoints.inspect import model_parts
-from visavis.data.formats import open_data_source
+from visavis.data.sources import open_data_source
 from visavis.train import cost_model
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import TrainModule

@@ -24,8 +24,8 @@ from visavis.errors import InputError
 if TYPE_CHECKING:
     from visavis.api import Model
     from visavis.data.check import CheckedSource, Findings
-    from visavis.data.formats import Source
     from visavis.data.scene_graph import Labels
+    from visavis.data.sources import Source
 
 
 EXIT_FAULTY = 1
@@ -94,7 +94,7 @@ def check(
 def _entries(name: str, root: Path, images: Path | None, test: bool) -> Iterator[CheckedSource]:
     """Yield what a word of the command line stands for."""
     from visavis.data.check import CheckedSource, guess_format
-    from visavis.train.recipe import SourceConfig
+    from visavis.data.sources import SourceConfig
 
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -371,7 +371,7 @@ def mine(
 
 def _recipe(path: Path, name: str, root: Path | None) -> Source:
     """Return a source of a recipe, without negatives that were mined earlier."""
-    from visavis.data.formats import open_data_source
+    from visavis.data.sources import open_data_source
     from visavis.train.recipe import StepsStage, read_recipe
     from visavis.utils import lookup
 
@@ -391,8 +391,8 @@ def _recipe(path: Path, name: str, root: Path | None) -> Source:
 def _file(path: Path, form: str, images: Path | None) -> Source:
     """Return the samples of a file or folder."""
     from visavis.data.check import guess_format
-    from visavis.data.formats import FORMATS, open_data_source
-    from visavis.train.recipe import SourceConfig
+    from visavis.data.formats import FORMATS
+    from visavis.data.sources import SourceConfig, open_data_source
     from visavis.utils import lookup
 
     form = form or guess_format(path)

@@ -17,8 +17,8 @@ from typing import Literal, TypeAlias
 
 from visavis.data.datasets import SOURCES, is_made
 from visavis.data.examples import Conversation, Sample, estimated_tokens
-from visavis.data.formats import Source, SourceSpec, open_data_source
 from visavis.data.readers import find_files, open_rows
+from visavis.data.sources import Source, SourceConfig, open_data_source
 from visavis.errors import TrainError, VisavisError
 from visavis.inputs import Image, Part, Prompt, Stored, Text, Video
 from visavis.processing.images import content_hash, decode_image
@@ -60,7 +60,7 @@ class CheckedSource:
     """
 
     name: str
-    spec: SourceSpec
+    spec: SourceConfig
     root: Path
     test: bool = False
     encoder: PromptEncoder | None = None

@@ -31,9 +31,9 @@ from visavis.checkpoints.compose import compose, tiled
 from visavis.checkpoints.load import embed_as, load_checkpoint
 from visavis.checkpoints.quantize import unpack_linears
 from visavis.data.examples import Sample
-from visavis.data.formats import open_data_source, source_fingerprint
 from visavis.data.sampler import SourceSampler
 from visavis.data.sampler import SourceShare as MixtureShare
+from visavis.data.sources import open_data_source, source_fingerprint
 from visavis.errors import TrainError
 from visavis.processing.prompt_encoder import PromptEncoder
 from visavis.train.closed_form_stages import make_class_features, run_frozen_stage
