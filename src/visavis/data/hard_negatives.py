@@ -1,13 +1,13 @@
-"""Hard negatives: what a query should not find, chosen so that it is hard and yet not right.
+"""Hard-negative mining for contrastive training.
 
-    nearest      items near the query in a model's space, within the false-negative rules
-    labels       texts near the right text: labels that are easily mistaken for it
-    same image   what is said of other samples of the same picture, and not of this one
+    nearest      items near the query in a model's embedding space, within the margins
+    labels       texts near the target's text: labels that are easily confused with it
+    same image   targets of other samples with the same image
     random       any others, to fill up
 
-No target of the same query, of the same content or of the same group is ever taken. Vectors are
-kept on disk (`vectors.py`), so that a run that was stopped goes on. Knows neither data formats nor
-how negatives are written (`mined.py`).
+Targets of the same query, of the same content or of the same group are never taken. Vectors are
+kept on disk (`embedding_store.py`), so that an interrupted run is resumed. `mined_negatives.py`
+writes the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -50,56 +50,66 @@ class Mining:
     Args:
         nearest, labels, same_image: at most so many of each kind for a sample.
         total: add random ones up to so many; 0: none.
-        ratio: only scores at most this share of the positive's (NV-Retriever's TopK-PercPos, de
-            Souza P. Moreira et al. 2024); None: any.
-        margin: only scores this much below the positive's (TopK-MarginPos); None: any.
+        relative_margin: only scores at least this share of the positive's below it (NV-Retriever's
+            TopK-PercPos, de Souza P. Moreira et al. 2024); None: any.
+        absolute_margin: only scores this much below the positive's (TopK-MarginPos); None: any.
         max_score, min_score: no scores above (TopK-Abs) or below; None: any.
-        skip: leave out so many of the nearest that the rules allow.
-        depth: of the nearest that are no targets, look at so many.
-        sample: draw among what is left, instead of taking the nearest.
-        faiss: search with FAISS.
+        range_min: skip this many of the nearest that the rules allow.
+        range_max: consider this many of the nearest items that are not targets.
+        sampling_strategy: take the nearest ones ("top"), or draw among all that are left
+            ("random").
+        seed: random seed.
+        use_faiss: search with FAISS.
+
+    Margins, scores, ranges and sampling are named as in sentence-transformers'
+    `mine_hard_negatives`.
     """
 
     nearest: int = 8
     labels: int = 0
     same_image: int = 0
     total: int = 0
-    ratio: float | None = 0.95
-    margin: float | None = None
+    relative_margin: float | None = 0.05
+    absolute_margin: float | None = None
     max_score: float | None = None
     min_score: float | None = None
-    skip: int = 0
-    depth: int = 100
-    sample: bool = False
+    range_min: int = 0
+    range_max: int = 100
+    sampling_strategy: Literal["top", "random"] = "top"
     seed: int = 0
-    faiss: bool = False
+    use_faiss: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("nearest", "labels", "same_image", "total", "skip")
+        counts = ("nearest", "labels", "same_image", "total", "range_min")
         problems = [
             f"{name} is {getattr(self, name)}" for name in counts if getattr(self, name) < 0
         ]
         if not (self.nearest or self.labels or self.same_image or self.total):
             problems.append("no negatives are wanted")
-        if self.nearest and self.skip + self.nearest > self.depth:
+        if self.nearest and self.range_min + self.nearest > self.range_max:
             problems.append(
-                f"depth is {self.depth}, less than the {self.skip} to skip and {self.nearest} to "
-                "take"
+                f"range_max is {self.range_max}, less than the {self.range_min} to skip "
+                f"(range_min) and {self.nearest} to take (nearest)"
             )
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            problems.append(f"ratio is {self.ratio}, expected more than 0 and at most 1")
-        if self.margin is not None and self.margin < 0:
-            problems.append(f"margin is {self.margin}, expected 0 or more")
+        margin = self.relative_margin
+        if margin is not None and not 0 <= margin < 1:
+            problems.append(f"relative_margin is {margin}, expected at least 0 and less than 1")
+        if self.absolute_margin is not None and self.absolute_margin < 0:
+            problems.append(f"absolute_margin is {self.absolute_margin}, expected 0 or more")
+        if self.sampling_strategy not in ("top", "random"):
+            problems.append(
+                f"sampling_strategy is {self.sampling_strategy!r}, expected 'top' or 'random'"
+            )
         if problems:
             raise InputError(f"negatives cannot be mined like this: {'; '.join(problems)}.")
 
     def allowed(self, scores: np.ndarray, positive: float) -> np.ndarray:
         """Return which scores the false-negative rules allow, bool as `scores`."""
         limit = np.inf if self.max_score is None else self.max_score
-        if self.ratio is not None:  # a share of a negative score would be above it
-            limit = min(limit, positive - abs(positive) * (1 - self.ratio))
-        if self.margin is not None:
-            limit = min(limit, positive - self.margin)
+        if self.relative_margin is not None:  # a share of a negative score would be above it
+            limit = min(limit, positive - abs(positive) * self.relative_margin)
+        if self.absolute_margin is not None:
+            limit = min(limit, positive - self.absolute_margin)
         least = -np.inf if self.min_score is None else self.min_score
         return np.isfinite(scores) & (scores <= limit) & (scores >= least)
 
@@ -268,7 +278,7 @@ class _Run:
         queries = self._rows([entry.query for entry in block]) if settings.nearest else None
         nearest = labels = none
         if queries is not None:
-            nearest = self._search(queries, excluded, settings.depth, texts=False)
+            nearest = self._search(queries, excluded, settings.range_max, texts=False)
         if settings.labels:
             keys = [self.catalogue.items.keys[entry.target] for entry in block]
             is_text = self.catalogue.items.is_text
@@ -305,8 +315,8 @@ class _Run:
         places, scores = nearest
         kept = settings.allowed(scores, positive)
         self.report.refused += int((np.isfinite(scores) & ~kept).sum())
-        order = np.flatnonzero(kept)[settings.skip :]
-        if settings.sample and len(order) > settings.nearest:
+        order = np.flatnonzero(kept)[settings.range_min :]
+        if settings.sampling_strategy == "random" and len(order) > settings.nearest:
             order = np.array(sorted(draw.sample(order.tolist(), settings.nearest)))
         order = order[: settings.nearest]
         take(places[order].tolist(), scores[order].tolist(), "nearest")
@@ -367,7 +377,7 @@ class _Run:
             rows = self.store.numbers([self.catalogue.items.keys[place] for place in places])
             search: KNNSearch = (
                 FaissSearch(self.matrix, rows)
-                if self.settings.faiss
+                if self.settings.use_faiss
                 else ExactSearch(self.matrix, rows, self.device)
             )
             self.searches[texts] = (search, places)
