@@ -105,7 +105,6 @@ def test_videos_and_documents_on_their_own_and_in_messages():
     assert Message("user", video).parts == (video,)
     prompt = Prompt((Message("user", (Image("b.png"), document, video, "t", Image("c.png"))),))
     assert prompt.visuals == (Image("b.png"), video, Image("c.png"))
-    assert prompt.images == (Image("b.png"), Image("c.png"))
     assert prompt.text == "t"
 
 
@@ -145,7 +144,7 @@ def test_openai_messages():
     )
     assert [m.role for m in prompt.messages] == ["system", "user", "assistant", "user"]
     assert prompt.text == "be brief\nhi\n\nagain"
-    assert prompt.images == ()
+    assert prompt.visuals == ()
 
 
 def test_chat_puts_images_before_text_in_the_last_turn():
@@ -159,7 +158,7 @@ def test_chat_puts_images_before_text_in_the_last_turn():
 
 
 def test_chat_takes_one_image_without_a_list():
-    assert Prompt.chat("?", "a.jpg").images == (Image("a.jpg"),)
+    assert Prompt.chat("?", "a.jpg").visuals == (Image("a.jpg"),)
     array = np.zeros((3, 2, 2), np.uint8)
     assert Prompt.chat("?", array).images[0].source is array
 
@@ -246,7 +245,7 @@ def test_empty_is_refused(item):
 def test_empty_question_is_refused_after_a_history_but_not_beside_an_image():
     with pytest.raises(InputError, match="empty text and no image"):
         Prompt.chat("", history=[Message("user", "hi"), Message("assistant", "hello")])
-    assert Prompt.chat("", images=["a.jpg"]).images == (Image("a.jpg"),)
+    assert Prompt.chat("", images=["a.jpg"]).visuals == (Image("a.jpg"),)
 
 
 @pytest.mark.parametrize("url", ["http://x.org/a.png", "HTTPS://x.org/a.png", "s3://b/a.png"])
@@ -343,7 +342,7 @@ def test_openai_content_says_the_same_as_parts(expected):
     prompt = Prompt.of(content)
     assert prompt.messages[0].parts == tuple(expected)
     assert prompt == Prompt.of([{"role": "user", "content": content}]) == Prompt.of(prompt)
-    assert prompt.images == tuple(p for p in expected if isinstance(p, Image))
+    assert prompt.visuals == tuple(p for p in expected if isinstance(p, Image))
 
 
 @given(TEXT, st.lists(PICTURE, max_size=3))

@@ -319,7 +319,7 @@ def test_pictures_are_mined_and_joined(tmp_path: Path) -> None:
         assert isinstance(sample, ContrastiveExample)
         right = number if number < 6 else 0
         best = [i for i in np.argsort(-vectors[number]) if i != right][:3]
-        assert [one.images[0].source for one in sample.negatives] == [paths[i] for i in best]
+        assert [one.visuals[0].source for one in sample.negatives] == [paths[i] for i in best]
         model.embed(list(sample.negatives))
 
 

@@ -11,7 +11,6 @@ query on one core. Knows the model only by `embed`, `name`, `fingerprint` and `e
 from __future__ import annotations
 
 import fnmatch
-import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from visavis.inputs import Document, Prompt, Text, Visual
 from visavis.processing.images import content_hash
 from visavis.processing.media import find_images
 from visavis.processing.pdf import pages
-from visavis.utils import track
+from visavis.utils import jpeg_preview, track
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -341,11 +340,7 @@ def _kept_preview(entry: _IndexEntry) -> bytes | None:
     visuals = _visuals(entry.prompt)
     if entry.is_file or not visuals:
         return None
-    picture = picture_of(visuals[0])
-    picture.thumbnail((KEPT_PREVIEW_SIZE, KEPT_PREVIEW_SIZE))
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=85)
-    return encoded.getvalue()
+    return jpeg_preview(picture_of(visuals[0]), KEPT_PREVIEW_SIZE)
 
 
 def _count(report: AddReport, was_known: bool) -> None:

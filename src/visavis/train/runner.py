@@ -1,6 +1,6 @@
 """A whole run: the model, its stages in order, the finished folder. Resumable at every point.
 
-    out/recipe.yaml           what runs here; another recipe is refused
+    out/recipe.json           what runs here; another recipe is refused
     out/features/…            the vision tower's output, where it is kept
     out/<stage>/step-….pt     checkpoints of a stage of steps
     out/<stage>.safetensors   what a stage of fitting found
@@ -20,9 +20,9 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -33,10 +33,10 @@ from visavis.checkpoints.quantize import unpack_linears
 from visavis.data.examples import Sample
 from visavis.data.sampler import SourceSampler
 from visavis.data.sampler import SourceShare as MixtureShare
-from visavis.data.sources import open_data_source, source_fingerprint
+from visavis.data.sources import source_fingerprint
 from visavis.errors import TrainError
-from visavis.processing.prompt_encoder import PromptEncoder
 from visavis.train.closed_form_stages import make_class_features, run_frozen_stage
+from visavis.train.context import Report, TrainingRun
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import TrainModule
 from visavis.train.export import save_model
@@ -50,7 +50,6 @@ from visavis.train.objectives import Task
 from visavis.train.objectives.contrastive import ContrastiveTask, JointTask
 from visavis.train.objectives.generative import GenerativeTask
 from visavis.train.param_groups import trainable_groups, trainable_table
-from visavis.train.predictions import predict
 from visavis.train.recipe import (
     Contrastive,
     DrawnFrom,
@@ -61,35 +60,10 @@ from visavis.train.recipe import (
     sources_of,
     trains_whole,
 )
-from visavis.train.report import write_report
+from visavis.train.report import predict, write_report
 from visavis.utils import write_atomically
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-Report = Callable[[str, int, int, str], None]  # stage, done, total, a line
 PRECISIONS = {"f32": "no", "bf16": "bf16", "f16": "fp16"}  # the recipe's and accelerate's names
-
-
-@dataclass
-class TrainingRun:
-    """The parts that every stage works on."""
-
-    recipe: Recipe
-    data: Path
-    out: Path
-    loaded: Checkpoint
-    encoder: PromptEncoder
-    accelerator: Accelerator
-    features: FeatureStore | None
-    report: Report
-    opened: dict[str, Sequence[Sample]] = field(default_factory=dict)
-
-    def source(self, name: str) -> Sequence[Sample]:
-        """Return a source's samples; its index is read once."""
-        if name not in self.opened:
-            self.opened[name] = open_data_source(self.recipe.data[name], self.data, name=name)
-        return self.opened[name]
 
 
 def run_recipe(
