@@ -160,7 +160,7 @@ def test_chat_puts_images_before_text_in_the_last_turn():
 def test_chat_takes_one_image_without_a_list():
     assert Prompt.chat("?", "a.jpg").visuals == (Image("a.jpg"),)
     array = np.zeros((3, 2, 2), np.uint8)
-    assert Prompt.chat("?", array).images[0].source is array
+    assert Prompt.chat("?", array).visuals[0].source is array
 
 
 def test_a_str_as_parts_is_one_text():
