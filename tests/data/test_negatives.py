@@ -57,14 +57,14 @@ def mined(
     others: Sequence[Prompt] = (),
 ) -> tuple[dict[str, list[Negative]], Corpus, MiningReport]:
     model = model or Table()
-    catalogue, report = Corpus(samples, others), MiningReport()
+    corpus, report = Corpus(samples, others), MiningReport()
     with EmbeddingStore(folder / "vectors", model.embedding_dim) as store:
-        found = {one.id: each for one, each in mine(model, catalogue, settings, store, report)}
-    return found, catalogue, report
+        found = {one.id: each for one, each in mine(model, corpus, settings, store, report)}
+    return found, corpus, report
 
 
-def texts(found: Sequence[Negative], catalogue: Corpus) -> list[str]:
-    return [catalogue.prompt(one.place)[0].text for one in found]
+def texts(found: Sequence[Negative], corpus: Corpus) -> list[str]:
+    return [corpus.prompt(one.place)[0].text for one in found]
 
 
 # ---- which are near ------------------------------------------------------------------------------
@@ -116,9 +116,9 @@ def test_false_negatives_are_never_taken(tmp_path: Path) -> None:
         match(6, "u", "other", negatives=(Prompt.of("right"),)),
     ]
     settings = Mining(nearest=10, total=10, relative_margin=None, range_max=10)
-    found, catalogue, report = mined(samples, settings, tmp_path)
+    found, corpus, report = mined(samples, settings, tmp_path)
     everything = {"right", "right too", "of my group", "also mine", "other"}
-    left = {id: everything - set(texts(each, catalogue)) for id, each in found.items()}
+    left = {id: everything - set(texts(each, corpus)) for id, each in found.items()}
     assert left["1"] == left["2"] == {"right", "right too"}
     assert left["3"] == {"right"}
     assert left["4"] == left["5"] == {"of my group", "also mine"}
@@ -148,15 +148,15 @@ def test_window_and_draw(tmp_path: Path) -> None:
     only = [samples[0]]
     others = [one.target for one in samples[1:] if isinstance(one, ContrastiveExample)]
     base = {"relative_margin": None, "nearest": 4, "range_min": 3, "range_max": 10}
-    found, catalogue, _ = mined(only, Mining(**base), tmp_path, model, others)
-    assert texts(found["0"], catalogue) == ["t03", "t04", "t05", "t06"]
+    found, corpus, _ = mined(only, Mining(**base), tmp_path, model, others)
+    assert texts(found["0"], corpus) == ["t03", "t04", "t05", "t06"]
     drawn = Mining(**base, sampling_strategy="random", seed=1)
-    found, catalogue, report = mined(only, drawn, tmp_path, model, others)
-    chosen = texts(found["0"], catalogue)
+    found, corpus, report = mined(only, drawn, tmp_path, model, others)
+    chosen = texts(found["0"], corpus)
     assert chosen == sorted(chosen) and set(chosen) <= {f"t{i:02}" for i in range(3, 10)}
     assert report.embedded == 0 and report.reused == 21
-    again, catalogue, _ = mined(only, drawn, tmp_path, model, others)
-    assert texts(again["0"], catalogue) == chosen
+    again, corpus, _ = mined(only, drawn, tmp_path, model, others)
+    assert texts(again["0"], corpus) == chosen
     seeds = {
         tuple(
             texts(
@@ -167,7 +167,7 @@ def test_window_and_draw(tmp_path: Path) -> None:
                     model,
                     others,
                 )[0]["0"],
-                catalogue,
+                corpus,
             )
         )
         for s in range(8)
@@ -194,9 +194,9 @@ def test_labels_same_image_and_random(tmp_path: Path) -> None:
     table = {"cup": (1, 0, 0), "tumbler": (0.9, 0.1, 0), "mug": (0.5, 0.5, 0)}
     model = Table({**table, **{f"thing {i}": (0, 1, i) for i in range(5)}}, dim=3)
     settings = Mining(nearest=0, labels=1, same_image=5, total=6)
-    found, catalogue, report = mined(samples, settings, tmp_path, model)
+    found, corpus, report = mined(samples, settings, tmp_path, model)
     by_source = {
-        source: {catalogue.prompt(one.place)[0].text for one in group}
+        source: {corpus.prompt(one.place)[0].text for one in group}
         for source, group in itertools.groupby(found["0"], key=lambda one: one.source)
     }
     assert by_source["labels"] == {"tumbler"}
@@ -212,8 +212,8 @@ def test_random_ones_keep_the_rules(tmp_path: Path) -> None:
     samples = [match(1, "q", "yes")]
     others = [Prompt.of("near"), Prompt.of("far")]
     settings = Mining(nearest=1, total=3, range_min=1, range_max=2)
-    found, catalogue, report = mined(samples, settings, tmp_path, Table(table, dim=2), others)
-    assert texts(found["1"], catalogue) == ["far"] and found["1"][0].source == "random"
+    found, corpus, report = mined(samples, settings, tmp_path, Table(table, dim=2), others)
+    assert texts(found["1"], corpus) == ["far"] and found["1"][0].source == "random"
     assert (report.refused, report.short) == (1, 1)
 
 
@@ -308,10 +308,10 @@ def test_pictures_are_mined_and_joined(tmp_path: Path) -> None:
     source = opened(data, "pairs", "set/pairs.jsonl")
     model = tiny_model()
     settings = Mining(nearest=3, relative_margin=None)
-    catalogue, report = Corpus(source), MiningReport()
+    corpus, report = Corpus(source), MiningReport()
     out = data / "mined/negatives.jsonl"
     with EmbeddingStore(tmp_path / "vectors", model.embedding_dim) as store:
-        write_mined(out, catalogue, mine(model, catalogue, settings, store, report))
+        write_mined(out, corpus, mine(model, corpus, settings, store, report))
     assert (report.samples, report.items) == (7, 6)
     joined = opened(data, "pairs", "set/pairs.jsonl", negatives="mined/negatives.jsonl")
     vectors = model.embed([f"number {i}" for i in range(7)]) @ model.embed(paths).T
@@ -340,13 +340,13 @@ def test_pictures_that_are_no_files_are_written_once(tmp_path: Path) -> None:
 
 def test_a_corpus_adds_items(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "corpus.jsonl", [{"id": 1, "text": "x"}, {"text": "y"}])
-    corpus = read_corpus(path)
+    items = read_corpus(path)
     samples = [match(1, "q", "a"), match(2, "r", "x")]
-    found, catalogue, _ = mined(
-        samples, Mining(nearest=5, relative_margin=None), tmp_path, others=corpus
+    found, corpus, _ = mined(
+        samples, Mining(nearest=5, relative_margin=None), tmp_path, others=items
     )
-    assert set(texts(found["1"], catalogue)) == {"x", "y"}
-    assert set(texts(found["2"], catalogue)) == {"a", "y"}
+    assert set(texts(found["1"], corpus)) == {"x", "y"}
+    assert set(texts(found["2"], corpus)) == {"a", "y"}
     write_lines(path, [{"id": 1, "words": "x"}])
     with pytest.raises(InputError, match=r"corpus\.jsonl, record 1: an item has the key 'words'"):
         read_corpus(path)

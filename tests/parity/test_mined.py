@@ -105,10 +105,10 @@ def test_the_same_are_mined(
     expected = peers_negatives(table, pairs, others, monkeypatch, num_negatives=4, **shared)
     settings = Mining(nearest=4, **shared)
     samples = [match(query, query, answer) for query, answer in pairs.items()]
-    corpus = [Prompt.of(other) for other in others]
-    found, catalogue, _ = mined(samples, settings, tmp_path, table, corpus)
+    items = [Prompt.of(other) for other in others]
+    found, corpus, _ = mined(samples, settings, tmp_path, table, items)
     named = {
-        query: [(catalogue.prompt(one.place)[0].text, one.score) for one in each]
+        query: [(corpus.prompt(one.place)[0].text, one.score) for one in each]
         for query, each in found.items()
         if each
     }

@@ -116,7 +116,7 @@ class Mining:
 
 @dataclass(frozen=True)
 class Negative:
-    """A mined item: its place in the catalogue, its score if it has one, and why it was taken."""
+    """A mined item: its place in the corpus, its score if it has one, and why it was taken."""
 
     place: int
     score: float | None
@@ -146,7 +146,7 @@ class MiningReport:
 
 def mine(
     model: Embedder,
-    catalogue: Corpus,
+    corpus: Corpus,
     settings: Mining,
     store: EmbeddingStore,
     report: MiningReport,
@@ -164,8 +164,8 @@ def mine(
         InputError: not one sample can be used, or FAISS is wanted and not installed.
         StoreError: vectors cannot be kept.
     """
-    run = _Run(model, catalogue, settings, store, report, device, progress)
-    report.left_out += catalogue.left_out
+    run = _Run(model, corpus, settings, store, report, device, progress)
+    report.left_out += corpus.left_out
     run.embed()
     entries = run.usable()
     if not entries:
@@ -196,14 +196,14 @@ class _Run:
     def __init__(
         self,
         model: Embedder,
-        catalogue: Corpus,
+        corpus: Corpus,
         settings: Mining,
         store: EmbeddingStore,
         report: MiningReport,
         device: torch.device | str,
         progress: bool,
     ) -> None:
-        self.model, self.catalogue, self.settings = model, catalogue, settings
+        self.model, self.corpus, self.settings = model, corpus, settings
         self.store, self.report, self.device, self.progress = store, report, device, progress
         self.searches: dict[bool, tuple[KNNSearch, np.ndarray]] = {}
         self.known = np.zeros(0, np.int64)  # places of items that can be taken
@@ -213,11 +213,11 @@ class _Run:
 
     def embed(self) -> None:
         """Compute the vectors that are wanted and not on disk."""
-        catalogue, items = self.catalogue, self.catalogue.items
+        corpus, items = self.corpus, self.corpus.items
         self.failed: set[str] = set()
         todo: dict[str, CorpusEntry | int] = {}  # a query's sample, or an item's place, by key
         if self.settings.nearest:
-            todo |= {entry.query: entry for entry in catalogue.entries}
+            todo |= {entry.query: entry for entry in corpus.entries}
         for place, key in enumerate(items.keys):
             if self.settings.nearest or (self.settings.labels and items.is_text[place]):
                 todo[key] = place
@@ -228,7 +228,7 @@ class _Run:
         for batch in track(batches, "embedding", weights=weights, show=self.progress):
             by_instruction: dict[str, list[_Wanted]] = {}
             for key, which in batch:
-                make = catalogue.prompt if isinstance(which, int) else catalogue.query
+                make = corpus.prompt if isinstance(which, int) else corpus.query
                 prompt, instruction = make(which)  # type: ignore[arg-type]
                 by_instruction.setdefault(instruction, []).append(_Wanted(key, which, prompt))
             for instruction, wanted in by_instruction.items():
@@ -244,7 +244,7 @@ class _Run:
                     self._embed([one], instruction)
                 return
             (one,) = wanted
-            name = self.catalogue.name(one.which) if isinstance(one.which, int) else one.which.id
+            name = self.corpus.name(one.which) if isinstance(one.which, int) else one.which.id
             self.failed.add(one.key)
             self.report.left_out.append((name, str(error)))
             return
@@ -261,11 +261,11 @@ class _Run:
 
     def usable(self) -> list[CorpusEntry]:
         """Return the samples whose query and target could be embedded."""
-        keys = self.catalogue.items.keys
+        keys = self.corpus.items.keys
         self.known = np.array([i for i, key in enumerate(keys) if key not in self.failed], np.int64)
         entries = [
             entry
-            for entry in self.catalogue.entries
+            for entry in self.corpus.entries
             if entry.query not in self.failed and keys[entry.target] not in self.failed
         ]
         self.matrix = self.store.matrix()
@@ -274,14 +274,14 @@ class _Run:
     def mined(self, block: Sequence[CorpusEntry]) -> Iterator[list[Negative]]:
         """Yield the negatives of each sample of a block."""
         settings, none = self.settings, [(np.zeros(0, np.int64), np.zeros(0))] * len(block)
-        excluded = [self.catalogue.excluded(entry) for entry in block]
+        excluded = [self.corpus.excluded(entry) for entry in block]
         queries = self._rows([entry.query for entry in block]) if settings.nearest else None
         nearest = labels = none
         if queries is not None:
             nearest = self._search(queries, excluded, settings.range_max, texts=False)
         if settings.labels:
-            keys = [self.catalogue.items.keys[entry.target] for entry in block]
-            is_text = self.catalogue.items.is_text
+            keys = [self.corpus.items.keys[entry.target] for entry in block]
+            is_text = self.corpus.items.is_text
             found = self._search(
                 self._rows([k if k in self.store else "" for k in keys]),
                 excluded,
@@ -323,7 +323,7 @@ class _Run:
         take(labels[0].tolist(), labels[1].tolist(), "labels")
         others = [
             place
-            for place in self.catalogue.by_pictures.get(entry.pictures, ())
+            for place in self.corpus.by_pictures.get(entry.pictures, ())
             if place not in excluded and place not in chosen
         ]
         others = draw.sample(others, min(settings.same_image, len(others)))
@@ -349,12 +349,12 @@ class _Run:
         return [places[i] for i in order], [scores[i] for i in order]
 
     def _positive(self, entry: CorpusEntry, query: np.ndarray | None) -> float:
-        scores = self._scores(query, sorted(self.catalogue.by_query[entry.query]))
+        scores = self._scores(query, sorted(self.corpus.by_query[entry.query]))
         return min((score for score in scores if score is not None), default=np.inf)
 
     def _scores(self, query: np.ndarray | None, places: Sequence[int]) -> list[float | None]:
         """Return the score of items that have a vector, None of others."""
-        keys = [self.catalogue.items.keys[place] for place in places]
+        keys = [self.corpus.items.keys[place] for place in places]
         if query is None:
             return [None] * len(keys)
         numbers = [self.store.rows.get(key) for key in keys]
@@ -372,9 +372,9 @@ class _Run:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return places and scores of the best items of each query."""
         if texts not in self.searches:
-            is_text = self.catalogue.items.is_text
+            is_text = self.corpus.items.is_text
             places = np.array([p for p in self.known if is_text[p] or not texts], np.int64)
-            rows = self.store.numbers([self.catalogue.items.keys[place] for place in places])
+            rows = self.store.numbers([self.corpus.items.keys[place] for place in places])
             search: KNNSearch = (
                 FaissSearch(self.matrix, rows)
                 if self.settings.use_faiss
@@ -382,7 +382,7 @@ class _Run:
             )
             self.searches[texts] = (search, places)
         search, places = self.searches[texts]
-        columns = np.full(len(self.catalogue.items), -1)  # of a place in what is searched
+        columns = np.full(len(self.corpus.items), -1)  # of a place in what is searched
         columns[places] = np.arange(len(places))
         inside = [[c for c in columns[list(one)].tolist() if c >= 0] for one in excluded]
         found, scores = search(queries, inside, depth)

@@ -301,12 +301,12 @@ def _answer(loaded: Checkpoint, task: GenerativeTask, id: str, prompt: Prompt) -
     roles = [message.role for message in prompt.messages]
     first = roles.index("assistant")
     question = Prompt(prompt.messages[:first])
-    encoder, vlm = task.batcher.encoder, loaded.vlm
+    encoder, vlm = task.loader.encoder, loaded.vlm
     encoded = encoder.chat(question)
     room = encoder.context_length - len(encoded.token_ids)
     ids = generate(
         vlm,
-        task.batcher.pack([question], [encoded], ids=[id]),
+        task.loader.pack([question], [encoded], ids=[id]),
         Sampler(Sampling()),
         max_new_tokens=min(NEW_TOKENS, room),
         stop_ids=frozenset(loaded.specials.eot_ids),
@@ -325,7 +325,7 @@ def _answer(loaded: Checkpoint, task: GenerativeTask, id: str, prompt: Prompt) -
 
 def _matches(loaded: Checkpoint, task: ContrastiveTask) -> list[Row]:
     samples = _candidates(task, CANDIDATES)
-    item = task.batcher.item
+    item = task.loader.item
     try:
         keys = [one.target.content_key(content_hash) for _, one in samples]
         distinct = dict(zip(keys, (one for _, one in samples), strict=True))
@@ -369,7 +369,7 @@ def _vectors(
     found = []
     for chunk in token_chunks([len(one.token_ids) for _, _, one in items], CHUNK_TOKENS):
         own = [items[i] for i in chunk]
-        batch = task.batcher.pack(
+        batch = task.loader.pack(
             [prompt for _, prompt, _ in own],
             [encoded for _, _, encoded in own],
             ids=[id for id, _, _ in own],
@@ -382,7 +382,7 @@ def _candidates(task: GenerativeTask | ContrastiveTask, limit: int) -> list[tupl
     """Return samples, and whether a step has drawn them."""
     return [
         (drawn, task.sources[name][number])
-        for drawn, (name, number) in islice(task.mixture.all_samples(), limit)
+        for drawn, (name, number) in islice(task.sampler.all_samples(), limit)
     ]
 
 

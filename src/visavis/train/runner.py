@@ -31,8 +31,7 @@ from visavis.checkpoints.compose import compose, tiled
 from visavis.checkpoints.load import embed_as, load_checkpoint
 from visavis.checkpoints.quantize import unpack_linears
 from visavis.data.examples import Sample
-from visavis.data.sampler import SourceSampler
-from visavis.data.sampler import SourceShare as MixtureShare
+from visavis.data.sampler import SourceSampler, SourceShare
 from visavis.data.sources import source_fingerprint
 from visavis.errors import TrainError
 from visavis.train.closed_form_stages import make_class_features, run_frozen_stage
@@ -228,32 +227,32 @@ def build_task(run: TrainingRun, stage: StepsStage) -> tuple[Task, int]:
     steps = []
     if stage.generative is not None:
         chat = stage.generative
-        sources, mixture = _mixture(run, stage, chat)
-        batcher = _batcher(run, stage, chat, cut=chat.cut)
+        sources, sampler = _sampler(run, stage, chat)
+        loader = _loader(run, stage, chat, cut=chat.cut)
         parts.append(
             GenerativeTask(
                 sources,
-                mixture,
-                batcher,
+                sampler,
+                loader,
                 batch=chat.batch,
                 micro_tokens=chat.micro_tokens,
                 weight=chat.weight,
             )
         )
-        steps.append(mixture.size / chat.batch)
+        steps.append(sampler.size / chat.batch)
     if stage.contrastive is not None:
         match = stage.contrastive
-        sources, mixture = _mixture(run, stage, match)
-        if mixture.size < match.batch:
+        sources, sampler = _sampler(run, stage, match)
+        if sampler.size < match.batch:
             raise TrainError(
-                f"stage {stage.name!r} draws {match.batch} queries a step of {mixture.size} "
+                f"stage {stage.name!r} draws {match.batch} queries a step of {sampler.size} "
                 "samples, so that each batch would hold some twice; lower `batch`, or add data."
             )
         parts.append(
             ContrastiveTask(
                 sources,
-                mixture,
-                _batcher(run, stage, match),
+                sampler,
+                _loader(run, stage, match),
                 Contrast(
                     symmetric=match.symmetric,
                     alpha=match.alpha,
@@ -270,24 +269,24 @@ def build_task(run: TrainingRun, stage: StepsStage) -> tuple[Task, int]:
                 weight=match.weight,
             )
         )
-        steps.append(mixture.size / match.batch)
+        steps.append(sampler.size / match.batch)
     total = stage.steps or math.ceil((stage.epochs or 0) * max(steps))
     return (parts[0] if len(parts) == 1 else JointTask(parts)), total
 
 
-def _mixture(
+def _sampler(
     run: TrainingRun, stage: StepsStage, part: Generative | Contrastive
 ) -> tuple[dict[str, Sequence[Sample]], SourceSampler]:
     sources = {name: run.source(name) for name in part.sources}
 
-    def share(name: str, drawn: DrawnFrom) -> MixtureShare:
-        return MixtureShare(len(sources[name]), drawn.weight, drawn.block)
+    def share(name: str, drawn: DrawnFrom) -> SourceShare:
+        return SourceShare(len(sources[name]), drawn.weight, drawn.block)
 
     shares = {name: share(name, drawn) for name, drawn in part.sources.items()}
     return sources, SourceSampler(shares, seed=run.recipe.seed + sum(map(ord, stage.name)))
 
 
-def _batcher(
+def _loader(
     run: TrainingRun, stage: StepsStage, part: Generative | Contrastive, *, cut: bool = False
 ) -> DataLoader:
     encoder = run.encoder

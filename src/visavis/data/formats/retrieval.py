@@ -200,7 +200,7 @@ class Pairs:
 
     def __init__(self, place: Place, options: PairOptions) -> None:
         self.place = place
-        self.find = Corpus(place.root / options.corpus).find if options.corpus else None
+        self.find = CorpusFile(place.root / options.corpus).find if options.corpus else None
 
     def __call__(self, row: Row) -> ContrastiveExample:
         """Return the query of a row with one of its positives.
@@ -276,7 +276,7 @@ def index_by_id(rows: Rows) -> dict[str, int]:
     return numbers
 
 
-class Corpus:
+class CorpusFile:
     """Items by id.
 
     Raises:

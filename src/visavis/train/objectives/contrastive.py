@@ -37,7 +37,7 @@ class ContrastiveTask:
     """Draws queries with their targets.
 
     Args:
-        sources: samples by the names that `mixture` draws.
+        sources: samples by the names that `sampler` draws.
         batch: queries of a step, of all processes together.
         chunk_tokens: tokens of one pass through the model.
         scale: inverse temperature to start with, or for good.
@@ -48,8 +48,8 @@ class ContrastiveTask:
     def __init__(
         self,
         sources: Mapping[str, Sequence[Any]],
-        mixture: SourceSampler,
-        batcher: DataLoader,
+        sampler: SourceSampler,
+        loader: DataLoader,
         settings: Contrast,
         *,
         batch: int,
@@ -61,23 +61,23 @@ class ContrastiveTask:
         weight: float = 1.0,
         name: str = "contrastive",
     ) -> None:
-        self.sources, self.mixture, self.batcher = sources, mixture, batcher
+        self.sources, self.sampler, self.loader = sources, sampler, loader
         self.settings, self.batch, self.chunk_tokens = settings, batch, chunk_tokens
         self.pooling, self.negatives = pooling, negatives
         # Beside the model: each process computes its whole gradient, so none is exchanged.
-        start = torch.tensor(math.log(scale), device=batcher.device)
+        start = torch.tensor(math.log(scale), device=loader.device)
         self.log_scale = nn.Parameter(start, requires_grad=learned_scale)
         self.weight, self.name = weight, name
 
     def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
-        with self.batcher.waiting():
+        with self.loader.waiting():
             samples = draw(
-                self.mixture,
+                self.sampler,
                 self.sources,
                 ContrastiveExample,
                 devices,
                 batch=self.batch,
-                tokens_per_image=self.batcher.encoder.config.tokens_per_image,
+                tokens_per_image=self.loader.encoder.config.tokens_per_image,
             )
             items = self._items(samples)
         if self.batch < 2 and not devices.sum(len(items) - 2 * len(samples)):
@@ -88,10 +88,10 @@ class ContrastiveTask:
             )
         chunks = token_chunks([len(one.encoded.token_ids) for one in items], self.chunk_tokens)
         chunks += [[]] * (devices.passes(len(chunks)) - len(chunks))
-        keys = self.batcher.pool.submit(_keys, samples, items[len(samples) :])
+        keys = self.loader.pool.submit(_keys, samples, items[len(samples) :])
         # Each chunk is encoded twice: all without gradients, then all with.
         makers = [partial(self._packed, [items[i] for i in chunk]) for chunk in chunks]
-        batches = self.batcher.prefetch(makers + makers)
+        batches = self.loader.prefetch(makers + makers)
         loss = cached_backward(
             chunks,
             lambda chunk: trainee(next(batches), "vectors", self.pooling)[: len(chunk)],
@@ -104,7 +104,7 @@ class ContrastiveTask:
         tokens = int(devices.sum(sum(len(one.encoded.token_ids) for one in items)))
         ids = tuple(one.id for one in samples)
         mean = float(loss) / self.weight
-        return [Part(self.name, mean, tokens, ids, self.batcher.take_waited())]
+        return [Part(self.name, mean, tokens, ids, self.loader.take_waited())]
 
     def _items(self, samples: Sequence[ContrastiveExample]) -> list[_Item]:
         """Return what is encoded: all queries, then their targets, then their hard negatives."""
@@ -116,14 +116,14 @@ class ContrastiveTask:
             for wrong in one.negatives[: self.negatives]
         ]
         return [
-            _Item(id, prompt, self.batcher.item(id, prompt, instruction))
+            _Item(id, prompt, self.loader.item(id, prompt, instruction))
             for id, prompt, instruction in (*queries, *targets, *hard)
         ]
 
     def _packed(self, items: Sequence[_Item]) -> PackedBatch:
         if not items:
-            return self.batcher.nothing()
-        return self.batcher.pack(
+            return self.loader.nothing()
+        return self.loader.pack(
             [one.prompt for one in items],
             [one.encoded for one in items],
             ids=[one.id for one in items],
@@ -135,9 +135,7 @@ class ContrastiveTask:
         Args:
             vectors: of this process: `num` queries, their targets, then hard negatives.
         """
-        queries, groups, targets = (
-            one.to(self.batcher.device) for one in self.batcher.result(keys)
-        )
+        queries, groups, targets = (one.to(self.loader.device) for one in self.loader.result(keys))
         rows = gather_rows(vectors[:num])
         columns = torch.cat((gather_rows(vectors[num : 2 * num]), gather_rows(vectors[2 * num :])))
         excluded = FalseNegatives(
@@ -150,10 +148,10 @@ class ContrastiveTask:
         return loss * self.weight
 
     def state(self) -> dict[str, Any]:
-        return {"mixture": self.mixture.state(), "log_scale": self.log_scale.item()}
+        return {"mixture": self.sampler.state(), "log_scale": self.log_scale.item()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.mixture.restore(state["mixture"])
+        self.sampler.restore(state["mixture"])
         self.log_scale.data.fill_(state["log_scale"])
 
 

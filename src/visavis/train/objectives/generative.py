@@ -26,7 +26,7 @@ class GenerativeTask:
     """Draws conversations.
 
     Args:
-        sources: samples by the names that `mixture` draws.
+        sources: samples by the names that `sampler` draws.
         batch: conversations of a step, of all processes together.
         micro_tokens: tokens of one pass through the model.
     """
@@ -34,36 +34,36 @@ class GenerativeTask:
     def __init__(
         self,
         sources: Mapping[str, Sequence[Any]],
-        mixture: SourceSampler,
-        batcher: DataLoader,
+        sampler: SourceSampler,
+        loader: DataLoader,
         *,
         batch: int,
         micro_tokens: int,
         weight: float = 1.0,
         name: str = "generative",
     ) -> None:
-        self.sources, self.mixture, self.batcher = sources, mixture, batcher
+        self.sources, self.sampler, self.loader = sources, sampler, loader
         self.batch, self.micro_tokens = batch, micro_tokens
         self.weight, self.name = weight, name
 
     def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
-        with self.batcher.waiting():
+        with self.loader.waiting():
             samples = draw(
-                self.mixture,
+                self.sampler,
                 self.sources,
                 Conversation,
                 devices,
                 batch=self.batch,
-                tokens_per_image=self.batcher.encoder.config.tokens_per_image,
+                tokens_per_image=self.loader.encoder.config.tokens_per_image,
             )
-            encoded = [self.batcher.chat(sample) for sample in samples]
+            encoded = [self.loader.chat(sample) for sample in samples]
         learned = sum(sum(one.loss_mask[1:]) for one in encoded)
         everywhere = devices.sum(learned)
         chunks = token_chunks([len(one.token_ids) for one in encoded], self.micro_tokens)
         chunks += [[]] * (devices.passes(len(chunks)) - len(chunks))
         total, tokens = 0.0, 0
         makers = [partial(self._micro_batch, samples, encoded, chunk) for chunk in chunks]
-        for number, batch in enumerate(self.batcher.prefetch(makers)):
+        for number, batch in enumerate(self.loader.prefetch(makers)):
             final = last and number == len(chunks) - 1
             with nullcontext() if final else devices.no_sync():
                 loss = trainee(batch, "loss")
@@ -72,16 +72,16 @@ class GenerativeTask:
             tokens += batch.num_tokens if chunks[number] else 0
         mean = devices.sum(total) / everywhere
         ids = tuple(sample.id for sample in samples)
-        waited = self.batcher.take_waited()
+        waited = self.loader.take_waited()
         return [Part(self.name, mean, int(devices.sum(tokens)), ids, waited)]
 
     def _micro_batch(
         self, samples: Sequence[Conversation], encoded: Sequence[Encoded], chunk: Sequence[int]
     ) -> PackedBatch:
         if not chunk:
-            return self.batcher.nothing()
+            return self.loader.nothing()
         own = [samples[i] for i in chunk]
-        return self.batcher.pack(
+        return self.loader.pack(
             [one.prompt for one in own],
             [encoded[i] for i in chunk],
             ids=[one.id for one in own],
@@ -89,7 +89,7 @@ class GenerativeTask:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"mixture": self.mixture.state()}
+        return {"mixture": self.sampler.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.mixture.restore(state["mixture"])
+        self.sampler.restore(state["mixture"])
