@@ -1,15 +1,16 @@
-"""What a user may say to a model: text, pictures, videos, documents, and turns of them.
+"""Inputs of a model: text, images, videos, documents, and conversations of them.
 
 `Prompt.of` and `Prompt.chat` turn every accepted input (str, path, PIL image, numpy array, dict,
-OpenAI content or messages) into a `Prompt`; everything behind them sees nothing else. This module
-decides what a value *means*. It never opens a file or the network, and knows neither templates nor
-tokens; pictures, videos and documents are read later, by `processing/{images,video,documents}.py`.
+OpenAI content or messages) into a `Prompt`. Nothing is opened here; media are read later, by
+`processing/{images,video,pdf}.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -194,7 +195,8 @@ class Prompt:
         for message in messages:
             if not isinstance(message, Message):
                 raise InputError(f"messages hold {_type_name(message)}, expected Message")
-            if message.role == "user" and not _has_content(message.parts):
+            is_empty = all(isinstance(p, Text) and not p.text.strip() for p in message.parts)
+            if message.role == "user" and is_empty:
                 raise InputError(
                     "empty text and no image, video or document: a user message needs one; "
                     "an empty line or field in your data is the likely cause"
@@ -207,20 +209,31 @@ class Prompt:
         object.__setattr__(self, "messages", tuple(messages))
 
     @property
-    def images(self) -> tuple[Image, ...]:
-        """Every picture, in order."""
-        return tuple(p for m in self.messages for p in m.parts if isinstance(p, Image))
-
-    @property
     def visuals(self) -> tuple[Image | Video, ...]:
-        """Every picture and video, in order; documents count once `documents.expand` has turned
-        them into pictures."""
+        """Every image and video, in order; documents only as the images `pdf.expand` makes."""
         return tuple(p for m in self.messages for p in m.parts if isinstance(p, (Image, Video)))
 
     @property
     def text(self) -> str:
         """Every piece of text, in order, joined by newlines: for previews, not for a model."""
         return "\n".join(p.text for m in self.messages for p in m.parts if isinstance(p, Text))
+
+    def content_key(self, hash_of: Callable[[Visual], str], *, instruction: str = "") -> str:
+        """Return 32 hex digits, equal for two prompts exactly if their content is: the same roles
+        and, in the same order, the same texts and media. Index, mining, training and data checks
+        identify items by it.
+
+        Args:
+            hash_of: content hash of an image, video or document, such as `images.content_hash`.
+            instruction: what the item is embedded for, if its vector depends on it.
+        """
+        pieces = [("instruction", instruction)] if instruction else []
+        for message in self.messages:
+            pieces.append(("role", message.role))
+            for part in message.parts:
+                value = part.text if isinstance(part, Text) else hash_of(part)
+                pieces.append((type(part).__name__, value))
+        return hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
 
     @classmethod
     def of(cls, item: Any) -> Prompt:
@@ -287,12 +300,8 @@ class Prompt:
             raise InputError(
                 f"history is {_type_name(history)}, expected a list of Message or OpenAI messages"
             )
-        last = Message("user", (*_visuals(images), Text(text)))
+        last = Message("user", (*map(_visual, _as_items(images)), Text(text)))
         return cls((*map(_message, history), last))
-
-
-def _has_content(parts: Iterable[Part]) -> bool:
-    return any(not isinstance(part, Text) or part.text.strip() for part in parts)
 
 
 def _dict_parts(item: Mapping[str, Any]) -> tuple[Part, ...]:
@@ -314,10 +323,6 @@ def _dict_parts(item: Mapping[str, Any]) -> tuple[Part, ...]:
     return tuple(
         part for key, value in item.items() if value is not None for part in kinds[key](value)
     )
-
-
-def _visuals(value: Any) -> list[Visual]:
-    return [_visual(part) for part in _as_items(value)]
 
 
 def _visual(value: Any) -> Visual:
@@ -370,8 +375,7 @@ def _openai_message(item: Mapping[str, Any]) -> Message:
 
 
 def _openai_part(part: Any) -> Part:
-    """One entry of an OpenAI content list. `detail` of an image is accepted: every model here
-    has one way of sizing its pictures, kept with its weights."""
+    """One entry of an OpenAI content list. `detail` of an image is accepted and has no effect."""
     if isinstance(part, (Text, *_VISUALS)):
         return part
     if not isinstance(part, Mapping) or "type" not in part:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from visavis.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
 
 
 @contextmanager
@@ -113,3 +117,12 @@ def track(
         for item, weight in zip(items, weights, strict=True):
             yield item
             bar.advance(task, weight)
+
+
+def jpeg_preview(image: PILImage, size: int) -> bytes:
+    """Return a JPEG of an image, at most `size` pixels a side."""
+    small = image.convert("RGB")
+    small.thumbnail((size, size))
+    encoded = io.BytesIO()
+    small.save(encoded, "JPEG", quality=85)
+    return encoded.getvalue()

@@ -16,7 +16,7 @@ from tests.cli.conftest import Run
 from tests.fakes import write_pictures
 from visavis.api import Model
 from visavis.data import hard_negatives
-from visavis.train.recipe import SourceConfig
+from visavis.data.sources import SourceConfig
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_lines_and_summary(run: Run, tiny: str, pairs: Path, tmp_path: Path) -> None:
     words = ("mine", tiny, pairs, "-o", "out/negatives.jsonl", "--nearest", 2, "--total", 3)
-    shown = run(*words, "--ratio", 0)
+    shown = run(*words, "--relative-margin", "none")
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == (
         "out/negatives.jsonl: negatives for 12 samples among 12 items: 24 nearest, 12 random; "
@@ -53,10 +53,10 @@ def test_lines_and_summary(run: Run, tiny: str, pairs: Path, tmp_path: Path) -> 
         found = [Path(tmp_path / "out" / one["image"]) for one in row["negatives"]]
         assert all(path.is_file() for path in found) and len(set(found)) == 3
         assert f"picture-{number:03d}.png" not in {path.name for path in found}
-    whole = json.loads(run(*words, "--ratio", 0, "--seed", 1, "--json").stdout)
+    whole = json.loads(run(*words, "--relative-margin", "none", "--seed", 1, "--json").stdout)
     assert (whole["embedded"], whole["reused"], whole["short"]) == (0, 24, 0)
     assert whole["sources"] == {"nearest": 24, "random": 12} and whole["left_out"] == []
-    assert whole["settings"]["ratio"] is None and whole["settings"]["nearest"] == 2
+    assert whole["settings"]["relative_margin"] is None and whole["settings"]["nearest"] == 2
     again = lines(tmp_path / "out/negatives.jsonl")
     assert [r["negatives"][:2] for r in again] == [r["negatives"][:2] for r in rows]
     assert again != rows  # other random ones
@@ -100,7 +100,19 @@ app(prog_name="visavis")
 
     def start(name: str, limit: int) -> subprocess.CompletedProcess[str]:
         out, cache = str(tmp_path / f"{name}.jsonl"), str(tmp_path / f"{name}-vectors")
-        words = ["mine", tiny, str(pairs), "-o", out, "--cache", cache, "--sample", "--total", "12"]
+        words = [
+            "mine",
+            tiny,
+            str(pairs),
+            "-o",
+            out,
+            "--cache",
+            cache,
+            "--sampling-strategy",
+            "random",
+            "--total",
+            "12",
+        ]
         command = [sys.executable, "-c", code, *words]
         environment = {**os.environ, "KILLED_AT": str(limit)}
         return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -187,6 +199,6 @@ def test_bad_input_is_one_line(run: Run, tiny: str, pairs: Path, tmp_path: Path)
         assert result.exit_code == 2, result.output
         assert expected in result.stderr and result.stderr.count("\n") == 1
     (tmp_path / "pictures/picture-003.png").write_bytes(b"no picture")
-    result = run("mine", tiny, pairs, "-o", "n.jsonl", "--ratio", 0)
+    result = run("mine", tiny, pairs, "-o", "n.jsonl", "--relative-margin", "none")
     assert result.exit_code == 0 and len(lines(tmp_path / "n.jsonl")) == 11
     assert "left out: the target of 3: " in result.stderr

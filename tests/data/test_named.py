@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.data_files import chats, matches, opened, picture_bytes, said, spec, write_tar
-from visavis.data.formats import source_fingerprint
+from visavis.data.sources import source_fingerprint
 from visavis.errors import TrainError
 from visavis.inputs import Stored
 

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.data.data_files import matches, opened, spec
 from tests.fakes import byte_tokenizer
 from visavis import load
-from visavis.data.formats import open_data_source, source_fingerprint, synthetic
+from visavis.data.formats import synthetic
 from visavis.data.scene_graph import (
     STATEMENT,
     Thing,
@@ -28,6 +28,7 @@ from visavis.data.scene_graph import (
     vocabulary,
     write_labels,
 )
+from visavis.data.sources import open_data_source, source_fingerprint
 from visavis.errors import InputError, TrainError
 from visavis.evaluate.scene_graph import VG150_NOVEL, recall, scene_graph
 from visavis.inputs import Prompt

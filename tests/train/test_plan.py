@@ -13,7 +13,7 @@ from tests.train.made_data import make_data
 from visavis.api import load
 from visavis.checkpoints.hub_configs import MODELS, outline
 from visavis.checkpoints.inspect import model_parts
-from visavis.data.formats import open_data_source
+from visavis.data.sources import open_data_source
 from visavis.train import cost_model
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import TrainModule
@@ -63,9 +63,9 @@ def test_a_plan_says_what_trains_and_how_much_is_read(tmp_path: Path) -> None:
 
 def test_tokens_are_about_those_of_the_run(tmp_path: Path) -> None:
     made = plan(recipe(), tmp_path).stages[0]
-    batcher = DataLoader(load("tiny-random", precision="f32").encoder)
+    loader = DataLoader(load("tiny-random", precision="f32").encoder)
     samples = open_data_source(recipe().data["talk"], tmp_path, name="talk")
-    counted = [len(batcher.chat(samples[number]).token_ids) for number in range(40)]
+    counted = [len(loader.chat(samples[number]).token_ids) for number in range(40)]
     assert made.tokens_per_step == pytest.approx(sum(counted), rel=0.15)
 
 
@@ -173,9 +173,9 @@ def test_memory_is_near_what_is_held(tmp_path: Path) -> None:
     trained = sum(p.numel() for group in groups.values() for p in group)
     assert made.memory["gradients"] == 4 * trained and made.memory["optimizer"] == 8 * trained
     samples = open_data_source(recipe().data["talk"], tmp_path, name="talk")[:8]
-    batcher = DataLoader(model.encoder)
-    encoded = [batcher.chat(sample) for sample in samples]
-    batch = batcher.pack(
+    loader = DataLoader(model.encoder)
+    encoded = [loader.chat(sample) for sample in samples]
+    batch = loader.pack(
         [sample.prompt for sample in samples],
         encoded,
         ids=[sample.id for sample in samples],

@@ -24,8 +24,8 @@ from visavis.errors import InputError
 if TYPE_CHECKING:
     from visavis.api import Model
     from visavis.data.check import CheckedSource, Findings
-    from visavis.data.formats import Source
     from visavis.data.scene_graph import Labels
+    from visavis.data.sources import Source
 
 
 EXIT_FAULTY = 1
@@ -94,7 +94,7 @@ def check(
 def _entries(name: str, root: Path, images: Path | None, test: bool) -> Iterator[CheckedSource]:
     """Yield what a word of the command line stands for."""
     from visavis.data.check import CheckedSource, guess_format
-    from visavis.train.recipe import SourceConfig
+    from visavis.data.sources import SourceConfig
 
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -258,19 +258,25 @@ def mine(
     labels: Annotated[int, typer.Option(help="Texts nearest to the right text.")] = 0,
     same_image: Annotated[int, typer.Option(help="What is said of the same picture.")] = 0,
     total: Annotated[int, typer.Option(help="Fill up with random ones to so many.")] = 0,
-    ratio: Annotated[
-        float, typer.Option(help="No score above this share of the positive's; 0: any.")
-    ] = 0.95,
-    margin: Annotated[
-        float | None, typer.Option(help="No score less than this below the positive's.")
+    relative_margin: Annotated[
+        str,
+        typer.Option(
+            metavar="FLOAT",
+            help="Minimum margin below the positive score, as a share of it ('none': any).",
+        ),
+    ] = "0.05",
+    absolute_margin: Annotated[
+        float | None, typer.Option(help="Minimum absolute margin below the positive score.")
     ] = None,
-    max_score: Annotated[float | None, typer.Option(help="No score above this.")] = None,
-    min_score: Annotated[float | None, typer.Option(help="No score below this.")] = None,
-    skip: Annotated[int, typer.Option(help="Leave out so many of the nearest.")] = 0,
-    depth: Annotated[int, typer.Option(help="Look at so many of the nearest.")] = 100,
-    sample: Annotated[bool, typer.Option(help="Draw among them, not the nearest first.")] = False,
-    seed: Annotated[int, typer.Option(help="Another draw.")] = 0,
-    faiss: Annotated[bool, typer.Option("--faiss", help="Search with FAISS.")] = False,
+    max_score: Annotated[float | None, typer.Option(help="Maximum score of a negative.")] = None,
+    min_score: Annotated[float | None, typer.Option(help="Minimum score of a negative.")] = None,
+    range_min: Annotated[int, typer.Option(help="Skip this many of the nearest items.")] = 0,
+    range_max: Annotated[int, typer.Option(help="Consider this many of the nearest items.")] = 100,
+    sampling_strategy: Annotated[
+        str, typer.Option(metavar="top|random", help="Take the nearest, or draw at random.")
+    ] = "top",
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    use_faiss: Annotated[bool, typer.Option("--use-faiss", help="Search with FAISS.")] = False,
     cache: Annotated[
         Path | None, typer.Option(help="Where vectors are kept; else beside --out.")
     ] = None,
@@ -293,7 +299,8 @@ def mine(
 
       visavis mine nano pairs.jsonl -o negatives.jsonl
 
-      visavis mine nano pairs.jsonl -o negatives.jsonl --nearest 4 --skip 10 --depth 50 --sample
+      visavis mine nano pairs.jsonl -o negatives.jsonl --nearest 4 --range-min 10 --range-max 50
+      --sampling-strategy random
 
       visavis mine nano recipes/my.yaml --source coco --data DATA -o DATA/coco/negatives.jsonl
 
@@ -311,15 +318,15 @@ def mine(
         labels=labels,
         same_image=same_image,
         total=total,
-        ratio=ratio or None,
-        margin=margin,
+        relative_margin=_margin(relative_margin),
+        absolute_margin=absolute_margin,
         max_score=max_score,
         min_score=min_score,
-        skip=skip,
-        depth=depth,
-        sample=sample,
+        range_min=range_min,
+        range_max=range_max,
+        sampling_strategy=sampling_strategy,  # type: ignore[arg-type]  # Mining checks it
         seed=seed,
-        faiss=faiss,
+        use_faiss=use_faiss,
     )
     if out.is_dir():
         raise InputError(f"--out {out} is a folder, expected the name of a file for JSON lines")
@@ -369,9 +376,17 @@ def mine(
         say(f"{report.short} samples have fewer negatives than asked for")
 
 
+def _margin(text: str) -> float | None:
+    """Return the value of --relative-margin."""
+    try:
+        return None if text.lower() == "none" else float(text)
+    except ValueError:
+        raise InputError(f"--relative-margin is {text!r}, expected a number or 'none'") from None
+
+
 def _recipe(path: Path, name: str, root: Path | None) -> Source:
     """Return a source of a recipe, without negatives that were mined earlier."""
-    from visavis.data.formats import open_data_source
+    from visavis.data.sources import open_data_source
     from visavis.train.recipe import StepsStage, read_recipe
     from visavis.utils import lookup
 
@@ -391,8 +406,8 @@ def _recipe(path: Path, name: str, root: Path | None) -> Source:
 def _file(path: Path, form: str, images: Path | None) -> Source:
     """Return the samples of a file or folder."""
     from visavis.data.check import guess_format
-    from visavis.data.formats import FORMATS, open_data_source
-    from visavis.train.recipe import SourceConfig
+    from visavis.data.formats import FORMATS
+    from visavis.data.sources import SourceConfig, open_data_source
     from visavis.utils import lookup
 
     form = form or guess_format(path)

@@ -9,14 +9,13 @@ be read is left out and listed. Knows neither models nor which items make good n
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from visavis.data.examples import ContrastiveExample, Sample
 from visavis.errors import InputError, VisavisError
-from visavis.inputs import Document, Image, Prompt, Stored, Text, Video
+from visavis.inputs import Image, Message, Prompt, Stored, Text, Visual
 from visavis.processing.images import content_hash
 from visavis.utils import track
 
@@ -53,11 +52,11 @@ class Items:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def put(self, content: str, instruction: str, owner: int, is_text: bool) -> int:
-        """Return the place of an item, adding it if it is new."""
+    def put(self, content: str, key: str, owner: int, is_text: bool) -> int:
+        """Return the place of an item, adding it if its content is new."""
         if content not in self.places:
             self.places[content] = len(self.keys)
-            self.keys.append(_with(instruction, content))
+            self.keys.append(key)
             self.owners.append(owner)
             self.is_text.append(is_text)
         return self.places[content]
@@ -102,11 +101,9 @@ class Corpus:
                 self.left_out.append((name, str(error)))
         for number, prompt in enumerate(others):
             try:
-                content = self._content(prompt)
+                self._put(prompt, self._instruction, -1 - number)
             except VisavisError as error:
                 self.left_out.append((f"item {number + 1} of the corpus", str(error)))
-                continue
-            self.items.put(content, self._instruction, -1 - number, _is_text(prompt))
         self._settle(wrong)
 
     def excluded(self, entry: CorpusEntry) -> set[int]:
@@ -150,12 +147,13 @@ class Corpus:
     def _add(self, number: int, sample: Sample, wrong: list[tuple[int, list[str]]]) -> None:
         if not isinstance(sample, ContrastiveExample):
             raise InputError("it is a conversation, expected a query with what it should find")
-        query = _with(sample.instruction, self._content(sample.query))
-        visuals = [part for part in _parts(sample.query) if not isinstance(part, Text)]
-        pictures = _hash(self._part(part) for part in visuals) if visuals else ""
-        has = [self._content(one) for one in sample.negatives]
-        content = self._content(sample.target)
-        target = self.items.put(content, sample.target_instruction, number, _is_text(sample.target))
+        query = sample.query.content_key(self._hash, instruction=sample.instruction)
+        parts = (part for message in sample.query.messages for part in message.parts)
+        visuals = tuple(part for part in parts if not isinstance(part, Text))
+        shown = Prompt((Message("user", visuals),)) if visuals else None
+        pictures = shown.content_key(self._hash) if shown else ""
+        has = [one.content_key(self._hash) for one in sample.negatives]
+        target = self._put(sample.target, sample.target_instruction, number)
         wrong.append((len(self.entries), has))
         self.entries.append(
             CorpusEntry(number, sample.id, query, pictures, target, sample.group, ())
@@ -176,37 +174,17 @@ class Corpus:
                 fields = {**vars(old), "own": own}
                 self.entries[index] = CorpusEntry(**fields)
 
-    def _content(self, prompt: Prompt) -> str:
-        """Return a key that is the same where texts and pictures are, in their order."""
-        return _hash(self._part(part) for part in _parts(prompt))
+    def _put(self, prompt: Prompt, instruction: str, owner: int) -> int:
+        content = prompt.content_key(self._hash)
+        key = prompt.content_key(self._hash, instruction=instruction) if instruction else content
+        parts = (part for message in prompt.messages for part in message.parts)
+        return self.items.put(content, key, owner, all(isinstance(part, Text) for part in parts))
 
-    def _part(self, part: Text | Image | Video | Document) -> str:
-        if isinstance(part, Text):
-            return f"text {part.text}"
-        source = part.source
-        if not isinstance(part, Image) or not isinstance(source, Path | Stored):
-            return f"{type(part).__name__} {content_hash(part)}"
+    def _hash(self, visual: Visual) -> str:
+        """Return the content hash of an image, video or document; image files are read once."""
+        source = visual.source
+        if not isinstance(visual, Image) or not isinstance(source, Path | Stored):
+            return content_hash(visual)
         if source not in self.hashes:
-            self.hashes[source] = content_hash(part)
-        return f"Image {self.hashes[source]}"
-
-
-def _parts(prompt: Prompt) -> Iterator[Text | Image | Video | Document]:
-    for message in prompt.messages:
-        yield from message.parts
-
-
-def _is_text(prompt: Prompt) -> bool:
-    return all(isinstance(part, Text) for part in _parts(prompt))
-
-
-def _with(instruction: str, content: str) -> str:
-    return _hash([instruction, content]) if instruction else content
-
-
-def _hash(pieces: Iterator[str] | Sequence[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for piece in pieces:
-        encoded = piece.encode()
-        digest.update(f"{len(encoded)} ".encode() + encoded)
-    return digest.hexdigest()
+            self.hashes[source] = content_hash(visual)
+        return self.hashes[source]

@@ -78,8 +78,8 @@ class FaissSearch:
             import faiss
         except ImportError as error:
             raise InputError(
-                "FAISS is not installed; `pip install faiss-cpu`, or leave --faiss away: the exact "
-                "search needs nothing."
+                "FAISS is not installed; `pip install faiss-cpu`, or leave out --use-faiss: exact "
+                "search needs no extra package."
             ) from error
         vectors = np.ascontiguousarray(matrix[rows], np.float32)
         self.size, dim = vectors.shape

@@ -33,7 +33,7 @@ _NOTES = ("id", "score", "source")
 
 
 def write_mined(
-    path: Path, catalogue: Corpus, rows: Iterable[tuple[CorpusEntry, list[Negative]]]
+    path: Path, corpus: Corpus, rows: Iterable[tuple[CorpusEntry, list[Negative]]]
 ) -> None:
     """Write a line for each sample; the file appears when all of them are written.
 
@@ -48,7 +48,7 @@ def write_mined(
                 found = []
                 for one in negatives:
                     if one.place not in items:
-                        items[one.place] = to_item(catalogue.prompt(one.place)[0], files)
+                        items[one.place] = to_item(corpus.prompt(one.place)[0], files)
                     score = {} if one.score is None else {"score": round(one.score, DIGITS)}
                     found.append({**items[one.place], **score, "source": one.source})
                 line = {"id": entry.id, "negatives": found}

@@ -11,8 +11,6 @@ query on one core. Knows the model only by `embed`, `name`, `fingerprint` and `e
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from visavis.errors import InputError, StoreError, VisavisError
-from visavis.index.items import file_of, picture_of, preview, shown_by, source_of, still_there
+from visavis.index.items import file_of, picture_of, preview, source_of, still_there
 from visavis.index.store import IndexRow, Stamp, Store, StoredItem
 from visavis.inputs import Document, Prompt, Text, Visual
 from visavis.processing.images import content_hash
 from visavis.processing.media import find_images
 from visavis.processing.pdf import pages
-from visavis.utils import track
+from visavis.utils import jpeg_preview, track
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -239,7 +237,7 @@ class Index:
         if known and entry.is_file and known[1] == stamp:
             report.unchanged += 1
             return
-        content = _content(entry)
+        content = entry.prompt.content_key(content_hash)
         vector = self._store.vector_of(content) if self._store.exists() else None
         if vector is None:
             waiting.setdefault(content, []).append((entry, stamp))
@@ -315,7 +313,7 @@ def _from_item(item: Any) -> _IndexEntry:
         return _IndexEntry(f"{path} + {prompt.text}" if has_text else path, prompt, not has_text)
     if not visuals:
         return _IndexEntry(prompt.text, prompt, is_file=False)
-    return _IndexEntry(f"item {_hash_parts(prompt)}", prompt, is_file=False)
+    return _IndexEntry(f"item {prompt.content_key(content_hash)}", prompt, is_file=False)
 
 
 def _visuals(prompt: Prompt) -> list[Visual]:
@@ -332,21 +330,6 @@ def _stamp(entry: _IndexEntry) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
-def _content(entry: _IndexEntry) -> str:
-    return content_hash(shown_by(entry.source)) if entry.is_file else _hash_parts(entry.prompt)
-
-
-def _hash_parts(prompt: Prompt) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for message in prompt.messages:
-        for part in message.parts:
-            is_text = isinstance(part, Text)
-            value = part.text if isinstance(part, Text) else content_hash(part)
-            kind = f"{message.role} {'text' if is_text else 'image'} {len(value)} "
-            digest.update((kind + value).encode())
-    return digest.hexdigest()
-
-
 def _row(entry: _IndexEntry, content: str, stamp: Stamp, vector: np.ndarray) -> IndexRow:
     kept = _kept_preview(entry)
     return IndexRow(entry.source, content, vector, stamp, entry.is_file, entry.prompt.text, kept)
@@ -357,11 +340,7 @@ def _kept_preview(entry: _IndexEntry) -> bytes | None:
     visuals = _visuals(entry.prompt)
     if entry.is_file or not visuals:
         return None
-    picture = picture_of(visuals[0])
-    picture.thumbnail((KEPT_PREVIEW_SIZE, KEPT_PREVIEW_SIZE))
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=85)
-    return encoded.getvalue()
+    return jpeg_preview(picture_of(visuals[0]), KEPT_PREVIEW_SIZE)
 
 
 def _count(report: AddReport, was_known: bool) -> None:

@@ -13,7 +13,6 @@ one thread, where answers to several people grow together.
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -43,6 +42,7 @@ from visavis.index.items import preview, title, visual_of
 from visavis.index.store import StoredItem
 from visavis.inputs import Image, Prompt, Text, Visual
 from visavis.inputs import Message as Turn
+from visavis.utils import jpeg_preview
 
 if TYPE_CHECKING:
     from visavis.api import Model
@@ -256,9 +256,7 @@ def _encode_picture(item: StoredItem, size: int) -> bytes:
     picture = preview(item, size)
     if isinstance(picture, str):
         raise HTTPException(404, f"item {item.id} has no picture")
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=85)
-    return encoded.getvalue()
+    return jpeg_preview(picture, size)
 
 
 def _describe(item: StoredItem) -> dict[str, Any]:

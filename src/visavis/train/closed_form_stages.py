@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,14 +29,11 @@ from visavis.model.config import EfficientNetConfig
 from visavis.model.embedding_head import mean_per_group
 from visavis.processing.chat_template import Encoded
 from visavis.processing.collate import batches, pack
+from visavis.train.context import TrainingRun
 from visavis.train.feature_store import FeatureStore, key_of
 from visavis.train.losses import Contrast, contrastive_loss
 from visavis.train.recipe import HeadStage, WordsStage, sources_of
 from visavis.utils import write_atomically
-
-if TYPE_CHECKING:
-    from visavis.train.runner import TrainingRun
-
 
 MAX_WORDS = 24
 RIDGE = 300.0

@@ -18,7 +18,7 @@ import torch
 
 from visavis.checkpoints.hub_configs import Outline
 from visavis.data.examples import ContrastiveExample, Conversation, Sample
-from visavis.data.formats import open_data_source
+from visavis.data.sources import open_data_source
 from visavis.errors import TrainError, VisavisError
 from visavis.model.vlm import VLM
 from visavis.train import cost_model

@@ -53,7 +53,7 @@ class FeaturePlace(NamedTuple):
 
 
 class FeatureStore:
-    """A growing store of tower features (`batcher.Features`).
+    """A growing store of tower features (`data_loader.Features`).
 
     Args:
         max_bytes: the most that is kept on disk.

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from visavis.data.datasets import SOURCES, TRAINING_SOURCES
-from visavis.data.formats import FORMATS
+from visavis.data.sources import SourceConfig
 from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
 from visavis.processing.chat_formats import CHAT_FORMATS
@@ -146,37 +146,7 @@ class ModelRecipe(_Strict):
         )
 
 
-# ---- the data ------------------------------------------------------------------------------------
-
-
-class SourceConfig(_Strict):
-    """Where samples come from.
-
-    Args:
-        format: one of `data.formats.FORMATS`.
-        path: file, folder or glob under --data; of `records`: a name.
-        images: folder that pictures' paths start at; empty: beside the file.
-        options: what else the format knows (see `data.formats`).
-        cap: take only so many, the first ones.
-        instruction: put before each query when it is embedded; `target_instruction` likewise.
-        negatives: JSONL of mined negatives, joined by id (`visavis mine`).
-    """
-
-    format: str
-    path: str
-    images: str = ""
-    options: dict[str, Any] = {}
-    cap: Count | None = None
-    instruction: str = ""
-    target_instruction: str = ""
-    negatives: str = ""
-
-    @field_validator("format")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in FORMATS:
-            raise ValueError(f"no data format is called {name!r}: {suggest(name, FORMATS)}")
-        return name
+# ---- stages --------------------------------------------------------------------------------------
 
 
 class DrawnFrom(_Strict):
@@ -185,9 +155,6 @@ class DrawnFrom(_Strict):
 
     weight: Positive | None = None
     block: Annotated[int, Field(ge=0)] = 0
-
-
-# ---- stages --------------------------------------------------------------------------------------
 
 
 class Generative(_Strict):

@@ -77,7 +77,7 @@ def test_losses_are_those_without_a_store(objective: str, tmp_path: Path) -> Non
         run = TinyRun()
         assert run.model.processor is not None
         if folder is not None:
-            run.batcher.features = FeatureStore(folder, run.vlm, run.model.processor)
+            run.loader.features = FeatureStore(folder, run.vlm, run.model.processor)
         task = run.generative() if objective == "generative" else run.contrastive()
         lines = run.train(task, tmp_path / f"run-{len(losses)}", steps=3)
         losses.append([line["loss"][objective] for line in lines])
