@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from visavis.checkpoints.gguf.load import part_names
+from visavis.checkpoints.gguf.reader import part_names
 from visavis.errors import FetchError
 
 HUB_ID = re.compile(
