@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visavis.checkpoints import bundled, hub
-from visavis.errors import CheckpointError, InputError, UnknownNameError
+from visavis.errors import CheckpointError, FetchError, InputError, UnknownNameError
 from visavis.processing.chat_formats import CHAT_FORMATS
 from visavis.processing.prompt_encoder import PROFILES
 from visavis.utils import lookup, suggest
@@ -40,18 +40,26 @@ def resolve(name_or_path: str | Path) -> Path:
     return hub.fetch(wanted) if wanted else _here(name)
 
 
-def find(name_or_path: str | Path) -> Path | None:
-    """Return what `resolve` does if it is on this machine, else None; asks no network.
+def find_settings(name_or_path: str | Path) -> Path:
+    """Return the folder or file that holds a model's settings. Of a name on the hub only settings
+    are downloaded, and no weights.
 
     Raises:
         UnknownNameError: see `resolve`.
+        FetchError: the settings are not on this machine and cannot be downloaded.
     """
     name = str(name_or_path)
     if name == "smollm2-135m":
         file = bundled.cache_dir() / "nano" / bundled.NANO_WHEELS["language_model"].file_name
-        return file if file.is_file() else None
+        if not file.is_file():
+            raise FetchError(f"{name} is not on this machine: run `visavis fetch nano` first.")
+        return file
     wanted = _on_hub(name)
-    return hub.cached(wanted) if wanted else _here(name)
+    if wanted is None:
+        return _here(name)
+    if wanted.file:
+        raise FetchError(f"{wanted} is a whole file: fetch it, and give its path.")
+    return hub.fetch(wanted, settings_only=True)
 
 
 def _on_hub(name: str) -> hub.HubId | None:
