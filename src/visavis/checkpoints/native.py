@@ -455,7 +455,7 @@ def save_native(
     lora_scale: float = 1.0,
     file_name: str = "model.safetensors",
 ) -> None:
-    """Write a folder that `load_native` reads; each file appears whole or not at all.
+    """Write a folder that `NativeFormat` reads; each file appears whole or not at all.
 
     Without `bundle` the caller writes `tokenizer.json` beside it.
     """
