@@ -18,7 +18,7 @@ from tests.cli.conftest import Run
 from tests.parity.qwen2_vl_files import save_qwen2_vl
 from visavis.checkpoints import tensor_files
 from visavis.checkpoints.gguf.decoder import decoder_state
-from visavis.checkpoints.gguf.load import open_model
+from visavis.checkpoints.gguf.reader import open_model
 
 
 def facts(run: Run, path: Path) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.fakes import write_tiny_checkpoint
+from tests.train.hub_configs import MODELS, save_settings
 from tests.train.made_data import make_data
 from visavis.api import load
-from visavis.checkpoints.hub_configs import MODELS, outline
+from visavis.checkpoints.formats import detect
 from visavis.checkpoints.inspect import model_parts
 from visavis.data.sources import open_data_source
 from visavis.train import cost_model
@@ -119,7 +120,7 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     ("model", "problem"),
     [
         ({"base": "no-such-model"}, "model.base: no model is named 'no-such-model'"),
-        ({"base": "somebody/something"}, "its shape is not known here"),
+        ({"base": "somebody/something"}, "name a local folder that holds one"),
         (
             {"language_model": "tiny-random", "vision_tower": "here", "connector_weights": "gone"},
             "model.connector_weights: gone is no folder",
@@ -225,14 +226,24 @@ def test_operations_are_six_a_weight_where_all_is_trained() -> None:
         ("lmms-lab/llava-onevision-qwen2-7b-ov", 8030),
     ],
 )
-def test_published_shapes_have_the_published_size(name: str, millions: int) -> None:
-    found = outline(name)
-    assert found is not None
-    count = sum(part["parameters"] for part in model_parts(found.config))
+def test_published_settings_have_the_published_size(
+    name: str, millions: int, tmp_path: Path
+) -> None:
+    """From config.json alone: no weights are beside it."""
+    folder = save_settings(tmp_path, name)
+    config, _ = detect(folder).format.read_config(folder)
+    count = sum(part["parameters"] for part in model_parts(config))
     assert round(count / 1e6) == millions
 
 
-def test_every_published_model_has_a_way_of_sizing_pictures() -> None:
-    for name in MODELS:
-        found = outline(name)
-        assert found is not None and found.processor is not None
+@pytest.mark.parametrize("name", MODELS)
+def test_settings_alone_say_how_images_are_sized(name: str, tmp_path: Path) -> None:
+    folder = save_settings(tmp_path, name)
+    assert detect(folder).format.read_config(folder)[1] is not None
+
+
+def test_a_model_without_weights_is_planned_and_noted(tmp_path: Path) -> None:
+    folder = save_settings(tmp_path, "Qwen/Qwen2-VL-2B-Instruct")
+    made = plan(recipe(model={"base": str(folder)}), tmp_path, flops=1e12)
+    assert made.problems == [] and made.stages[0].memory
+    assert any("planned from its settings" in note for note in made.notes)

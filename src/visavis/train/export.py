@@ -20,10 +20,11 @@ from torch import Tensor
 from visavis.checkpoints.adapters import adapter_chain
 from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.compose import EFFICIENTNET
-from visavis.checkpoints.detect import detect_config
-from visavis.checkpoints.load import LOADERS, resolve
+from visavis.checkpoints.formats import detect_config
+from visavis.checkpoints.load import resolve
 from visavis.checkpoints.native import save_native, write_native
 from visavis.checkpoints.tensor_files import read_json
+from visavis.checkpoints.transformers.load import TransformersFormat
 from visavis.checkpoints.transformers.weights import vlm_table
 from visavis.errors import CheckpointError, TrainError
 from visavis.model.vlm import VLM
@@ -32,7 +33,6 @@ from visavis.train.recipe import Recipe, StepsStage
 from visavis.utils import write_folder_atomically
 
 BUNDLED = ("smollm2-135m", EFFICIENTNET)  # parts of the bundle "nano"
-STOCK = "transformers.load:load_transformers"  # loads the layouts whose names PEFT goes by
 
 
 def save_model(loaded: Checkpoint, recipe: Recipe, folder: Path) -> list[str]:
@@ -122,7 +122,7 @@ def _write_adapter(vlm: VLM, recipe: Recipe, folder: Path) -> str:
         if not (base / "config.json").is_file():
             return "its base is no folder in transformers' layout; `visavis convert` it first"
         layout = detect_config(base)
-        if LOADERS[layout.kind].function != STOCK:
+        if not issubclass(layout.format, TransformersFormat):  # PEFT goes by their tensors' names
             return f"its base is in the layout {layout.title}; `visavis convert` it first"
         write_peft(
             vlm,
