@@ -81,7 +81,7 @@ def test_a_model_in_parts(run: Run, stage: Path, tmp_path: Path) -> None:
     shown = run("chat", stage, "What is it?", "-i", path, *words, *settings)
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == model.chat("What is it?", [path], max_new_tokens=5).text + "\n"
-    assert_one_line(run("chat", stage, "What is it?", *words), "turns=")
+    assert_one_line(run("chat", stage, "What is it?", *words), "chat_template=")
     assert_one_line(run("chat", stage, "What is it?"), "base=")
 
     profiled = visavis.load(stage, profile="llave", precision="f32", **below)  # type: ignore[arg-type]

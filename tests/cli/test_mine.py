@@ -38,11 +38,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_lines_and_summary(run: Run, tiny: str, pairs: Path, tmp_path: Path) -> None:
     words = ("mine", tiny, pairs, "-o", "out/negatives.jsonl", "--nearest", 2, "--total", 3)
-    shown = run(*words, "--ratio", 0)
+    shown = run(*words, "--relative-margin", "none")
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == (
         "out/negatives.jsonl: negatives for 12 samples among 12 items: 24 nearest, 12 random; "
-        "24 vectors computed, 0 kept\n"
+        "24 embeddings computed, 0 from the cache\n"
     )
     rows = lines(tmp_path / "out/negatives.jsonl")
     assert [row["id"] for row in rows] == [str(i) for i in range(12)]
@@ -53,7 +53,7 @@ def test_lines_and_summary(run: Run, tiny: str, pairs: Path, tmp_path: Path) -> 
         found = [Path(tmp_path / "out" / one["image"]) for one in row["negatives"]]
         assert all(path.is_file() for path in found) and len(set(found)) == 3
         assert f"picture-{number:03d}.png" not in {path.name for path in found}
-    whole = json.loads(run(*words, "--ratio", 0, "--seed", 1, "--json").stdout)
+    whole = json.loads(run(*words, "--relative-margin", "none", "--seed", 1, "--json").stdout)
     assert (whole["embedded"], whole["reused"], whole["short"]) == (0, 24, 0)
     assert whole["sources"] == {"nearest": 24, "random": 12} and whole["left_out"] == []
     assert whole["settings"]["ratio"] is None and whole["settings"]["nearest"] == 2
@@ -108,7 +108,9 @@ app(prog_name="visavis")
     assert start("killed", 4).returncode == -signal.SIGKILL
     assert not (tmp_path / "killed.jsonl").exists()
     done = start("killed", 99)
-    assert done.returncode == 0 and "9 vectors computed, 15 kept" in done.stdout, done.stderr
+    assert done.returncode == 0 and "9 embeddings computed, 15 from the cache" in done.stdout, (
+        done.stderr
+    )
     assert start("whole", 99).returncode == 0
     assert lines(tmp_path / "killed.jsonl") == lines(tmp_path / "whole.jsonl")
 
@@ -160,7 +162,7 @@ def test_scene_graphs_and_their_label_files(run: Run, tiny: str, tmp_path: Path)
     shown = run("mine", tiny, "graph.json", "--images", "pictures", "-o", "n.jsonl", *words,
                 "--label-files", "labels")  # fmt: skip
     assert shown.exit_code == 0, shown.output
-    assert "12 labels, 6 same image, 6 random; 6 vectors computed" in shown.stdout
+    assert "12 labels, 6 same image, 6 random; 6 embeddings computed" in shown.stdout
     assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == [
         "predicate_neighbors.json",
         "predicate_vocab.json",
@@ -180,13 +182,13 @@ def test_bad_input_is_one_line(run: Run, tiny: str, pairs: Path, tmp_path: Path)
         ((tiny, pairs, "-o", "n.jsonl", "--format", "pair"), "did you mean 'pairs'"),
         ((tiny, pairs, "-o", "n.jsonl", "--nearest", 0), "no negatives are wanted"),
         ((tiny, pairs, "-o", "n.jsonl", "--corpus", "no.jsonl"), "cannot read no.jsonl"),
-        ((tiny, pairs, "-o", "n.jsonl", "--label-files", "x"), "are of scene graphs"),
+        ((tiny, pairs, "-o", "n.jsonl", "--label-files", "x"), "needs data of format"),
         ((tiny, pairs, "-o", "pictures"), "pictures is a folder"),
     ):
         result = run("mine", *words)
         assert result.exit_code == 2, result.output
         assert expected in result.stderr and result.stderr.count("\n") == 1
     (tmp_path / "pictures/picture-003.png").write_bytes(b"no picture")
-    result = run("mine", tiny, pairs, "-o", "n.jsonl", "--ratio", 0)
+    result = run("mine", tiny, pairs, "-o", "n.jsonl", "--relative-margin", "none")
     assert result.exit_code == 0 and len(lines(tmp_path / "n.jsonl")) == 11
-    assert "left out: the target of 3: " in result.stderr
+    assert "skipped: the target of 3: " in result.stderr

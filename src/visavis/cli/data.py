@@ -1,4 +1,4 @@
-"""`visavis data`: look at training data before training on it. The looking is in `data.check`."""
+"""`visavis data` and `visavis mine`: validate training data, mine hard negatives."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ if TYPE_CHECKING:
 EXIT_FAULTY = 1
 MAX_LISTED = 5  # of each kind of problem of a source; --json lists all
 BAR = 40
-data = typer.Typer(name="data", no_args_is_help=True, help="Look at training data.")
+data = typer.Typer(name="data", no_args_is_help=True, help="Validate training data.")
 
-DataOption = Annotated[Path, typer.Option("--data", help="The folder of data sets.")]
+DataOption = Annotated[
+    Path, typer.Option("--data", metavar="DIR", help="Root folder of data sets.")
+]
+SOURCE = "RECIPE|FILE"
 
 
 @data.callback()
 def about() -> None:
-    """Look at training data before training on it."""
+    """Validate training data."""
 
 
 @data.command()
@@ -46,30 +49,31 @@ def check(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE|FILE…",
-            help="A recipe (.yaml), or data: a file, a folder, a set's name.",
+            metavar=SOURCE,
+            help="Recipe (.yaml), data file, data folder or data set name.",
         ),
     ],
     root: DataOption = Path("data"),
     test: Annotated[
         list[str],
-        typer.Option("--test", help="A recipe or data that is held out; may be repeated."),
+        typer.Option("--test", metavar=SOURCE, help="Held-out recipe or data; repeatable."),
     ] = [],  # noqa: B006 - typer copies it
     images: Annotated[
-        Path | None, typer.Option("--images", help="Where pictures' paths start, of a FILE.")
+        Path | None,
+        typer.Option("--images", metavar="DIR", help="Base folder of image paths in a data file."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check training data: every record, every picture, lengths, duplicates.
+    """Validate training data: records, images, sequence lengths, duplicates, leaks.
 
-    Of a recipe, tokens are counted as its model counts them, and sources that no stage reads are
-    taken as held out. Exit status 0 if all of it can be trained on, 1 if not, 2 on an error.
+    For a recipe, tokens are counted with its model, and sources that no stage reads are held out.
+    Exit code 0 if all data is valid, 1 if not, 2 on an error.
 
     [bold]Examples[/bold]
 
       visavis data check recipes/tiny-llava.yaml --data DATA
 
-      visavis data check train.jsonl --images pictures --test heldout.jsonl --json
+      visavis data check train.jsonl --images images/ --test heldout.jsonl --json
     """
     from visavis.data import check as checking
     from visavis.utils import track
@@ -86,13 +90,13 @@ def check(
     else:
         for one in found:
             _show(one)
-        _show_sum(found)
+        _show_total(found)
     if any(one.problems for one in found):
         raise typer.Exit(EXIT_FAULTY)
 
 
 def _entries(name: str, root: Path, images: Path | None, test: bool) -> Iterator[CheckedSource]:
-    """Yield what a word of the command line stands for."""
+    """Yield the sources that one command-line argument names."""
     from visavis.data.check import CheckedSource, guess_format
     from visavis.train.recipe import SourceConfig
 
@@ -134,7 +138,7 @@ def _recipe_entries(path: Path, root: Path, test: bool) -> Iterator[CheckedSourc
         yield CheckedSource(name, spec, root, held_out, encoder, limits.get(name))
 
 
-# ---- what is printed -----------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
 def _facts(one: Findings) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def _facts(one: Findings) -> dict[str, Any]:
         "format": one.entry.spec.format,
         "test": one.entry.test,
         "samples": one.samples,
-        "pictures": one.pictures,
+        "images": one.pictures,
         "videos": one.videos,
         "negatives": one.negatives,
         "tokens": {
@@ -158,9 +162,9 @@ def _facts(one: Findings) -> dict[str, Any]:
             {"kind": problem.kind, "id": problem.id, "text": problem.text}
             for problem in one.problems
         ],
-        "copies": [{"id": id, "of": first} for id, first in one.copies],
+        "duplicates": [{"id": id, "of": first} for id, first in one.copies],
         "repeated_ids": one.repeated_ids,
-        "seen_pictures": [{"id": id, "in": first} for id, first in one.seen_pictures],
+        "leaked_images": [{"id": id, "in": first} for id, first in one.seen_pictures],
         "unused_negatives": one.unused,
     }
 
@@ -172,13 +176,13 @@ def _show(one: Findings) -> None:
     typer.secho(f"{one.entry.name} ({one.entry.spec.format}, {role})", bold=True)
     counts = {
         "samples": one.samples,
-        "pictures": one.pictures,
+        "images": one.pictures,
         "videos": one.videos,
         "negatives": one.negatives,
     }
     typer.echo("  " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
     if one.lengths:
-        how = "estimated of texts, without pictures" if one.entry.encoder is None else "exact"
+        how = "estimated from texts, without images" if one.entry.encoder is None else "exact"
         typer.echo(
             f"  tokens ({how}): median {one.quantile(0.5):,}, 95 % up to {one.quantile(0.95):,}, "
             f"longest {one.quantile(1.0):,}"
@@ -192,8 +196,8 @@ def _show(one: Findings) -> None:
             typer.echo(f"    {problem.id}: {' '.join(problem.text.split())}")
         _show_rest(count)
     for title, pairs in (
-        ("samples are the same as an earlier one", one.copies),
-        ("samples show a picture that is trained on", one.seen_pictures),
+        ("samples duplicate an earlier one", one.copies),
+        ("samples contain an image of the training data", one.seen_pictures),
     ):
         if pairs:
             typer.secho(f"  {len(pairs):,} {title}", fg="yellow")
@@ -202,9 +206,9 @@ def _show(one: Findings) -> None:
             _show_rest(len(pairs))
     if one.repeated_ids:
         listed = ", ".join(one.repeated_ids[:MAX_LISTED])
-        typer.secho(f"  {len(one.repeated_ids):,} ids occur again: {listed}", fg="yellow")
+        typer.secho(f"  {len(one.repeated_ids):,} repeated ids: {listed}", fg="yellow")
     if one.unused:
-        typer.secho(f"  {one.unused:,} mined negatives are of no record here", fg="yellow")
+        typer.secho(f"  {one.unused:,} mined negatives have no record here", fg="yellow")
 
 
 def _show_bars(histogram: list[tuple[int, int]]) -> None:
@@ -221,84 +225,172 @@ def _show_rest(count: int) -> None:
         typer.echo(f"    … and {count - MAX_LISTED:,} more (--json lists all)")
 
 
-def _show_sum(found: list[Findings]) -> None:
+def _show_total(found: list[Findings]) -> None:
     problems = sum(len(one.problems) for one in found)
     samples = sum(one.samples for one in found if not one.entry.test)
     if problems:
-        typer.secho(f"{problems:,} problems; training would stop or mislead", fg="red", bold=True)
+        typer.secho(f"{problems:,} problems; fix them before training", fg="red", bold=True)
     else:
-        typer.secho(f"{samples:,} samples can be trained on", fg="green", bold=True)
+        typer.secho(f"{samples:,} valid training samples", fg="green", bold=True)
 
 
-SHOWN = 5  # of what was left out
+SHOWN = 5  # skipped items that are printed
+NEGATIVES = "Negatives"
+
+
+def _float_or_none(text: str | float) -> float | None:
+    return None if text == "none" else float(text)
 
 
 @loads_a_model
 def mine(
     model: ModelArgument,
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Data to train on, or a recipe (see --source).")
+        Path,
+        typer.Argument(metavar=SOURCE, help="Training data, or a recipe (see --source)."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Write JSON lines {id, negatives}.")],
-    source: Annotated[str, typer.Option(help="Of a recipe: the source, by name.")] = "",
+    out: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="JSON lines file {id, negatives}."),
+    ],
+    source: Annotated[
+        str, typer.Option(metavar="NAME", help="Data source of the recipe to mine.")
+    ] = "",
     root: Annotated[
-        Path | None, typer.Option("--data", help="Of a recipe: the folder of data sets.")
+        Path | None, typer.Option("--data", metavar="DIR", help="Root folder of data sets.")
     ] = None,
     form: Annotated[
         str,
-        typer.Option("--format", help="Of data: its format, where its first record is not enough."),
+        typer.Option(
+            "--format", metavar="NAME", help="Data format. Default: detected from the first record."
+        ),
     ] = "",
     images: Annotated[
-        Path | None, typer.Option(help="Of data: where paths of pictures start.")
+        Path | None, typer.Option(metavar="DIR", help="Base folder of image paths in a data file.")
     ] = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="JSON lines of more items to find, {text, image, video}.")
+        Path | None,
+        typer.Option(metavar="FILE", help="More candidates: JSON lines {text, image, video}."),
     ] = None,
-    nearest: Annotated[int, typer.Option(help="Nearest to the query, at most.")] = 8,
-    labels: Annotated[int, typer.Option(help="Texts nearest to the right text.")] = 0,
-    same_image: Annotated[int, typer.Option(help="What is said of the same picture.")] = 0,
-    total: Annotated[int, typer.Option(help="Fill up with random ones to so many.")] = 0,
-    ratio: Annotated[
-        float, typer.Option(help="No score above this share of the positive's; 0: any.")
-    ] = 0.95,
-    margin: Annotated[
-        float | None, typer.Option(help="No score less than this below the positive's.")
+    nearest: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Negatives per sample nearest to the query.",
+            rich_help_panel=NEGATIVES,
+        ),
+    ] = 8,
+    labels: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Negatives per sample whose text is nearest to the positive text.",
+            rich_help_panel=NEGATIVES,
+        ),
+    ] = 0,
+    same_image: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Negatives per sample from other texts of the same image.",
+            rich_help_panel=NEGATIVES,
+        ),
+    ] = 0,
+    total: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Fill up to N negatives per sample with random ones.",
+            rich_help_panel=NEGATIVES,
+        ),
+    ] = 0,
+    relative_margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FLOAT|none",
+            parser=_float_or_none,
+            help="Minimum margin below the positive score, as a fraction of it.",
+            rich_help_panel=NEGATIVES,
+        ),
+    ] = 0.05,
+    absolute_margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FLOAT",
+            help="Minimum absolute margin below the positive score.",
+            rich_help_panel=NEGATIVES,
+        ),
     ] = None,
-    max_score: Annotated[float | None, typer.Option(help="No score above this.")] = None,
-    min_score: Annotated[float | None, typer.Option(help="No score below this.")] = None,
-    skip: Annotated[int, typer.Option(help="Leave out so many of the nearest.")] = 0,
-    depth: Annotated[int, typer.Option(help="Look at so many of the nearest.")] = 100,
-    sample: Annotated[bool, typer.Option(help="Draw among them, not the nearest first.")] = False,
-    seed: Annotated[int, typer.Option(help="Another draw.")] = 0,
-    faiss: Annotated[bool, typer.Option("--faiss", help="Search with FAISS.")] = False,
+    max_score: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FLOAT", help="Maximum score of a negative.", rich_help_panel=NEGATIVES
+        ),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FLOAT", help="Minimum score of a negative.", rich_help_panel=NEGATIVES
+        ),
+    ] = None,
+    range_min: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Skip the N highest-ranked candidates.",
+            rich_help_panel=NEGATIVES,
+        ),
+    ] = 0,
+    range_max: Annotated[
+        int,
+        typer.Option(metavar="N", help="Lowest rank of a candidate.", rich_help_panel=NEGATIVES),
+    ] = 100,
+    sample: Annotated[
+        bool,
+        typer.Option(
+            "--sample",
+            help="Sample candidates at random instead of taking the nearest first.",
+            rich_help_panel=NEGATIVES,
+        ),
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Random seed.", rich_help_panel=NEGATIVES)
+    ] = 0,
+    faiss: Annotated[
+        bool, typer.Option("--faiss", help="Nearest-neighbour search with FAISS.")
+    ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="Where vectors are kept; else beside --out.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Embedding cache. Default: a folder beside OUTPUT."),
     ] = None,
     label_files: Annotated[
-        Path | None, typer.Option(help="Of scene graphs: write the three label files here.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Scene graphs: folder for the three files of label embeddings."
+        ),
     ] = None,
     vocabulary: Annotated[
-        Path | None, typer.Option(help="Of scene graphs: predicates with commas between them.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Scene graphs: comma-separated list of predicates."),
     ] = None,
     as_json: JsonOption = False,
     *,
     loading: Loading,
 ) -> None:
-    """Find hard negatives: items near a query, or near the right answer, that are not right.
+    """Mine hard negatives for contrastive training, from texts, images and videos.
 
-    Texts, pictures and videos alike. Stop it whenever you like: vectors are kept, and the same
-    command goes on. A recipe takes the file as a source's `negatives`.
+    A recipe reads OUTPUT as the `negatives` of a source. Embeddings are cached: safe to interrupt,
+    rerun the same command to resume.
 
     [bold]Examples[/bold]
 
       visavis mine nano pairs.jsonl -o negatives.jsonl
 
-      visavis mine nano pairs.jsonl -o negatives.jsonl --nearest 4 --skip 10 --depth 50 --sample
+      visavis mine nano pairs.jsonl -o negatives.jsonl --range-min 10 --range-max 50 --sample
 
-      visavis mine nano recipes/my.yaml --source coco --data DATA -o DATA/coco/negatives.jsonl
+      visavis mine nano recipes/my.yaml --source coco --data DATA -o negatives.jsonl
 
-      visavis mine nano vg150.json --images VG -o negatives.jsonl --nearest 0 --labels 8
-      --same-image 4 --total 12 --label-files labels
+      visavis mine nano vg150.json --images VG -o negatives.jsonl --labels 8 --same-image 4
     """
     from visavis.data.corpus import Corpus
     from visavis.data.embedding_store import EmbeddingStore
@@ -311,18 +403,18 @@ def mine(
         labels=labels,
         same_image=same_image,
         total=total,
-        ratio=ratio or None,
-        margin=margin,
+        ratio=None if relative_margin is None else 1 - relative_margin,
+        margin=absolute_margin,
         max_score=max_score,
         min_score=min_score,
-        skip=skip,
-        depth=depth,
+        skip=range_min,
+        depth=range_max,
         sample=sample,
         seed=seed,
         faiss=faiss,
     )
     if out.is_dir():
-        raise InputError(f"--out {out} is a folder, expected the name of a file for JSON lines")
+        raise InputError(f"--output {out} is a folder, expected a path for a JSON lines file")
     samples = _recipe(data, source, root) if data.suffix in (".yaml", ".yml") else None
     samples = samples or _file(data, form, images)
     others = read_corpus(corpus) if corpus is not None else []
@@ -345,9 +437,9 @@ def mine(
         if label_files is not None:
             _write_labels(label_files, samples, loaded, vocabulary)
     for name, reason in report.left_out[:SHOWN]:
-        say(f"left out: {name}: {reason}")
+        say(f"skipped: {name}: {reason}")
     if len(report.left_out) > SHOWN:
-        say(f"{len(report.left_out) - SHOWN} more are left out; --json lists all")
+        say(f"{len(report.left_out) - SHOWN} more are skipped; --json lists all")
     if as_json:
         print_json(
             {
@@ -363,14 +455,14 @@ def mine(
     sums = ", ".join(f"{number} {name}" for name, number in report.sources.items()) or "none"
     typer.echo(
         f"{out}: negatives for {report.samples} samples among {report.items} items: {sums}; "
-        f"{report.embedded} vectors computed, {report.reused} kept"
+        f"{report.embedded} embeddings computed, {report.reused} from the cache"
     )
     if report.short:
         say(f"{report.short} samples have fewer negatives than asked for")
 
 
 def _recipe(path: Path, name: str, root: Path | None) -> Source:
-    """Return a source of a recipe, without negatives that were mined earlier."""
+    """Open a data source of a recipe, without negatives that were mined earlier."""
     from visavis.data.formats import open_data_source
     from visavis.train.recipe import StepsStage, read_recipe
     from visavis.utils import lookup
@@ -389,7 +481,7 @@ def _recipe(path: Path, name: str, root: Path | None) -> Source:
 
 
 def _file(path: Path, form: str, images: Path | None) -> Source:
-    """Return the samples of a file or folder."""
+    """Open a data file or folder."""
     from visavis.data.check import guess_format
     from visavis.data.formats import FORMATS, open_data_source
     from visavis.train.recipe import SourceConfig
@@ -406,7 +498,7 @@ def _file(path: Path, form: str, images: Path | None) -> Source:
 
 
 def _identity(loaded: Model, precision: str) -> str:
-    """Return the name of a folder of vectors that only this model, computing so, has made."""
+    """Return a cache key: the checkpoint fingerprint and the compute data type."""
     from visavis.checkpoints.checkpoint import auto_dtype
 
     dtype = str(auto_dtype(precision, loaded.device.type)).removeprefix("torch.")
@@ -419,7 +511,7 @@ def _write_labels(folder: Path, samples: Source, loaded: Model, vocabulary: Path
 
     if samples.spec.format != "scene-graph":
         raise InputError(
-            f"--label-files are of scene graphs, and the data's format is {samples.spec.format!r}"
+            f"--label-files needs data of format 'scene-graph', got {samples.spec.format!r}"
         )
     predicates: tuple[str, ...] = ()
     if vocabulary is not None:
