@@ -1,7 +1,7 @@
 """Real pictures that installed packages carry, each with its licence; found without importing them.
 
 Only pictures whose licence their package states are listed, and only those that its wheel holds:
-nothing is downloaded. `docs/sample-pictures.md` is this table for readers.
+nothing is downloaded. `docs/sample-images.md` is this table for readers.
 """
 
 from __future__ import annotations
