@@ -100,7 +100,19 @@ app(prog_name="visavis")
 
     def start(name: str, limit: int) -> subprocess.CompletedProcess[str]:
         out, cache = str(tmp_path / f"{name}.jsonl"), str(tmp_path / f"{name}-vectors")
-        words = ["mine", tiny, str(pairs), "-o", out, "--cache", cache, "--sample", "--total", "12"]
+        words = [
+            "mine",
+            tiny,
+            str(pairs),
+            "-o",
+            out,
+            "--cache",
+            cache,
+            "--sampling-strategy",
+            "random",
+            "--total",
+            "12",
+        ]
         command = [sys.executable, "-c", code, *words]
         environment = {**os.environ, "KILLED_AT": str(limit)}
         return subprocess.run(command, capture_output=True, text=True, env=environment)

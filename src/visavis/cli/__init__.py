@@ -26,11 +26,12 @@ from visavis.cli.common import (
 )
 from visavis.cli.compose import compose
 from visavis.cli.convert import convert
-from visavis.cli.data import data, mine
+from visavis.cli.data import data
 from visavis.cli.demo import demo
 from visavis.cli.embed import embed
 from visavis.cli.index import index
 from visavis.cli.inspect import inspect
+from visavis.cli.mine import mine
 from visavis.cli.train import train
 
 app = typer.Typer(
