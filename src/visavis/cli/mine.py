@@ -1,4 +1,4 @@
-"""`visavis mine`: mine hard negatives for contrastive training (see `visavis.data.hard_negatives`)."""
+"""`visavis mine`: mine hard negatives for contrastive training."""
 
 from __future__ import annotations
 
