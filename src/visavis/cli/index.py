@@ -54,7 +54,7 @@ def add(
 
     [bold]Examples[/bold]
 
-      visavis index add photos.idx ~/Pictures
+      visavis index add photos.idx ~/photos
 
       visavis index add photos.idx cat.jpg dog.jpg --json
     """
