@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 PACKAGES = (
@@ -40,7 +42,7 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-BUSY = 0.5  # load per core before we start: above it, other programs distort what is measured
+BUSY = 0.1  # share of the processors used by other processes from which a report warns
 REST_SECONDS = 0.2  # between engines: threads of the last one may still spin
 OURS = "visavis"
 LOW = ("s", "ms", "MB", "×")  # units in which less is better
@@ -202,6 +204,36 @@ def pin_to_cores(count: int) -> None:
         os.sched_setaffinity(0, usable_cores()[:count])
 
 
+# ---- other processes -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CpuClock:
+    """CPU seconds at one moment, to measure how much other processes use during a run."""
+
+    wall: float
+    machine: float  # of all processes, and what a hypervisor took
+    own: float  # of this process and its children
+
+    @classmethod
+    def now(cls) -> CpuClock:
+        times = psutil.cpu_times()
+        kinds = ("user", "nice", "system", "irq", "softirq", "steal")
+        own = sum(os.times()[:4])  # children that have ended are in it, living ones are not
+        for child in psutil.Process().children(recursive=True):
+            try:
+                own += sum(child.cpu_times()[:2])
+            except psutil.NoSuchProcess:
+                continue
+        return cls(time.monotonic(), sum(getattr(times, kind, 0.0) for kind in kinds), own)
+
+    def share_of_others(self, since: CpuClock) -> float:
+        """Return the share (0 to 1) of all processors that other processes used since then."""
+        others = (self.machine - since.machine) - (self.own - since.own)
+        available = (self.wall - since.wall) * (psutil.cpu_count() or 1)
+        return min(max(others / available, 0.0), 1.0) if available > 0 else 0.0
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 
@@ -213,7 +245,7 @@ class Report:
     title: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     parity: list[dict[str, Any]] = field(default_factory=list)
-    load_before: float = field(default_factory=lambda: os.getloadavg()[0])
+    started: CpuClock = field(default_factory=CpuClock.now)
 
     def add(
         self,
@@ -256,7 +288,6 @@ class Report:
 
     def finish(self) -> int:
         """Print the report, write the file; return the exit status: 1 when a check failed."""
-        cores = len(usable_cores())
         result = {
             "benchmark": self.options.name,
             "title": self.title,
@@ -265,7 +296,7 @@ class Report:
             "threads": self.options.threads,
             "runs": self.options.runs,
             "quick": self.options.quick,
-            "busy": self.load_before > BUSY * cores,
+            "other_processes": round(CpuClock.now().share_of_others(self.started), 3),
             "machine": machine(),
             "versions": versions(),
             "rows": self.rows,
@@ -315,11 +346,10 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`, {result['date']}: {result['threads']} of {where['cores']} cores "
         f"of {where['processor']}, {where['memory_gib']} GiB, {where['system']}, "
-        f"Python {where['python']}; {peers}. Median of {result['runs']}.",
+        f"Python {where['python']}; {peers}. Median of {result['runs']}. {_others(result)}",
     ]
-    if result["quick"] or result["busy"]:
-        reason = "a --quick run" if result["quick"] else "other programs kept the machine busy"
-        lines += ["", f"**Not a measurement: {reason}.**"]
+    if result["quick"]:
+        lines += ["", "**Not a measurement: a --quick run.**"]
     lines += [
         "",
         "| what | engine | median | lowest – highest | visavis is | target |",
@@ -337,6 +367,14 @@ def markdown(result: dict[str, Any]) -> str:
         verdict = "" if check["passed"] else " **failed**"
         lines.append(f"- {check['what']}: {check['value']:.5g}{verdict}")
     return "\n".join(lines) + "\n"
+
+
+def _others(result: dict[str, Any]) -> str:
+    share = result["other_processes"]
+    if share is None:
+        return "CPU time of other processes: not recorded."
+    warning = ": times are too high, only ratios can be compared" if share > BUSY else ""
+    return f"Other processes used {share:.0%} of the processors{warning}."
 
 
 def number(value: float) -> str:

@@ -51,7 +51,7 @@ def mixed(
     """Return items as `{"text": …}`, `{"image": …}` or both, in random order.
 
     Args:
-        counts: how many of each kind: "short text", "long text", "picture", "picture and text".
+        counts: how many of each kind: "short text", "long text", "image", "image and text".
         words: share of a text's usual words; a fifth, for a model that reads bytes, is as many
             tokens.
     """
@@ -61,7 +61,7 @@ def mixed(
     for kind, count in counts.items():
         for _ in range(count):
             item: dict[str, Any] = {}
-            if kind.startswith("picture"):
+            if kind.startswith("image"):
                 item["image"] = str(next(files))
             if kind.endswith("text"):
                 long = kind == "long text"

@@ -1,4 +1,4 @@
-"""Items embedded per second: short texts, long texts, pictures, and all of them mixed.
+"""Items embedded per second: short texts, long texts, images, and all of them mixed.
 
     python benchmarks/embed.py [--threads N] [--runs N] [--json FILE] [--quick] [--model MODEL]
 
@@ -18,8 +18,8 @@ from _inputs import mixed
 
 from visavis.demo.samples import copy_samples
 
-FULL = {"short text": 48, "long text": 12, "picture": 24, "picture and text": 12}
-QUICK = {"short text": 5, "long text": 1, "picture": 2, "picture and text": 1}
+FULL = {"short text": 48, "long text": 12, "image": 24, "image and text": 12}
+QUICK = {"short text": 5, "long text": 1, "image": 2, "image and text": 1}
 BYTES = 0.2  # share of words that a model of bytes is given: as many tokens as others read
 # Cosines to the peer in float32. Now and then a short text loses more to bfloat16 than others, in
 # either engine, so the typical vector is held to more than the worst one.
@@ -42,7 +42,7 @@ def main() -> int:
         peer.ask("load", folder=temporary)
         originals = copy_samples(folder / "originals")
         if not facts["takes_images"]:
-            counts = {kind: count for kind, count in counts.items() if "picture" not in kind}
+            counts = {kind: count for kind, count in counts.items() if "image" not in kind}
 
         check(report, ours, peer, mixed(counts, originals, folder, 0), folder)
         cases = {"mixed": counts} | {kind: {kind: count} for kind, count in counts.items()}

@@ -25,7 +25,7 @@ NEAR = 1e-4
 
 def main() -> int:
     options = parse_options("gradcache", __doc__)
-    report = Report(options, "GradCache: pictures and captions")
+    report = Report(options, "GradCache: images and captions")
     small, large = (16, 64) if options.quick else (SMALL, LARGE)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

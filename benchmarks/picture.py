@@ -23,7 +23,7 @@ LEAST = 1.0  # ms: a difference of two questions' times says no less
 
 def main() -> int:
     options = parse_options("picture", __doc__, runs=5, model="nano")
-    report = Report(options, "A picture's part of the time to the first token")
+    report = Report(options, "Second question about an image")
     pin_to_cores(options.threads)
 
     import torch
@@ -76,7 +76,7 @@ def main() -> int:
         report.check("answers that what is remembered changes", different, passed=not different)
         samples = interleaved({"visavis": again, "visavis, first question": first}, options.runs)
         report.add(
-            "second question about a picture",
+            "second question about an image",
             samples,
             "ms",
             ratios={"visavis, first question": TIMES},

@@ -150,20 +150,50 @@ def test_an_engine_that_fails_ends_the_run_with_its_traceback(harness: ModuleTyp
     assert engine.process.returncode == 0
 
 
-def test_table_replaces_what_stands_between_the_marks(
+def test_pages_are_those_of_the_reports() -> None:
+    """Every number in docs/performance.md and the README's table is that of a committed report."""
+    command = [sys.executable, FOLDER / "table.py", "--check"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, f"{ended.stdout}{ended.stderr}; run: python benchmarks/table.py"
+
+
+def test_tables_are_written_between_the_marks(
     harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = report(harness, tmp_path / "report.json")
-    found.add("speed", {"visavis": [123.4]}, "tokens/s")
+    speeds = {"visavis": [123.4], "llama.cpp": [61.7]}
+    found.add("SmolLM2-135M Q4_1 GGUF, 8 tokens", speeds, "tokens/s")
     found.finish()
     table = importlib.import_module("table")
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n{table.BEGIN}\nold\n{table.END}\nbelow\n", encoding="utf-8")
-    monkeypatch.setattr(table, "PAGE", page)
-    monkeypatch.setattr(sys, "argv", ["table.py", str(tmp_path / "report.json")])
-    for _ in range(2):  # again changes nothing
-        table.main()
-        text = page.read_text(encoding="utf-8")
-        assert text.startswith("above\n") and text.endswith("\nbelow\n")
-        assert "| speed | visavis | 123 tokens/s |" in text and "old" not in text
-        assert text.count("### Decode") == 1
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    for name in ("PAGE", "README"):
+        monkeypatch.setattr(table, name, tmp_path / name)
+        (tmp_path / name).write_text(f"above\n{table.BEGIN}\nold\n{table.END}\nbelow\n")
+    for arguments, status in ((["--check"], 1), ([], 0), (["--check"], 0)):
+        monkeypatch.setattr(sys, "argv", ["table.py", *arguments])
+        assert table.main() == status
+    page, readme = ((tmp_path / name).read_text(encoding="utf-8") for name in ("PAGE", "README"))
+    for text in (page, readme):
+        assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "| llama.cpp | 61.7 tokens/s | 61.7 – 61.7 | 2.00× |" in page
+    assert "| decode, 135M, 4-bit GGUF | 123 tokens/s | 2.00× |  |" in readme
+    (tmp_path / "report.json").write_text(
+        (tmp_path / "report.json").read_text().replace("123.4", "99")
+    )
+    monkeypatch.setattr(sys, "argv", ["table.py", "--check"])
+    assert table.main() == 1
+
+
+def test_cpu_time_of_other_processes_is_reported(harness: ModuleType) -> None:
+    clock = harness.CpuClock
+    cores = harness.psutil.cpu_count()
+    before, after = clock(0.0, 100.0, 10.0), clock(10.0, 100.0 + 8 * cores, 10.0 + 3 * cores)
+    assert after.share_of_others(before) == pytest.approx(0.5)  # 5 of 10 seconds of each core
+    own = clock(10.0, 103.0, 13.0)
+    assert own.share_of_others(before) == 0.0
+
+    started = clock.now()
+    code = "import time\nend = time.process_time() + 1\nwhile time.process_time() < end: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)  # a child is ours, not another's
+    ended = clock.now()
+    assert ended.own - started.own >= 0.9 and ended.machine - started.machine >= 0.9

@@ -38,7 +38,7 @@ def test_every_sample_is_where_the_table_says(tmp_path: Path) -> None:
 def test_every_sample_has_its_credit_and_licence() -> None:
     for sample in SAMPLES:
         assert sample.credit and sample.licence, sample.name
-    page = (REPOSITORY / "docs" / "sample-pictures.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "sample-images.md").read_text(encoding="utf-8")
     assert credits_table() in page, "put credits_table() into that page"
 
 

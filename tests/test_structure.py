@@ -1,13 +1,13 @@
-"""The house rules that a machine can check: who may import whom, file length, docstrings, the tree.
+"""The house rules that a program can check: imports, file length, docstrings, the file tree.
 
 The tree in docs/architecture.md is a fenced block whose first line is `src/visavis/`. Below it
 every line is an indentation (or box drawing), one or more names, two spaces or more, and half a
 line of text:
 
     src/visavis/
-      prompt.py            what a user may pass
+      inputs.py            what a user may pass
       model/
-        towers/
+        vision/
           vit.py           CLIP, SigLIP and DINOv2
 
 Every name must exist, and every module of the package must be named.
@@ -37,18 +37,21 @@ PYTHON_FILES = sorted(
 )
 MAX_LINES = 500
 
-# A part imports only from parts of its own row or of rows above it, and never in a circle.
-ROWS = [
-    {"errors", "memory", "utils", "inputs"},
-    {"processing", "model"},
-    {"checkpoints"},
-    {"generate"},
-    {"api"},
-    {"train", "evaluate", "index", "data", "convert", "interop", "bench"},
-    {"__init__"},
-    {"serve", "cli", "demo", "__main__"},
-]
+# A part imports only from parts of its own row or of rows above it. CONTRIBUTING.md and
+# docs/architecture.md state the same lines.
+DIRECTIONS = """\
+errors, memory, utils, inputs
+  <- model
+  <- processing
+  <- generate, checkpoints
+  <- data
+  <- api
+  <- train, evaluate, index, convert, interop, bench
+  <- serve, cli, demo
+"""
+ROWS = [re.findall(r"\w+", line) for line in DIRECTIONS.splitlines()]
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
+RANK |= {"__init__": RANK["api"] + 1, "__main__": len(ROWS)}  # the public names, the program
 
 # Test peers and tools that must never be needed to run the package.
 # `convert --verify` asks the peer itself where it is installed: this one file may import them.
@@ -103,6 +106,47 @@ def part_imports() -> dict[str, dict[str, str]]:
     return graph
 
 
+def file_imports() -> dict[str, set[str]]:
+    """Return for each module of the package the modules it imports, inside functions too.
+
+    Imports under `if TYPE_CHECKING:` do not count: they never run.
+    """
+    modules = {module_name(path): path for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        targets = graph.setdefault(name, set())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                node.body = []  # ast.walk visits children after this
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= (inner & modules.keys()) or {node.module}
+        targets &= modules.keys() - {name}
+    return graph
+
+
+def find_file_circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return each group of modules that import each other in a circle."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        found, waiting = set[str](), list(graph[start])
+        while waiting:
+            if (module := waiting.pop()) not in found:
+                found.add(module)
+                waiting += graph[module]
+        reached[start] = found
+    groups = {
+        tuple(sorted(other for other in reached[name] if name in reached[other]))
+        for name in graph
+        if name in reached[name]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
 def find_circle(graph: dict[str, dict[str, str]]) -> list[str]:
     """Return the parts of one import circle, its first repeated at the end, or nothing."""
 
@@ -125,7 +169,7 @@ def run_python(code: str) -> str:
 
 def test_every_part_has_a_row() -> None:
     parts = {part_of(module_name(path)) for path in MODULES}
-    assert parts - set(RANK) == set(), "give the new part its row in ROWS"
+    assert parts - set(RANK) == set(), "give the new part its row in DIRECTIONS"
 
 
 def test_imports_go_one_way() -> None:
@@ -144,7 +188,13 @@ def test_no_part_imports_in_a_circle() -> None:
     assert circle == [], [graph[part][target] for part, target in pairwise(circle)]
 
 
+def test_no_file_imports_in_a_circle() -> None:
+    assert find_file_circles(file_imports()) == []
+
+
 def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert find_file_circles(graph) == [["b", "c"]]
     assert find_circle({"a": {"a": "", "b": ""}, "b": {"c": ""}, "c": {}}) == []
     assert find_circle({"a": {"b": ""}, "b": {"c": ""}, "c": {"b": ""}}) == ["b", "c", "b"]
 
@@ -155,7 +205,7 @@ def test_model_knows_no_files_network_or_text() -> None:
         for path in MODULES
         if part_of(module_name(path)) == "model"
         for name in imported_modules(path)
-        if name.split(".")[0] in OUTSIDE_MODEL or part_of(name) in {"processing", "files"}
+        if name.split(".")[0] in OUTSIDE_MODEL or part_of(name) == "processing"
     ]
     assert wrong == []
 
@@ -177,8 +227,13 @@ def test_file_is_short_and_opens_with_a_docstring(path: Path) -> None:
     num_lines = text.count("\n")
     assert num_lines < MAX_LINES, f"{num_lines} lines: is there a second concept inside?"
     docstring = ast.get_docstring(ast.parse(text))
-    assert docstring, "say in a docstring what the file is and what it does not know"
+    assert docstring, "state in a docstring what the file is"
     assert text.startswith('"""') or text.startswith('r"""'), "the docstring comes first"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_import_directions_are_stated_alike(page: str) -> None:
+    assert f"```text\n{DIRECTIONS}```" in (REPOSITORY / page).read_text(encoding="utf-8")
 
 
 def test_every_folder_is_a_package() -> None:
@@ -216,13 +271,13 @@ def test_version_is_the_changelogs() -> None:
 # --- README ---------------------------------------------------------------------------------------
 
 
-def read_tree(readme: str) -> list[str]:
-    """Return the paths that the README's tree names, folders ending in a slash.
+def read_tree(page: str) -> list[str]:
+    """Return the paths that the tree of a page names, folders ending in a slash.
 
     Example:
         "src/visavis/\n  model/\n    vlm.py  all parts" -> ["src/visavis/model/", ".../vlm.py"]
     """
-    block = re.search(r"^```\w*\n(src/visavis/\s[^`]*)^```", readme, re.MULTILINE)
+    block = re.search(r"^```\w*\n(src/visavis/\s[^`]*)^```", page, re.MULTILINE)
     assert block, "docs/architecture.md has no fenced tree that starts with src/visavis/"
     first, *lines = block[1].splitlines()
     folders = [(-1, first.split()[0])]  # (indentation, path)

@@ -1,10 +1,10 @@
-"""visavis: chat about pictures, embed anything, search; for the LLaVA family of models.
+"""visavis: chat about images, embed and search them, for the LLaVA family of models.
 
     import visavis
     model = visavis.load("nano")
-    print(model.chat("What is in this picture?", images=["cat.jpg"]).text)
+    print(model.chat("What is in this image?", images=["cat.jpg"]).text)
 
-Names below load on first use, so that `import visavis` stays quick and does not import torch.
+Names are loaded on first use, so `import visavis` is fast and does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m visavis` is the same program as `visavis`."""
+"""`python -m visavis` runs the `visavis` command line."""
 
 from visavis.cli import main
 

@@ -1,7 +1,7 @@
-"""What this machine can do: bytes read and numbers multiplied a second, measured in two seconds.
+"""Benchmark of a model against the hardware roofline.
 
-The floor of everything else: decoding reads every weight once a token, reading a prompt multiplies
-every weight with every token. Knows no model.
+The roofline is the memory bandwidth and matrix-product throughput of this machine, measured in two
+seconds: decode reads every weight once per token, prefill multiplies every weight with every token.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _say(model: Model, prompt: int, new: int, number: int = 1) -> list[float]:
 
 
 def _decode_seconds(model: Model, new: int, number: int) -> float:
-    """Return the seconds from when all prompts are read to when all is said."""
+    """Return the seconds of decode, from the end of prefill to the last token."""
     ends = _say(model, 16, new + 1, number)
     return ends[-1] - ends[number - 1]
 

@@ -64,7 +64,7 @@ def test_bad_picture(run: Run, tiny: str, tmp_path: Path, name: str, command: st
     }[command]()
     if command == "index add":
         *left_out, last = result.stderr.splitlines(keepends=True)
-        assert all(line.startswith("visavis: left out: ") for line in left_out)
+        assert all(line.startswith("visavis: skipped: ") for line in left_out)
         assert last.startswith("visavis: error: nothing could be indexed")
         assert result.exit_code == 2
     else:
@@ -113,7 +113,7 @@ def test_empty_text(run: Run, tiny: str) -> None:
     assert_one_line(run("chat", tiny, "   "), "empty text")
     assert_one_line(run("chat", tiny, text=""), "empty text")
     assert_one_line(run("embed", tiny, "--text", ""), "empty text")
-    assert_one_line(run("index", "search", "p.idx", " ", "-m", tiny), "nothing to look for")
+    assert_one_line(run("index", "search", "p.idx", " ", "-m", tiny), "nothing to search for")
     assert_one_line(run("embed", tiny), "nothing to embed")
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,19 +20,6 @@ from tests.cli.conftest import Run
 from tests.fakes import write_pictures
 from visavis.cli import app
 
-COMMANDS = [
-    "demo",
-    "chat",
-    "embed",
-    "mine",
-    "compose",
-    "train",
-    "convert",
-    "inspect",
-    "fetch",
-    "doctor",
-    "index",
-]
 PROGRAM = [sys.executable, "-m", "visavis"]
 
 
@@ -107,7 +95,7 @@ def test_index_add_and_search(run: Run, tiny: str, tmp_path: Path) -> None:
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
     added = run("index", "add", "p.idx", tmp_path / "pictures", "--model", tiny)
     assert added.exit_code == 0, added.output
-    assert added.stdout == "4 added, 1 left out; p.idx holds 4 items\n"
+    assert added.stdout == "4 added, 1 skipped; p.idx holds 4 items\n"
     assert "broken.jpg" in added.stderr and added.stderr.count("\n") == 1
     again = run("index", "add", "p.idx", tmp_path / "pictures", "--model", tiny, "--json")
     whole = json.loads(again.stdout)
@@ -164,14 +152,53 @@ def test_doctor_reports_and_finds_a_broken_torchvision(
     assert "operator nms does not exist" in found.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples(run: Run, command: str) -> None:
-    result = run(command, "--help")
+def leaf_commands() -> dict[str, Any]:
+    """Return every command by its full name, those of groups included."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {one}": inner[one] for one in inner} if inner else {name: command}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(leaf_commands()))
+def test_help_has_indented_examples_of_one_line(
+    run: Run, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    result = run(*name.split(), "--help")
     assert result.exit_code == 0
-    if command == "index":
-        result = run("index", "add", "--help")
-        assert "visavis index search" in run("index", "search", "--help").stdout
-    assert f"visavis {command}" in result.stdout
+    shown = result.stdout.split("Examples", 1)[1].split("╭", 1)[0]
+    lines = [line.rstrip() for line in shown.splitlines() if line.strip()]
+    assert lines and any(line.startswith(f"   visavis {name}") for line in lines)
+    assert all(line.startswith("   ") and line[3] != " " for line in lines), lines
+
+
+def test_help_lists_commands_by_use(run: Run) -> None:
+    shown = run("--help").stdout
+    titles = re.findall(r"^╭─ (\w+) ─", shown, re.MULTILINE)
+    assert titles[:4] == ["Options", "Use", "Search", "Train"] and titles[-1] == "Machine"
+
+
+def test_an_option_has_the_same_short_name_in_every_command() -> None:
+    short: dict[str, set[str]] = {}
+    for command in leaf_commands().values():
+        for option in command.params:
+            long = [name for name in option.opts if name.startswith("--")]
+            assert long or option.param_type_name == "argument", option.opts
+            if long and long[0] != "--top-k":  # of chat, a sampling parameter: -k is for searches
+                short.setdefault(long[0], set()).add(" ".join(sorted(set(option.opts) - {long[0]})))
+    assert {name: found for name, found in short.items() if len(found) > 1} == {}
+    assert short["--output"] == {"-o"} and "--out" not in short
+
+
+def test_metavars_are_capitals_and_help_is_a_sentence() -> None:
+    for name, command in leaf_commands().items():
+        for option in command.params:
+            shown = option.metavar or ""
+            assert re.fullmatch(r"[A-Z|=]*(\|none)?|[a-z]+(\|[a-z]+)+", shown), (name, shown)
+            if option.name != "help":
+                assert re.search(r"[.)]$", option.help or ""), (name, option.name, option.help)
 
 
 def test_every_command_that_prints_has_json() -> None:

@@ -114,7 +114,7 @@ def test_verify_notices(
     monkeypatch.setattr(verify, "_reload", lambda done: tiny_model(seed=1))
     result = run("convert", tiny, "out", "--to", "native", "--verify")
     assert result.exit_code == 1
-    assert "does not answer as" in result.stderr and "visavis: text 1" in result.stderr
+    assert "differ from those of" in result.stderr and "visavis: text 1" in result.stderr
     assert "differs" in result.stdout
     monkeypatch.setattr(verify, "_reload", lambda done: 1 / 0)
     result = run("convert", tiny, "other", "--to", "native", "--verify")

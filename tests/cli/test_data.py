@@ -28,8 +28,8 @@ def folder(tmp_path: Path) -> Path:
 def test_sound_files_end_well(run: Run, folder: Path) -> None:
     result = run("data", "check", "train.jsonl", "--images", "pictures")
     assert result.exit_code == 0, result.output
-    assert "2 samples, 2 pictures" in result.output and "█" in result.output
-    assert "2 samples can be trained on" in result.output
+    assert "2 samples, 2 images" in result.output and "█" in result.output
+    assert "2 valid training samples" in result.output
 
 
 def test_faults_are_listed_and_told_by_the_exit_code(run: Run, folder: Path) -> None:
@@ -52,7 +52,7 @@ def test_what_is_held_out_is_compared(run: Run, folder: Path) -> None:
     assert (trained["test"], trained["problems"]) == (False, [])
     (problem,) = tested["problems"]
     assert (problem["kind"], problem["id"]) == ("leak", "9")
-    assert [one["id"] for one in tested["seen_pictures"]] == ["9", "10"]
+    assert [one["id"] for one in tested["leaked_images"]] == ["9", "10"]
     assert trained["tokens"]["estimated"] and trained["tokens"]["sequences"] == 2
 
 

@@ -58,7 +58,7 @@ def test_a_transformers_folder(run: Run, tmp_path: Path) -> None:
     assert sum(parameters(whole).values()) == count(peer)
     assert whole["layout"] == "transformers" and whole["problems"] == []
     assert whole["tensor_types"] == {"float32": f"{len(peer.state_dict())} tensors"}
-    assert whole["pictures"]["size"] == "32 px, shortest edge resized, middle cut out"
+    assert whole["images"]["size"] == "32 px, shortest edge resized, center crop"
     assert whole["why"] == "config.json has model_type 'llava'"
     assert whole["quirks"]["whole"] == "image_token_id=259, select_layer=-2"
     shown = run("inspect", tmp_path).stdout
@@ -69,7 +69,7 @@ def test_shards_and_a_language_model_alone(run: Run, tmp_path: Path) -> None:
     peer = save_qwen2(tmp_path, max_shard_size="40KB", dtype=torch.bfloat16)
     whole = facts(run, tmp_path)
     assert parameters(whole) == {"language model": count(peer)}
-    assert list(whole["tensor_types"]) == ["bfloat16"] and whole["pictures"] == {}
+    assert list(whole["tensor_types"]) == ["bfloat16"] and whole["images"] == {}
     assert sum(name.endswith(".safetensors") for name in whole["files"]) > 1
 
 
@@ -92,7 +92,7 @@ def test_an_original_llava(run: Run, tmp_path: Path) -> None:
     whole = facts(run, tmp_path)
     assert sum(parameters(whole).values()) == count(peer)
     assert whole["profile"]["chat template"] == "vicuna_v1" and whole["problems"] == []
-    assert whole["pictures"]["size"] == "32 px, padded to a square with the mean colour"
+    assert whole["images"]["size"] == "32 px, padded to a square with the mean colour"
     assert {"model.safetensors", "vision_tower/model.safetensors"} <= whole["files"].keys()
 
 
@@ -126,7 +126,7 @@ def test_any_number_of_views(run: Run, tmp_path: Path) -> None:
         save(tmp_path / name)
         whole = facts(run, tmp_path / name)
         assert whole["kind"] == name and whole["problems"] == []
-        assert whole["pictures"]["patches" if name == "qwen2_vl" else "tiles"]
+        assert whole["images"]["patches" if name == "qwen2_vl" else "tiles"]
     assert "mrope_sections=(2, 3, 3)" in whole["quirks"]["language model"]
 
 
@@ -154,7 +154,9 @@ def test_two_that_are_the_same(run: Run, tmp_path: Path, reads: None) -> None:
     save_qwen2(tmp_path / "a")
     save_qwen2(tmp_path / "b", max_shard_size="40KB")
     result = run("inspect", tmp_path / "a", tmp_path / "b")
-    assert result.exit_code == 0 and "values: 0 of 27 tensors differ\nthe same" in result.stdout
+    assert (
+        result.exit_code == 0 and "values: 0 of 27 tensors differ\nno differences" in result.stdout
+    )
 
 
 def test_two_that_differ(run: Run, tmp_path: Path, reads: None) -> None:
@@ -168,7 +170,7 @@ def test_two_that_differ(run: Run, tmp_path: Path, reads: None) -> None:
     save_file(tensors, tmp_path / "b" / "model.safetensors")
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    result = run("inspect", tmp_path / "a", tmp_path / "b", "--top", 1, "--json")
+    result = run("inspect", tmp_path / "a", tmp_path / "b", "--top-k", 1, "--json")
     assert result.exit_code == 1
     whole = json.loads(result.stdout)
     assert not whole["same"] and whole["settings"] == {"rms_norm_eps": ["1e-06", "0.5"]}

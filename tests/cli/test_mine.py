@@ -42,7 +42,7 @@ def test_lines_and_summary(run: Run, tiny: str, pairs: Path, tmp_path: Path) -> 
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == (
         "out/negatives.jsonl: negatives for 12 samples among 12 items: 24 nearest, 12 random; "
-        "24 vectors computed, 0 kept\n"
+        "24 embeddings computed, 0 from the cache\n"
     )
     rows = lines(tmp_path / "out/negatives.jsonl")
     assert [row["id"] for row in rows] == [str(i) for i in range(12)]
@@ -120,7 +120,9 @@ app(prog_name="visavis")
     assert start("killed", 4).returncode == -signal.SIGKILL
     assert not (tmp_path / "killed.jsonl").exists()
     done = start("killed", 99)
-    assert done.returncode == 0 and "9 vectors computed, 15 kept" in done.stdout, done.stderr
+    assert done.returncode == 0 and "9 embeddings computed, 15 from the cache" in done.stdout, (
+        done.stderr
+    )
     assert start("whole", 99).returncode == 0
     assert lines(tmp_path / "killed.jsonl") == lines(tmp_path / "whole.jsonl")
 
@@ -172,7 +174,7 @@ def test_scene_graphs_and_their_label_files(run: Run, tiny: str, tmp_path: Path)
     shown = run("mine", tiny, "graph.json", "--images", "pictures", "-o", "n.jsonl", *words,
                 "--label-files", "labels")  # fmt: skip
     assert shown.exit_code == 0, shown.output
-    assert "12 labels, 6 same image, 6 random; 6 vectors computed" in shown.stdout
+    assert "12 labels, 6 same image, 6 random; 6 embeddings computed" in shown.stdout
     assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == [
         "predicate_neighbors.json",
         "predicate_vocab.json",
@@ -192,7 +194,7 @@ def test_bad_input_is_one_line(run: Run, tiny: str, pairs: Path, tmp_path: Path)
         ((tiny, pairs, "-o", "n.jsonl", "--format", "pair"), "did you mean 'pairs'"),
         ((tiny, pairs, "-o", "n.jsonl", "--nearest", 0), "no negatives are wanted"),
         ((tiny, pairs, "-o", "n.jsonl", "--corpus", "no.jsonl"), "cannot read no.jsonl"),
-        ((tiny, pairs, "-o", "n.jsonl", "--label-files", "x"), "are of scene graphs"),
+        ((tiny, pairs, "-o", "n.jsonl", "--label-files", "x"), "needs data of format"),
         ((tiny, pairs, "-o", "pictures"), "pictures is a folder"),
     ):
         result = run("mine", *words)
@@ -201,4 +203,4 @@ def test_bad_input_is_one_line(run: Run, tiny: str, pairs: Path, tmp_path: Path)
     (tmp_path / "pictures/picture-003.png").write_bytes(b"no picture")
     result = run("mine", tiny, pairs, "-o", "n.jsonl", "--relative-margin", "none")
     assert result.exit_code == 0 and len(lines(tmp_path / "n.jsonl")) == 11
-    assert "left out: the target of 3: " in result.stderr
+    assert "skipped: the target of 3: " in result.stderr

@@ -1,7 +1,7 @@
-"""The `visavis` program: one file per command, each a thin skin over the Python API.
+"""The `visavis` command line: one file per command, each a thin layer over the Python API.
 
-Nothing imported here imports torch, so that `visavis --help` is quick; commands import what they
-need when they run.
+Nothing imported here imports torch, so `visavis --help` is fast; commands import their dependencies
+when they run.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ import typer
 from visavis import __version__
 from visavis.cli.bench import bench, doctor, fetch
 from visavis.cli.chat import chat
-from visavis.cli.common import Group, quiet_broken_pipe, say
+from visavis.cli.common import (
+    CONVERT,
+    MACHINE,
+    SEARCH,
+    TRAIN,
+    USE,
+    Group,
+    quiet_broken_pipe,
+    say,
+)
 from visavis.cli.compose import compose
 from visavis.cli.convert import convert
-from visavis.cli.data import data, mine
+from visavis.cli.data import data
 from visavis.cli.demo import demo
 from visavis.cli.embed import embed
 from visavis.cli.index import index
 from visavis.cli.inspect import inspect
+from visavis.cli.mine import mine
 from visavis.cli.train import train
 
 app = typer.Typer(
@@ -33,19 +43,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(chat)
-app.command()(embed)
-app.add_typer(index)
-app.add_typer(data)
-app.command()(mine)
-app.command()(compose)
-app.command()(train)
-app.command()(convert)
-app.command()(inspect)
-app.command()(bench)
-app.command()(fetch)
-app.command()(doctor)
+
+app.command(rich_help_panel=USE)(demo)
+app.command(rich_help_panel=USE)(chat)
+app.command(rich_help_panel=USE)(embed)
+app.add_typer(index, rich_help_panel=SEARCH)
+app.command(rich_help_panel=TRAIN)(train)
+app.command(rich_help_panel=TRAIN)(compose)
+app.add_typer(data, rich_help_panel=TRAIN)
+app.command(rich_help_panel=TRAIN)(mine)
+app.command(rich_help_panel=CONVERT)(convert)
+app.command(rich_help_panel=CONVERT)(inspect)
+app.command(rich_help_panel=MACHINE)(fetch)
+app.command(rich_help_panel=MACHINE)(bench)
+app.command(rich_help_panel=MACHINE)(doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,20 +68,26 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def about(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the whole trace of an error, not one line.")
+        bool, typer.Option("--debug", help="Show the full traceback of an error.")
     ] = False,
 ) -> None:
-    """visavis: ask about pictures and find pictures, offline, on any computer.
+    """Vision-language models: chat about images, embed and search them, train and convert.
 
     Start with [bold]visavis demo[/bold].
     """
 
 
 def main() -> None:
-    """Run the program: exit code 0 done, 2 an error the user can mend, 130 interrupted."""
+    """Run the command line. Exit codes: 0 success, 2 user error, 130 interrupted."""
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     with quiet_broken_pipe():
         app(prog_name="visavis")

@@ -1,4 +1,4 @@
-"""`visavis bench`: how fast a model is here, beside what the machine would allow."""
+"""`visavis bench`, `doctor` and `fetch`: speed, installation checks and bundled weights."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ from visavis.cli.common import (
 @loads_a_model
 def bench(
     model: ModelArgument = "nano",
-    runs: Annotated[int, typer.Option(help="How often each rate is measured.")] = 3,
+    runs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of measurements of each rate.")
+    ] = 3,
     as_json: JsonOption = False,
     *,
     loading: Loading,
 ) -> None:
-    """Measure a model on this machine: loading, reading, saying, embedding, and the floor of each.
+    """Benchmark load, prefill, decode and embedding against the hardware roofline.
 
-    The floor is what the machine's memory and arithmetic, measured first, would allow at best;
-    the share says how much of it is reached. Close other programs before you trust a number.
+    The roofline comes from the measured memory bandwidth and matrix-product throughput of this
+    machine. Close other programs first: they distort the numbers.
 
     [bold]Examples[/bold]
 
@@ -53,11 +55,11 @@ def bench(
     started = time.perf_counter()
     loaded = loading.load(model)
     report = None
-    for said in measure(loaded, time.perf_counter() - started, runs=runs):
-        if isinstance(said, BenchReport):
-            report = said
+    for progress in measure(loaded, time.perf_counter() - started, runs=runs):
+        if isinstance(progress, BenchReport):
+            report = progress
         elif show_progress():
-            say(f"measuring {said}")
+            say(f"measuring {progress}")
     assert report is not None
     if as_json:
         print_json(report.to_dict())
@@ -65,14 +67,14 @@ def bench(
     machine = report.machine
     typer.echo(
         f"{report.model}: {report.parameters / 1e6:.0f} M parameters, "
-        f"{human_bytes(report.weight_bytes)} read for each token said, "
+        f"{human_bytes(report.weight_bytes)} of weights read per generated token, "
         f"{human_bytes(report.resident_bytes)} resident"
     )
     typer.echo(
-        f"{machine.device}, {machine.threads} threads: reads {machine.bandwidth / 1e9:.1f} GB/s, "
-        f"multiplies {machine.flops / 1e9:.0f} GFLOP/s ({machine.dtype})\n"
+        f"{machine.device}, {machine.threads} threads: {machine.bandwidth / 1e9:.1f} GB/s memory "
+        f"bandwidth, {machine.flops / 1e9:.0f} GFLOP/s ({machine.dtype})\n"
     )
-    rows = [("what", "median", "lowest – highest", "the machine allows", "reached")]
+    rows = [("stage", "median", "min – max", "roofline", "reached")]
     for row in report.rows:
         floor = "" if row.floor is None else f"{row.floor:.3g} {row.unit}"
         share = "" if row.share is None else f"{row.share:.0%}"
@@ -95,7 +97,9 @@ OPTIONAL = {
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Check this machine and this installation; exit code 1 if something is broken.
+    """Check the installation and the machine.
+
+    Prints versions, processor features and the weight cache; exit code 1 if there are problems.
 
     [bold]Examples[/bold]
 
@@ -196,7 +200,7 @@ def _cache(problems: list[str]) -> dict[str, Any]:
 
 
 def _check_torchvision(problems: list[str]) -> None:
-    """visavis never imports torchvision, but transformers does, and a mismatched one breaks it."""
+    """Report a torchvision that cannot be imported: it breaks `import transformers`."""
     if importlib.util.find_spec("torchvision") is None:
         return
     command = [sys.executable, "-c", "import torchvision"]
@@ -211,13 +215,15 @@ def _check_torchvision(problems: list[str]) -> None:
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="A bundled model.")] = "nano",
-    verify: Annotated[bool, typer.Option(help="Check every file's hash, even untouched ones.")] = (
-        False
-    ),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Bundled model.")] = "nano",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Recompute the SHA-256 of files already downloaded.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch the weights of a bundled model into the cache (VISAVIS_CACHE names another folder).
+    """Download the weights of a bundled model into the cache.
+
+    The environment variable VISAVIS_CACHE sets another cache folder.
 
     [bold]Examples[/bold]
 

@@ -1,5 +1,4 @@
-"""`visavis chat`: ask a model about pictures, videos and documents, or without any; talk with it
-when no text is given."""
+"""`visavis chat`: generate an answer to one prompt, or hold a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -29,9 +28,10 @@ if TYPE_CHECKING:
     from visavis.generate.streaming import AnswerSettings, Reply
     from visavis.inputs import Message, Visual
 
+GENERATION = "Generation"
 HELP = (
-    "Type a question. /image PATH adds a picture to it, /video PATH a video, /document PATH a PDF; "
-    "/new starts over, Ctrl-D ends."
+    "Type a message. /image PATH attaches an image, /video PATH a video, /document PATH a PDF; "
+    "/new starts a new conversation, Ctrl-D exits."
 )
 
 
@@ -40,50 +40,123 @@ def chat(
     model: ModelArgument,
     text: Annotated[
         str,
-        typer.Argument(metavar="TEXT", help="The question; without it, talk or read stdin."),
+        typer.Argument(
+            metavar="TEXT",
+            help="Prompt. Default: read stdin, or start a conversation in a terminal.",
+        ),
     ] = "",
     images: ImagesOption = [],  # noqa: B006 - typer copies it
     videos: VideosOption = [],  # noqa: B006
     documents: DocumentsOption = [],  # noqa: B006
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            metavar="N",
+            help="Maximum number of tokens to generate (at least 1).",
+            rich_help_panel=GENERATION,
+        ),
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option(help="0: the likeliest answer; higher: more variety.")
+        float,
+        typer.Option(
+            metavar="FLOAT",
+            help="Sampling temperature (>= 0); 0 is greedy decoding.",
+            rich_help_panel=GENERATION,
+        ),
     ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Repeat the answer of an earlier seed.")] = None,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Leave out what is less likely than this.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Top-k sampling: keep the k most probable tokens (>= 0; 0 disables).",
+            rich_help_panel=GENERATION,
+        ),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="FLOAT",
+            help="Nucleus sampling: keep the smallest set of tokens with cumulative "
+            "probability >= p (0 < p <= 1).",
+            rich_help_panel=GENERATION,
+        ),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            metavar="FLOAT",
+            help="Min-p sampling: drop tokens below this fraction of the highest probability "
+            "(0 to 1; 0 disables).",
+            rich_help_panel=GENERATION,
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            metavar="FLOAT",
+            help="Penalty on tokens of the prompt and the answer (> 0; 1 disables).",
+            rich_help_panel=GENERATION,
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Random seed for sampling.", rich_help_panel=GENERATION),
+    ] = None,
     beams: Annotated[
-        int, typer.Option(help="Search for the likeliest answer with so many beams.")
+        int,
+        typer.Option(
+            metavar="N",
+            help="Number of beams for beam search (>= 1; 1 disables).",
+            rich_help_panel=GENERATION,
+        ),
     ] = 1,
     length_penalty: Annotated[
-        float, typer.Option(help="With --beams: above 0 prefers longer answers, below 0 shorter.")
+        float,
+        typer.Option(
+            metavar="FLOAT",
+            help="Exponent of the length in beam scores: > 0 favours longer answers.",
+            rich_help_panel=GENERATION,
+        ),
     ] = 1.0,
-    stop: Annotated[list[str], typer.Option(help="A text that ends the answer.")] = [],  # noqa: B006
+    stop: Annotated[
+        list[str],
+        typer.Option(metavar="TEXT", help="Stop sequence; repeatable.", rich_help_panel=GENERATION),
+    ] = [],  # noqa: B006
     schema: Annotated[
-        Path | None, typer.Option(help="A file with the JSON schema that the answer keeps to.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Constrain the answer to the JSON schema in this file.",
+            rich_help_panel=GENERATION,
+        ),
     ] = None,
     regex: Annotated[
-        str | None, typer.Option(help="A regular expression that the answer matches.")
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Constrain the answer to a regular expression.",
+            rich_help_panel=GENERATION,
+        ),
     ] = None,
     as_json: JsonOption = False,
     *,
     loading: Loading,
 ) -> None:
-    """Ask about pictures, videos and documents, or anything.
+    """Chat with a model about images, videos and documents, or about text alone.
 
-    What is shown stands before the text: pictures, then videos, then the pages of documents.
+    In the prompt, images come first, then videos, document pages and the text.
 
     [bold]Examples[/bold]
 
-      visavis chat nano "What is in this picture?" --image cat.jpg
+      visavis chat nano "What is in this image?" --image cat.jpg
 
       visavis chat nano "Which one is older?" -i one.jpg -i two.jpg --json
 
       visavis chat Qwen/Qwen2-VL-2B-Instruct "What happens?" --video clip.mp4
 
-      visavis chat llava.gguf --vision-tower mmproj.gguf            (no text: talk with it)
+      visavis chat llava.gguf --vision-tower mmproj.gguf
 
       visavis chat nano "How many cats?" -i cat.jpg --regex "[0-9]+"
 
@@ -146,7 +219,7 @@ def _read_schema(path: Path) -> str:
 
 
 def _talk(model: Model, visuals: list[Visual], settings: AnswerSettings) -> None:
-    """Answer line after line, each with everything said before."""
+    """Hold a conversation: read messages from the terminal and print each answer."""
     from visavis.inputs import Document, Image, Message, Text, Video
 
     with suppress(ImportError):  # Windows has none

@@ -1,4 +1,4 @@
-"""What the commands share: error lines, exit codes, printing. Knows no command."""
+"""Shared by all commands: error lines, exit codes, printing, options for loading a model."""
 
 from __future__ import annotations
 
@@ -27,12 +27,28 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
+# The panels of `visavis --help`, in this order.
+PANELS = USE, SEARCH, TRAIN, EVALUATE, CONVERT, MACHINE = (
+    "Use",
+    "Search",
+    "Train",
+    "Evaluate",
+    "Convert",
+    "Machine",
+)
+
 
 class Group(TyperGroup):
-    """Turns errors into one line on stderr and an exit code, for every command alike."""
+    """Command group that prints errors as one line on stderr and sets the exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands sorted by panel; typer would put groups last."""
+        names = super().list_commands(ctx)
+        panels = {name: getattr(one, "rich_help_panel", USE) for name, one in self.commands.items()}
+        return sorted(names, key=lambda name: PANELS.index(panels[name]))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take --debug wherever it stands, because people add it at the end."""
+        """Accept --debug at any position, as people often append it to a command."""
         words = args[: args.index("--")] if "--" in args else args
         if "--debug" in words:
             args = ["--debug", *(word for word in words if word != "--debug"), *args[len(words) :]]
@@ -57,7 +73,7 @@ class Group(TyperGroup):
 
 @contextmanager
 def quiet_broken_pipe() -> Iterator[None]:
-    """End without a trace when whoever reads our output has stopped (`visavis … | head`)."""
+    """Exit without a traceback when stdout is closed early (`visavis … | head`)."""
     try:
         try:
             yield
@@ -70,7 +86,7 @@ def quiet_broken_pipe() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """Print one line on stderr, whatever the message looks like."""
+    """Print a message on stderr as one line."""
     typer.echo(f"visavis: {' '.join(message.split())}", err=True)
 
 
@@ -80,7 +96,7 @@ def print_json(value: Any) -> None:
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows with their columns aligned; the last column is as long as it likes."""
+    """Print rows with aligned columns; the last column is not padded."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
@@ -88,7 +104,7 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def human_bytes(number: float) -> str:
-    """Return 98362432 as "98.4 MB"."""
+    """Format a number of bytes in decimal units: 98362432 -> "98.4 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
@@ -97,48 +113,57 @@ def human_bytes(number: float) -> str:
 
 
 def show_progress() -> bool:
-    """Whether anybody sees a progress bar."""
+    """Return whether stderr is a terminal that can show a progress bar."""
     return sys.stderr.isatty()
 
 
-PANEL = "How the model is loaded"
+PANEL = "Model loading"
+MODEL_HELP = "Bundled name (nano), folder, .gguf file or Hugging Face Hub id."
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="A bundled name (nano), a folder, a .gguf file or a hub id."
-    ),
+    typer.Argument(metavar="MODEL", help=MODEL_HELP),
 ]
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A bundled name, a folder, a .gguf file or a hub id.")
-]
+ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 ImagesOption = Annotated[
-    list[Path], typer.Option("--image", "-i", help="A picture; may be given several times.")
+    list[Path], typer.Option("--image", "-i", metavar="FILE", help="Image file; repeatable.")
 ]
 VideosOption = Annotated[
-    list[Path], typer.Option("--video", help="A video, an animation or a folder of its frames.")
+    list[Path],
+    typer.Option(
+        "--video",
+        metavar="FILE",
+        help="Video file, animated image or folder of frames; repeatable.",
+    ),
 ]
-DocumentsOption = Annotated[list[Path], typer.Option("--document", help="A PDF.")]
+DocumentsOption = Annotated[
+    list[Path], typer.Option("--document", metavar="FILE", help="PDF file; repeatable.")
+]
 ChatTemplateOption = Annotated[
     str,
     typer.Option(
         "--chat-template",
-        help="The chat format, by name, of a model that brings none.",
+        metavar="NAME",
+        help="Chat template to use if the checkpoint has none.",
         rich_help_panel=PANEL,
     ),
 ]
 BaseOption = Annotated[
     str | None,
     typer.Option(
-        "--base", help="The model below, of an adapter or a first stage.", rich_help_panel=PANEL
+        "--base",
+        metavar="MODEL",
+        help="Base language model for a LoRA adapter or a projector-only checkpoint.",
+        rich_help_panel=PANEL,
     ),
 ]
 VisionTowerOption = Annotated[
     str | None,
     typer.Option(
         "--vision-tower",
-        help="The vision tower that a checkpoint names and lacks; of a .gguf file its mmproj file.",
+        metavar="MODEL",
+        help="Vision tower of a checkpoint stored without one; for a .gguf file, its mmproj file.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -146,25 +171,33 @@ VisionTowerOption = Annotated[
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded; see `visavis.load`."""
+    """Arguments of `visavis.load`, given as command-line options."""
 
     precision: Annotated[
         str,
         typer.Option(
             "--precision",
-            help="What weights are kept in: auto, f32, bf16, f16, int8 or int4.",
+            metavar="TYPE",
+            help="Weight data type: auto, f32, bf16, f16, int8 or int4.",
             rich_help_panel=PANEL,
         ),
     ] = "auto"
     device: Annotated[
-        str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=PANEL)
+        str,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="Device to run on: auto, cpu or cuda.",
+            rich_help_panel=PANEL,
+        ),
     ] = "auto"
     chat_template: ChatTemplateOption = ""
     profile: Annotated[
         str,
         typer.Option(
             "--profile",
-            help="How to embed, by name, where files do not say: llave, vlm2vec-v1 or vlm2vec-v2.",
+            metavar="NAME",
+            help="Embedding profile if the checkpoint has none: llave, vlm2vec-v1 or vlm2vec-v2.",
             rich_help_panel=PANEL,
         ),
     ] = ""
@@ -174,20 +207,21 @@ class Loading:
         str | None,
         typer.Option(
             "--image-cache",
-            help="A folder, or auto, that keeps what pictures become for the next time.",
+            metavar="DIR",
+            help="Directory of the on-disk image-feature cache (auto: default cache location).",
             rich_help_panel=PANEL,
         ),
     ] = None
 
     def load(self, model: str) -> Model:
-        """Load a model so."""
+        """Load a model with these options."""
         import visavis
 
         return visavis.load(model, **vars(self))
 
 
 def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each field of `Loading`; it takes them as `loading`."""
+    """Add the options of `Loading` to a command, which receives them as `loading`."""
     types = get_type_hints(Loading, include_extras=True)
     options = [
         inspect.Parameter(
@@ -211,7 +245,7 @@ def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def visuals_of(images: list[Path], videos: list[Path], documents: list[Path]) -> list[Visual]:
-    """Return what options name: pictures first, then videos, then documents."""
+    """Return the inputs of the options in prompt order: images, videos, documents."""
     from visavis.inputs import Document, Image, Video
 
     return [*map(Image, images), *map(Video, videos), *map(Document, documents)]

@@ -1,4 +1,4 @@
-"""`visavis compose`: write a new model of parts that exist, its connector not trained yet."""
+"""`visavis compose`: build a model from a language model, a vision tower and a new connector."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from visavis.errors import InputError
 
 
 def compose(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write; must not exist.")],
     settings: Annotated[
         list[str],
-        typer.Argument(metavar="NAME=VALUE...", help="As under `model` in a recipe."),
+        typer.Argument(metavar="NAME=VALUE", help="Settings, as under `model` in a recipe."),
     ],
-    seed: Annotated[int, typer.Option(help="Of the new connector's numbers.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Random seed for connector initialisation.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Put a language model and a vision tower together, with a new connector between.
+    """Build a model from a language model, a vision tower and a new connector.
 
-    What comes out makes no sense of pictures before it is trained, see `visavis train`.
+    The connector is randomly initialised; train it with `visavis train` before use.
 
     [bold]Examples[/bold]
 
-      visavis compose mine/ language_model=smollm2-135m vision_tower=efficientnet-lite2
-      connector.kind=linear connector.shuffle=3
+      visavis compose new/ language_model=smollm2-135m vision_tower=efficientnet-lite2
 
-      visavis compose mine/ language_model=Qwen/Qwen2-0.5B
-      vision_tower=google/siglip-so400m-patch14-384 connector.depth=2
+      visavis compose new/ language_model=Qwen/Qwen2-0.5B vision_tower=siglip-folder/ --seed 1
     """
     from visavis.checkpoints import compose as parts
     from visavis.checkpoints.native import write_native

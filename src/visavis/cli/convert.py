@@ -1,5 +1,4 @@
-"""`visavis convert`: a checkpoint in any layout, written in another. The work is in
-`visavis.convert`."""
+"""`visavis convert`: write a checkpoint in another format (see `visavis.convert`)."""
 
 from __future__ import annotations
 
@@ -25,32 +24,38 @@ if TYPE_CHECKING:
     from visavis.convert.verify import Verdict
 
 EXIT_DIFFERENT = 1
-LAYOUTS = "native, transformers, llava, tinyllava, gguf or sentence-transformers"
+FORMATS = "native, transformers, llava, tinyllava, gguf or sentence-transformers"
 
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="IN", help="A bundled name, a folder or a .gguf file.")
+        str,
+        typer.Argument(
+            metavar="INPUT", help="Bundled name, folder, .gguf file or Hugging Face Hub id."
+        ),
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A new folder; for gguf also a .gguf file.")
+        Path, typer.Argument(metavar="OUTPUT", help="Folder to write; for GGUF also a .gguf file.")
     ],
-    to: Annotated[str, typer.Option("--to", help=f"The layout: {LAYOUTS}.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"Target format: {FORMATS}.")],
     precision: Annotated[
         str,
         typer.Option(
-            help="What weights are stored in: f32, bf16, f16; auto: as in the source, bf16 if that "
-            "is quantised. Native: int8, int4 too."
+            metavar="TYPE",
+            help="Weight data type: auto, f32, bf16, f16; native also int8, int4. auto keeps that "
+            "of the input (bf16 for a quantised input).",
         ),
     ] = "auto",
     kind: Annotated[
         str,
         typer.Option(
-            "--kind", help="With gguf: the type of its tensors, such as Q8_0; F16 if not given."
+            "--kind",
+            metavar="TYPE",
+            help="GGUF quantization type, such as Q8_0 or Q4_K_M. Default: F16.",
         ),
     ] = "",
     merge_adapter: Annotated[
-        Path | None, typer.Option(help="A LoRA adapter of IN, merged into it.")
+        Path | None, typer.Option(metavar="DIR", help="LoRA adapter to merge into INPUT.")
     ] = None,
     base: BaseOption = None,
     vision_tower: VisionTowerOption = None,
@@ -58,15 +63,16 @@ def convert(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Ask IN and OUT the same and compare; exit 1 if they differ."
+            "--verify",
+            help="Compare outputs of both models on the same inputs; exit 1 if they differ.",
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that is at OUT.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing OUTPUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint in another layout, adapters merged, with a model card.
+    """Convert a checkpoint to another format, with adapters merged and a model card.
 
-    OUT appears whole or not at all. What a layout has no words for is an error that names it.
+    Output is written atomically. Features that the target format cannot represent are errors.
 
     [bold]Examples[/bold]
 
@@ -82,7 +88,7 @@ def convert(
     """
     if merge_adapter is not None and base is not None:
         raise InputError(
-            "--merge-adapter and --base were given together; expected `IN --merge-adapter "
+            "--merge-adapter and --base were given together; expected `INPUT --merge-adapter "
             "ADAPTER`, or `ADAPTER --base MODEL`."
         )
     from visavis.convert import convert as write
@@ -123,14 +129,14 @@ def convert(
         if verdict:
             _print(verdict)
     for setting in done.lost:
-        say(f"this layout has no place for {setting}")
+        say(f"the {to} format cannot store {setting}")
     if verdict and not verdict.same:
-        say(f"error: {done.out} does not answer as {source} does: {verdict.reason}")
+        say(f"error: outputs of {done.out} differ from those of {source}: {verdict.reason}")
         raise typer.Exit(EXIT_DIFFERENT)
 
 
 def _print(verdict: Verdict) -> None:
-    """Print one row per check, and who answered."""
+    """Print the comparison: one row per check."""
     limits = f"cosine at least {verdict.min_cosine}, KL at most {verdict.max_kl}"
     typer.echo(f"opened by {verdict.asked}; expected: {limits}")
     rows = [["check", "cosine", "KL", ""]]

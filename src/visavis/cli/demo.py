@@ -1,4 +1,4 @@
-"""`visavis demo`: the main job on sample pictures that installed packages carry."""
+"""`visavis demo`: index, search and chat on sample images of installed packages."""
 
 from __future__ import annotations
 
@@ -26,26 +26,34 @@ if TYPE_CHECKING:
 @loads_a_model
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the index and the contact sheet.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the index and the contact sheet."
+        ),
     ] = Path("visavis-demo"),
     serve: Annotated[
-        bool, typer.Option(help="Serve the page afterwards, until Ctrl-C; never with --json.")
+        bool, typer.Option(help="Serve the web page afterwards, until Ctrl-C; never with --json.")
     ] = True,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the page; another one if it is taken.")
+        int,
+        typer.Option(
+            min=0, max=65535, metavar="PORT", help="Port of the web page; a free one if taken."
+        ),
     ] = 8484,
     model: ModelOption = "nano",
     as_json: JsonOption = False,
     *,
     loading: Loading,
 ) -> None:
-    """Search sample pictures by words and by picture, ask about one, then serve a page for it all.
+    """Search sample images by text and by image, ask about one, then serve a web page.
+
+    Uses photographs of scikit-image and scikit-learn; install them with `visavis[demo]`.
 
     [bold]Examples[/bold]
 
       visavis demo
 
-      visavis demo --no-serve --output /tmp/demo
+      visavis demo --no-serve --output demo/
 
       visavis demo --json > demo.json
     """
@@ -96,7 +104,7 @@ def _print_result(result: DemoResult) -> None:
     # A pipe has no width: rich would assume 80 columns and cut names short.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     typer.echo(f"{title(result.asked_about)}: {QUESTION}\n  {result.reply.text.strip()}\n")
-    pace = f"{len(result.index)} pictures indexed in {result.index_seconds:.1f} s"
+    pace = f"{len(result.index)} images indexed in {result.index_seconds:.1f} s"
     typer.echo(f"{pace}; contact sheet: {result.sheet_path}")
 
 
@@ -117,7 +125,7 @@ def _print_json(result: DemoResult) -> None:
                 for search in result.searches
             ],
             "question": QUESTION,
-            "picture": str(result.asked_about),
+            "image": str(result.asked_about),
             "answer": result.reply.text,
         }
     )

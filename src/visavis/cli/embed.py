@@ -1,5 +1,4 @@
-"""`visavis embed`: texts, pictures, videos and pages to unit vectors, as JSON lines or a NumPy
-file."""
+"""`visavis embed`: embeddings of texts, images, videos and pages, as JSON lines or a .npy file."""
 
 from __future__ import annotations
 
@@ -28,30 +27,40 @@ from visavis.errors import InputError
 def embed(
     model: ModelArgument,
     texts: Annotated[
-        list[str], typer.Option("--text", "-t", help="A text; may be given several times.")
+        list[str], typer.Option("--text", "-t", metavar="TEXT", help="Text; repeatable.")
     ] = [],  # noqa: B006 - typer copies it
     images: ImagesOption = [],  # noqa: B006 - typer copies it
     videos: VideosOption = [],  # noqa: B006
     documents: DocumentsOption = [],  # noqa: B006
     whole: Annotated[
-        bool, typer.Option("--whole", help="One vector for each document, not for each page.")
+        bool, typer.Option("--whole", help="One embedding per document instead of one per page.")
     ] = False,
     items: Annotated[
         Path | None,
-        typer.Option(help='A file of JSON lines such as {"image": "a.jpg", "text": "a cat"}.'),
+        typer.Option(
+            metavar="FILE", help='JSON lines such as {"image": "a.jpg", "text": "a cat"}.'
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write float32 [N, D] to this .npy file.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write float32 [N, D] to this .npy file."
+        ),
     ] = None,
-    instruction: Annotated[str | None, typer.Option(help="What the vectors are for.")] = None,
-    dim: Annotated[int | None, typer.Option(help="Keep only this many numbers.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Instruction put before every item.")
+    ] = None,
+    dim: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Truncate embeddings to N dimensions (Matryoshka)."),
+    ] = None,
     as_json: JsonOption = False,
     *,
     loading: Loading,
 ) -> None:
-    """Turn texts, pictures, videos and the pages of documents into unit vectors.
+    """Compute unit-length embeddings of texts, images, videos and document pages.
 
-    In this order, those of --items last. Without --output, each vector is one JSON line on stdout.
+    Output order: texts, images, videos, documents, --items. Without --output, one JSON line each.
 
     [bold]Examples[/bold]
 
@@ -59,12 +68,12 @@ def embed(
 
       visavis embed nano --items captions.jsonl --output vectors.npy
 
-      visavis embed adapter --base Qwen/Qwen2-VL-2B-Instruct --profile vlm2vec-v2 --document a.pdf
+      visavis embed adapter/ --base Qwen/Qwen2-VL-2B-Instruct --profile vlm2vec-v2 -t "a cat"
     """
     if not (texts or images or videos or documents or items):
         raise InputError(
-            "nothing to embed: give --text, --image, --video, --document or --items, as often as "
-            "you like"
+            "nothing to embed: give --text, --image, --video, --document or --items (each but "
+            "the last is repeatable)"
         )
     if output is not None and output.suffix != ".npy":
         raise InputError(f"--output is {str(output)!r}, expected a name that ends in .npy")
@@ -73,7 +82,7 @@ def embed(
 
     from visavis.utils import write_atomically
 
-    named = [(text, text) for text in texts] + _seen(images, videos, documents, whole)
+    named = [(text, text) for text in texts] + _named_visuals(images, videos, documents, whole)
     named += [(item, item) for item in (_read_items(items) if items else [])]
     shown, wanted = [name for name, _ in named], [item for _, item in named]
     if not wanted:
@@ -90,7 +99,7 @@ def embed(
         if as_json:
             print_json(summary)
         else:
-            typer.echo(f"{output}: {len(vectors)} vectors of {vectors.shape[1]} numbers")
+            typer.echo(f"{output}: {len(vectors)} embeddings of {vectors.shape[1]} dimensions")
         return
     rows = [[round(float(x), 7) for x in vector] for vector in vectors]
     if as_json:
@@ -100,10 +109,10 @@ def embed(
         print_json({"item": item, "vector": row})
 
 
-def _seen(
+def _named_visuals(
     images: list[Path], videos: list[Path], documents: list[Path], whole: bool
 ) -> list[tuple[Any, Any]]:
-    """Return what is to be seen, each with its name."""
+    """Return images, videos and document pages, each with its name."""
     from visavis.inputs import Document
     from visavis.processing.pdf import pages
 
@@ -119,7 +128,7 @@ def _seen(
 
 
 def _read_items(path: Path) -> list[Any]:
-    """Return one item per line; a bad line is named by its number."""
+    """Read one item per line of a JSON lines file; errors name the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,5 +1,4 @@
-"""`visavis index`: add pictures, videos and pages to an index file and find them again by words or
-by what they look like."""
+"""`visavis index`: build and search an index of images, videos and document pages."""
 
 from __future__ import annotations
 
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
 
 index = typer.Typer(
     name="index",
-    help="Make and search an index of pictures, videos and pages.",
+    help="Build and search an index of images, videos and document pages.",
     no_args_is_help=True,
 )
-IndexArgument = Annotated[Path, typer.Argument(metavar="INDEX", help="The index file.")]
+IndexArgument = Annotated[Path, typer.Argument(metavar="INDEX", help="Index file.")]
 
 
 @index.command()
@@ -41,28 +40,28 @@ def add(
     index_path: IndexArgument,
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Pictures, videos, PDFs, or folders of them."),
+        typer.Argument(metavar="PATH", help="Images, videos, PDFs, or folders of them."),
     ],
     model: ModelOption = "nano",
     as_json: JsonOption = False,
     *,
     loading: Loading,
 ) -> None:
-    """Add pictures, videos and the pages of PDFs; known ones cost nothing, changed ones are read
-    again.
+    """Add images, videos and PDF pages to an index.
 
-    Interrupt it whenever you like: the same command goes on where it stopped.
+    Unchanged files are skipped and changed files are embedded again. Safe to interrupt; rerun the
+    same command to resume.
 
     [bold]Examples[/bold]
 
-      visavis index add photos.idx ~/Pictures
+      visavis index add photos.idx ~/photos
 
       visavis index add photos.idx cat.jpg dog.jpg --json
     """
     opened = _open(index_path, model, loading)
     report = opened.add(paths, progress=show_progress())
     for _, reason in report.failed:
-        say(f"left out: {reason}")
+        say(f"skipped: {reason}")
     if as_json:
         print_json(
             {
@@ -81,7 +80,7 @@ def add(
             (report.added, "added"),
             (report.changed, "changed"),
             (report.unchanged, "unchanged"),
-            (len(report.failed), "left out"),
+            (len(report.failed), "skipped"),
         )
         if number
     ]
@@ -92,20 +91,25 @@ def add(
 @loads_a_model
 def search(
     index_path: IndexArgument,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.")] = "",
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="Query text.")] = "",
     images: ImagesOption = [],  # noqa: B006 - typer copies it
     videos: VideosOption = [],  # noqa: B006
     documents: DocumentsOption = [],  # noqa: B006
-    k: Annotated[int, typer.Option("-k", help="How many hits.")] = 10,
+    k: Annotated[
+        int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Number of results.")
+    ] = 10,
     source: Annotated[
-        str | None, typer.Option("--filter", help='Only paths like this, for example "*/2024/*".')
+        str | None,
+        typer.Option("--filter", metavar="GLOB", help='Only paths that match, such as "*/2024/*".'),
     ] = None,
     model: ModelOption = "nano",
     as_json: JsonOption = False,
     *,
     loading: Loading,
 ) -> None:
-    """Find pictures, videos and pages by words, by a picture, a video or a document, or by both.
+    """Search an index by text, by image, video or document, or by both.
+
+    Results are sorted by cosine similarity, the highest first.
 
     [bold]Examples[/bold]
 
@@ -119,7 +123,7 @@ def search(
 
     visuals = visuals_of(images, videos, documents)
     if not text.strip() and not visuals:
-        raise InputError("nothing to look for: give TEXT, --image PATH or both")
+        raise InputError("nothing to search for: give TEXT, --image FILE or both")
     query = Prompt((Message("user", (*visuals, *([Text(text)] if text else []))),))
     hits = _open(index_path, model, loading).search(query, k=k, filter=source)
     if as_json:
@@ -127,7 +131,7 @@ def search(
     elif hits:
         print_columns([[f"{hit.score:z.3f}", hit.source] for hit in hits])
     else:
-        say("no hits: the index holds nothing" + (f" like {source}" if source else ""))
+        say("no results: the index has no items" + (f" that match {source}" if source else ""))
 
 
 @index.command()
@@ -139,9 +143,11 @@ def prune(
     *,
     loading: Loading,
 ) -> None:
-    """Forget what is no longer there: files, and pages that documents no longer have.
+    """Remove items whose file or page no longer exists.
 
-    [bold]Example[/bold]
+    Prints the removed items.
+
+    [bold]Examples[/bold]
 
       visavis index prune photos.idx
     """

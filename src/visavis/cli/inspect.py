@@ -1,4 +1,4 @@
-"""`visavis inspect`: what a checkpoint is made of, read from its headers; what two differ in."""
+"""`visavis inspect`: describe a checkpoint from its headers, or compare two."""
 
 from __future__ import annotations
 
@@ -28,26 +28,35 @@ if TYPE_CHECKING:
 EXIT_DIFFERENT = 1
 MAX_LISTED = 10
 WAYS = {
-    "squash": "squeezed to a square",
-    "crop": "shortest edge resized, middle cut out",
+    "squash": "resized to a square",
+    "crop": "shortest edge resized, center crop",
     "pad": "padded to a square with the mean colour",
-    "patches": "any size, in patches",
-    "hd": "cut into tiles of a canvas, and seen whole",
+    "patches": "native resolution, in patches",
+    "hd": "high-resolution tiles and a global view",
 }
 
 
 def inspect(
     model: ModelArgument,
-    other: Annotated[str, typer.Argument(help="Say what differs from this one instead.")] = "",
+    other: Annotated[
+        str, typer.Argument(metavar="OTHER", help="Compare with this checkpoint.")
+    ] = "",
     top: Annotated[
-        int, typer.Option("--top", min=1, help="Of two: how many tensors to list by difference.")
+        int,
+        typer.Option(
+            "--top-k",
+            "-k",
+            min=1,
+            metavar="N",
+            help="Number of most different tensors to list in a comparison.",
+        ),
     ] = MAX_LISTED,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a checkpoint's layout, parts, sizes and prompt profile without loading its weights.
+    """Show the format, architecture, sizes and prompt settings of a checkpoint.
 
-    With a second checkpoint: settings, tensors and values that differ. Exit status 0 if nothing
-    does, 1 if something does, 2 on an error.
+    Reads headers only. With a second checkpoint, lists differences of settings, tensors and values;
+    exit code 0 if they are equal, 1 if they differ, 2 on an error.
 
     [bold]Examples[/bold]
 
@@ -74,7 +83,7 @@ def inspect(
 
 
 def facts(found: CheckpointFormat) -> dict[str, Any]:
-    """Return what is known of a checkpoint, as plain values."""
+    """Describe a checkpoint as JSON-serialisable values."""
     from visavis.checkpoints.inspect import parts
 
     types = Counter(entry.type for entry in found.tensors.values())
@@ -86,7 +95,7 @@ def facts(found: CheckpointFormat) -> dict[str, Any]:
         "path": str(found.path),
         "parts": parts(found),
         "profile": found.facts,
-        "pictures": _pictures(found.processor),
+        "images": _preprocessing(found.processor),
         "quirks": {} if found.config is None else quirks(found.config),
         "tensor_types": {name: f"{number} tensors" for name, number in types.most_common()},
         "files": _sizes(found.files, found.path),
@@ -95,7 +104,7 @@ def facts(found: CheckpointFormat) -> dict[str, Any]:
 
 
 def quirks(config: VLMConfig) -> dict[str, str]:
-    """Return each part's switches that are not at our defaults."""
+    """Return per part of the model the settings that differ from the defaults."""
     parts: dict[str, Any] = {
         "whole": config,
         "merge": config.merge,
@@ -118,8 +127,8 @@ def quirks(config: VLMConfig) -> dict[str, str]:
     return found
 
 
-def _pictures(processor: ImageProcessorConfig | None) -> dict[str, str]:
-    """Return how pictures and videos are prepared."""
+def _preprocessing(processor: ImageProcessorConfig | None) -> dict[str, str]:
+    """Describe image and video preprocessing."""
     if processor is None:
         return {}
     found = {
@@ -130,33 +139,33 @@ def _pictures(processor: ImageProcessorConfig | None) -> dict[str, str]:
     }
     if tiles := processor.tiles:
         most = max(math.prod(grid) for grid in tiles.grids) // processor.size**2
-        several = {"tile": "tiled too", "pad": "seen whole, padded"}[tiles.multi_image]
+        several = {"tile": "tiled", "pad": "padded to one tile"}[tiles.multi_image]
         found["tiles"] = (
-            f"at most {most}, {len(tiles.grids)} canvases as {tiles.axes}; pictures that are not "
-            f"alone are {several}"
+            f"at most {most}, {len(tiles.grids)} grids ({tiles.axes}); each of several images is "
+            f"{several}"
         )
     if hd := processor.hd:
         found["tiles"] = f"at most {hd.num_crops}"
     if patches := processor.patches:
         found["patches"] = (
-            f"{patches.patch} px, {patches.merge} × {patches.merge} to a token, "
-            f"{patches.min_pixels} to {patches.max_pixels} pixels a picture"
+            f"{patches.patch} px, {patches.merge} × {patches.merge} per token, "
+            f"{patches.min_pixels} to {patches.max_pixels} pixels per image"
         )
     if video := processor.video:
-        rate = f", {video.fps:g} a second" if video.fps else ""
+        rate = f", {video.fps:g} fps" if video.fps else ""
         found["videos"] = f"{video.frames} frames{rate}, at most {video.max_frames}"
     return found
 
 
 def _sizes(files: list[Path], folder: Path) -> dict[str, str]:
-    """Return sizes by path, relative where the file lies within the checkpoint."""
+    """Return file sizes by path, relative to the checkpoint folder where possible."""
     found = {}
     for file in files:
         inside = file.is_relative_to(folder) and file != folder
         name = file.relative_to(folder).as_posix() if inside else str(file)
         if file.parent == folder.parent and not folder.is_dir():
             name = file.name
-        found[name] = human_bytes(file.stat().st_size) if file.is_file() else "to be fetched"
+        found[name] = human_bytes(file.stat().st_size) if file.is_file() else "not downloaded"
     return found
 
 
@@ -192,8 +201,8 @@ def _show(whole: dict[str, Any]) -> None:
         for part in whole["parts"]
     ]
     total = sum(part["parameters"] for part in whole["parts"])
-    print_columns([*rows, ["  in all", f"{total / 1e6:.1f} M", "parameters"]])
-    for title in ("profile", "pictures", "quirks", "tensor_types", "files"):
+    print_columns([*rows, ["  total", f"{total / 1e6:.1f} M", "parameters"]])
+    for title in ("profile", "images", "quirks", "tensor_types", "files"):
         if whole[title]:
             typer.secho(title.replace("_", " "), bold=True)
             # Templates hold line breaks: shown as \n, or the columns would break.
@@ -225,4 +234,4 @@ def _show_difference(whole: dict[str, Any]) -> None:
             [[f"  {name}", "not finite" if n is None else f"{n:.3g}"] for name, n in rows]
         )
     if whole["same"]:
-        typer.echo("the same")
+        typer.echo("no differences")

@@ -1,4 +1,4 @@
-"""`visavis train`: run a recipe, or say what it would do. Training itself is in `visavis.train`."""
+"""`visavis train`: run a training recipe, or validate it with --dry-run (see `visavis.train`)."""
 
 from __future__ import annotations
 
@@ -24,25 +24,38 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/tiny-llava.yaml.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
     changes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Values of the recipe to change."),
+        typer.Argument(metavar="NAME=VALUE", help="Overrides of recipe values."),
     ] = None,
-    data: Annotated[Path, typer.Option("--data", help="The folder of data sets.")] = Path("data"),
+    data: Annotated[
+        Path, typer.Option("--data", metavar="DIR", help="Root folder of data sets.")
+    ] = Path("data"),
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Where the run lives; an unfinished one goes on.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Output directory; an interrupted run is resumed.",
+        ),
     ] = Path("out"),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done and what is wrong, and stop.")
+        bool, typer.Option("--dry-run", help="Validate the recipe, estimate cost, and exit.")
     ] = False,
     flops: Annotated[
         float | None,
-        typer.Option(help="--dry-run: operations a second that training reaches, on all devices."),
+        typer.Option(
+            metavar="FLOPS",
+            help="Training throughput in FLOP/s for the time estimate of --dry-run.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model by a recipe. Stop it as you like: the same command goes on.
+    """Train a model from a recipe.
+
+    Safe to interrupt; rerun the same command to resume.
 
     [bold]Examples[/bold]
 
@@ -64,7 +77,7 @@ def train(
 
 
 def _plan(recipe: Recipe, data: Path, flops: float | None, as_json: bool) -> None:
-    """Print what a recipe would do, then all that is wrong with it."""
+    """Print the plan of a recipe, then all its problems."""
     from visavis.train.dry_run import plan
 
     made = plan(recipe, data, flops=flops)
@@ -79,7 +92,7 @@ def _plan(recipe: Recipe, data: Path, flops: float | None, as_json: bool) -> Non
 
 
 def _run(recipe: Recipe, data: Path, out: Path, as_json: bool) -> None:
-    """Train; only the first of several processes says anything."""
+    """Train; only rank 0 prints."""
     from visavis.train.metrics import Progress
     from visavis.train.runner import run_recipe
 
@@ -92,7 +105,7 @@ def _run(recipe: Recipe, data: Path, out: Path, as_json: bool) -> None:
         print_json({"model": str(folder), "log": str(out / "log.jsonl")})
         return
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    typer.echo(f"{folder} ({human_bytes(size)}): visavis.load reads it, as do all commands")
+    typer.echo(f"{folder} ({human_bytes(size)}): trained model")
 
 
 # ---- the plan, for people ------------------------------------------------------------------------
@@ -120,7 +133,7 @@ def _show_stage(stage: StagePlan) -> None:
     if stage.sources:
         print_columns(
             [
-                ["  source", "samples", "share", "tokens each", "epochs"],
+                ["  source", "samples", "share", "tokens/sample", "epochs"],
                 *(
                     [
                         f"  {row.source}",

@@ -1,1 +1,1 @@
-"""The main job on sample pictures: search them, ask about one, draw and serve the result."""
+"""The demo: search sample images, ask about one, draw a contact sheet, serve a web page."""

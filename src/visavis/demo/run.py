@@ -1,7 +1,6 @@
-"""The demo, step by step: sample pictures → index → searches → contact sheet → a question → page.
+"""The demo, step by step: sample images → index → searches → contact sheet → a question → page.
 
-Everything here is the public API used as anybody would use it. Prints nothing: it reports through
-callbacks, and the command line does the printing.
+Uses the public API only. Results are returned; the command line prints them.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ SHEET_NAME = "contact-sheet.png"
 
 @dataclass(frozen=True)
 class Search:
-    """A query, as words or as a picture's path, and what it found."""
+    """A query, a text or the path of an image, and its results."""
 
     query: str | Path
     hits: Sequence[Hit]
@@ -53,7 +52,7 @@ class Search:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo did, for whoever prints it."""
+    """The results of the demo."""
 
     index: Index
     searches: Sequence[Search]
@@ -64,10 +63,10 @@ class DemoResult:
 
 
 def run_demo(model: Model, folder: Path, *, progress: bool) -> DemoResult:
-    """Index the sample pictures, search them and ask about one; files go into `folder`.
+    """Index the sample images, search them and ask about one; files go into `folder`.
 
     Raises:
-        InputError: the sample pictures are not installed, or `folder` cannot be written.
+        InputError: the sample images are not installed, or `folder` cannot be written.
     """
     if not model.takes_images:
         raise InputError(
@@ -105,7 +104,7 @@ def title(path: str | Path) -> str:
 
 
 def _search(index: Index, query: str | Path) -> list[Hit]:
-    """Return the best hits; a picture's nearest picture is itself, which tells nobody anything."""
+    """Return the best hits, without the query image itself."""
     hits = index.search(query, k=NUM_HITS + 1)
     itself = str(query.absolute()) if isinstance(query, Path) else ""
     return [hit for hit in hits if hit.source != itself][:NUM_HITS]

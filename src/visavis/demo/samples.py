@@ -1,7 +1,7 @@
-"""Real pictures that installed packages carry, each with its licence; found without importing them.
+"""Sample images contained in installed packages, with their licences.
 
-Only pictures whose licence their package states are listed, and only those that its wheel holds:
-nothing is downloaded. `docs/sample-pictures.md` is this table for readers.
+Only images with a licence stated by their package are listed, and only those in its wheel, so
+nothing is downloaded. The packages are not imported. `docs/sample-images.md` has the same table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from visavis.errors import InputError
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture: what it is called here, where it lies in which package, whose it is."""
+    """A sample image: name, package and file, author, licence."""
 
     name: str
     module: str
@@ -69,7 +69,7 @@ PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 def copy_samples(folder: Path, samples: Sequence[Sample] = SAMPLES) -> list[Path]:
-    """Copy the sample pictures into `folder` under their names, with a list of credits.
+    """Copy the sample images into `folder` under their names, with a list of credits.
 
     Raises:
         InputError: a package that carries some of them is not installed.
@@ -104,7 +104,7 @@ def copy_samples(folder: Path, samples: Sequence[Sample] = SAMPLES) -> list[Path
 
 
 def credits_table(samples: Sequence[Sample] = SAMPLES) -> str:
-    """Return who made which picture under which licence, as a Markdown table."""
+    """Return authors and licences of the images as a Markdown table."""
     lines = ["| picture | file | made by | licence |", "|---|---|---|---|"]
     for sample in samples:
         file = f"{PACKAGES[sample.module]}: `{sample.file}`"

@@ -1,9 +1,9 @@
-"""The contact sheet: one row per query, its hits beside it with their scores, as one picture.
+"""Contact sheet: an image with one row per query, its hits and their scores.
 
     ┌ title ──────────────────────────────┐
-    │ query     [hit] [hit] [hit] [hit]   │   a query is words, or a picture
+    │ query     [hit] [hit] [hit] [hit]   │   a query is a text or an image
     │           name  score …             │
-Knows how to draw; not how anything was found.
+Only draws; searches are made by `run.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAPER, INK, SOFT, LINE, ACCENT = "#faf8f5", "#24211d", "#6a645b", "#e0dad0", "#0
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A query, its picture if it is one, and (name, score, picture) of each hit."""
+    """A query, its image if it has one, and (name, score, image) of each hit."""
 
     label: str
     hits: Sequence[tuple[str, float, Image.Image]]
@@ -91,7 +91,7 @@ def _draw_hit(
 def _paste(
     sheet: Image.Image, picture: Image.Image, at: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    """Put a picture on the sheet, cut to `size` around its middle, with round corners."""
+    """Paste an image into the sheet, center-cropped to `size`, with round corners."""
     width, height = size
     large = Image.new("L", (width * SMOOTH, height * SMOOTH), 0)
     box = (0, 0, width * SMOOTH - 1, height * SMOOTH - 1)

@@ -1,4 +1,4 @@
-"""A folder of pictures, or any items, searchable by meaning: one small file, one class."""
+"""Embedding index of images, videos, pages and texts, in one SQLite file."""
 
 from visavis.index.search import AddReport, Hit, Index
 

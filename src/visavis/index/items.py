@@ -1,10 +1,8 @@
-"""Items that are files: how they are named, and what they show.
+"""Index items that are files: names, inputs and previews.
 
-    /photos/cat.jpg        a picture
-    /clips/cat.mp4         a video
-    /papers/a.pdf#page=3   a page of a document, as browsers name it
-
-Knows rows of the index; neither vectors nor models.
+/photos/cat.jpg        an image
+/clips/cat.mp4         a video
+/papers/a.pdf#page=3   a page of a document, as in URLs
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _PAGE = re.compile(r"(.+\.pdf)#page=([1-9][0-9]*)", re.IGNORECASE | re.DOTALL)
 
 
 def preview(item: StoredItem, size: int = 256) -> PILImage | str:
-    """Return a small picture of an item, or its text if it has none.
+    """Return a preview image of an item, or its text if it has none.
 
     Raises:
         ImageError: the file is gone or no longer readable.
@@ -45,7 +43,7 @@ def preview(item: StoredItem, size: int = 256) -> PILImage | str:
 
 
 def title(item: StoredItem) -> str:
-    """Return what people call an item: its file's name, with the page, or what it was added as."""
+    """Return a display name: the file name with the page, or the source of the item."""
     if not item.is_file:
         return item.source
     page = _PAGE.fullmatch(item.source)
@@ -53,14 +51,14 @@ def title(item: StoredItem) -> str:
 
 
 def visual_of(item: StoredItem) -> Visual | None:
-    """Return what an item shows: its file, or the small picture that is kept of one in memory."""
+    """Return the input of an item: its file, or the stored preview of an in-memory item."""
     if item.preview is not None:
         return Image(item.preview)
     return shown_by(item.source) if item.is_file else None
 
 
 def shown_by(source: str) -> Visual:
-    """Return what a file's item shows."""
+    """Return the input of an item that is a file."""
     page = _PAGE.fullmatch(source)
     if page is not None:
         return Image(Page(Path(page[1]), int(page[2])))
@@ -87,7 +85,7 @@ def still_there(source: str, num_pages: dict[Path, int]) -> bool:
 
 
 def picture_of(visual: Visual) -> PILImage:
-    """Return a document's first page, a video's middle frame or a picture, in its own memory."""
+    """Return a document's first page, a video's middle frame, or an image, as a copy."""
     if isinstance(visual, Document):
         visual = pages(visual)[0]
     return middle_frame(visual) if isinstance(visual, Video) else decode_image(visual).copy()

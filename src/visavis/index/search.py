@@ -1,11 +1,11 @@
-"""Add pictures, videos, pages and other items, find them again by meaning: `Index`.
+"""Embedding index: add images, videos, pages and other items, and search them (`Index`).
 
     paths, items ──► content hash ──► known? nothing to do
                                 └──► model.embed, a batch at a time ──► store   (one commit each)
     query        ──► model.embed ──► cosine with every vector ──► the k best
 
 Exact and in memory: 200,000 vectors of 256 numbers take 0.2 GB, 0.6 s to read once and 0.04 s a
-query on one core. Knows the model only by `embed`, `name`, `fingerprint` and `embedding_dim`.
+query on one core. Of the model it uses `embed`, `name`, `fingerprint` and `embedding_dim` only.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Hit:
     item: StoredItem = field(repr=False)
 
     def preview(self, size: int = 256) -> PILImage | str:
-        """Return a small picture, at most `size` pixels a side (of a video its middle frame), or
+        """Return a preview, at most `size` pixels a side (of a video its middle frame), or
         the text of a text item."""
         return preview(self.item, size)
 
 
 @dataclass
 class AddReport:
-    """What `add` did with each item. `failed` holds (source, reason) of what cannot be read."""
+    """Result of `add`: counts, and (source, reason) of each failed item."""
 
     added: int = 0
     changed: int = 0
@@ -115,7 +115,7 @@ class Index:
         Interrupted, it keeps every finished batch; the same call again does only what is missing.
 
         Args:
-            paths_or_items: one or a list of: paths (str or Path) of pictures, videos and PDF
+            paths_or_items: one or a list of: paths (str or Path) of images, videos and PDF
                 documents, each page of which is an item, or of folders, which are searched
                 recursively; or items that `Prompt.of` takes, texts as dict(text=…). A dict may
                 name its own `source`, which a later item of that name replaces.
@@ -147,10 +147,10 @@ class Index:
         return report
 
     def search(self, query: Any, k: int = 10, filter: str | None = None) -> list[Hit]:
-        """Return the `k` items nearest in meaning, best first.
+        """Return the `k` items with the highest cosine similarity, best first.
 
         Args:
-            query: what `Prompt.of` takes: a str is text, a Path a picture, video or document, a
+            query: any input of `Prompt.of`: a str is text, a Path an image, video or document, a
                 dict may hold both.
             k: at most this many hits.
             filter: only sources that match this glob, for example "*/holiday/*".

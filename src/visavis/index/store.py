@@ -1,4 +1,4 @@
-"""The index file: SQLite rows of (source, content hash, unit vector). Knows no model, no picture.
+"""Index file: SQLite rows of (source, content hash, unit vector).
 
 Every `put` is one transaction, so a crash, Ctrl-C or full disk loses that batch and nothing else.
 
@@ -43,7 +43,7 @@ _ITEM_COLUMNS = "id, source, content, is_file, text, preview"
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells an untouched file from a changed one without reading it."""
+    """Size and modification time of a file, to detect changes without reading it."""
 
     size: int = 0
     mtime_ns: int = 0
@@ -51,7 +51,7 @@ class Stamp:
 
 @dataclass(frozen=True)
 class IndexRow:
-    """One item as it is kept. `is_file`: `source` is the path of a picture that can be reread."""
+    """One item as it is kept. `is_file`: `source` is the path of an image that can be reread."""
 
     source: str
     content: str
@@ -102,7 +102,7 @@ class Store:
                 self._connection = None
 
     def meta(self) -> dict[str, str]:
-        """Return what the first batch was written with; empty for a new file."""
+        """Return the metadata of the first batch; empty for a new file."""
         return dict(self._all("SELECT key, value FROM meta")) if self.exists() else {}
 
     def check_meta(self, meta: dict[str, str]) -> None:

@@ -1,1 +1,1 @@
-"""visavis' models inside other programs, by the interfaces these have for it."""
+"""Adapters that run visavis models inside other libraries."""

@@ -1,9 +1,9 @@
-"""A model of ours as the one module of a `SentenceTransformer`.
+"""A visavis model as the only module of a `SentenceTransformer`.
 
-A folder that `visavis convert --to sentence-transformers` wrote names `VisavisModule` in its
-modules.json, and sentence-transformers imports it from here: the code is that of the installed
-visavis, none comes from the folder. Texts, pictures and both together give the vectors of
-`Model.embed`; a prompt of sentence-transformers is an instruction of ours.
+`visavis convert --to sentence-transformers` writes a modules.json that names `VisavisModule`, and
+sentence-transformers imports it from the installed visavis; the folder contains no code. Vectors of
+texts, images and both are those of `Model.embed`. The `prompt` of sentence-transformers is the
+`instruction` of `Model.embed`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from visavis.inputs import Image
 
 
 class VisavisModule(InputModule):
-    """Embeds what `visavis.Model.embed` takes; strings that name a picture are pictures, as
-    everywhere in sentence-transformers."""
+    """Embeds the items that `visavis.Model.embed` accepts; a string that is the path of an
+    image is an image, as in sentence-transformers."""
 
     def __init__(self, loaded: Checkpoint) -> None:
         super().__init__()

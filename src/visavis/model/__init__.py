@@ -1,1 +1,3 @@
-"""Modules and frozen configs: tower, connector, decoder, head. No files, no network, no text."""
+"""PyTorch modules and their configs: vision tower, connector, decoder, embedding head.
+
+Nothing here uses files, the network or text."""

@@ -1,10 +1,10 @@
-"""Attention over packed sequences: one function, two backends.
+"""Attention over packed sequences, with two backends.
 
-Tokens of all sequences stand in one stream `[T, heads, head_dim]`; a `SequenceLayout` says
-where each sequence ends and what it has cached. On CUDA (Ampere and newer), in half precision, the
+Tokens of all sequences are one stream `[T, heads, head_dim]`; a `SequenceLayout` holds the
+boundaries of sequences and their KV caches. On CUDA (Ampere and newer), in half precision, the
 whole stream goes through `varlen_attn`, with keys and values in pages where there is a cache
-(`paged_kv_cache.py`); everywhere else each sequence goes through scaled-dot-product attention by
-itself. Knows nothing of projections, positions or rotary embeddings.
+(`paged_kv_cache.py`); otherwise scaled-dot-product attention runs sequence by
+sequence. Projections and rotary embeddings are applied by the caller.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes through the model: many sequences in one stream, no padding anywhere."""
+"""Packed batch: the model's input, many sequences in one stream without padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from visavis.model.image_input import ImageInput
 
 @dataclass
 class PackedBatch:
-    """Sequences laid end to end.
+    """Sequences joined into one stream.
 
     Args:
         token_ids: int64 [T]; image positions hold the model's image token id.
@@ -22,7 +22,7 @@ class PackedBatch:
         image_positions: int64 [S], where in the stream image tokens go, in order.
         visuals: the N images and videos in order of appearance; or
         features: float [N, P, W], the tower's features of N images, computed before; or
-        image_tokens: float [S, D], what all of them become, computed before, with
+        image_tokens: float [S, D], the tokens of all of them, computed before, with
         image_counts: how many of those belong to each, and
         image_means: float [N, W], the mean tower feature of each.
         labels: int64 [T], the token each position should predict next, -100 where none is.
@@ -95,7 +95,7 @@ class PackedBatch:
         )
 
     def after(self, start: int) -> PackedBatch:
-        """Return what follows the first `start` tokens of a batch of one sequence; needs
+        """Return the batch without the first `start` tokens, for a batch of one sequence; needs
         `image_tokens`."""
         assert len(self.lengths) == 1
         rest: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Frozen configs of every part. They describe shapes and switches; they load and build nothing."""
+"""Frozen configs of all parts of a model: shapes and switches."""
 
 from __future__ import annotations
 
@@ -191,13 +191,13 @@ class ConnectorConfig:
 class ImageLayoutConfig:
     """How the tokens of an image's views, or of a video's frames, become one run of tokens.
 
-    `flat` lays view after view. `spatial` (LLaVA 1.6) puts the tiles of a picture back together
-    after the base view. `hd` is Phi-3.5-vision's, see `hd.py`.
+    `flat` lays view after view. `spatial` (LLaVA 1.6) puts the tiles of an image back together
+    after the base view. `hd` is Phi-3.5-vision's, see `image_tokens.py`.
 
     Args:
-        unpad: cut off what padded the picture to its canvas.
+        unpad: cut off what padded the image to its canvas.
         newline: a learned vector ends each row of tiles, or a lone base view.
-        max_tiles: shrink pictures whose tokens outnumber those of so many tiles (anyres_max_N).
+        max_tiles: shrink images whose tokens outnumber those of N tiles (anyres_max_N).
         round_unpad: round the unpadded size to seven places before cutting, as transformers does.
         video_newline: where the learned vector stands in a video: at its end, after each row,
             after each frame, or nowhere.
@@ -223,7 +223,7 @@ class HeadConfig:
     the last one passes the final norm. Means over text tokens and over image tokens are
     projected apart and summed. With `tower_width` the image side reads the mean tower feature, of
     that width, instead: a narrow connector that learned to speak does not pass all of it on, and
-    pictures alone need no pass through the decoder.
+    images alone need no pass through the decoder.
     """
 
     layers: tuple[int, ...]

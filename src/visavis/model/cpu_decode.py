@@ -4,8 +4,8 @@ One token through 30 layers is some 500 small operations, and walking modules co
 arithmetic. Here the weights are looked up once and the layers are one loop. The operations and
 their order are those of `decoder.Block`, so results are bitwise the same (a test holds them
 together); configs with other switches take `Decoder.forward`. Several tokens of one sequence can
-pass at a time: packed products then read the weights once, what could round otherwise in company
-goes row by row, and each token's scores are bitwise what they are when it comes alone.
+pass at a time: packed products then read the weights once, operations whose rounding depends on
+the number of rows run row by row, and each token's logits are bitwise those of a single token.
 """
 
 from __future__ import annotations

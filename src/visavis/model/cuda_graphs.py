@@ -1,11 +1,11 @@
-"""The decode step on CUDA: fixed shapes in fixed memory, replayed without a word from Python.
+"""The decode step on CUDA: fixed shapes at fixed addresses, captured as CUDA graphs.
 
     fill       tokens, positions, slots, totals and pages of all sequences: one copy to the device
     compute    the whole decoder, captured once per number of sequences and of pages, both rounded
                up to a power of two, and replayed from then on
 
-Lengths are data, not shapes: nothing on the way waits for the device. The CPU computes the same
-step eagerly; tests hold that to the ordinary path.
+Lengths are data on the device, so nothing synchronises. The CPU can compute the same step eagerly;
+tests compare it with `Decoder.forward`.
 """
 
 from __future__ import annotations

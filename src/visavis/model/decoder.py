@@ -1,7 +1,7 @@
-"""One decoder for every language-model family: what differs is in `DecoderConfig`.
+"""One decoder for all language-model families; `DecoderConfig` holds their differences.
 
 Reads a packed stream of embeddings `[T, D]` and returns hidden states `[T, D]`. The residual
-stream stays float32 whatever the weights are. Knows nothing of images, tokens' text or sampling.
+stream is float32 for any data type of the weights.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What matmuls compute in."""
+        """Data type of matrix products."""
         if isinstance(self.embed, QuantizedEmbedding):
             return self.embed.dtype
         weight = self.embed.weight

@@ -1,10 +1,10 @@
-"""The embedding head: pooled hidden states to one unit vector per sequence.
+"""Embedding head: pooled hidden states to one unit vector per sequence.
 
     e = L2( Σ_kind W_kind · mean over that kind's tokens of [h_l1; h_l2; …] + b_kind )
 
 The kinds are text and image tokens. A sequence with both sums their two projections. The image
-side may read the mean feature of the vision tower instead of hidden states. Knows neither layers
-nor batches: it is given means.
+side may read the mean feature of the vision tower instead of hidden states. The
+caller computes the means.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""One image or video as a vision tower takes it, and the plain numbers that say its layout.
+"""Input of a vision tower: the pixels of an image or video, and its grid.
 
-An `ImageGrid` is enough to count an image's tokens before any pixel is read, and to put the tokens
-of its views together afterwards. Knows no resizing (see `processing`) and no arithmetic on features
-(see `image_tokens.py`).
+The `ImageGrid` determines the number of image tokens before any pixel is decoded, and how the
+tokens of views are arranged. Resizing is in `processing`, arranging in `image_tokens.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class ImageGrid:
 
     @property
     def views(self) -> int:
-        """Square pictures that a tower of one resolution sees of it."""
+        """The square views of it for a tower of one resolution."""
         return self.frames if self.video else 1 + self.rows * self.columns
 
 

@@ -1,11 +1,23 @@
-"""Phi-3.5-vision's run of image tokens: the tiles' lines, a mark, the lines of the whole picture.
+"""Image features to image tokens.
+
+    pixels [V, 3, S, S], the views of an image or the frames of a video
+      └─ vision tower ──► features [V, prefix + P, W]        hidden state `select_layer`
+           └─ select ───► [V, P, W]                          with or without the class token
+                └─ connector ──► tokens of each view [V, P', D]
+                     └─ pack_image_features ──► [n, D]       views arranged in order
+                          └─ merge_image_features ──►        placeholders of the stream [T, D]
+
+The number of placeholders is computed by `count_tokens` from the grid alone, when a prompt is
+tokenized. It is compared here with the number of tokens; a mismatch is an error, because writing
+anyway would shift all later images.
+
+Phi-3.5-vision's order of tokens (`pack_phi3v_features`):
 
     tiles, put together: rows * s lines of columns * s tokens, each ended by `line`
     `middle`, one token
     base view: s lines of s tokens, each ended by `line`
 
-Both marks are learned in the width that the connector's layers read, and pass them as tokens do.
-Called by `fusion.py`; knows no tower and no weights' names elsewhere.
+`line` and `middle` are learned in the input width of the connector and pass through it like tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +51,7 @@ class Separators(nn.Module):
 
 
 def count_phi3v_tokens(side: int, shape: ImageGrid) -> int:
-    """Return how many tokens a picture becomes whose views are of side x side tokens."""
+    """Return the number of image tokens for views of side x side tokens."""
     tiles = shape.rows * side * (shape.columns * side + 1)
     return tiles + 1 + side * (side + 1)
 
@@ -123,9 +135,9 @@ def pack_image_features(
 
 
 def image_area(shape: ImageGrid, side: int, merge: ImageLayoutConfig) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of the picture in its tiles' tokens, padding cut off.
+    """Return top, left, height and width of the image in its tiles' tokens, padding cut off.
 
-    The same margin is cut at both ends, so the result may be one row higher than the picture.
+    The same margin is cut at both ends, so the result may be one row higher than the image.
     """
     rows, columns = shape.rows * side, shape.columns * side
     if not merge.unpad:
@@ -143,7 +155,7 @@ def image_area(shape: ImageGrid, side: int, merge: ImageLayoutConfig) -> tuple[i
 
 
 def reduced_grid(height: int, width: int, side: int, merge: ImageLayoutConfig) -> tuple[int, int]:
-    """Return the size that a picture of so many tokens is brought to (anyres_max_N)."""
+    """Return the size to which an image of this many tokens is reduced (anyres_max_N)."""
     if not merge.max_tiles:
         return height, width
     times = (height * width / (merge.max_tiles * side * side)) ** 0.5

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence, for all layers. Grows by doubling; knows no positions."""
+"""KV cache of one sequence, for all layers. Grows by doubling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from visavis.model.config import DecoderConfig
 
 
 class KVCache:
-    """What one sequence has attended to so far.
+    """Keys and values of the tokens of one sequence.
 
     Every layer is extended once per forward pass, layer 0 first; `length` counts the tokens of
     finished passes and moves when the last layer has been written (`advance`).

@@ -1,7 +1,7 @@
 """PyTorch's layers that skip random initialisation on the meta device.
 
-A model that is about to be filled from a file is built on "meta"; drawing random numbers there
-gives nothing and makes PyTorch import its compiler, over a second.
+A model is built on the meta device before its weights are loaded; initialising it there has no
+effect and makes PyTorch import its compiler, which takes over a second.
 """
 
 from __future__ import annotations

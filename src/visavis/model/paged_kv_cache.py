@@ -1,8 +1,7 @@
-"""Attention that reads keys and values from a pool of pages.
+"""Paged KV cache: a pool of pages, caches as lists of pages, and attention that reads them.
 
 On CUDA in half precision one kernel follows each sequence's list of pages. Elsewhere the decode
-step, one new token a sequence, is written out in plain operations of the same shapes. Knows what
-stands where (`Paging`), not how it came there.
+step, one new token per sequence, uses plain operations of the same shapes.
 """
 
 from __future__ import annotations
@@ -221,7 +220,7 @@ class PagePool:
 
 
 class PagedCache:
-    """What one sequence has attended to so far, in pages; to be used like a `KVCache`.
+    """Keys and values of one sequence, in pages; has the interface of `KVCache`.
 
     A page that another cache uses too is copied before it is written. Pages go back to the pool
     with the cache.
@@ -294,7 +293,7 @@ class PagedCache:
 
     @property
     def num_bytes(self) -> int:
-        """What its pages take, those it shares included."""
+        """Size of its pages in bytes, shared ones included."""
         return len(self.pages) * self.pool.page_bytes
 
 

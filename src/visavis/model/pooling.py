@@ -1,6 +1,6 @@
-"""From packed sequences to unit vectors: which hidden state stands for a sequence.
+"""Pooling: hidden states of packed sequences to unit vectors.
 
-Three poolings: the trained head, the last token, the mean of all. Knows no prompts or files.
+Three kinds: the trained embedding head, the last token, the mean of all tokens.
 """
 
 from __future__ import annotations

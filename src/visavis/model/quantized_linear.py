@@ -1,10 +1,10 @@
-"""Linear layers and embeddings whose weights stay integers: 4 or 8 bits, 32 or 64 to a scale.
+"""Quantized linear layers and embeddings: weights of 4 or 8 bits in groups of 32 or 64.
 
-Two regimes on the CPU. Decoding reads few rows, so PyTorch's packed int4 kernel multiplies the
-integers as they are. Prefill and embedding read many, so weights are made floating-point, a tile
-at a time (`QuantizedRows.tiles`) or, in small models, once (`QuantizedLinear.dense`), and go
-through the dense product. The caller says which (`packed_kernels`), never the number of rows: both
-round differently, and a result must not depend on what else is in its batch.
+There are two kernels on the CPU. Decode has few rows, so PyTorch's packed int4 kernel multiplies
+the integers directly. Prefill and embedding have many, so weights are converted to floating-point,
+a tile at a time (`QuantizedRows.tiles`) or, in small models, once (`QuantizedLinear.dense`), and
+go through the dense product. The caller chooses the kernel (`packed_kernels`), independent of the
+number of rows: they round differently, and a result must not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """What one product of a decoded token reads."""
+        """Bytes read by the product with one token."""
         read = [self.low, self.high]
         for part in self.parts:
             read += [part.digits, part.scales]

@@ -1,7 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021), half-split layout, with the stretches in use.
-
-Knows frequencies and angles; does not know which layers or heads use them.
-"""
+"""Rotary position embeddings (RoPE, Su et al. 2021), half-split, context scaling, M-RoPE."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A vision-language model: tower, connector, decoder and, for some, an embedding head.
+"""Vision-language model: vision tower, connector, decoder and an optional embedding head.
 
-Composes the parts and nothing else: prompts, files, caches of features and sampling are elsewhere.
+Prompts, files, feature caches and sampling are in other parts of the package.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class VLM(nn.Module):
         return self
 
     def tower_features(self, pixels: Tensor) -> Tensor:
-        """Return what the connector reads of views [V, 3, S, S]: float32 [V, P, W]."""
+        """Return the selected tower features of views [V, 3, S, S]: float32 [V, P, W]."""
         assert self.tower is not None
         dtype = next(self.tower.parameters()).dtype
         pixels = pixels.to(dtype, memory_format=torch.channels_last)  # a third faster on the CPU
         return select(self.tower(pixels, self.config.select_layer), self.config).float()
 
     def see(self, visuals: Sequence[ImageInput]) -> list[ImageFeatures]:
-        """Return what images and videos become: their tokens and mean features."""
+        """Return the image tokens and mean tower features of images and videos."""
         if isinstance(self.config.tower, Qwen2VLTowerConfig):
             return self._see_patches(visuals)
         views = torch.cat([visual.pixels for visual in visuals])
@@ -87,7 +87,7 @@ class VLM(nn.Module):
         return list(zip(tokens.split(counts), means, strict=True))
 
     def connect(self, features: Tensor, shapes: Sequence[ImageGrid]) -> list[ImageFeatures]:
-        """Return what images become, of the features [V, P, W] of all their views."""
+        """Return image tokens and mean features from the tower features [V, P, W] of all views."""
         assert self.connector is not None
         views = [shape.views for shape in shapes]
         tokens = self.connector(features).split(views)

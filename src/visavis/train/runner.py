@@ -167,7 +167,7 @@ def _claim(recipe: Recipe, out: Path) -> None:
     elif path.read_text(encoding="utf-8") != text:
         raise TrainError(
             f"{out} holds the run of another recipe ({path} differs from this one); choose another "
-            "folder with --out, or delete that one to start over."
+            "folder with --output, or delete that one to start over."
         )
 
 

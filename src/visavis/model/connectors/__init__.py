@@ -1,7 +1,7 @@
 """Connectors: tower features [V, P, W] to image tokens [V, n, D] in the decoder's width.
 
-One file and one row of `CONNECTORS` per kind (docs/add-a-connector.md). They know neither where
-the features come from nor where the tokens go.
+One file and one row of `CONNECTORS` per kind (docs/add-a-connector.md). A connector does not depend
+on the vision tower or the decoder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def build_connector(config: ConnectorConfig) -> Connector:
 
 
 def connector_tokens(config: ConnectorConfig, num_patches: int) -> int:
-    """Return how many tokens the features of so many patches become.
+    """Return the number of image tokens for a number of patches.
 
     Raises:
         UnknownNameError: no connector is of that kind.

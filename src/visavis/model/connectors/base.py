@@ -1,4 +1,4 @@
-"""What every connector is. Knows no kind."""
+"""Base class of connectors."""
 
 from __future__ import annotations
 

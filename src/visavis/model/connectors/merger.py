@@ -1,7 +1,6 @@
 """Qwen2-VL's merger: four neighbouring patches become one token.
 
-The patches of one token stand next to one another in the stream, so images of any size may follow
-one another in it.
+The patches of one token are adjacent in the stream, so it can hold images of any size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The identity and LLaVA's projectors: `linear`, and `mlp` of any depth; pixel shuffle first.
 
-The nano model's connector is one of these. Reads patches one by one, or folded neighbours.
+Each patch is projected separately, after pixel shuffle each block of neighbouring patches.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """TinyLLaVA's `qformer`, BLIP-2's: a BERT of learned queries that reads patches every second block.
 
-Only what queries pass is here: BLIP-2's text side, and BERT's dropout, are not.
+Only the path of the queries is implemented, without BLIP-2's text side and BERT's dropout.
 """
 
 from __future__ import annotations

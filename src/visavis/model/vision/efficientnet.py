@@ -1,4 +1,4 @@
-"""EfficientNet-Lite 0-4 as a vision tower: the convolutional one, small enough for any laptop.
+"""EfficientNet-Lite 0-4 as a vision tower, the convolutional one.
 
 From Tan & Le, "EfficientNet" (2019), in the "lite" form: no squeeze-and-excite, ReLU6, stem and
 head not scaled. Batch norms are folded into the convolutions by the importer, so there are none

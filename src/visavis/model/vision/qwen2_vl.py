@@ -1,9 +1,8 @@
 """Qwen2-VL's vision tower: images of any size as patches, rotary positions on two axes.
 
 Takes the patches of many images in one stream, in the order in which neighbours become one token
-(see `processing/qwen2_vl.py`), and returns a hidden state in the same order. A patch sees those of
-its own image, or in a video those of its own two frames. Knows no pixels' sizes and no merging of
-patches beyond their order.
+(see `processing/qwen2_vl.py`), and returns a hidden state in the same order. Attention is limited
+to the patches of one image, or of a pair of frames in a video.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """One vision transformer for CLIP, SigLIP and DINOv2; `ViTConfig` flags are their differences.
 
-Takes normalised pixels and returns the hidden state of a chosen layer. Knows nothing of resizing,
-of which tokens a connector wants, or of weights' names elsewhere.
+Takes normalised pixels [N, 3, S, S] and returns the hidden state of a chosen layer [N, P, W].
 """
 
 from __future__ import annotations
