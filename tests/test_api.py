@@ -60,7 +60,7 @@ def test_any_batch_gives_the_vectors_of_singles(
     model = tiny_model()
     singles = np.concatenate([model.embed([ITEMS[i]]) for i in chosen])
     if not cached:
-        model.image_cache = FeatureCache()
+        model.image_encoder.cache = FeatureCache()
     together = model.embed([ITEMS[i] for i in chosen], batch_tokens=batch_tokens)
     np.testing.assert_allclose(together, singles, atol=2e-6)
 
@@ -68,7 +68,7 @@ def test_any_batch_gives_the_vectors_of_singles(
 def test_equal_pictures_are_seen_once(
     model: visavis.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model.image_cache = FeatureCache()
+    model.image_encoder.cache = FeatureCache()
     seen = []
     see = model.vlm.see
     monkeypatch.setattr(model.vlm, "see", lambda pixels: seen.append(len(pixels)) or see(pixels))

@@ -169,7 +169,10 @@ def test_smaller_types(kind: str, language_model: Checkpoint, tmp_path: Path) ->
 def test_a_folder_of_the_two_chats_and_embeds(language_model: Checkpoint, tmp_path: Path) -> None:
     loaded = compose(language_model, "CLIP, mlp2x")
     write_gguf(loaded, tmp_path, kind="F32")
-    ours, again = Model(loaded), Model(load_checkpoint(tmp_path, precision="f32", device="cpu"))
+    ours, again = (
+        Model.of(loaded),
+        Model.of(load_checkpoint(tmp_path, precision="f32", device="cpu")),
+    )
     picture = pil.new("RGB", (50, 30), (200, 40, 40))
     answers = [model.chat("word3?", [picture], max_new_tokens=12).text for model in (ours, again)]
     assert answers[0] == answers[1] != ""

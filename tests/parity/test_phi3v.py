@@ -169,7 +169,7 @@ def test_tolerance_would_see_a_swapped_separator(tmp_path: Path) -> None:
     assert model.vlm.separators is not None
     marks = model.vlm.separators
     marks.line.data, marks.middle.data = marks.middle.data, marks.line.data
-    model.image_cache = type(model.image_cache)()
+    model.image_encoder.cache = type(model.image_encoder.cache)()
     assert np.abs(model.trace(question).logits - before).max() > 100 * TOLERANCE
 
 

@@ -6,15 +6,42 @@ only, `pixels_of` everything; both give the same shape. Knows no model.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from visavis.errors import InputError
-from visavis.inputs import Image, Video
+from visavis.inputs import Content, Image, Video
 from visavis.model.image_input import ImageGrid
 from visavis.processing import anyres, qwen2_vl
 from visavis.processing.images import ImageProcessorConfig, decode_image, image_size, process_image
 from visavis.processing.phi3v import phi3v_grid, phi3v_views
 from visavis.processing.video import VideoConfig, describe_times, read_frames, survey
+
+
+@dataclass(frozen=True)
+class ImageReference:
+    """One image or video of a prompt, not yet decoded.
+
+    Args:
+        grid: the views or patches that it will divide into.
+        is_only_image: whether it is sized as the only image of its prompt.
+    """
+
+    visual: Image | Video
+    grid: ImageGrid
+    is_only_image: bool
+
+    @property
+    def content(self) -> Content:
+        """What was read of it when its prompt was prepared."""
+        assert self.visual.content is not None, "identify the prompt first"
+        return self.visual.content
+
+    @property
+    def key(self) -> str:
+        """The content key that its features are cached by."""
+        return f"{self.content.hash}:{self.is_only_image}"
 
 
 def depends_on_image_count(processor: ImageProcessorConfig | None) -> bool:
@@ -39,11 +66,11 @@ def grid_of(visual: Image | Video, processor: ImageProcessorConfig, alone: bool)
             return qwen2_vl.video_shape(num_frames, size, processor.patches)
         return ImageGrid(num_frames, video=True)
     if processor.patches is not None:
-        return qwen2_vl.image_shape(image_size(visual), processor.patches)
+        return qwen2_vl.image_shape(_size(visual), processor.patches)
     if processor.hd is not None:
-        return phi3v_grid(image_size(visual), processor)
+        return phi3v_grid(_size(visual), processor)
     if processor.tiles is not None:
-        return anyres.image_shape(image_size(visual), processor, alone)
+        return anyres.image_shape(_size(visual), processor, alone)
     return ImageGrid()
 
 
@@ -78,6 +105,11 @@ def pixels_of(
     if processor.tiles is not None:
         return anyres.image_views(image, processor, alone)
     return process_image(image, processor)[None], ImageGrid()
+
+
+def _size(image: Image) -> tuple[int, int]:
+    known = image.content.size if image.content is not None else None
+    return image_size(image) if known is None else known
 
 
 def _frames_of(processor: ImageProcessorConfig) -> VideoConfig:

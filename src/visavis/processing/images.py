@@ -17,9 +17,9 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import floor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
@@ -29,7 +29,7 @@ from PIL import Image as pil
 from PIL import UnidentifiedImageError
 
 from visavis.errors import ImageError, InputError
-from visavis.inputs import Document, Image, Page, Stored, Video
+from visavis.inputs import Content, Document, Image, Page, Prompt, Stored, Text, Video, Visual
 from visavis.processing import pdf
 from visavis.processing.anyres import AnyresConfig
 from visavis.processing.media import FORMATS, frame_files, name_of, open_media
@@ -120,50 +120,168 @@ def image_size(image: Any) -> tuple[int, int]:
     name = _name(source)
     try:
         with open_media(source) as data, _open_header(data, name) as opened:
-            _check_size(opened, name)
-            # What ICO's header says may be wrong, and a PNG may say how it is turned after its
-            # pixels. TIFF's size is that of the upright picture once it is loaded.
-            if opened.format in ("ICO", "TIFF") or (opened.format == "PNG" and _ends_late(data)):
-                return _decode(opened, name).size
-            width, height = opened.size
-            orientation = None
-            with suppress(Exception):
-                orientation = pil.Image.getexif(opened).get(_EXIF_ORIENTATION)
-            return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+            return _header_size(opened, data, name) or _decode(opened, name).size
     except ImageError:
         raise
     except Exception as error:
         raise _damaged(name, error) from error
 
 
+def _header_size(opened: pil.Image, data: BinaryIO, name: str) -> tuple[int, int] | None:
+    """Return the width and height of the upright image; None if the header does not give them.
+
+    What ICO's header says may be wrong, and a PNG may say how it is turned after its pixels.
+    TIFF's size is that of the upright image once it is loaded.
+    """
+    _check_size(opened, name)
+    if opened.format in ("ICO", "TIFF") or (opened.format == "PNG" and _ends_late(data)):
+        return None
+    width, height = opened.size
+    orientation = None
+    with suppress(Exception):
+        orientation = pil.Image.getexif(opened).get(_EXIF_ORIENTATION)
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+# ---- content hashes ------------------------------------------------------------------------------
+
+_Stamp = tuple[int, int, int]  # size, modification time, inode
+
+
 def content_hash(visual: Any) -> str:
     """Return 32 hex digits that name the content: of a file's bytes for a path or bytes, of the
     decoded pixels for a PIL image or array; of a `Video` or `Document` with what it asks for."""
-    digest = hashlib.blake2b(digest_size=16)
-    if isinstance(visual, Document):
-        digest.update(f"pages {visual.pages} ".encode())
-        _hash_source(digest, visual.source)
-    elif isinstance(visual, Video):
-        digest.update(f"frames {visual.frames} ".encode())
-        for each in frame_files(visual.source) or (visual.source,):
-            _hash_source(digest, _source(each))
-    else:
-        _hash_source(digest, _source(visual))
-    return digest.hexdigest()
+    return ContentHasher().content(visual).hash
 
 
-def _hash_source(digest: hashlib.blake2b, source: Any) -> None:
-    if isinstance(source, (Path, bytes, Stored)):
-        with open_media(source) as data:
-            while chunk := data.read(2**20):
-                digest.update(chunk)
-    elif isinstance(source, Page):
-        digest.update(f"page {source.number} ".encode())
-        _hash_source(digest, source.document)
-    else:
+class ContentHasher:
+    """Hashes images, videos and documents: an unchanged file once, a document once for all of its
+    pages."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[Path, tuple[_Stamp, ...], bool], Content] = {}
+        self._documents: dict[tuple[Path | bytes, _Stamp | None], bytes] = {}
+
+    def identify(self, prompt: Prompt) -> Prompt:
+        """Return the prompt with the content of its images and videos; each file is opened once.
+
+        Raises:
+            ImageError: one cannot be read.
+        """
+        if not prompt.visuals:
+            return prompt
+
+        def identified(part: Text | Visual) -> Text | Visual:
+            if not isinstance(part, (Image, Video)) or part.content is not None:
+                return part
+            return replace(part, content=self.content(part, with_size=True))
+
+        return Prompt(
+            tuple(replace(m, parts=tuple(map(identified, m.parts))) for m in prompt.messages)
+        )
+
+    def hash(self, visual: Visual) -> str:
+        """Return the content hash of an image, video or document, known or read now.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        known = None if isinstance(visual, Document) else visual.content
+        return (known or self.content(visual)).hash
+
+    def content(self, visual: Any, *, with_size: bool = False) -> Content:
+        """Return the hash of an image, video or document, and the stamps of its files.
+
+        Args:
+            with_size: read the size of an image's file from its header too.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        stamp = stamp_of(visual)  # before reading: a change meanwhile gives another stamp later
+        source = visual.source if isinstance(visual, Image) else visual
+        if not isinstance(source, Path):
+            return self._read(visual, stamp, with_size)
+        key = (source, stamp, with_size)
+        if key not in self._images:
+            self._images[key] = self._read(visual, stamp, with_size)
+        return self._images[key]
+
+    def _read(self, visual: Any, stamp: tuple[_Stamp, ...], with_size: bool) -> Content:
+        digest, size = hashlib.blake2b(digest_size=16), None
+        if isinstance(visual, Document):
+            digest.update(f"pages {visual.pages} ".encode())
+            digest.update(self._document(visual.source))
+        elif isinstance(visual, Video):
+            digest.update(f"frames {visual.frames} ".encode())
+            for each in frame_files(visual.source) or (visual.source,):
+                self._update(digest, _source(each))
+        else:
+            size = self._update(digest, _source(visual), with_size)
+        return Content(digest.hexdigest(), size, stamp)
+
+    def _update(
+        self, digest: hashlib.blake2b, source: Any, with_size: bool = False
+    ) -> tuple[int, int] | None:
+        """Add a source to a digest; return the size in its header if that is asked for."""
+        if isinstance(source, (Path, bytes, Stored)):
+            with open_media(source) as data:
+                while chunk := data.read(2**20):
+                    digest.update(chunk)
+                return _size_in(data, _name(source)) if with_size else None
+        if isinstance(source, Page):
+            digest.update(f"page {source.number} ".encode())
+            digest.update(self._document(source.document))
+            return None
         rgb = decode_image(source)
         digest.update(f"rgb {rgb.width} {rgb.height} ".encode())
         digest.update(rgb.tobytes())
+        return rgb.size
+
+    def _document(self, source: Path | bytes | str) -> bytes:
+        assert not isinstance(source, str)  # Document has replaced it
+        key = (source, _file_stamp(source) if isinstance(source, Path) else None)
+        if key not in self._documents:
+            digest = hashlib.blake2b(digest_size=16)
+            self._update(digest, source)
+            self._documents[key] = digest.digest()
+        return self._documents[key]
+
+
+def stamp_of(visual: Any) -> tuple[_Stamp, ...]:
+    """Return size, modification time and inode of each file that an image, video or document is
+    read from: another stamp is another content."""
+    return tuple(stamp for path in _files_of(visual) if (stamp := _file_stamp(path)))
+
+
+def _files_of(visual: Any) -> Iterator[Path]:
+    source = visual.source if isinstance(visual, (Document, Video)) else _source(visual)
+    if isinstance(visual, Video):
+        for each in frame_files(source) or (source,):
+            yield from [each] if isinstance(each, Path) else _files_of(each)
+    elif isinstance(source, Page):
+        yield from [source.document] if isinstance(source.document, Path) else []
+    elif isinstance(source, Path):
+        yield source
+
+
+def _file_stamp(path: Path) -> _Stamp | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # opening it says why in better words
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _size_in(data: BinaryIO, name: str) -> tuple[int, int] | None:
+    data.seek(0)
+    try:
+        with _open_header(data, name) as opened:
+            return _header_size(opened, data, name)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _damaged(name, error) from error
 
 
 def _source(image: Any) -> Path | pil.Image | np.ndarray | bytes | Page | Stored:

@@ -16,7 +16,7 @@ import re
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import RLock
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from visavis.errors import InputError, TrainError
 from visavis.inputs import Image, Prompt
 from visavis.model.config import Qwen2VLTowerConfig
 from visavis.model.vlm import TOWER_BATCH, VLM
+from visavis.processing.image_encoder import decode_ahead
 from visavis.processing.images import (
     ImageProcessorConfig,
     content_hash,
@@ -219,19 +220,17 @@ class FeatureStore:
         return row if zlib.crc32(row.tobytes()) == place.checksum else None
 
     def _compute(self, images: Mapping[str, Named], flip: bool) -> Iterator[dict[str, np.ndarray]]:
-        """Compute and store pictures' features, some at a time; the next ones are decoded
+        """Compute and store images' features, some at a time; the next ones are decoded
         meanwhile."""
-        items = list(images.items())
-        chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
 
-        def decode(chunk: list[tuple[str, Named]]) -> list[Future[np.ndarray]]:
-            return [self.pool.submit(self._pixels, *named, flip) for _, named in chunk]
+        def decode(item: tuple[str, Named]) -> np.ndarray:
+            return self._pixels(*item[1], flip)
 
-        coming = decode(chunks[0]) if chunks else []
-        for chunk, following in zip(chunks, [*chunks[1:], []], strict=False):
-            pixels = torch.from_numpy(np.stack([future.result() for future in coming]))
-            coming = decode(following)
-            features, keys = self._tower(pixels), [key for key, _ in chunk]
+        for chunk, pixels in decode_ahead(
+            list(images.items()), decode, self.pool, chunk_size=CHUNK
+        ):
+            features = self._tower(torch.from_numpy(np.stack(pixels)))
+            keys = [key for key, _ in chunk]
             self.put(keys, features)
             yield dict(zip(keys, features, strict=True))
 

@@ -22,7 +22,7 @@ from visavis.data.sampler import SourceSampler
 from visavis.errors import TrainError
 from visavis.inputs import Prompt
 from visavis.model.batch import PackedBatch
-from visavis.processing.chat_template import Encoded
+from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.processing.images import content_hash
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import gather_rows
@@ -161,7 +161,7 @@ class _Item:
 
     id: str
     prompt: Prompt
-    encoded: Encoded
+    encoded: PreparedPrompt
 
 
 _Keys: TypeAlias = tuple[Tensor, Tensor, Tensor]

@@ -16,7 +16,7 @@ from torch import nn
 from visavis.data.examples import Conversation
 from visavis.data.sampler import SourceSampler
 from visavis.model.batch import PackedBatch
-from visavis.processing.chat_template import Encoded
+from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.train.data_loader import DataLoader
 from visavis.train.gradcache import token_chunks
 from visavis.train.objectives import Devices, Part, draw
@@ -76,7 +76,10 @@ class GenerativeTask:
         return [Part(self.name, mean, int(devices.sum(tokens)), ids, waited)]
 
     def _micro_batch(
-        self, samples: Sequence[Conversation], encoded: Sequence[Encoded], chunk: Sequence[int]
+        self,
+        samples: Sequence[Conversation],
+        encoded: Sequence[PreparedPrompt],
+        chunk: Sequence[int],
     ) -> PackedBatch:
         if not chunk:
             return self.loader.nothing()
