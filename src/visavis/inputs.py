@@ -81,17 +81,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Content:
-    """The content of an image or video at the time it was read (see `processing.images.identify`).
+    """What an image or video held when it was read, see `processing.images.ContentHasher`."""
 
-    Args:
-        hash: 32 hex digits, equal for equal content.
-        size: width and height of an upright image; None: not known from its header.
-        stamp: size, modification time and inode of each file it was read from.
-    """
-
-    hash: str
-    size: tuple[int, int] | None = None
-    stamp: tuple[tuple[int, int, int], ...] = ()
+    hash: str  # 32 hex digits, equal for equal content
+    size: tuple[int, int] | None = None  # of an upright image; None: not known from its header
+    stamp: tuple[tuple[int, int, int], ...] = ()  # size, modification time, inode of each file
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from visavis.model.config import (
     TowerConfig,
 )
 from visavis.model.vlm import VLM
-from visavis.processing.anyres import AnyresConfig
+from visavis.processing.config import AnyresConfig
 
 GRIDS = ((32, 64), (64, 32), (64, 64))
 SPATIAL = ImageLayoutConfig("spatial", unpad=True, newline=True)

@@ -26,7 +26,7 @@ from visavis.checkpoints.phi3v import name_table, vlm_config
 from visavis.checkpoints.weight_mapping import to_theirs
 from visavis.cli import app
 from visavis.errors import CheckpointError
-from visavis.processing.phi3v import phi3v_grid
+from visavis.processing.phi3v import Phi3VProcessor
 
 __all__ = ["tiny_tower"]  # a fixture, used by every test
 pytestmark = pytest.mark.parity
@@ -41,7 +41,7 @@ def load(folder: Path, **settings: Any) -> visavis.Model:
 def published(model: visavis.Model, image: Image.Image) -> tuple[torch.Tensor, int, int]:
     """Return a picture's views, rows and columns by the published rules."""
     assert model.processor is not None
-    shape = phi3v_grid(image.size, model.processor)
+    shape = Phi3VProcessor(model.processor).grid(image.size)
     return reference(image, model.processor), shape.rows, shape.columns
 
 

@@ -19,7 +19,7 @@ from tests.processing.test_documents import pdf_bytes
 from visavis.api import Model
 from visavis.index import Index
 from visavis.inputs import Document, Image, Prompt
-from visavis.processing.anyres import AnyresConfig
+from visavis.processing.config import AnyresConfig
 from visavis.processing.feature_cache import FeatureCache
 from visavis.processing.images import ContentHasher
 from visavis.train.data_loader import DataLoader

@@ -20,9 +20,10 @@ from visavis.model.batch import PackedBatch
 from visavis.model.image_input import ImageInput
 from visavis.model.vlm import TOWER_BATCH, VLM, ImageFeatures
 from visavis.processing.collate import pack
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.feature_cache import FeatureCache
 from visavis.processing.image_processor import ImageReference, pixels_of
-from visavis.processing.images import ImageProcessorConfig, stamp_of
+from visavis.processing.images import stamp_of
 from visavis.processing.prompt_encoder import PreparedPrompt
 
 Item = TypeVar("Item")

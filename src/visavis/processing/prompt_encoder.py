@@ -25,13 +25,13 @@ from visavis.processing.chat_template import (
     encode_plain,
     encode_turns,
 )
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.image_processor import (
     ImageReference,
-    depends_on_image_count,
     grid_of,
+    image_processor,
     times_of,
 )
-from visavis.processing.images import ImageProcessorConfig
 from visavis.processing.tokenizer import SpecialTokens
 from visavis.utils import lookup
 
@@ -289,11 +289,12 @@ class PromptEncoder:
                 "image(s). Use a model with vision, such as 'nano', or send text only."
             )
         processor = self.processor
-        only = len(prompt.visuals) == 1 or not depends_on_image_count(processor)
+        if processor is None:
+            return ()
+        depends = image_processor(processor).depends_on_image_count
+        only = len(prompt.visuals) == 1 or not depends
         return tuple(
-            ImageReference(one, grid_of(one, processor, only), only)
-            for one in prompt.visuals
-            if processor
+            ImageReference(one, grid_of(one, processor, only), only) for one in prompt.visuals
         )
 
     def _timed(self, prompt: Prompt) -> Prompt:

@@ -27,15 +27,12 @@ from torch import Tensor
 
 from visavis.errors import InputError, TrainError
 from visavis.inputs import Image, Prompt
-from visavis.model.config import Qwen2VLTowerConfig
 from visavis.model.vlm import TOWER_BATCH, VLM
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.image_encoder import decode_ahead
-from visavis.processing.images import (
-    ImageProcessorConfig,
-    content_hash,
-    decode_image,
-    process_image,
-)
+from visavis.processing.image_processor import image_processor
+from visavis.processing.images import content_hash, decode_image
+from visavis.processing.resize import process_image
 
 MAX_BYTES = 100 * 10**9
 LINE = re.compile(r"^(\d+) (\S+) ([0-9a-f]{8})\n", re.MULTILINE)  # a whole one, of `.rows`
@@ -73,11 +70,12 @@ class FeatureStore:
         max_bytes: int = MAX_BYTES,
         threads: int = 2,
     ) -> None:
-        several = processor.tiles or processor.hd or processor.patches
-        if several or isinstance(vlm.config.tower, Qwen2VLTowerConfig):
+        rule = image_processor(processor)
+        if rule.needs_size:
             raise TrainError(
-                f"this model sees a picture as several views ({several}), and the feature cache "
-                "keeps one; set feature_cache to false in the recipe, or take a model without."
+                f"this model sees a picture as several views ({type(rule).__name__}), and the "
+                "feature cache keeps one; set feature_cache to false in the recipe, or take a "
+                "model without."
             )
         assert vlm.config.tower is not None
         self.vlm, self.processor, self.max_bytes = vlm, processor, max_bytes

@@ -29,8 +29,8 @@ from visavis.generate.engine import generate
 from visavis.generate.sampling import Sampler, Sampling
 from visavis.inputs import Image, Prompt
 from visavis.model.pooling import pooled
-from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.processing.images import content_hash, decode_image
+from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.train.gradcache import token_chunks
 from visavis.train.metrics import read_log
 from visavis.train.objectives import Task
