@@ -24,7 +24,7 @@ from tests.mmproj_files import compose, tiny_llama
 from tests.parity.qwen2_vl_files import save_qwen2_vl
 from tests.parity.test_llava_original_anyres import VARIANTS
 from tests.parity.test_llava_original_anyres import save as save_anyres
-from tests.processing.test_documents import pdf_bytes
+from tests.processing.test_pdf import pdf_bytes
 from visavis.checkpoints.gguf.export import write_gguf
 from visavis.generate.engine import generate
 from visavis.inputs import Document, Image, Prompt, Text, Video

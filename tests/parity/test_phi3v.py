@@ -21,7 +21,7 @@ import visavis
 from tests.checkpoints.phi3v_files import published_inputs, save_phi3v, tiny_tower
 from tests.fakes import picture
 from tests.parity.peers import TOLERANCE, assert_close
-from tests.processing.test_hd import reference
+from tests.processing.test_phi3v import reference
 from visavis.checkpoints.phi3v import name_table, vlm_config
 from visavis.checkpoints.weight_mapping import to_theirs
 from visavis.cli import app

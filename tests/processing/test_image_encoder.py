@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.fakes import picture, tiny_model, write_pictures
-from tests.processing.test_documents import pdf_bytes
+from tests.processing.test_pdf import pdf_bytes
 from visavis.api import Model
 from visavis.index import Index
 from visavis.inputs import Document, Image, Prompt

@@ -5,10 +5,10 @@
                  from the prefix cache)              for all of them, each with its own cache
 
 A finished sequence leaves and a waiting one enters between two steps. Each sequence gets what it
-would get alone. On CUDA the caches are pages of one pool and a step is one graph (`graphs.py`); a
-prompt that finds no free pages waits until a sequence has ended. A sequence that is alone may grow
-by several tokens a step: those that were guessed (see `lookup.py`) and that its sampler says too.
-Takes token ids and yields token ids; knows nothing of tokenizers or templates.
+would get alone. On CUDA the caches are pages of one pool and a step is one graph
+(`cuda_graphs.py`); a prompt that finds no free pages waits until a sequence has ended. A sequence
+that is alone may grow by several tokens a step: those that were guessed (see `prompt_lookup.py`)
+and that its sampler chooses too. Takes prepared prompts and yields token ids.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Engine:
         images: encodes the images of prepared prompts; None: there are none.
         max_sequences: how many grow at the same time; the rest wait.
         prefixes: prompts read before; None: each is read whole.
+        graphs: decode from pages by captured graphs on CUDA; they stay in memory afterwards.
 
     Raises:
         InputError: `max_sequences` is below 1.
@@ -98,11 +99,12 @@ class Engine:
         *,
         max_sequences: int = 16,
         prefixes: PrefixCache | None = None,
+        graphs: bool = True,
     ) -> None:
         if max_sequences < 1:
             raise InputError(f"max_sequences is {max_sequences}, expected 1 or more.")
         self.vlm, self.images = vlm, images
-        self.max_sequences, self.prefixes = max_sequences, prefixes
+        self.max_sequences, self.prefixes, self.graphs = max_sequences, prefixes, graphs
         self.waiting: deque[GeneratedSequence] = deque()
         self.active: list[GeneratedSequence] = []
         self.flat: tuple[KVCache, FusedDecodeStep] | None = None
@@ -112,7 +114,7 @@ class Engine:
     @cached_property
     def static(self) -> StaticDecoder | None:
         """What decodes on CUDA, where a kernel reads pages."""
-        return StaticDecoder.of(self.vlm.decoder)
+        return StaticDecoder.of(self.vlm.decoder) if self.graphs else None
 
     def add(self, sequence: GeneratedSequence) -> None:
         """Let a sequence wait for its turn."""
@@ -362,8 +364,8 @@ def generate(
     The first token arrives when the prompt has been read; stopping the iteration frees the cache.
     """
     sequence = GeneratedSequence(batch, sample, max_new_tokens, stop_ids)
-    engine, shown = Engine(vlm), 0
-    engine.static = None  # training goes on after one answer: no pool that stays, no graphs
+    # Training follows one answer: no pool of pages may stay in memory.
+    engine, shown = Engine(vlm, graphs=False), 0
     for _ in engine.run([sequence]):
         yield from sequence.tokens[shown:]
         shown = len(sequence.tokens)
