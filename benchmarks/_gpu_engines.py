@@ -95,7 +95,7 @@ class Visavis:
 
         sequences = [
             GeneratedSequence(
-                lambda ids=ids: self.batch([ids]),  # type: ignore[misc]
+                self.batch([ids]),
                 lambda scores: int(scores.argmax()),
                 new_tokens,
                 frozenset(),

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from visavis.errors import UnknownNameError
 
@@ -126,3 +126,16 @@ def jpeg_preview(image: PILImage, size: int) -> bytes:
     encoded = io.BytesIO()
     small.save(encoded, "JPEG", quality=85)
     return encoded.getvalue()
+
+
+def type_name(value: Any) -> str:
+    """Return the type of a value as messages name it."""
+    kind = type(value)
+    if kind.__module__ == "builtins":
+        return f"of type {kind.__qualname__}" if value is not None else "None"
+    return f"of type {kind.__module__}.{kind.__qualname__}"
+
+
+def shortened(text: str) -> str:
+    """Return a text of at most 80 characters."""
+    return text if len(text) <= 80 else text[:77] + "…"

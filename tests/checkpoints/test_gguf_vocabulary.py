@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from tests.gguf_files import tiny_config, write_llama
 from tests.llamacpp import llama_cpp
+from tests.processing.test_chat_formats import IMAGE, conversation, with_specials
 from tests.processing.test_sentencepiece import LLAMA, SPECIALS, write_model
-from tests.processing.test_turns import IMAGE, conversation, with_specials
 from tests.texts import texts
 from visavis.checkpoints.gguf.export import chat_template, vocabulary_metadata
 from visavis.errors import CheckpointError

@@ -20,6 +20,7 @@ from visavis.checkpoints.llava.config import (
     vlm_config,
 )
 from visavis.errors import CheckpointError, InputError
+from visavis.model.image_tokens import tokens_per_view
 
 
 @pytest.fixture
@@ -101,10 +102,10 @@ def test_a_known_tower_needs_no_folder() -> None:
     }
     vision, processor = KNOWN_TOWERS[config["mm_vision_tower"]]  # type: ignore[index]
     ours = vlm_config(config, text_config(config), vision)
-    assert ours.tokens_per_image == 576 and processor["size"] == {"shortest_edge": 336}
+    assert tokens_per_view(ours) == 576 and processor["size"] == {"shortest_edge": 336}
     siglip, _ = KNOWN_TOWERS["google/siglip-so400m-patch14-384"]
     ours = vlm_config(config | {"mm_hidden_size": 1152}, text_config(config), siglip)
-    assert ours.tokens_per_image == 729
+    assert tokens_per_view(ours) == 729
     assert ours.tower is not None and ours.tower.num_layers == 26  # type: ignore[union-attr]
 
 

@@ -21,7 +21,7 @@ from tests.fakes import picture, tiny_model
 from tests.train.training import TinyRun
 from visavis.errors import TrainError
 from visavis.inputs import Image, Prompt, Video
-from visavis.processing.anyres import AnyresConfig
+from visavis.processing.config import AnyresConfig
 from visavis.processing.image_processor import pixels_of
 from visavis.train.feature_store import FeatureStore, key_of
 

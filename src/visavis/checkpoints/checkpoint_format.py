@@ -28,7 +28,7 @@ from visavis.checkpoints.transformers.weights import read_as
 from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import (
     SpecialTokens,

@@ -43,8 +43,7 @@ from visavis.model.config import (
 from visavis.model.connectors import build_connector
 from visavis.model.embedding_head import EmbeddingHead
 from visavis.model.vlm import VLM
-from visavis.processing.anyres import AnyresConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import AnyresConfig, ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 
 EFFICIENTNET = "efficientnet-lite2"

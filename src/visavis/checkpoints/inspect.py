@@ -10,6 +10,7 @@ import torch
 from visavis.checkpoints.checkpoint_format import CheckpointFormat
 from visavis.checkpoints.formats import detect
 from visavis.model.config import VLMConfig
+from visavis.model.image_tokens import tokens_per_view
 from visavis.model.vlm import VLM
 
 PARTS = {  # attributes of a VLM
@@ -54,7 +55,7 @@ def model_parts(config: VLMConfig) -> list[dict[str, Any]]:
     if connector:
         details["connector"] = connector.kind
         if hasattr(tower, "image_size"):
-            details["connector"] += f", {config.tokens_per_image} tokens per view"
+            details["connector"] += f", {tokens_per_view(config)} tokens per view"
     if head:
         details["head"] = f"{head.dim} dimensions from layers {head.layers}"
     found = []

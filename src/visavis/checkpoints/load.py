@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 from visavis.checkpoints import bundled, hub
 from visavis.errors import CheckpointError, FetchError, InputError, UnknownNameError
 from visavis.processing.chat_formats import CHAT_FORMATS
+from visavis.processing.config import sized_as
 from visavis.processing.prompt_encoder import PROFILES
 from visavis.utils import lookup, suggest
 
 if TYPE_CHECKING:
     from visavis.checkpoints.checkpoint import Checkpoint
     from visavis.checkpoints.checkpoint_format import CheckpointFormat, Companions
-    from visavis.processing.images import ImageProcessorConfig
 
 NANO_FOLDER = Path(__file__).parent / "nano"
-VLM2VEC_FRAMES = 8  # of a video, in its training and its evaluation
 NAMES = {
     "nano": "SmolLM2-135M-Instruct + EfficientNet-Lite2: chats and embeds, works offline",
     "smollm2-135m": "SmolLM2-135M-Instruct alone (the GGUF file nano is built on), text only",
@@ -135,24 +134,6 @@ def embed_as(loaded: Checkpoint, profile: str) -> None:
     loaded.fingerprint = checkpoint_fingerprint(
         [], {"model": loaded.fingerprint, "profile": profile}
     )
-
-
-def sized_as(processor: ImageProcessorConfig, profile: str) -> ImageProcessorConfig:
-    """Return a processor that sizes pictures and videos as a profile's models were trained."""
-    from visavis.processing.anyres import SQUARES
-    from visavis.processing.phi3v import CROPS, Phi3VConfig
-    from visavis.processing.qwen2_vl import SIZES
-    from visavis.processing.video import VideoConfig
-
-    if processor.patches and profile in SIZES:
-        sizes = replace(processor.patches, **SIZES[profile])
-        processor = replace(processor, patches=sizes, video=VideoConfig(frames=VLM2VEC_FRAMES))
-    if processor.tiles and profile in SQUARES:
-        tiles = replace(processor.tiles, square=SQUARES[profile])
-        processor = replace(processor, tiles=tiles)
-    if processor.hd and profile in CROPS:
-        processor = replace(processor, hd=Phi3VConfig(CROPS[profile]))
-    return processor
 
 
 def _opened(path: Path, companions: Companions) -> CheckpointFormat:

@@ -54,9 +54,10 @@ from visavis.checkpoints.quantize import LowRank, Quantizer, WeightPart
 from visavis.checkpoints.tensor_files import StoredTensor, TensorFiles, read_tensors
 from visavis.errors import CheckpointError
 from visavis.model.config import Qwen2VLTowerConfig, VLMConfig, to_dict, vlm_config_from_dict
+from visavis.model.image_tokens import tokens_per_view
 from visavis.model.quantized_linear import GROUP, Groups, QuantizedLinear, quantize
 from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import (
     SpecialTokens,
@@ -115,7 +116,7 @@ def read_settings(
         config = vlm_config_from_dict(data["config"])
         blank(config, torch.float32)
         if config.tower is not None and not isinstance(config.tower, Qwen2VLTowerConfig):
-            _check_numbers(config.tokens_per_image, "tokens per image")
+            _check_numbers(tokens_per_view(config), "tokens per image")
         if not all(isinstance(value, str) for value in data["profile"].values()):
             raise ValueError(f"profile is {data['profile']}, expected texts")
         profile = PromptConfig(**data["profile"])

@@ -38,8 +38,7 @@ from visavis.checkpoints.transformers.weights import tower_table
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, VLMConfig
-from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.phi3v import Phi3VConfig
+from visavis.processing.config import ImageProcessorConfig, Phi3VConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from visavis.checkpoints.checkpoint_format import CheckpointFormat
     from visavis.checkpoints.compare import Comparison
     from visavis.model.config import VLMConfig
-    from visavis.processing.images import ImageProcessorConfig
+    from visavis.processing.config import ImageProcessorConfig
 
 EXIT_DIFFERENT = 1
 MAX_LISTED = 10

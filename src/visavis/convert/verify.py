@@ -283,7 +283,7 @@ def verify(done: Conversion) -> Verdict:
     """Compare a conversion with the model that it was written from."""
     min_cosine, max_kl = limits(done.precision, done.kind)
     asked = probes(done.loaded.vlm.tower is not None)
-    expected = answers(Model(done.loaded), asked)
+    expected = answers(Model.of(done.loaded), asked)
     peer = TARGETS[done.target].peer
     checks: list[Check] = []
     names = []
@@ -343,7 +343,7 @@ def _reload(done: Conversion) -> Model:
         chat_template=done.loaded.profile.chat_template,
         vision_tower=beside,
     )
-    return Model(loaded)
+    return Model.of(loaded)
 
 
 def _compare(

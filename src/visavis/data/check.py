@@ -21,9 +21,10 @@ from visavis.data.readers import find_files, open_rows
 from visavis.data.sources import Source, SourceConfig, open_data_source
 from visavis.errors import TrainError, VisavisError
 from visavis.inputs import Image, Part, Prompt, Stored, Text, Video
+from visavis.processing.config import VideoConfig
 from visavis.processing.images import content_hash, decode_image
 from visavis.processing.prompt_encoder import PromptEncoder
-from visavis.processing.video import VideoConfig, read_frames
+from visavis.processing.video import read_frames
 
 WINDOW = 64  # samples whose pictures are decoded side by side
 EDGES = tuple(16 << power for power in range(12))  # of the histogram's bars, in tokens

@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from visavis.errors import InputError, StoreError, VisavisError
 from visavis.index.items import file_of, picture_of, preview, source_of, still_there
 from visavis.index.store import IndexRow, Stamp, Store, StoredItem
 from visavis.inputs import Document, Prompt, Text, Visual
-from visavis.processing.images import content_hash
+from visavis.processing.images import ContentHasher
 from visavis.processing.media import find_images
 from visavis.processing.pdf import pages
 from visavis.utils import jpeg_preview, track
@@ -126,12 +126,13 @@ class Index:
             StoreError: the index cannot be written.
         """
         report = AddReport()
-        entries = self._entries(paths_or_items, report)
+        hasher = ContentHasher()
+        entries = self._entries(paths_or_items, hasher, report)
         waiting: dict[str, list[tuple[_IndexEntry, Stamp]]] = {}  # content -> who needs its vector
         shown = track(entries, "indexing", weights=[1] * len(entries), show=progress)
         for entry in shown:
             try:
-                self._add_known(entry, waiting, report)
+                self._add_known(entry, hasher, waiting, report)
             except StoreError:
                 raise
             except VisavisError as error:
@@ -198,7 +199,9 @@ class Index:
 
     # --- adding -----------------------------------------------------------------------------------
 
-    def _entries(self, paths_or_items: Any, report: AddReport) -> list[_IndexEntry]:
+    def _entries(
+        self, paths_or_items: Any, hasher: ContentHasher, report: AddReport
+    ) -> list[_IndexEntry]:
         """Find out what is to be added, each source once; folders are searched here."""
         many = isinstance(paths_or_items, Iterable) and not isinstance(
             paths_or_items, (str, bytes, Mapping, np.ndarray)
@@ -211,7 +214,7 @@ class Index:
             is_path = isinstance(item, (str, Path))
             try:
                 files = find_images(item, with_others=True) if is_path else ()
-                found = [] if is_path else [_from_item(item)]
+                found = [] if is_path else [_from_item(item, hasher)]
             except VisavisError as error:
                 report.failed.append((str(item) if is_path else type(item).__name__, str(error)))
                 continue
@@ -228,6 +231,7 @@ class Index:
     def _add_known(
         self,
         entry: _IndexEntry,
+        hasher: ContentHasher,
         waiting: dict[str, list[tuple[_IndexEntry, Stamp]]],
         report: AddReport,
     ) -> None:
@@ -237,7 +241,8 @@ class Index:
         if known and entry.is_file and known[1] == stamp:
             report.unchanged += 1
             return
-        content = entry.prompt.content_key(content_hash)
+        entry = replace(entry, prompt=hasher.identify(entry.prompt))
+        content = entry.prompt.content_key(hasher.hash)
         vector = self._store.vector_of(content) if self._store.exists() else None
         if vector is None:
             waiting.setdefault(content, []).append((entry, stamp))
@@ -299,7 +304,7 @@ def _from_file(file: Path) -> list[_IndexEntry]:
     ]
 
 
-def _from_item(item: Any) -> _IndexEntry:
+def _from_item(item: Any, hasher: ContentHasher) -> _IndexEntry:
     source = None
     if isinstance(item, Mapping) and "source" in item:
         source = str(item["source"])
@@ -313,7 +318,8 @@ def _from_item(item: Any) -> _IndexEntry:
         return _IndexEntry(f"{path} + {prompt.text}" if has_text else path, prompt, not has_text)
     if not visuals:
         return _IndexEntry(prompt.text, prompt, is_file=False)
-    return _IndexEntry(f"item {prompt.content_key(content_hash)}", prompt, is_file=False)
+    prompt = hasher.identify(prompt)
+    return _IndexEntry(f"item {prompt.content_key(hasher.hash)}", prompt, is_file=False)
 
 
 def _visuals(prompt: Prompt) -> list[Visual]:

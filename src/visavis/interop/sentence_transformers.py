@@ -31,7 +31,7 @@ class VisavisModule(InputModule):
         super().__init__()
         self.loaded = loaded
         self.vlm = loaded.vlm  # a submodule: moves and casts reach it
-        self.model = Model(loaded)
+        self.model = Model.of(loaded)
         self.tokenizer = loaded.tokenizer
 
     @property
@@ -55,7 +55,6 @@ class VisavisModule(InputModule):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Add `sentence_embedding`, float32 [N, D]."""
-        self.model.device = next(self.vlm.parameters()).device
         vectors = self.model.embed(features["items"], instruction=features["instruction"])
         return {**features, "sentence_embedding": torch.from_numpy(vectors).to(self.model.device)}
 

@@ -35,7 +35,6 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visavis.errors import ImageError, InputError, VisavisError
-from visavis.generate.engine import Engine
 from visavis.generate.scheduler import BatchScheduler
 from visavis.generate.streaming import Reply
 from visavis.index.items import preview, title, visual_of
@@ -92,7 +91,7 @@ class Site:
         self.model = model
         self.index = index
         self.examples = list(examples)
-        self.desk = BatchScheduler(model.ask, Engine(model.vlm, prefixes=model.prefixes))
+        self.desk = BatchScheduler(model.ask, model.engine())
         self._encoded = lru_cache(maxsize=NUM_KEPT_PICTURES)(_encode_picture)
 
     async def page(self, request: Request) -> Response:

@@ -32,8 +32,9 @@ from visavis.model.config import DecoderConfig, Qwen2VLTowerConfig, ViTConfig, V
 from visavis.model.image_input import ImageGrid
 from visavis.model.image_tokens import count_tokens
 from visavis.model.vlm import VLM
-from visavis.processing.image_processor import depends_on_image_count, grid_of
-from visavis.processing.images import ImageProcessorConfig, image_size
+from visavis.processing.config import ImageProcessorConfig
+from visavis.processing.image_processor import grid_of, image_processor
+from visavis.processing.images import image_size
 from visavis.train.metrics import flops_per_token
 
 LOOKED_AT = 24  # samples of each source
@@ -65,7 +66,8 @@ class Reader:
             ImageError, InputError: a picture cannot be read.
         """
         found = Length()
-        alone = len(prompt.visuals) == 1 or not depends_on_image_count(self.processor)
+        depends = self.processor and image_processor(self.processor).depends_on_image_count
+        alone = len(prompt.visuals) == 1 or not depends
         for message in prompt.messages:
             found.tokens += PER_TURN
             for part in message.parts:
@@ -86,9 +88,7 @@ class Reader:
     def _patches(self, shape: ImageGrid) -> int:
         """Return how many patches the vision tower reads of a picture."""
         tower = self.config.tower
-        if isinstance(tower, Qwen2VLTowerConfig):
-            return shape.frames * shape.rows * shape.columns
-        return 0 if tower is None else shape.views * tower.grid**2
+        return 0 if tower is None else tower.num_patches(shape)
 
 
 @dataclass

@@ -29,8 +29,8 @@ from visavis.generate.engine import generate
 from visavis.generate.sampling import Sampler, Sampling
 from visavis.inputs import Image, Prompt
 from visavis.model.pooling import pooled
-from visavis.processing.chat_template import Encoded
 from visavis.processing.images import content_hash, decode_image
+from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.train.gradcache import token_chunks
 from visavis.train.metrics import read_log
 from visavis.train.objectives import Task
@@ -364,7 +364,7 @@ def _matches(loaded: Checkpoint, task: ContrastiveTask) -> list[Row]:
 
 @torch.inference_mode()
 def _vectors(
-    loaded: Checkpoint, task: ContrastiveTask, items: Sequence[tuple[str, Prompt, Encoded]]
+    loaded: Checkpoint, task: ContrastiveTask, items: Sequence[tuple[str, Prompt, PreparedPrompt]]
 ) -> Tensor:
     found = []
     for chunk in token_chunks([len(one.token_ids) for _, _, one in items], CHUNK_TOKENS):

@@ -23,12 +23,12 @@ from visavis.checkpoints.compose import (
     tower_shape,
 )
 from visavis.checkpoints.formats import AdapterFormat, detect
-from visavis.checkpoints.load import find_settings, sized_as
+from visavis.checkpoints.load import find_settings
 from visavis.checkpoints.tensor_files import read_json
 from visavis.errors import CheckpointError, FetchError, TrainError, VisavisError
 from visavis.model.config import VLMConfig
 from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig, sized_as
 from visavis.processing.tokenizer import load_tokenizer
 from visavis.train.lora import add_lora, quantize_decoder
 from visavis.train.recipe import ModelRecipe, Recipe, trains_whole

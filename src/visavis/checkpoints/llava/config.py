@@ -21,7 +21,7 @@ from visavis.checkpoints.transformers.weights import tower_table
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, VLMConfig
-from visavis.processing.anyres import AnyresConfig
+from visavis.processing.config import AnyresConfig
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 # What the original classes build on. Their model_type is often just "llava", so classes go first.

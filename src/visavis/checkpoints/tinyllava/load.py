@@ -64,7 +64,7 @@ from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
 from visavis.model.vision.vit import resize_positions
 from visavis.processing.chat_formats import CHAT_FORMATS
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 

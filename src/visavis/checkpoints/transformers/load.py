@@ -35,7 +35,7 @@ from visavis.checkpoints.transformers.vision_models import vlm_config
 from visavis.checkpoints.transformers.weights import vlm_table
 from visavis.errors import CheckpointError
 from visavis.model.config import Qwen2VLTowerConfig, ViTConfig, VLMConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 

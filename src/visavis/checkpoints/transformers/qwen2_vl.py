@@ -24,8 +24,7 @@ from visavis.checkpoints.transformers.language_models import decoder_config, dec
 from visavis.checkpoints.transformers.processor import common_fields
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.model.config import ConnectorConfig, DecoderConfig, Qwen2VLTowerConfig, VLMConfig
-from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.qwen2_vl import Qwen2VLConfig
+from visavis.processing.config import ImageProcessorConfig, Qwen2VLConfig
 
 KIND = "qwen2_vl"
 CLASS = "Qwen2VLImageProcessor"

@@ -22,8 +22,9 @@ from visavis.data.sampler import SourceSampler
 from visavis.errors import TrainError
 from visavis.inputs import Prompt
 from visavis.model.batch import PackedBatch
-from visavis.processing.chat_template import Encoded
+from visavis.model.image_tokens import tokens_per_view
 from visavis.processing.images import content_hash
+from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import gather_rows
 from visavis.train.gradcache import cached_backward, token_chunks
@@ -77,7 +78,7 @@ class ContrastiveTask:
                 ContrastiveExample,
                 devices,
                 batch=self.batch,
-                tokens_per_image=self.loader.encoder.config.tokens_per_image,
+                tokens_per_image=tokens_per_view(self.loader.encoder.config),
             )
             items = self._items(samples)
         if self.batch < 2 and not devices.sum(len(items) - 2 * len(samples)):
@@ -161,7 +162,7 @@ class _Item:
 
     id: str
     prompt: Prompt
-    encoded: Encoded
+    encoded: PreparedPrompt
 
 
 _Keys: TypeAlias = tuple[Tensor, Tensor, Tensor]

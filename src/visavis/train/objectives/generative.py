@@ -16,7 +16,8 @@ from torch import nn
 from visavis.data.examples import Conversation
 from visavis.data.sampler import SourceSampler
 from visavis.model.batch import PackedBatch
-from visavis.processing.chat_template import Encoded
+from visavis.model.image_tokens import tokens_per_view
+from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.train.data_loader import DataLoader
 from visavis.train.gradcache import token_chunks
 from visavis.train.objectives import Devices, Part, draw
@@ -54,7 +55,7 @@ class GenerativeTask:
                 Conversation,
                 devices,
                 batch=self.batch,
-                tokens_per_image=self.loader.encoder.config.tokens_per_image,
+                tokens_per_image=tokens_per_view(self.loader.encoder.config),
             )
             encoded = [self.loader.chat(sample) for sample in samples]
         learned = sum(sum(one.loss_mask[1:]) for one in encoded)
@@ -76,7 +77,10 @@ class GenerativeTask:
         return [Part(self.name, mean, int(devices.sum(tokens)), ids, waited)]
 
     def _micro_batch(
-        self, samples: Sequence[Conversation], encoded: Sequence[Encoded], chunk: Sequence[int]
+        self,
+        samples: Sequence[Conversation],
+        encoded: Sequence[PreparedPrompt],
+        chunk: Sequence[int],
     ) -> PackedBatch:
         if not chunk:
             return self.loader.nothing()
