@@ -159,8 +159,8 @@ def test_a_known_size_is_that_of_the_decoded_image(tmp_path: Path) -> None:
     hasher = ContentHasher()
     for suffix in ("png", "jpg", "tiff"):
         picture(1).save(tmp_path / f"a.{suffix}")
-        (image,) = hasher.identify(Prompt.of(tmp_path / f"a.{suffix}")).images
+        (image,) = hasher.identify(Prompt.of(tmp_path / f"a.{suffix}")).visuals
         assert image.content is not None
         assert image.content.size == (None if suffix == "tiff" else (48, 36))
-    (image,) = hasher.identify(Prompt.of(np.asarray(picture(1)))).images
+    (image,) = hasher.identify(Prompt.of(np.asarray(picture(1)))).visuals
     assert image.content is not None and image.content.size == (48, 36)
