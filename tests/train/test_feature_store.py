@@ -137,7 +137,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.train.test_features import open_store, png, read
+from tests.train.test_feature_store import open_store, png, read
 store = open_store(Path({folder!r}))
 read(store, [png(0)])
 store.put(["half"], read(store, [png(1)]).half().numpy())
