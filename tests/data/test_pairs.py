@@ -52,7 +52,7 @@ def test_items_of_a_corpus_are_named_by_id(tmp_path: Path) -> None:
     row = pair(query={"text": "?"}, positives=["x"], negatives=["1"])
     (sample,) = read(tmp_path, row, options=options)
     assert (said(sample.target), said(sample.negatives[0])) == ([["[a.png]"]], [["a cat"]])
-    with pytest.raises(TrainError, match="names the item 'y', which corpus.jsonl has not"):
+    with pytest.raises(TrainError, match="names the item 'y', which corpus.jsonl does not have"):
         read(tmp_path, pair(positives=["y"]), options=options)
     write_lines(tmp_path / "corpus.jsonl", [*corpus, {"id": "1", "text": "again"}])
     with pytest.raises(TrainError, match="record 3 has the id '1', expected one of its own"):

@@ -83,7 +83,7 @@ def said(samples: Any) -> list[list[str]]:
 
 def test_a_row_is_a_question_about_a_picture(folder: Path) -> None:
     first = matches(opened(folder, "scene-graph", "graph.json"))[0]
-    assert [image.source for image in first.query.images] == [folder / "a.png"]
+    assert [image.source for image in first.query.visuals] == [folder / "a.png"]
     assert first.query.text == (
         "In the given image, the subject <|object_ref_start|>cup<|object_ref_end|> is located at "
         "<|box_start|>(50, 200), (300, 800)<|box_end|>, the object <|object_ref_start|>table"
@@ -206,7 +206,7 @@ def test_drawings_say_what_is_drawn(tmp_path: Path) -> None:
     assert said["egg", "tin"] == "inside"
     boxes = [r["subject"]["bbox"] for r in rows] + [r["object"]["bbox"] for r in rows]
     assert all(0 <= b[0] < b[2] < 100 and 0 <= b[1] < b[3] < 100 for b in boxes)
-    assert source[3].id == "test-0/3" and len(source[0].query.images) == 1
+    assert source[3].id == "test-0/3" and len(source[0].query.visuals) == 1
     with pytest.raises(TrainError, match="expected one of drawn/train, drawn/test"):
         opened(tmp_path, "scene-graph", "drawn/val")
 

@@ -105,9 +105,9 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
         "the options of the source 'wrong' do not fit",
         "stage 'first', 'pairs': the sample 'train-0' is a query with its target",
         "draws 64 queries a step of 20 samples",
-        "trains 'head', which the model has not",
-        "trains 'lora', which the model has not",
-        "trains 'vision_tower', which the model has not",
+        "trains 'head', which the model does not have",
+        "trains 'lora', which the model does not have",
+        "trains 'vision_tower', which the model does not have",
         "sequences of 5000 tokens (max_tokens), but the model's context is 1024",
     ]
     missing = [text for text in expected if not any(text in one for one in made.problems)]

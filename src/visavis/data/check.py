@@ -1,8 +1,8 @@
-"""What is wrong with training data, and what is in it: `visavis data check`.
+"""Checks of training data: `visavis data check`.
 
-Every sample is made and every picture decoded, as training will: records that cannot be used,
-pictures that cannot be read, conversations of which nothing is learned, sequences that are too
-long, samples that occur twice or are both trained and tested on. Trains nothing and prints nothing.
+Every example is built and every image decoded, as training would. Reported are records that cannot
+be used, unreadable images, conversations without a learned token, sequences that are too long,
+duplicates, and examples that are both trained and tested on.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class CheckedSource:
 
 @dataclass
 class Findings:
-    """What was found in one source.
+    """Results of checking one source.
 
     Attributes:
         lengths: tokens of every sequence.
@@ -253,7 +253,7 @@ class _Seen:
 
 
 def _name(visual: Image | Video) -> str:
-    """Return what names a picture's file, or nothing."""
+    """Return the name of an image's file, or an empty string."""
     source = visual.source
     return source.name if isinstance(source, Stored) else str(source) * isinstance(source, Path)
 

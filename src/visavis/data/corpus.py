@@ -1,10 +1,10 @@
-"""What samples ask for and what there is to find, by content: what mining negatives starts from.
+"""The corpus of hard-negative mining: queries and candidate items, deduplicated by content.
 
-    sample ──► key of its query, of its picture, place of its target in the list of items
-    item   ──► key of its content, once however many samples name it
+    example ──► key of its query, key of its query's images, place of its target among the items
+    item    ──► key of its content; equal items are kept once
 
-In memory are keys and numbers; a prompt is made again when it is embedded or written. What cannot
-be read is left out and listed. Knows neither models nor which items make good negatives.
+Only keys and numbers are in memory; a prompt is built again when it is embedded or written. Items
+that cannot be read are left out and listed in `left_out`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class CorpusEntry:
 
 @dataclass
 class Items:
-    """What can be found: targets, each once, then what else was given."""
+    """Candidate items: targets, each content once, then other items of the corpus."""
 
     keys: list[str] = field(default_factory=list)  # by content and instruction
     owners: list[int] = field(default_factory=list)  # a sample whose target it is; -1 - n: other n
@@ -107,8 +107,8 @@ class Corpus:
         self._settle(wrong)
 
     def excluded(self, entry: CorpusEntry) -> set[int]:
-        """Return the items that are no negatives of a sample, or are its negatives already: its
-        query's targets, whoever says so, and its group's."""
+        """Return the items that are not negatives of an example or are its negatives already:
+        all targets of its query and of its group."""
         found = {*self.by_query[entry.query], *entry.own}
         return found | self.by_group[entry.group] if entry.group else found
 
@@ -136,7 +136,7 @@ class Corpus:
 
     @property
     def _instruction(self) -> str:
-        """What targets are embedded with, for items that are nobody's target."""
+        """The target instruction, for items that are not the target of an example."""
         return next((self._match(e).target_instruction for e in self.entries), "")
 
     def _match(self, entry: CorpusEntry) -> ContrastiveExample:

@@ -34,7 +34,7 @@ DRAWS = 20  # random items looked at for each that is wanted, at most
 
 
 class Embedder(Protocol):
-    """What `visavis.load` gives, as far as mining knows it."""
+    """The part of `visavis.Model` that mining uses."""
 
     @property
     def embedding_dim(self) -> int: ...
@@ -48,8 +48,8 @@ class Mining:
     targets; the rules hold for `nearest` and, where queries have vectors, for random ones.
 
     Args:
-        nearest, labels, same_image: at most so many of each kind for a sample.
-        total: add random ones up to so many; 0: none.
+        nearest, labels, same_image: maximum number of each kind per example.
+        total: fill up to this many with random ones; 0: none.
         relative_margin: only scores at least this share of the positive's below it (NV-Retriever's
             TopK-PercPos, de Souza P. Moreira et al. 2024); None: any.
         absolute_margin: only scores this much below the positive's (TopK-MarginPos); None: any.
@@ -125,7 +125,7 @@ class Negative:
 
 @dataclass
 class MiningReport:
-    """What was mined.
+    """Counts of a mining run.
 
     Args:
         embedded, reused: vectors computed now, and found on disk.
@@ -158,7 +158,7 @@ def mine(
 
     Args:
         store: keeps vectors; must belong to the model.
-        report: filled in while it goes on.
+        report: filled in while mining.
 
     Raises:
         InputError: not one sample can be used, or FAISS is wanted and not installed.

@@ -34,8 +34,8 @@ class SourceConfig(BaseModel):
         format: one of `data.formats.FORMATS`.
         path: file, folder or glob under --data; of `records`: a name.
         images: folder that pictures' paths start at; empty: beside the file.
-        options: what else the format knows (see `data.formats`).
-        cap: take only so many, the first ones.
+        options: options of the format (see `data.formats`).
+        cap: use only the first `cap` examples.
         instruction: put before each query when it is embedded; `target_instruction` likewise.
         negatives: JSONL of mined negatives, joined by id (`visavis mine`).
     """
@@ -111,7 +111,7 @@ class Source(Sequence[Sample]):
         return sample
 
     def id_of(self, number: int) -> str:
-        """Return a record's id, whatever else is wrong with it."""
+        """Return a record's id, even if the record cannot be used."""
         try:
             return self._id_in(self.rows[number], number)
         except TrainError:

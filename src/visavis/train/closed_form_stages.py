@@ -1,9 +1,9 @@
-"""A linear connector that starts out speaking: mean features to mean word embeddings.
+"""Fitted stages: connector initialisation from caption word embeddings, and the embedding head.
 
-Ridge regression from a picture's mean feature to the mean token embedding of the content words
-people wrote about it. A language model reads such tokens as words from the first step on; started
-from vectors that only agree with text states it ignored them for hundreds of steps (dev/LOG.md).
-Closed form: seconds. Knows no objective.
+The connector is a ridge regression from an image's mean feature to the mean token embedding of the
+content words of its captions. A language model reads such tokens as words from the first step;
+started from vectors that only agree with text states, it ignored them for hundreds of steps
+(dev/LOG.md). The embedding head is fitted on frozen image and text vectors.
 """
 
 from __future__ import annotations

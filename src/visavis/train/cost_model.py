@@ -1,4 +1,4 @@
-"""How much a stage of steps will read, hold and compute, estimated from shapes and a few samples.
+"""Memory and compute estimates of a training stage, from shapes and a few samples.
 
     weights        each tensor in its type
     gradients      4 bytes a trained number; AdamW's two means 8 more, a running mean 4 more
@@ -12,8 +12,8 @@
                    where all N are trained); 2 more where a pass is done twice, which GradCache and
                    `checkpointing` each do; 2 a weight of the vision tower for each of its patches
 
-Not counted: attention scores, copies of batches, fragments of memory, work beside the model. Knows
-recipes and shapes; reads pictures' sizes and no pixels.
+Not counted: attention scores, copies of batches, fragments of memory, work beside the model. Of
+images only sizes are read, not pixels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From samples to packed batches: ids, labels, pixels; the next ones are made while a step runs.
+"""Packed batches from examples: token ids, labels and pixels, prefetched while a step runs.
 
-Pictures are opened when their batch is made and dropped with it. With a feature store the vision
-tower's output takes their place. Knows prompts and the encoder; runs no model.
+Images are opened when their batch is made and dropped with it. With a feature store the vision
+tower's cached output takes their place.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""What a run leaves behind: a folder that `visavis.load` reads, and its adapters for PEFT.
+"""Export of a trained model: a folder that `visavis.load` reads, and its adapters for PEFT.
 
-    model/                     what was trained, on top of bundled weights (nano); else all of it,
+    model/                     trained weights, on top of bundled ones (nano), else all weights with
                                adapters merged
-    model/adapter/             the adapters apart, with a connector that was trained beside them,
-                               on a base in transformers' layout
+    model/adapter/             the adapters alone, with a connector that was trained with them,
+                               on a base in transformers' format
 
-Each time both appear whole, in place of those before. Knows what a recipe trains; layouts are
-elsewhere.
+Both are replaced atomically.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def _write_on_bundle(loaded: Checkpoint, recipe: Recipe, folder: Path) -> None:
 
 
 def own_tensors(vlm: VLM) -> dict[str, Tensor]:
-    """Return what the bundle has not: everything but decoder and tower, and adapters."""
+    """Return the weights that are not bundled: all but decoder and tower, and adapters."""
     state = {
         name: tensor.detach().cpu()
         for name, tensor in vlm.state_dict().items()

@@ -1,12 +1,12 @@
-"""The frozen vision tower's output, computed once a picture and kept on disk by its content.
+"""On-disk cache of the frozen vision tower's output, computed once per image and keyed by content.
 
-    <folder>/<tower>/<shard>.f16     features [P, W] of one picture after another, float16
+    <folder>/<tower>/<shard>.f16     features [P, W] of one image after another, float16
     <folder>/<tower>/<shard>.rows    "row key crc32", a line for each, written after its features
 
-Shards only grow, and each process writes one of its own, so a reader never sees half a picture and
-a run that is killed loses at most the last few. `<tower>` names the tower's weights, which hidden
-state of it is read, and how pictures are sized: another tower never reads these. What does not have
-its checksum is computed again. Pictures of one view only; knows prompts, no objective.
+Shards are append-only and each process writes its own, so a reader never sees an incomplete image
+and a killed run loses at most the last few. `<tower>` names the tower's weights, the hidden state
+that is read, and the image preprocessing: another tower never reads these. Rows that fail their
+checksum are computed again. For images of one view only.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ class FeatureStore:
 
 
 def key_of(image: Image, flip: bool = False) -> str:
-    """Return what a picture's features are filed under."""
+    """Return the key of an image's features."""
     return content_hash(image) + ("-flip" if flip else "")
 
 

@@ -1,10 +1,10 @@
-"""Losses over similarities: InfoNCE in one or both directions, with what its users add to it.
+"""Contrastive and next-token losses: InfoNCE in one or both directions, with hard negatives.
 
-    z_ij = k s_ij + a sg(s_ij) [j is no positive of i]       k = 1 / temperature, sg: stop-gradient
+    z_ij = k s_ij + a sg(s_ij) [j is not a positive of i]    k = 1 / temperature, sg: stop-gradient
 
 Rows are queries; columns are all targets: the positive of each query, then hard negatives. One
-direction is VLM2Vec's loss, both with `alpha` are LLaVE's hardness weighting. All in float32,
-whatever the vectors are. Knows no model, no data and no devices.
+direction is VLM2Vec's loss; both with `alpha` are LLaVE's hardness weighting. Computed in float32
+for vectors of any type.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What one training run is: a YAML file, validated whole before any weight is loaded.
+"""Training recipes: a YAML file, fully validated before any weight is loaded.
 
     visavis train recipes/llava-1.5-pretrain.yaml --data DATA -o out/ stages.0.steps=100
 
-Names and numbers only: which model, which data, and stages one after the other. Builds nothing.
+A recipe names the model, the data sources, and the stages in order.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Contrastive(_Strict):
     margin: float | None = None
     ratio: Positive | None = None
     dims: tuple[Count, ...] = ()
-    negatives: Annotated[int, Field(ge=0)] | None = None  # at most so many of each; None: all
+    negatives: Annotated[int, Field(ge=0)] | None = None  # maximum per query; None: all
 
 
 class StepsStage(_Strict):
@@ -292,7 +292,7 @@ class Recipe(_Strict):
             for source in sources_of(stage):
                 if source not in self.data:
                     problems.append(
-                        f"stage {stage.name!r} names the source {source!r}, which `data` has not: "
+                        f"stage {stage.name!r} names the source {source!r}, missing in `data`: "
                         f"{suggest(source, self.data)}"
                     )
             if not isinstance(stage, StepsStage):

@@ -1,16 +1,14 @@
-"""A whole run: the model, its stages in order, the finished folder. Resumable at every point.
+"""A whole training run: load the model, run the stages in order, export. Resumable at every point.
 
-    out/recipe.json           what runs here; another recipe is refused
-    out/features/…            the vision tower's output, where it is kept
-    out/<stage>/step-….pt     checkpoints of a stage of steps
-    out/<stage>.safetensors   what a stage of fitting found
-    out/log.jsonl             one line per log interval, over all stages
-    out/trained.json          what each stage trains, part by part
-    out/samples.json          what the model says to a few samples after each stage
-    out/report.html           all of that to look at
-    out/model/                the folder `visavis.load` reads, renewed after each stage
-
-Knows the kinds of stages; objectives, loop and layouts are elsewhere.
+out/recipe.json           the recipe of this run; another recipe is refused
+out/features/…            the vision tower's cached output, if the recipe asks for it
+out/<stage>/step-….pt     checkpoints of a stage of gradient steps
+out/<stage>.safetensors   weights that a closed-form stage fitted
+out/log.jsonl             one line per log interval, over all stages
+out/trained.json          what each stage trains, part by part
+out/samples.json          predictions on a few samples after each stage
+out/report.html           a report of all of that
+out/model/                the folder `visavis.load` reads, updated after each stage
 """
 
 from __future__ import annotations
@@ -72,7 +70,7 @@ def run_recipe(
 
     Args:
         data: the folder that sources' paths start at.
-        out: where the run lives; an unfinished run there goes on.
+        out: where the run lives; an unfinished run there is resumed.
 
     Raises:
         TrainError: data is missing, or `out` holds a run of another recipe.

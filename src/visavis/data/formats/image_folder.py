@@ -1,4 +1,4 @@
-"""Folders of pictures, one folder a class: a picture as query, the name of its class as target."""
+"""Image folders, one folder per class: the image is the query and its class name the target."""
 
 from __future__ import annotations
 

@@ -294,6 +294,6 @@ class CorpusFile:
             InputError: there is none of this id.
         """
         if id not in self.numbers:
-            raise InputError(f"it names the item {id!r}, which {self.path.name} has not")
+            raise InputError(f"it names the item {id!r}, which {self.path.name} does not have")
         item = self.rows[self.numbers[id]]
         return {key: value for key, value in item.items() if key != "id"}

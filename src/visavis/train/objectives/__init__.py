@@ -1,4 +1,4 @@
-"""Objectives: each adds the gradients of one step to a model. The loop knows none of them."""
+"""Training objectives: each adds the gradients of one step to a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ S = TypeVar("S", bound=Sample)
 
 
 class Devices(Protocol):
-    """What an objective asks of the processes that train together."""
+    """The processes that train together, as an objective uses them."""
 
     @property
     def world(self) -> int:
@@ -48,7 +48,7 @@ class Devices(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """What one objective did in a step: its mean loss, and the tokens it read.
+    """Result of one objective in a step: its mean loss and number of tokens.
 
     Args:
         waited: seconds in which the model waited for data.
@@ -62,7 +62,7 @@ class Part:
 
 
 class Task(Protocol):
-    """What the loop asks of an objective."""
+    """A training objective, as the loop uses it."""
 
     def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
         """Add the gradients of one step.
@@ -73,11 +73,11 @@ class Task(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs to draw the same batches from here on."""
+        """Return the state from which `restore` draws the same batches."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Resume where `state` was taken."""
         ...
 
 

@@ -1,7 +1,7 @@
 """Contrastive training: InfoNCE with in-batch negatives of all processes and hard negatives.
 
-Exact for any batch on any memory: chunks by tokens go through `gradcache.py`, whose images are read
-when their turn comes. Which in-batch targets are not negatives of a query says `FalseNegatives`.
+Exact for any batch size: chunks by tokens go through `gradcache.py`, and a chunk's images are read
+when it is encoded. `losses.FalseNegatives` decides which in-batch targets are not negatives.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ContrastiveTask:
         chunk_tokens: tokens of one pass through the model.
         scale: inverse temperature to start with, or for good.
         learned_scale: train it, as CLIP does; at most 100.
-        negatives: at most so many hard negatives of each query; None: all it has.
+        negatives: maximum number of hard negatives per query; None: all.
     """
 
     def __init__(

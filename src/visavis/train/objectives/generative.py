@@ -1,7 +1,7 @@
-"""Next-token loss on what the assistant says, every learned token of a step weighing the same.
+"""Generative training: next-token loss on assistant messages, the same weight for every token.
 
-A step's samples are cut into micro-batches by tokens; the loss of each is divided by the learned
-tokens of all of them, on all processes. Knows neither the loop nor where samples come from.
+A step's conversations are split into micro-batches by tokens; each loss is divided by the number of
+learned tokens of the whole step, on all processes.
 """
 
 from __future__ import annotations
