@@ -62,11 +62,49 @@ def pristine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def opens_or_refuses(path: Path) -> None:
     """Describe and load; everything but our own errors fails the test."""
-    for action in (describe, lambda path: load(path, precision="f32", device="cpu")):
+    for action in (describe, computes):
         try:
             action(path)
         except VisavisError as error:
             assert len(str(error)) > 40, "say what was found, what was expected and what to do"
+
+
+def computes(path: Path) -> None:
+    """Load a model and use it: what was accepted has to work."""
+    model = load(path, precision="f32", device="cpu")
+    trace = model.trace([1, 2, 3])
+    assert trace.logits.shape == (3, model.vlm.config.decoder.vocab_size)
+    assert trace.hidden.shape == (3, model.vlm.config.decoder.width)
+
+
+WRONG: dict[str, Any] = {  # settings that contradict the weights or are no value of the setting
+    "hidden_size": [48, 0, -32, "x", 32.5, None, True, 2**40],
+    "num_hidden_layers": [1, 3, 0, -1, "x", 2.5, 2**31],
+    "num_attention_heads": [3, 0, -4, "x", [4]],
+    "intermediate_size": [7, 0, -1, "x", {}],
+    "vocab_size": [1, 0, -1, "x", 2**40],
+    "rms_norm_eps": [-1.0, "x", float("nan")],
+    "model_type": ["qwen17", "", None, 3],
+    "hidden_act": ["swish7", 3],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_are_refused(name: str, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    assert load(tmp_path, precision="f32").num_parameters > 0
+    accepted = []
+    for value in WRONG[name]:
+        path.write_text(json.dumps(whole | {name: value}))
+        try:
+            load(tmp_path, precision="f32")
+        except VisavisError as error:
+            assert len(str(error)) > 40
+        else:
+            accepted.append(value)
+    assert accepted == []
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

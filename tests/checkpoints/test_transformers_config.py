@@ -1,4 +1,4 @@
-"""Whatever a config.json says, it becomes a model that can be built, or one clear error."""
+"""A config.json gives a model of the sizes it states, or one clear error, for any values in it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,19 @@ def changes(keys: list[str]) -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(st.sampled_from(keys), VALUES, max_size=3)
 
 
+FIELDS = {  # of config.json, and of our DecoderConfig
+    "hidden_size": "width",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "ffn_width",
+    "vocab_size": "vocab_size",
+}
+
+
 def build_or_refuse(config: dict[str, Any]) -> None:
+    """Build a model of the sizes that the config states; no other value may be accepted."""
     try:
         found = vlm_config(config)
     except CheckpointError as error:
@@ -72,6 +84,14 @@ def build_or_refuse(config: dict[str, Any]) -> None:
         return
     with torch.device("meta"):
         VLM(found)
+    text = config.get("text_config", config)
+    if config["model_type"] == "openelm":
+        return
+    for name, field in FIELDS.items():
+        if (stated := text[name]) is None:  # the family's default
+            continue
+        assert type(stated) is int and stated > 0, f"{name} {stated!r} was accepted"
+        assert getattr(found.decoder, field) == stated, f"{name} {stated!r} was not kept"
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -115,6 +115,8 @@ def read_settings(
         _check_numbers(data["config"])
         config = vlm_config_from_dict(data["config"])
         blank(config, torch.float32)
+        if not 0 < (share := config.decoder.rope_fraction) <= 1:
+            raise ValueError(f"rope_fraction is {share}, expected above 0 and at most 1")
         if config.tower is not None and not isinstance(config.tower, Qwen2VLTowerConfig):
             _check_numbers(tokens_per_view(config), "tokens per image")
         if not all(isinstance(value, str) for value in data["profile"].values()):
