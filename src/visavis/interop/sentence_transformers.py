@@ -19,7 +19,7 @@ from sentence_transformers.base.modules import InputModule
 from visavis.api import Model
 from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.native import write_sentence_transformers
+from visavis.checkpoints.native import SentenceTransformersFormat
 from visavis.inputs import Image
 
 
@@ -60,7 +60,7 @@ class VisavisModule(InputModule):
         return {**features, "sentence_embedding": torch.from_numpy(vectors).to(self.model.device)}
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        write_sentence_transformers(self.loaded, Path(output_path))
+        SentenceTransformersFormat.save(self.loaded, Path(output_path))
 
     @classmethod
     def load(
