@@ -62,7 +62,7 @@ class Visavis:
         torch.set_num_threads(THREADS)
         model = visavis.load(folder, precision="f32", device="cpu")
         self.vlm = model.vlm
-        self.batcher = DataLoader(model.encoder)
+        self.loader = DataLoader(model.encoder)
         parts = {"connector": self.vlm.connector, "language_model": self.vlm.decoder}
         groups = {name: list(part.parameters()) for name, part in parts.items()}
         for parameter in (p for group in groups.values() for p in group):
@@ -83,7 +83,7 @@ class Visavis:
         task = ContrastiveTask(
             {"all": samples},
             SourceSampler({"all": SourceShare(len(samples))}, seed=0),
-            self.batcher,
+            self.loader,
             Contrast(),
             batch=len(samples),
             chunk_tokens=CHUNK * PATCHES,
@@ -98,8 +98,8 @@ class Visavis:
         samples = _matches(pairs)
         prompts = [one.query for one in samples] + [one.target for one in samples]
         ids = [one.id for one in samples] * 2
-        encoded = [self.batcher.item(id, one) for id, one in zip(ids, prompts, strict=True)]
-        vectors = self.trainee(self.batcher.pack(prompts, encoded, ids=ids), "vectors")
+        encoded = [self.loader.item(id, one) for id, one in zip(ids, prompts, strict=True)]
+        vectors = self.trainee(self.loader.pack(prompts, encoded, ids=ids), "vectors")
         queries, targets = vectors.chunk(2)
         loss = contrastive_loss(queries, targets, Contrast(), scale=SCALE)
         loss.backward()

@@ -20,6 +20,7 @@ def export(model: str, folder: Path) -> None:
     import visavis
     from visavis.checkpoints.transformers.weights import write
     from visavis.model.config import to_dict
+    from visavis.model.image_tokens import tokens_per_view
 
     exact = visavis.load(model, precision="f32", device="cpu")
     config, decoder = exact.vlm.config, exact.vlm.config.decoder
@@ -45,7 +46,7 @@ def export(model: str, folder: Path) -> None:
         "prefix": exact.profile.embed_prefix,
         "suffix": exact.profile.embed_suffix,
         "bos": exact.specials.bos_id if exact.specials.add_bos else None,
-        "tokens_per_image": config.tokens_per_image,
+        "tokens_per_image": tokens_per_view(config),
         "processor": exact.processor.to_dict() if exact.processor else None,
     }
     state = exact.vlm.state_dict()

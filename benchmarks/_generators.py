@@ -64,7 +64,7 @@ class Visavis:
         from visavis.inputs import Prompt
 
         answer = self.model.ask(Prompt.of(text), max_new_tokens=new_tokens)
-        for _ in Engine(self.model.vlm).run([answer.sequence]):
+        for _ in Engine(self.model.vlm, self.model.image_encoder).run([answer.sequence]):
             answer.update()
         reply = answer.reply
         assert reply.usage.prompt_tokens == len(ids)

@@ -12,7 +12,30 @@ from typing import Any
 
 from _harness import serve
 
-QWEN2 = {"2B": "Qwen/Qwen2-1.5B-Instruct", "7B": "Qwen/Qwen2-7B-Instruct"}  # of Qwen2-VL's sizes
+COMMON: dict[str, Any] = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 28,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+}
+QWEN2: dict[str, dict[str, Any]] = {  # language models of Qwen2-VL's sizes
+    "2B": COMMON
+    | {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "7B": COMMON
+    | {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+}
 TINY: dict[str, Any] = {
     "model_type": "qwen2",
     "vocab_size": 320,
@@ -72,7 +95,7 @@ class Visavis:
 
         sequences = [
             GeneratedSequence(
-                lambda ids=ids: self.batch([ids]),  # type: ignore[misc]
+                self.batch([ids]),
                 lambda scores: int(scores.argmax()),
                 new_tokens,
                 frozenset(),
@@ -99,10 +122,8 @@ class Transformers:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from visavis.checkpoints.hub_configs import LANGUAGE_MODELS
-
         torch.manual_seed(0)
-        config = AutoConfig.for_model(**(LANGUAGE_MODELS[QWEN2[shape]] if shape in QWEN2 else TINY))
+        config = AutoConfig.for_model(**QWEN2.get(shape, TINY))
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -72,7 +72,7 @@ class Visavis:
         self.model = visavis.load(
             folder, precision="f32", device="cpu", chat_template="chatml-bare"
         )
-        self.batcher = DataLoader(self.model.encoder)
+        self.loader = DataLoader(self.model.encoder)
         self.samples = [_chat(json.loads(line)) for line in Path(samples).read_text().splitlines()]
         return {}
 
@@ -82,8 +82,8 @@ class Visavis:
 
         ready = []
         for sample in self.samples:
-            encoded = self.batcher.chat(sample)
-            batch = self.batcher.pack([sample.prompt], [encoded], ids=[sample.id])
+            encoded = self.loader.chat(sample)
+            batch = self.loader.pack([sample.prompt], [encoded], ids=[sample.id])
             pixels = batch.visuals[0].pixels if batch.visuals else None
             ready.append((encoded.token_ids, encoded.loss_mask, pixels))
         torch.save(ready, output)
@@ -108,7 +108,7 @@ class Visavis:
         for parameter in (p for group in groups.values() for p in group):
             parameter.requires_grad_(True)
         task = GenerativeTask(
-            {"all": chosen}, _InOrder(), self.batcher, batch=BATCH, micro_tokens=MICRO_TOKENS
+            {"all": chosen}, _InOrder(), self.loader, batch=BATCH, micro_tokens=MICRO_TOKENS
         )
         losses: list[float] = []
         with tempfile.TemporaryDirectory() as out:

@@ -41,7 +41,7 @@ def main() -> int:
         return model.chat(question, images, max_new_tokens=1).timings.prefill_s
 
     def forget() -> None:
-        model.prefixes, model.image_cache = PrefixCache(), FeatureCache()
+        model.prefixes, model.image_encoder.cache = PrefixCache(), FeatureCache()
 
     def alone() -> float:
         """Return the time of a question without a picture of which nothing is known."""

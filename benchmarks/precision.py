@@ -65,7 +65,7 @@ def main() -> None:
 def measured(name: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield a row for each precision, and each type that the model can be written in."""
     loaded = load_checkpoint(name, precision="f32", device="cpu")
-    before = vectors(Model(loaded))
+    before = vectors(Model.of(loaded))
     order = shuffle(loaded)
     before = before if loaded.vlm.head else before[:, order]
     (folder / "f32").mkdir()

@@ -14,7 +14,7 @@ from visavis.checkpoints.gguf.writer import NewTensor, write_file
 from visavis.checkpoints.load import load_checkpoint
 from visavis.model.config import ConnectorConfig, ViTConfig
 from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 
 SIZE = 32

@@ -20,6 +20,7 @@ from visavis.errors import (
     InputError,
     UnknownNameError,
 )
+from visavis.model.image_tokens import tokens_per_view
 from visavis.processing.feature_cache import FeatureCache
 
 ITEMS = [
@@ -60,7 +61,7 @@ def test_any_batch_gives_the_vectors_of_singles(
     model = tiny_model()
     singles = np.concatenate([model.embed([ITEMS[i]]) for i in chosen])
     if not cached:
-        model.image_cache = FeatureCache()
+        model.image_encoder.cache = FeatureCache()
     together = model.embed([ITEMS[i] for i in chosen], batch_tokens=batch_tokens)
     np.testing.assert_allclose(together, singles, atol=2e-6)
 
@@ -68,7 +69,7 @@ def test_any_batch_gives_the_vectors_of_singles(
 def test_equal_pictures_are_seen_once(
     model: visavis.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model.image_cache = FeatureCache()
+    model.image_encoder.cache = FeatureCache()
     seen = []
     see = model.vlm.see
     monkeypatch.setattr(model.vlm, "see", lambda pixels: seen.append(len(pixels)) or see(pixels))
@@ -117,7 +118,7 @@ def test_chat_streams_what_it_returns(model: visavis.Model) -> None:
     assert whole.usage.prompt_tokens == streamed.usage.prompt_tokens
     assert whole.usage.completion_tokens == streamed.usage.completion_tokens
     assert 0 < whole.usage.completion_tokens <= 12
-    assert whole.usage.prompt_tokens > model.vlm.config.tokens_per_image
+    assert whole.usage.prompt_tokens > tokens_per_view(model.vlm.config)
     assert whole.timings.prefill_s > 0
     assert whole.finish_reason == ("length" if whole.usage.completion_tokens == 12 else "stop")
 
@@ -168,7 +169,7 @@ def test_decoding_with_the_cache_is_decoding_without(model: visavis.Model) -> No
 
 def test_trace_shows_where_images_stand(model: visavis.Model) -> None:
     trace = model.trace({"image": [picture(1), picture(2)], "text": "two"})
-    length = model.vlm.config.tokens_per_image
+    length = tokens_per_view(model.vlm.config)
     assert [count for _, count in trace.image_slots] == [length, length]
     for start, count in trace.image_slots:
         assert (trace.token_ids[start : start + count] == model.vlm.config.image_token_id).all()

@@ -17,8 +17,9 @@ from tests.fakes import byte_tokenizer, picture, tiny_config
 from visavis.checkpoints.native import save_native
 from visavis.model.config import ConnectorConfig
 from visavis.model.connectors import CONNECTORS, connector_tokens
+from visavis.model.image_tokens import tokens_per_view
 from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.train.recipe import ConnectorRecipe
 
@@ -52,7 +53,7 @@ def test_it_averages_squares_of_patches(example: dict[str, Any]) -> None:
 
 def test_models_have_it_and_keep_it(example: dict[str, Any], tmp_path: Path) -> None:
     config = replace(tiny_config(), connector=CONFIG)
-    assert config.tokens_per_image == 4
+    assert tokens_per_view(config) == 4
     vlm = VLM(config)
     save_native(
         tmp_path,

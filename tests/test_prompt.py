@@ -4,6 +4,7 @@ import base64
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image as pil
 from visavis import inputs as prompt_module
 from visavis.errors import InputError
 from visavis.inputs import Document, Image, Message, Page, Prompt, Text, Video
+from visavis.processing.images import content_hash
 
 PIXEL = b"\x89PNG not really, but prompts do not look inside"
 URI = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
@@ -103,7 +105,6 @@ def test_videos_and_documents_on_their_own_and_in_messages():
     assert Message("user", video).parts == (video,)
     prompt = Prompt((Message("user", (Image("b.png"), document, video, "t", Image("c.png"))),))
     assert prompt.visuals == (Image("b.png"), video, Image("c.png"))
-    assert prompt.images == (Image("b.png"), Image("c.png"))
     assert prompt.text == "t"
 
 
@@ -143,7 +144,7 @@ def test_openai_messages():
     )
     assert [m.role for m in prompt.messages] == ["system", "user", "assistant", "user"]
     assert prompt.text == "be brief\nhi\n\nagain"
-    assert prompt.images == ()
+    assert prompt.visuals == ()
 
 
 def test_chat_puts_images_before_text_in_the_last_turn():
@@ -157,9 +158,9 @@ def test_chat_puts_images_before_text_in_the_last_turn():
 
 
 def test_chat_takes_one_image_without_a_list():
-    assert Prompt.chat("?", "a.jpg").images == (Image("a.jpg"),)
+    assert Prompt.chat("?", "a.jpg").visuals == (Image("a.jpg"),)
     array = np.zeros((3, 2, 2), np.uint8)
-    assert Prompt.chat("?", array).images[0].source is array
+    assert Prompt.chat("?", array).visuals[0].source is array
 
 
 def test_a_str_as_parts_is_one_text():
@@ -244,7 +245,7 @@ def test_empty_is_refused(item):
 def test_empty_question_is_refused_after_a_history_but_not_beside_an_image():
     with pytest.raises(InputError, match="empty text and no image"):
         Prompt.chat("", history=[Message("user", "hi"), Message("assistant", "hello")])
-    assert Prompt.chat("", images=["a.jpg"]).images == (Image("a.jpg"),)
+    assert Prompt.chat("", images=["a.jpg"]).visuals == (Image("a.jpg"),)
 
 
 @pytest.mark.parametrize("url", ["http://x.org/a.png", "HTTPS://x.org/a.png", "s3://b/a.png"])
@@ -341,7 +342,7 @@ def test_openai_content_says_the_same_as_parts(expected):
     prompt = Prompt.of(content)
     assert prompt.messages[0].parts == tuple(expected)
     assert prompt == Prompt.of([{"role": "user", "content": content}]) == Prompt.of(prompt)
-    assert prompt.images == tuple(p for p in expected if isinstance(p, Image))
+    assert prompt.visuals == tuple(p for p in expected if isinstance(p, Image))
 
 
 @given(TEXT, st.lists(PICTURE, max_size=3))
@@ -375,3 +376,32 @@ def test_importing_prompt_is_light():
     code = "import sys, visavis.inputs; print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_content_key_is_equal_exactly_for_equal_content(tmp_path: Path) -> None:
+    pil.new("RGB", (5, 4), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+
+    def key(item: Any, **fields: str) -> str:
+        return Prompt.of(item).content_key(content_hash, **fields)
+
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    assert key(a) == key(b) == key(Image(a.read_bytes())) == key({"image": str(b)})
+    assert key("x") == key({"role": "user", "content": "x"}) == key("x", instruction="")
+    different = [
+        "x",
+        "a\nb",
+        {"role": "user", "content": [{"type": "text", "text": one} for one in ("a", "b")]},
+        {"role": "assistant", "content": "x"},
+        content_hash(a),
+        a,
+        {"image": a, "text": "x"},
+        {"text": "x", "image": a},
+        {"image": [a, a]},
+    ]
+    keys = [key(item) for item in different] + [
+        key("x", instruction="y"),
+        key("yx"),
+        key(a, instruction="y"),
+    ]
+    assert len(set(keys)) == len(keys)

@@ -7,11 +7,11 @@ checkpoint layout, template or network of its own; index, server and command lin
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,29 +20,27 @@ from visavis.checkpoints.bundled import cache_dir
 from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.load import load_checkpoint
 from visavis.errors import InputError
-from visavis.generate.beam_search import BeamSearch, BeamSettings
+from visavis.generate.beam_search import BeamSearch
+from visavis.generate.config import GenerationConfig
 from visavis.generate.engine import Engine, GeneratedSequence
 from visavis.generate.prefix_cache import PrefixCache
-from visavis.generate.sampling import Sampler, Sampling
-from visavis.generate.streaming import Answer, AnswerSettings, Reply
+from visavis.generate.sampling import Sampler
+from visavis.generate.streaming import Answer, Reply
 from visavis.generate.structured_output import Grammar
-from visavis.inputs import Image, Page, Prompt, Stored, Video
+from visavis.inputs import Prompt
 from visavis.memory import enough_memory
-from visavis.model.batch import PackedBatch
-from visavis.model.image_input import ImageGrid, ImageInput
 from visavis.model.pooling import cut, embed_batch, embedding_dim, kept_dim
 from visavis.model.quantized_linear import QuantizedLinear
-from visavis.model.vlm import TOWER_BATCH, ImageFeatures
-from visavis.processing.chat_template import Encoded
-from visavis.processing.collate import batches, pack
-from visavis.processing.feature_cache import DiskFeatureCache, FeatureCache
-from visavis.processing.image_processor import pixels_of
-from visavis.processing.images import content_hash
+from visavis.processing.collate import batches
+from visavis.processing.feature_cache import DiskFeatureCache
+from visavis.processing.image_encoder import ImageEncoder
+from visavis.processing.images import ContentHasher
 from visavis.processing.pdf import expand
+from visavis.processing.prompt_encoder import PreparedPrompt, PromptEncoder
 from visavis.utils import track
 
 DEFAULT_BATCH_TOKENS = 2048
-SEEING = 1  # goes up when our code makes something else of the same picture, for what is on disk
+FEATURE_VERSION = 1  # raised when the code computes other features of the same image
 
 
 @dataclass(frozen=True)
@@ -107,31 +105,52 @@ def load(
             base=base,
             vision_tower=vision_tower,
         )
-    model = Model(loaded)
+    model = Model.of(loaded)
     if image_cache is not None:
         folder = cache_dir() / "features" if image_cache == "auto" else Path(image_cache)
-        model.image_cache.folder = DiskFeatureCache(folder.expanduser(), model.seen_by)
+        model.image_encoder.cache.folder = DiskFeatureCache(
+            folder.expanduser(), model.feature_fingerprint
+        )
     return model
 
 
-class Model:
-    """A vision-language model that chats and embeds. Made by `load`."""
+@dataclass(repr=False, eq=False)
+class Model(Checkpoint):
+    """A vision-language model that chats and embeds: a checkpoint with its caches. Made by `load`.
 
-    def __init__(self, loaded: Checkpoint) -> None:
-        self.name = loaded.name
-        self.vlm = loaded.vlm
-        self.tokenizer = loaded.tokenizer
-        self.specials = loaded.specials
-        self.profile = loaded.profile
-        self.processor = loaded.processor
-        self.fingerprint = loaded.fingerprint
-        self.files = loaded.files
-        self.context_length = loaded.vlm.config.decoder.context_length
-        self.embedding_dim = embedding_dim(loaded.vlm, loaded.profile.pooling)
-        self.device = next(loaded.vlm.parameters()).device
-        self.image_cache = FeatureCache()
+    Attributes:
+        image_encoder: encodes images; `image_encoder.cache` keeps their features.
+        prefixes: keys and values of prompts that were read before; None: they are not kept.
+    """
+
+    def __post_init__(self) -> None:
+        self.image_encoder = ImageEncoder(self.vlm, self.processor)
         self.prefixes: PrefixCache | None = PrefixCache()
-        self.encoder = loaded.encoder
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Model:
+        """Return the model of a loaded checkpoint."""
+        return cls(**vars(checkpoint))
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """Turns prompts into ids; made once, with its chat template compiled once."""
+        return super().encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.image_encoder.device
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return self.vlm.config.decoder.context_length
+
+    @property
+    def embedding_dim(self) -> int:
+        """The length of a vector of `embed`."""
+        return embedding_dim(self.vlm, self.profile.pooling)
 
     def __repr__(self) -> str:
         millions = self.num_parameters / 1e6
@@ -148,12 +167,13 @@ class Model:
         return sum(shared.values()) + sum(linear.num_weights for linear in packed)
 
     @property
-    def seen_by(self) -> str:
-        """All that decides what a picture becomes: weights, sizes, number types, device, code."""
+    def feature_fingerprint(self) -> str:
+        """Everything that image features depend on beside the image: weights, sizing, number
+        types, device and code version."""
         types = sorted({str(weight.dtype) for weight in self.vlm.parameters()})
         return (
-            f"{SEEING}, torch {torch.__version__}, {self.fingerprint}, {self.processor}, {types}, "
-            f"{self.device.type}"
+            f"{FEATURE_VERSION}, torch {torch.__version__}, {self.fingerprint}, "
+            f"{self.processor}, {types}, {self.device.type}"
         )
 
     @property
@@ -167,7 +187,7 @@ class Model:
         *,
         history: Iterable[Any] = (),
         stream: bool = False,
-        **settings: Unpack[AnswerSettings],
+        **options: Any,
     ) -> Reply:
         """Answer a message about images, after an optional history.
 
@@ -177,7 +197,7 @@ class Model:
                 documents too, as paths by their suffix or as `Video` and `Document`.
             history: earlier messages, `Message` or OpenAI-style dicts.
             stream: return at once; iterate the reply for pieces of text.
-            settings: see `AnswerSettings`.
+            options: see `GenerationConfig`.
 
         Raises:
             InputError: a wrong type, an empty message, images for a text-only model.
@@ -185,15 +205,14 @@ class Model:
             ContextLengthError: the prompt is longer than the model's context.
             OutOfMemoryError: the message says what for, and what would take less.
         """
-        if stream and settings.get("beams", 1) > 1:
+        if stream and options.get("beams", 1) > 1:
             raise InputError(
                 "beams and stream do not go together: which beam wins is known at the end; leave "
                 "one of them."
             )
-        answer = self.ask(Prompt.chat(text, images, history), **settings)
-        engine = Engine(self.vlm, prefixes=self.prefixes)
+        answer = self.ask(Prompt.chat(text, images, history), **options)
         answer.reply.pieces = (
-            piece for _ in engine.run([answer.sequence]) if (piece := answer.update())
+            piece for _ in self.engine().run([answer.sequence]) if (piece := answer.update())
         )
         if not stream:
             for _ in answer.reply:
@@ -206,81 +225,66 @@ class Model:
         *,
         max_sequences: int = 16,
         progress: bool = False,
-        **settings: Unpack[AnswerSettings],
+        **options: Any,
     ) -> list[Reply]:
         """Answer many prompts, several at a time; each answer is what `chat` gives.
 
         Args:
             prompts: what `Prompt.of` takes each: texts, dicts of image and text, messages.
             max_sequences: how many answers grow at the same time.
-            settings: see `AnswerSettings`.
+            options: see `GenerationConfig`.
 
         Raises:
             InputError, ImageError, ContextLengthError, OutOfMemoryError: see `chat`.
         """
         listed = _listed(prompts)
-        answers = [self.ask(Prompt.of(prompt), **settings) for prompt in listed]
+        answers = [self.ask(Prompt.of(prompt), **options) for prompt in listed]
         of = {answer.sequence: answer for answer in answers}
-        engine = Engine(self.vlm, max_sequences=max_sequences, prefixes=self.prefixes)
+        engine = self.engine(max_sequences)
         ended = (one for one in engine.run(of) if of[one].update() is not None and one.done)
         for _ in track(ended, "answering", weights=[1] * len(of), show=progress):
             pass
         return [answer.reply for answer in answers]
 
-    def ask(self, prompt: Prompt, **settings: Unpack[AnswerSettings]) -> Answer:
+    def ask(self, prompt: Prompt, **options: Any) -> Answer:
         """Return an answer that an `Engine` of this model can grow.
 
         Raises:
             InputError, ImageError, ContextLengthError: see `chat`.
         """
         started = time.perf_counter()
-        limit = settings.pop("max_new_tokens", 256)
-        if limit < 1:
-            raise InputError(f"max_new_tokens is {limit}, expected at least 1.")
-        beams = BeamSettings(
-            settings.pop("beams", 1),
-            settings.pop("length_penalty", 1.0),
-            settings.pop("early_stopping", False),
-        )
-        stop = settings.pop("stop", ())
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        schema, regex = settings.pop("schema", None), settings.pop("regex", None)
-        constraint = None
-        if schema is not None or regex is not None:
-            constraint = self._grammar(schema, regex).start()
-        drawn = Sampling(**settings)  # type: ignore[misc]  # what is left are its fields
-        if beams.number > 1 and (drawn != Sampling() or constraint is not None):
-            raise InputError(
-                f"beams is {beams.number}: the likeliest answer is searched for, which goes with "
-                "no temperature, cuts, penalty, bias, seed, schema or regex; leave them, or beams."
-            )
-        prompt = expand(prompt)
-        encoded = self.encoder.chat(prompt)
-        read, stops_at = encoded.token_ids, frozenset(self.specials.eot_ids)
-        limit = min(limit, self.context_length - len(read))
-        search = None
-        if beams.number > 1:
-            search = BeamSearch(beams, max_new_tokens=limit, stop_ids=stops_at)
-        sampler = Sampler(drawn, read=read, constraint=constraint)
+        config = GenerationConfig.from_kwargs(**options)
+        prepared = self.encoder.chat(self._identified(prompt))
+        ends = frozenset(self.specials.eot_ids)
+        limit = min(config.max_new_tokens, self.context_length - len(prepared.token_ids))
+        search, constraint = None, None
+        if config.beams > 1:
+            search = BeamSearch(config.beam_search, max_new_tokens=limit, stop_ids=ends)
+        if config.is_structured:
+            constraint = self._grammar(config.schema, config.regex).start()
         sequence = GeneratedSequence(
-            lambda: self._batch([(prompt, encoded)]),
-            sampler,
+            prepared,
+            Sampler(config.sampling, read=prepared.token_ids, constraint=constraint),
             limit,
-            stops_at,
+            ends,
             search=search,
-            names=self._names(prompt, encoded),
+            token_keys=prepared.token_keys,
         )
-        stops += [self.encoder.stop] if self.encoder.stop else []
-        return Answer(sequence, self.tokenizer, tuple(filter(None, stops)), started=started)
+        stops = (*config.stop, *filter(None, [self.encoder.stop]))
+        return Answer(sequence, self.tokenizer, stops, started=started)
 
-    def _names(self, prompt: Prompt, encoded: Encoded) -> tuple[Hashable, ...]:
-        """Return what each token is: its id, or a place in an image of some content."""
-        names: list[Hashable] = list(encoded.token_ids)
-        alone = self.encoder.alone(prompt)
-        for visual, (start, count) in zip(prompt.visuals, encoded.image_slots, strict=True):
-            content = f"{content_hash(visual)}:{alone}"
-            names[start : start + count] = ((content, place) for place in range(count))
-        return tuple(names)
+    def engine(self, max_sequences: int = 16) -> Engine:
+        """Return what generates the answers of `ask`, at most `max_sequences` at a time."""
+        return Engine(
+            self.vlm, self.image_encoder, max_sequences=max_sequences, prefixes=self.prefixes
+        )
+
+    def _identified(self, prompt: Prompt, hasher: ContentHasher | None = None) -> Prompt:
+        """Return a prompt with its documents as pages, and the content of its images known."""
+        prompt = expand(prompt)
+        if prompt.visuals and not self.takes_images:
+            return prompt  # the prompt encoder refuses it
+        return (hasher or ContentHasher()).identify(prompt)
 
     def _grammar(self, schema: Any, regex: str | None) -> Grammar:
         config = self.vlm.config.decoder
@@ -324,13 +328,14 @@ class Model:
         listed = list(items) if isinstance(items, list | tuple | np.ndarray) else [items]
         if isinstance(items, np.ndarray) and items.ndim in (2, 3):
             listed = [items]
-        prompts = [expand(Prompt.of(item)) for item in listed]
-        encoded = [self.encoder.item(prompt, instruction) for prompt in prompts]
+        hasher = ContentHasher()
+        prompts = [self._identified(Prompt.of(item), hasher) for item in listed]
+        prepared = [self.encoder.item(prompt, instruction) for prompt in prompts]
         vectors = np.empty((len(prompts), dim), np.float32)
-        lengths = [len(one.token_ids) for one in encoded]
+        lengths = [len(one.token_ids) for one in prepared]
         groups = list(batches(lengths, batch_tokens))
         for group in track(groups, "embedding", weights=[len(g) for g in groups], show=progress):
-            batch = self._batch([(prompts[i], encoded[i]) for i in group])
+            batch = self.image_encoder.pack([prepared[i] for i in group])
             with enough_memory(
                 f"embedding {len(group)} items of {batch.num_tokens} tokens, "
                 f"{len(batch.image_counts)} images",
@@ -348,98 +353,24 @@ class Model:
                 a list of token ids, taken as they are.
         """
         if isinstance(prompt, list) and prompt and all(isinstance(x, int) for x in prompt):
-            encoded = Encoded(token_ids=prompt, image_slots=[], loss_mask=[False] * len(prompt))
-            self.encoder.checked(encoded)
-            batch = pack([encoded])
+            prepared = PreparedPrompt(token_ids=prompt, loss_mask=[False] * len(prompt))
+            self.encoder.checked(prepared)
         else:
-            prompt = expand(Prompt.of(prompt))
-            encoder = self.encoder
-            encoded = encoder.chat(prompt) if encoder.can_chat else encoder.item(prompt)
-            batch = self._batch([(prompt, encoded)])
+            encoder, item = self.encoder, self._identified(Prompt.of(prompt))
+            prepared = encoder.chat(item) if encoder.can_chat else encoder.item(item)
+        batch = self.image_encoder.pack([prepared])
         with torch.inference_mode():
             hidden = self.vlm(batch)[-1]
             logits = self.vlm.decoder.logits(hidden)
         return Trace(
-            token_ids=np.array(encoded.token_ids),
-            image_slots=list(encoded.image_slots),
+            token_ids=np.array(prepared.token_ids),
+            image_slots=list(prepared.image_slots),
             hidden=hidden.cpu().numpy(),
             logits=logits.cpu().numpy(),
         )
-
-    def see(self, visuals: Sequence[Image | Video], alone: Sequence[bool]) -> list[ImageFeatures]:
-        """Return what pictures and videos become before the decoder; equal ones once.
-
-        Decoding and resizing run in threads. Results are kept by content, within a byte budget.
-
-        Args:
-            alone: of each whether it is its prompt's only one, which some models tile more finely.
-
-        Returns:
-            image tokens [n, D] and mean tower feature [W] of each.
-        """
-        assert self.processor is not None
-        processor = self.processor
-        pairs = list(zip(visuals, alone, strict=True))
-        keys = [f"{content_hash(visual)}:{single}" for visual, single in pairs]
-        found: dict[str, ImageFeatures] = {}
-        missing = {}
-        for key, pair in zip(keys, pairs, strict=True):
-            if (kept := self.image_cache.get(key)) is not None:
-                found[key] = (kept[0].to(self.device), kept[1].to(self.device))
-            else:
-                missing[key] = pair
-        todo = list(missing.items())
-        chunks = [todo[first : first + TOWER_BATCH] for first in range(0, len(todo), TOWER_BATCH)]
-        with ThreadPoolExecutor(max_workers=2) as pool:
-
-            def prepare(number: int) -> list[Future[tuple[np.ndarray, ImageGrid]]]:
-                chunk = chunks[number] if number < len(chunks) else []
-                return [
-                    pool.submit(pixels_of, visual, processor, single)
-                    for _, (visual, single) in chunk
-                ]
-
-            waiting = prepare(0)
-            for number, chunk in enumerate(chunks):
-                ready = [future.result() for future in waiting]
-                waiting = prepare(number + 1)  # decoded while the tower looks at this chunk
-                pixels = [torch.from_numpy(array).to(self.device) for array, _ in ready]
-                with torch.inference_mode():
-                    seen = self.vlm.see(
-                        [
-                            ImageInput(one, shape)
-                            for one, (_, shape) in zip(pixels, ready, strict=True)
-                        ]
-                    )
-                for (key, (visual, _)), (tokens, mean) in zip(chunk, seen, strict=True):
-                    found[key] = (tokens.clone(), mean.clone())
-                    if not _changed(visual, key):
-                        self.image_cache.put(key, found[key])
-        return [found[key] for key in keys]
-
-    def _batch(self, pairs: Sequence[tuple[Prompt, Encoded]]) -> PackedBatch:
-        """Pack encoded prompts and compute their image tokens."""
-        batch = pack([encoded for _, encoded in pairs])
-        visuals = [visual for prompt, _ in pairs for visual in prompt.visuals]
-        if visuals:
-            alone = [self.encoder.alone(prompt) for prompt, _ in pairs for _ in prompt.visuals]
-            with enough_memory(
-                f"looking at {len(visuals)} pictures and videos", "Use fewer or smaller ones."
-            ):
-                seen = self.see(visuals, alone)
-            batch.image_tokens = torch.cat([tokens for tokens, _ in seen])
-            batch.image_counts = tuple(len(tokens) for tokens, _ in seen)
-            batch.image_means = torch.stack([mean for _, mean in seen])
-        return batch.to(self.device)
 
 
 def _listed(prompts: Iterable[Any]) -> list[Any]:
     if isinstance(prompts, str | bytes | Mapping):
         raise InputError(f"prompts are one {type(prompts).__name__}, expected a list of prompts.")
     return list(prompts)
-
-
-def _changed(visual: Image | Video, key: str) -> bool:
-    """Return whether a file holds something else by now than what its key was made of."""
-    kept_elsewhere = isinstance(visual.source, Path | Page | Stored)
-    return kept_elsewhere and not key.startswith(content_hash(visual))

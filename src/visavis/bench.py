@@ -155,7 +155,7 @@ def measure(model: Model, load_seconds: float, *, runs: int = 3) -> Iterator[str
         pictures = [_picture(seed) for seed in range(ITEMS)]
 
         def anew() -> None:
-            model.image_cache = FeatureCache()
+            model.image_encoder.cache = FeatureCache()
             model.embed(pictures)
 
         rows.append(_rate("embed pictures", "pictures/s", ITEMS, runs, anew))
@@ -216,7 +216,7 @@ def _say(model: Model, prompt: int, new: int, number: int = 1) -> list[float]:
     def first(scores: torch.Tensor) -> int:
         return int(scores.argmax())
 
-    sequences = [GeneratedSequence(lambda: batch, first, new, frozenset()) for _ in range(number)]
+    sequences = [GeneratedSequence(batch, first, new, frozenset()) for _ in range(number)]
     engine = Engine(model.vlm, max_sequences=number)
     for sequence in sequences:
         engine.add(sequence)

@@ -1,15 +1,16 @@
-"""What a user may say to a model: text, pictures, videos, documents, and turns of them.
+"""Inputs of a model: text, images, videos, documents, and conversations of them.
 
 `Prompt.of` and `Prompt.chat` turn every accepted input (str, path, PIL image, numpy array, dict,
-OpenAI content or messages) into a `Prompt`; everything behind them sees nothing else. This module
-decides what a value *means*. It never opens a file or the network, and knows neither templates nor
-tokens; pictures, videos and documents are read later, by `processing/{images,video,documents}.py`.
+OpenAI content or messages) into a `Prompt`. Nothing is opened here; media are read later, by
+`processing/{images,video,pdf}.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from visavis.errors import InputError
+from visavis.utils import shortened, type_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +51,7 @@ class Text:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise InputError(f"text is {_type_name(self.text)}, expected str")
+            raise InputError(f"text is {type_name(self.text)}, expected str")
         try:
             self.text.encode()
         except UnicodeEncodeError as error:
@@ -77,13 +79,23 @@ class Stored:
     read: Callable[[], bytes] = field(repr=False, compare=False)
 
 
+@dataclass(frozen=True)
+class Content:
+    """What an image or video held when it was read, see `processing.images.ContentHasher`."""
+
+    hash: str  # 32 hex digits, equal for equal content
+    size: tuple[int, int] | None = None  # of an upright image; None: not known from its header
+    stamp: tuple[tuple[int, int, int], ...] = ()  # size, modification time, inode of each file
+
+
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A picture, not yet read. A `str` is taken as a file path or a `data:` URI and replaced by
+    """An image, not yet read. A `str` is taken as a file path or a `data:` URI and replaced by
     the `Path` or the bytes it stands for. Two are equal if they name the same file or page, hold
-    the same bytes, or hold the same image object."""
+    the same bytes, or hold the same image object. `content` is set where it was read before."""
 
     source: Path | PILImage | np.ndarray | bytes | str | Page | Stored
+    content: Content | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         source = self.source
@@ -91,7 +103,7 @@ class Image:
             object.__setattr__(self, "source", _path_or_bytes(source, "image", IMAGE_TYPES))
         elif not isinstance(source, (Path, bytes, Page, Stored)) and not _is_pixels(source):
             raise InputError(
-                f"image is {_type_name(source)}, expected {IMAGE_TYPES}{_array_hint(source)}"
+                f"image is {type_name(source)}, expected {IMAGE_TYPES}{_array_hint(source)}"
             )
 
     def _key(self) -> Path | bytes | Page | Stored | int:
@@ -109,10 +121,11 @@ class Image:
 class Video:
     """A video, not yet read: a file, its bytes, a folder of frames, or the frames as pictures.
     A `str` is taken as a path or a `data:` URI. `frames` asks for another number of frames than
-    the model's own."""
+    the model's own. `content` is set where it was read before."""
 
     source: Path | bytes | str | tuple[Image, ...]
     frames: int | None = None
+    content: Content | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         source = self.source
@@ -123,7 +136,7 @@ class Video:
                 raise InputError("video is an empty list, expected its frames as pictures")
             object.__setattr__(self, "source", tuple(map(_image, source)))
         elif not isinstance(source, (Path, bytes)):
-            raise InputError(f"video is {_type_name(source)}, expected {VIDEO_TYPES}")
+            raise InputError(f"video is {type_name(source)}, expected {VIDEO_TYPES}")
         if self.frames is not None:
             _check_count("frames of a video", self.frames)
 
@@ -141,7 +154,7 @@ class Document:
         if isinstance(source, str):
             object.__setattr__(self, "source", _path_or_bytes(source, "document", DOCUMENT_TYPES))
         elif not isinstance(source, (Path, bytes)):
-            raise InputError(f"document is {_type_name(source)}, expected {DOCUMENT_TYPES}")
+            raise InputError(f"document is {type_name(source)}, expected {DOCUMENT_TYPES}")
         if self.pages is not None:
             if not isinstance(self.pages, (list, tuple, range)) or not self.pages:
                 raise InputError(f"pages are {self.pages!r}, expected numbers from 1, as (1, 3)")
@@ -169,12 +182,12 @@ class Message:
         expected = "Text, Image, Video or Document"
         if not isinstance(parts, Sequence) or isinstance(parts, bytes):
             raise InputError(
-                f"message parts are {_type_name(parts)}, expected a tuple of {expected}"
+                f"message parts are {type_name(parts)}, expected a tuple of {expected}"
             )
         parts = tuple(Text(part) if isinstance(part, str) else part for part in parts)
         for part in parts:
             if not isinstance(part, (Text, *_VISUALS)):
-                raise InputError(f"message part is {_type_name(part)}, expected {expected}")
+                raise InputError(f"message part is {type_name(part)}, expected {expected}")
         object.__setattr__(self, "parts", parts)
 
 
@@ -188,13 +201,14 @@ class Prompt:
         messages = (self.messages,) if isinstance(self.messages, Message) else self.messages
         if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
             raise InputError(
-                f"messages are {_type_name(messages)}, expected a tuple of Message; "
+                f"messages are {type_name(messages)}, expected a tuple of Message; "
                 "Prompt.of(item) accepts everything else"
             )
         for message in messages:
             if not isinstance(message, Message):
-                raise InputError(f"messages hold {_type_name(message)}, expected Message")
-            if message.role == "user" and not _has_content(message.parts):
+                raise InputError(f"messages hold {type_name(message)}, expected Message")
+            is_empty = all(isinstance(p, Text) and not p.text.strip() for p in message.parts)
+            if message.role == "user" and is_empty:
                 raise InputError(
                     "empty text and no image, video or document: a user message needs one; "
                     "an empty line or field in your data is the likely cause"
@@ -207,20 +221,31 @@ class Prompt:
         object.__setattr__(self, "messages", tuple(messages))
 
     @property
-    def images(self) -> tuple[Image, ...]:
-        """Every picture, in order."""
-        return tuple(p for m in self.messages for p in m.parts if isinstance(p, Image))
-
-    @property
     def visuals(self) -> tuple[Image | Video, ...]:
-        """Every picture and video, in order; documents count once `documents.expand` has turned
-        them into pictures."""
+        """Every image and video, in order; documents only as the images `pdf.expand` makes."""
         return tuple(p for m in self.messages for p in m.parts if isinstance(p, (Image, Video)))
 
     @property
     def text(self) -> str:
         """Every piece of text, in order, joined by newlines: for previews, not for a model."""
         return "\n".join(p.text for m in self.messages for p in m.parts if isinstance(p, Text))
+
+    def content_key(self, hash_of: Callable[[Visual], str], *, instruction: str = "") -> str:
+        """Return 32 hex digits, equal for two prompts exactly if their content is: the same roles
+        and, in the same order, the same texts and media. Index, mining, training and data checks
+        identify items by it.
+
+        Args:
+            hash_of: content hash of an image, video or document, such as `images.content_hash`.
+            instruction: what the item is embedded for, if its vector depends on it.
+        """
+        pieces = [("instruction", instruction)] if instruction else []
+        for message in self.messages:
+            pieces.append(("role", message.role))
+            for part in message.parts:
+                value = part.text if isinstance(part, Text) else hash_of(part)
+                pieces.append((type(part).__name__, value))
+        return hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
 
     @classmethod
     def of(cls, item: Any) -> Prompt:
@@ -256,7 +281,7 @@ class Prompt:
             return cls._of_list(item)
         hint = "; wrap a picture's bytes in visavis.Image" if isinstance(item, bytes) else ""
         raise InputError(
-            f"item is {_type_name(item)}, expected {ITEM_TYPES}{hint}{_array_hint(item)}"
+            f"item is {type_name(item)}, expected {ITEM_TYPES}{hint}{_array_hint(item)}"
         )
 
     @classmethod
@@ -285,14 +310,10 @@ class Prompt:
         """
         if isinstance(history, (str, bytes, Mapping, Message)):
             raise InputError(
-                f"history is {_type_name(history)}, expected a list of Message or OpenAI messages"
+                f"history is {type_name(history)}, expected a list of Message or OpenAI messages"
             )
-        last = Message("user", (*_visuals(images), Text(text)))
+        last = Message("user", (*map(_visual, _as_items(images)), Text(text)))
         return cls((*map(_message, history), last))
-
-
-def _has_content(parts: Iterable[Part]) -> bool:
-    return any(not isinstance(part, Text) or part.text.strip() for part in parts)
 
 
 def _dict_parts(item: Mapping[str, Any]) -> tuple[Part, ...]:
@@ -316,10 +337,6 @@ def _dict_parts(item: Mapping[str, Any]) -> tuple[Part, ...]:
     )
 
 
-def _visuals(value: Any) -> list[Visual]:
-    return [_visual(part) for part in _as_items(value)]
-
-
 def _visual(value: Any) -> Visual:
     """What is to be seen; of a path, what its suffix says."""
     if isinstance(value, _VISUALS):
@@ -338,7 +355,7 @@ def _as_items(value: Any) -> Iterable[Any]:
     if isinstance(value, (str, bytes, Path, *_VISUALS)) or _is_pixels(value):
         return [value]
     if not isinstance(value, Iterable) or isinstance(value, Mapping):
-        raise InputError(f"image is {_type_name(value)}, expected {IMAGE_TYPES}, or a list of them")
+        raise InputError(f"image is {type_name(value)}, expected {IMAGE_TYPES}, or a list of them")
     return value
 
 
@@ -352,7 +369,7 @@ def _message(item: Any) -> Message:
     if isinstance(item, Mapping) and "role" in item:
         return _openai_message(item)
     raise InputError(
-        f"message is {_type_name(item)}, expected visavis.Message or a dict with 'role' and "
+        f"message is {type_name(item)}, expected visavis.Message or a dict with 'role' and "
         "'content'"
     )
 
@@ -364,19 +381,18 @@ def _openai_message(item: Mapping[str, Any]) -> Message:
     if isinstance(content, (list, tuple)):
         return Message(item["role"], tuple(map(_openai_part, content)))
     raise InputError(
-        f"content of the {item['role']} message is {_type_name(content)}, expected a str or a "
+        f"content of the {item['role']} message is {type_name(content)}, expected a str or a "
         "list of content parts; tool calls are not supported"
     )
 
 
 def _openai_part(part: Any) -> Part:
-    """One entry of an OpenAI content list. `detail` of an image is accepted: every model here
-    has one way of sizing its pictures, kept with its weights."""
+    """One entry of an OpenAI content list. `detail` of an image is accepted and has no effect."""
     if isinstance(part, (Text, *_VISUALS)):
         return part
     if not isinstance(part, Mapping) or "type" not in part:
         raise InputError(
-            f"content part is {_type_name(part)}, expected a dict with 'type': {_OPENAI_TYPES}; "
+            f"content part is {type_name(part)}, expected a dict with 'type': {_OPENAI_TYPES}; "
             "several items belong in separate calls or in a list given to embed()"
         )
     kind = part["type"]
@@ -398,12 +414,12 @@ def _sent(part: Mapping[str, Any], kind: str, key: str, media_type: str) -> str:
     url = part.get(kind)
     url = url.get(key) if isinstance(url, Mapping) else url
     if not isinstance(url, str):
-        raise InputError(f"{kind} is {_type_name(url)}, expected a data: URI")
+        raise InputError(f"{kind} is {type_name(url)}, expected a data: URI")
     name = {"image_url": "image", "file": "document"}.get(kind, "video")
     _refuse_remote(url, name, "a data: URI")
     if not url.lower().startswith("data:"):
         raise InputError(
-            f"{kind} is {_shortened(url)!r}, expected a data: URI such as "
+            f"{kind} is {shortened(url)!r}, expected a data: URI such as "
             f"data:{media_type};base64,…; for a file use "
             f"dict({name}=path) or visavis.{name.capitalize()}(path)"
         )
@@ -419,7 +435,7 @@ def _path_or_bytes(text: str, what: str, expected: str) -> Path | bytes:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # "~name" of nobody
-        raise InputError(f"{what} path {_shortened(text)!r} cannot be used: {error}") from None
+        raise InputError(f"{what} path {shortened(text)!r} cannot be used: {error}") from None
 
 
 def _refuse_remote(text: str, what: str, expected: str) -> None:
@@ -427,7 +443,7 @@ def _refuse_remote(text: str, what: str, expected: str) -> None:
     if scheme:
         noun = "picture" if what == "image" else what
         raise InputError(
-            f"{what} is the {scheme[1].lower()} URL {_shortened(text)!r}, expected {expected}; "
+            f"{what} is the {scheme[1].lower()} URL {shortened(text)!r}, expected {expected}; "
             f"visavis opens no URLs: download the {noun} first and pass its path"
         )
 
@@ -438,10 +454,10 @@ def _decode_data_uri(uri: str, media: str) -> bytes:
     expected = media + "<kind>" if media.endswith("/") else media
     if not comma or "base64" not in (parameter.strip() for parameter in parameters):
         raise InputError(
-            f"data: URI starts {_shortened(header)!r}, expected data:{expected};base64,<data>"
+            f"data: URI starts {shortened(header)!r}, expected data:{expected};base64,<data>"
         )
     if media_type and not media_type.startswith(media):
-        raise InputError(f"data: URI holds {_shortened(media_type)!r}, expected {expected}")
+        raise InputError(f"data: URI holds {shortened(media_type)!r}, expected {expected}")
     if len(payload) > MAX_DATA_URI_BYTES * 4 // 3 + 4:
         raise InputError(
             f"data: URI of about {len(payload) * 3 // 4 / 2**20:.0f} MiB, expected at most "
@@ -475,14 +491,3 @@ def _array_hint(value: Any) -> str:
     if type(value).__name__ == "Tensor":
         return "; turn a tensor into an array of shape [H, W, 3] with .permute(1, 2, 0).numpy()"
     return ""
-
-
-def _type_name(value: Any) -> str:
-    kind = type(value)
-    if kind.__module__ == "builtins":
-        return f"of type {kind.__qualname__}" if value is not None else "None"
-    return f"of type {kind.__module__}.{kind.__qualname__}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,17 +1,22 @@
-"""Writing files so that a reader never sees half of one. Knows nothing of what is in them."""
+"""Atomic file writes, name lookup with suggestions, progress bars and previews."""
 
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from visavis.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+    from rich.progress import Progress
 
 
 @contextmanager
@@ -93,23 +98,51 @@ def track(
     if not show:
         yield from items
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bars(show=True) as bar:
         task = bar.add_task(description, total=sum(weights))
         for item, weight in zip(items, weights, strict=True):
             yield item
             bar.advance(task, weight)
+
+
+def progress_bars(*fields: str, show: bool) -> Progress:
+    """Return progress bars on stderr: description, count, remaining time, then fields of the task.
+
+    Args:
+        fields: names of task fields whose text is shown too.
+        show: draw them; else nothing is written.
+    """
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        *(progress.TextColumn(f"{{task.fields[{name}]}}") for name in fields),
+        console=Console(stderr=True),
+        disable=not show,
+    )
+
+
+def jpeg_preview(image: PILImage, size: int) -> bytes:
+    """Return a JPEG of an image, at most `size` pixels a side."""
+    small = image.convert("RGB")
+    small.thumbnail((size, size))
+    encoded = io.BytesIO()
+    small.save(encoded, "JPEG", quality=85)
+    return encoded.getvalue()
+
+
+def type_name(value: Any) -> str:
+    """Return the type of a value as messages name it."""
+    kind = type(value)
+    if kind.__module__ == "builtins":
+        return f"of type {kind.__qualname__}" if value is not None else "None"
+    return f"of type {kind.__module__}.{kind.__qualname__}"
+
+
+def shortened(text: str) -> str:
+    """Return a text of at most 80 characters."""
+    return text if len(text) <= 80 else text[:77] + "…"

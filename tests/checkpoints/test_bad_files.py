@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tests.checkpoints.anyres_files import save_next
+from tests.checkpoints.gguf.test_gguf import TOKENIZER as WORDS
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
-from tests.checkpoints.test_gguf import TOKENIZER as WORDS
 from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.fakes import write_tiny_checkpoint
 from tests.gguf_files import llama_metadata, tiny_config, write_llama

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.anyres_files import save_next, save_onevision
+from tests.checkpoints.gguf.test_gguf_split import write_split
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
-from tests.checkpoints.test_gguf_split import write_split
 from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.cli.conftest import Run
 from tests.parity.qwen2_vl_files import save_qwen2_vl
 from visavis.checkpoints import tensor_files
 from visavis.checkpoints.gguf.decoder import decoder_state
-from visavis.checkpoints.gguf.load import open_model
+from visavis.checkpoints.gguf.reader import open_model
 
 
 def facts(run: Run, path: Path) -> dict[str, Any]:

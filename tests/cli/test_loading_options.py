@@ -21,7 +21,7 @@ from tests.checkpoints.transformers_files import TEXT, fast_tokenizer
 from tests.cli.conftest import Run
 from tests.cli.test_bad_input import assert_one_line
 from tests.fakes import write_pictures
-from tests.processing.test_documents import pdf_bytes
+from tests.processing.test_pdf import pdf_bytes
 from tests.processing.test_video import encode
 from visavis.cli import app
 from visavis.inputs import Document, Image, Page, Video

@@ -16,7 +16,7 @@ from tests.cli.conftest import Run
 from tests.fakes import write_pictures
 from visavis.api import Model
 from visavis.data import hard_negatives
-from visavis.train.recipe import SourceConfig
+from visavis.data.sources import SourceConfig
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_lines_and_summary(run: Run, tiny: str, pairs: Path, tmp_path: Path) -> 
     whole = json.loads(run(*words, "--relative-margin", "none", "--seed", 1, "--json").stdout)
     assert (whole["embedded"], whole["reused"], whole["short"]) == (0, 24, 0)
     assert whole["sources"] == {"nearest": 24, "random": 12} and whole["left_out"] == []
-    assert whole["settings"]["ratio"] is None and whole["settings"]["nearest"] == 2
+    assert whole["settings"]["relative_margin"] is None and whole["settings"]["nearest"] == 2
     again = lines(tmp_path / "out/negatives.jsonl")
     assert [r["negatives"][:2] for r in again] == [r["negatives"][:2] for r in rows]
     assert again != rows  # other random ones

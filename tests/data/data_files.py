@@ -12,9 +12,8 @@ from typing import Any
 from PIL import Image as pil
 
 from visavis.data.examples import ContrastiveExample, Conversation
-from visavis.data.formats import Source, open_data_source
+from visavis.data.sources import Source, SourceConfig, open_data_source
 from visavis.inputs import Image, Prompt, Text, Video
-from visavis.train.recipe import SourceConfig
 
 
 def picture_bytes(number: int = 0, kind: str = "PNG") -> bytes:

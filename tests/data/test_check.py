@@ -99,7 +99,7 @@ def test_tokens_are_the_models_own(tmp_path: Path) -> None:
     row = chat(0, "A cat.", "a.png")
     (found,) = check([entry(tmp_path, "chats", row, encoder=encoder)])
     expected = encoder.chat
-    from visavis.data.formats import open_data_source
+    from visavis.data.sources import open_data_source
 
     sample: Any = open_data_source(spec("llava", "chats.jsonl"), tmp_path, name="x")[0]
     ids = expected(sample.prompt, add_generation_prompt=False).token_ids

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from visavis.data.formats import FORMATS
-from visavis.train.recipe import SourceConfig
+from visavis.data.sources import SourceConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 

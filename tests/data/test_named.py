@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.data_files import chats, matches, opened, picture_bytes, said, spec, write_tar
-from visavis.data.formats import source_fingerprint
+from visavis.data.sources import source_fingerprint
 from visavis.errors import TrainError
 from visavis.inputs import Stored
 
@@ -79,7 +79,7 @@ def test_texts_find_their_pictures(root: Path) -> None:
     found = matches(opened(root, "records", "grocery-store", options={"as": "match"}))
     assert [one.group for one in found] == ["Red Apple"] * 2
     assert {one.query.text for one in found} <= {"a photo of Red Apple", "Red Apple"}
-    picture = found[1].target.images[0].source
+    picture = found[1].target.visuals[0].source
     assert isinstance(picture, Stored) and picture.read() == picture_bytes(1)
 
 

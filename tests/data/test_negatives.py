@@ -57,14 +57,14 @@ def mined(
     others: Sequence[Prompt] = (),
 ) -> tuple[dict[str, list[Negative]], Corpus, MiningReport]:
     model = model or Table()
-    catalogue, report = Corpus(samples, others), MiningReport()
+    corpus, report = Corpus(samples, others), MiningReport()
     with EmbeddingStore(folder / "vectors", model.embedding_dim) as store:
-        found = {one.id: each for one, each in mine(model, catalogue, settings, store, report)}
-    return found, catalogue, report
+        found = {one.id: each for one, each in mine(model, corpus, settings, store, report)}
+    return found, corpus, report
 
 
-def texts(found: Sequence[Negative], catalogue: Corpus) -> list[str]:
-    return [catalogue.prompt(one.place)[0].text for one in found]
+def texts(found: Sequence[Negative], corpus: Corpus) -> list[str]:
+    return [corpus.prompt(one.place)[0].text for one in found]
 
 
 # ---- which are near ------------------------------------------------------------------------------
@@ -115,10 +115,10 @@ def test_false_negatives_are_never_taken(tmp_path: Path) -> None:
         match(5, "t", "also mine", group="g"),
         match(6, "u", "other", negatives=(Prompt.of("right"),)),
     ]
-    settings = Mining(nearest=10, total=10, ratio=None, depth=10)
-    found, catalogue, report = mined(samples, settings, tmp_path)
+    settings = Mining(nearest=10, total=10, relative_margin=None, range_max=10)
+    found, corpus, report = mined(samples, settings, tmp_path)
     everything = {"right", "right too", "of my group", "also mine", "other"}
-    left = {id: everything - set(texts(each, catalogue)) for id, each in found.items()}
+    left = {id: everything - set(texts(each, corpus)) for id, each in found.items()}
     assert left["1"] == left["2"] == {"right", "right too"}
     assert left["3"] == {"right"}
     assert left["4"] == left["5"] == {"of my group", "also mine"}
@@ -128,10 +128,16 @@ def test_false_negatives_are_never_taken(tmp_path: Path) -> None:
 
 def test_rules_hold_for_scores_below_zero_too() -> None:
     scores = np.array([0.9, 0.5, -0.39, -0.41, -0.5, -np.inf])
-    assert Mining(ratio=0.95).allowed(scores, -0.4).tolist() == [*[False] * 4, True, False]
-    assert Mining(ratio=None, margin=0.05).allowed(scores, 0.96).tolist() == [True] * 5 + [False]
-    assert Mining(ratio=0.5, max_score=0.4).allowed(scores, 0.9).sum() == 3
-    assert Mining(ratio=None, min_score=-0.4).allowed(scores, 0.9).sum() == 3
+    assert Mining(relative_margin=0.05).allowed(scores, -0.4).tolist() == [
+        *[False] * 4,
+        True,
+        False,
+    ]
+    assert Mining(relative_margin=None, absolute_margin=0.05).allowed(scores, 0.96).tolist() == [
+        True
+    ] * 5 + [False]
+    assert Mining(relative_margin=0.5, max_score=0.4).allowed(scores, 0.9).sum() == 3
+    assert Mining(relative_margin=None, min_score=-0.4).allowed(scores, 0.9).sum() == 3
 
 
 def test_window_and_draw(tmp_path: Path) -> None:
@@ -141,21 +147,27 @@ def test_window_and_draw(tmp_path: Path) -> None:
     model = Table({"q": (1, 0), **table}, dim=2)
     only = [samples[0]]
     others = [one.target for one in samples[1:] if isinstance(one, ContrastiveExample)]
-    base = {"ratio": None, "nearest": 4, "skip": 3, "depth": 10}
-    found, catalogue, _ = mined(only, Mining(**base), tmp_path, model, others)
-    assert texts(found["0"], catalogue) == ["t03", "t04", "t05", "t06"]
-    drawn = Mining(**base, sample=True, seed=1)
-    found, catalogue, report = mined(only, drawn, tmp_path, model, others)
-    chosen = texts(found["0"], catalogue)
+    base = {"relative_margin": None, "nearest": 4, "range_min": 3, "range_max": 10}
+    found, corpus, _ = mined(only, Mining(**base), tmp_path, model, others)
+    assert texts(found["0"], corpus) == ["t03", "t04", "t05", "t06"]
+    drawn = Mining(**base, sampling_strategy="random", seed=1)
+    found, corpus, report = mined(only, drawn, tmp_path, model, others)
+    chosen = texts(found["0"], corpus)
     assert chosen == sorted(chosen) and set(chosen) <= {f"t{i:02}" for i in range(3, 10)}
     assert report.embedded == 0 and report.reused == 21
-    again, catalogue, _ = mined(only, drawn, tmp_path, model, others)
-    assert texts(again["0"], catalogue) == chosen
+    again, corpus, _ = mined(only, drawn, tmp_path, model, others)
+    assert texts(again["0"], corpus) == chosen
     seeds = {
         tuple(
             texts(
-                mined(only, Mining(**base, sample=True, seed=s), tmp_path, model, others)[0]["0"],
-                catalogue,
+                mined(
+                    only,
+                    Mining(**base, sampling_strategy="random", seed=s),
+                    tmp_path,
+                    model,
+                    others,
+                )[0]["0"],
+                corpus,
             )
         )
         for s in range(8)
@@ -182,9 +194,9 @@ def test_labels_same_image_and_random(tmp_path: Path) -> None:
     table = {"cup": (1, 0, 0), "tumbler": (0.9, 0.1, 0), "mug": (0.5, 0.5, 0)}
     model = Table({**table, **{f"thing {i}": (0, 1, i) for i in range(5)}}, dim=3)
     settings = Mining(nearest=0, labels=1, same_image=5, total=6)
-    found, catalogue, report = mined(samples, settings, tmp_path, model)
+    found, corpus, report = mined(samples, settings, tmp_path, model)
     by_source = {
-        source: {catalogue.prompt(one.place)[0].text for one in group}
+        source: {corpus.prompt(one.place)[0].text for one in group}
         for source, group in itertools.groupby(found["0"], key=lambda one: one.source)
     }
     assert by_source["labels"] == {"tumbler"}
@@ -199,20 +211,24 @@ def test_random_ones_keep_the_rules(tmp_path: Path) -> None:
     table = {"q": (1, 0), "yes": (0.8, 0.6), "near": (1, 0.01), "far": (0, 1)}
     samples = [match(1, "q", "yes")]
     others = [Prompt.of("near"), Prompt.of("far")]
-    settings = Mining(nearest=1, total=3, skip=1, depth=2)
-    found, catalogue, report = mined(samples, settings, tmp_path, Table(table, dim=2), others)
-    assert texts(found["1"], catalogue) == ["far"] and found["1"][0].source == "random"
+    settings = Mining(nearest=1, total=3, range_min=1, range_max=2)
+    found, corpus, report = mined(samples, settings, tmp_path, Table(table, dim=2), others)
+    assert texts(found["1"], corpus) == ["far"] and found["1"][0].source == "random"
     assert (report.refused, report.short) == (1, 1)
 
 
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(InputError, match="no negatives are wanted"):
         Mining(nearest=0)
-    with pytest.raises(InputError, match="skip is -1.*ratio is 2.*margin is -1") as error:
-        Mining(skip=-1, ratio=2, margin=-1)
+    with pytest.raises(
+        InputError, match="range_min is -1.*relative_margin is 2.*absolute_margin is -1"
+    ) as error:
+        Mining(range_min=-1, relative_margin=2, absolute_margin=-1)
     assert str(error.value).count(";") == 2
-    with pytest.raises(InputError, match="depth is 10, less than the 5 to skip and 8 to take"):
-        Mining(skip=5, depth=10)
+    with pytest.raises(
+        InputError, match="range_max is 10, less than the 5 to skip .* and 8 to take"
+    ):
+        Mining(range_min=5, range_max=10)
 
 
 def test_conversations_and_what_is_broken_are_left_out(tmp_path: Path) -> None:
@@ -224,7 +240,7 @@ def test_conversations_and_what_is_broken_are_left_out(tmp_path: Path) -> None:
         ContrastiveExample("4", Prompt.of(Path("nowhere.png")), Prompt.of("c")),
         match(5, "s", "d"),
     ]
-    settings = Mining(nearest=3, ratio=None)
+    settings = Mining(nearest=3, relative_margin=None)
     found, _, report = mined(samples, settings, tmp_path)
     assert list(found) == ["1", "5"]
     reasons = dict(report.left_out)
@@ -259,7 +275,7 @@ def test_vectors_survive_a_crash_in_the_middle(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hard_negatives, "BATCH", 4)
     samples = [match(i, f"q{i}", f"t{i}") for i in range(10)]
-    settings = Mining(nearest=2, ratio=None, sample=True)
+    settings = Mining(nearest=2, relative_margin=None, sampling_strategy="random")
     whole, _, _ = mined(samples, settings, tmp_path / "whole")
 
     class Stopped(Table):
@@ -291,11 +307,11 @@ def test_pictures_are_mined_and_joined(tmp_path: Path) -> None:
     write_lines(data / "set/pairs.jsonl", rows)
     source = opened(data, "pairs", "set/pairs.jsonl")
     model = tiny_model()
-    settings = Mining(nearest=3, ratio=None)
-    catalogue, report = Corpus(source), MiningReport()
+    settings = Mining(nearest=3, relative_margin=None)
+    corpus, report = Corpus(source), MiningReport()
     out = data / "mined/negatives.jsonl"
     with EmbeddingStore(tmp_path / "vectors", model.embedding_dim) as store:
-        write_mined(out, catalogue, mine(model, catalogue, settings, store, report))
+        write_mined(out, corpus, mine(model, corpus, settings, store, report))
     assert (report.samples, report.items) == (7, 6)
     joined = opened(data, "pairs", "set/pairs.jsonl", negatives="mined/negatives.jsonl")
     vectors = model.embed([f"number {i}" for i in range(7)]) @ model.embed(paths).T
@@ -303,7 +319,7 @@ def test_pictures_are_mined_and_joined(tmp_path: Path) -> None:
         assert isinstance(sample, ContrastiveExample)
         right = number if number < 6 else 0
         best = [i for i in np.argsort(-vectors[number]) if i != right][:3]
-        assert [one.images[0].source for one in sample.negatives] == [paths[i] for i in best]
+        assert [one.visuals[0].source for one in sample.negatives] == [paths[i] for i in best]
         model.embed(list(sample.negatives))
 
 
@@ -324,11 +340,13 @@ def test_pictures_that_are_no_files_are_written_once(tmp_path: Path) -> None:
 
 def test_a_corpus_adds_items(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "corpus.jsonl", [{"id": 1, "text": "x"}, {"text": "y"}])
-    corpus = read_corpus(path)
+    items = read_corpus(path)
     samples = [match(1, "q", "a"), match(2, "r", "x")]
-    found, catalogue, _ = mined(samples, Mining(nearest=5, ratio=None), tmp_path, others=corpus)
-    assert set(texts(found["1"], catalogue)) == {"x", "y"}
-    assert set(texts(found["2"], catalogue)) == {"a", "y"}
+    found, corpus, _ = mined(
+        samples, Mining(nearest=5, relative_margin=None), tmp_path, others=items
+    )
+    assert set(texts(found["1"], corpus)) == {"x", "y"}
+    assert set(texts(found["2"], corpus)) == {"a", "y"}
     write_lines(path, [{"id": 1, "words": "x"}])
     with pytest.raises(InputError, match=r"corpus\.jsonl, record 1: an item has the key 'words'"):
         read_corpus(path)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.data.data_files import matches, opened, said, spec, write_lines, write_pictures
-from visavis.data.formats import open_data_source, source_fingerprint
+from visavis.data.sources import open_data_source, source_fingerprint
 from visavis.errors import TrainError
 
 
@@ -52,7 +52,7 @@ def test_items_of_a_corpus_are_named_by_id(tmp_path: Path) -> None:
     row = pair(query={"text": "?"}, positives=["x"], negatives=["1"])
     (sample,) = read(tmp_path, row, options=options)
     assert (said(sample.target), said(sample.negatives[0])) == ([["[a.png]"]], [["a cat"]])
-    with pytest.raises(TrainError, match="names the item 'y', which corpus.jsonl has not"):
+    with pytest.raises(TrainError, match="names the item 'y', which corpus.jsonl does not have"):
         read(tmp_path, pair(positives=["y"]), options=options)
     write_lines(tmp_path / "corpus.jsonl", [*corpus, {"id": "1", "text": "again"}])
     with pytest.raises(TrainError, match="record 3 has the id '1', expected one of its own"):
@@ -171,7 +171,7 @@ def test_a_fingerprint_changes_when_the_samples_would(tmp_path: Path) -> None:
 def test_fingerprints_of_large_files_are_of_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visavis.data.fingerprint.WHOLE_BYTES", 256)
+    monkeypatch.setattr("visavis.data.readers.WHOLE_BYTES", 256)
     path = tmp_path / "train.jsonl"
     write_lines(path, [pair(number) for number in range(5)])
     first = source_fingerprint(spec("pairs", "train.jsonl"), tmp_path)

@@ -42,7 +42,7 @@ def test_pictures_take_the_place_of_their_token(tmp_path: Path) -> None:
     )
     question = "Represent the given image for classification\n"
     assert said(first.query) == [["[a.jpg]", question]]
-    assert first.query.images[0].source == tmp_path / "MMEB" / "images" / "a.jpg"
+    assert first.query.visuals[0].source == tmp_path / "MMEB" / "images" / "a.jpg"
     assert (said(first.target), first.negatives) == ([["a cat"]], ())
     assert (said(second.query), said(second.target)) == ([["Find it.\n"]], [["[b]", "This one"]])
     assert said(third.query) == [["Before ", "[a.jpg]", " after"]]
@@ -153,7 +153,7 @@ def test_pages_come_from_tables(tmp_path: Path) -> None:
     first, _ = matches(opened(tmp_path, "vidore", "*.parquet"))
     assert said(first.query) == [["[Stored]", "Question 0?"]]
     assert said(first.target) == [["Answer 0."]]
-    picture = first.query.images[0].source
+    picture = first.query.visuals[0].source
     assert isinstance(picture, Stored) and picture.read() == picture_bytes(0)
     chart, own = matches(opened(tmp_path, "visrag", "train.parquet"))
     (asked,) = said(chart.query)

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.data.data_files import matches, opened, spec
 from tests.fakes import byte_tokenizer
 from visavis import load
-from visavis.data.formats import open_data_source, source_fingerprint, synthetic
+from visavis.data.formats import synthetic
 from visavis.data.scene_graph import (
     STATEMENT,
     Thing,
@@ -28,6 +28,7 @@ from visavis.data.scene_graph import (
     vocabulary,
     write_labels,
 )
+from visavis.data.sources import open_data_source, source_fingerprint
 from visavis.errors import InputError, TrainError
 from visavis.evaluate.scene_graph import VG150_NOVEL, recall, scene_graph
 from visavis.inputs import Prompt
@@ -82,7 +83,7 @@ def said(samples: Any) -> list[list[str]]:
 
 def test_a_row_is_a_question_about_a_picture(folder: Path) -> None:
     first = matches(opened(folder, "scene-graph", "graph.json"))[0]
-    assert [image.source for image in first.query.images] == [folder / "a.png"]
+    assert [image.source for image in first.query.visuals] == [folder / "a.png"]
     assert first.query.text == (
         "In the given image, the subject <|object_ref_start|>cup<|object_ref_end|> is located at "
         "<|box_start|>(50, 200), (300, 800)<|box_end|>, the object <|object_ref_start|>table"
@@ -205,7 +206,7 @@ def test_drawings_say_what_is_drawn(tmp_path: Path) -> None:
     assert said["egg", "tin"] == "inside"
     boxes = [r["subject"]["bbox"] for r in rows] + [r["object"]["bbox"] for r in rows]
     assert all(0 <= b[0] < b[2] < 100 and 0 <= b[1] < b[3] < 100 for b in boxes)
-    assert source[3].id == "test-0/3" and len(source[0].query.images) == 1
+    assert source[3].id == "test-0/3" and len(source[0].query.visuals) == 1
     with pytest.raises(TrainError, match="expected one of drawn/train, drawn/test"):
         opened(tmp_path, "scene-graph", "drawn/val")
 

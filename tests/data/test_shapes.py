@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from visavis.data.examples import ContrastiveExample, Conversation
-from visavis.data.formats import open_data_source, source_fingerprint
 from visavis.data.formats.synthetic import COLOURS, pairs
+from visavis.data.sources import SourceConfig, open_data_source, source_fingerprint
 from visavis.errors import TrainError
 from visavis.inputs import Prompt
 from visavis.processing.images import decode_image
-from visavis.train.recipe import SourceConfig
 
 
 def source(path: str = "train", cap: int | None = None, **options: Any) -> Any:

@@ -8,15 +8,16 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import visavis
-from tests.fakes import picture, tiny_model, write_tiny_checkpoint
+from tests.fakes import picture, tiny_model, write_pictures, write_tiny_checkpoint
 from visavis.api import Model
-from visavis.errors import ContextLengthError, InputError, OutOfMemoryError
+from visavis.errors import ContextLengthError, ImageError, InputError, OutOfMemoryError
 from visavis.generate.engine import Engine, GeneratedSequence
 from visavis.generate.prefix_cache import PrefixCache
 from visavis.generate.scheduler import BatchScheduler
@@ -172,12 +173,12 @@ def test_cancelling_returns_the_memory(sequences: list[GeneratedSequence]) -> No
 @pytest.mark.parametrize("where", ["prompt", "first token", "third token"])
 @pytest.mark.parametrize("number", [1, 3])
 def test_what_goes_wrong_in_one_ends_only_that_one(
-    sequences: list[GeneratedSequence], where: str, number: int
+    sequences: list[GeneratedSequence], where: str, number: int, tmp_path: Path
 ) -> None:
     model, chosen = tiny_model(), sequences[:number]
     asked = [Prompt.of(f"question number {place}") for place in range(number)]
     others = [model.ask(prompt, max_new_tokens=12).sequence for prompt in asked]
-    list(Engine(model.vlm).run(others))
+    list(Engine(model.vlm, model.image_encoder).run(others))
     expected = [other.tokens for other in others]
     bad, sample, said = chosen[-1], chosen[-1].sample, []
 
@@ -188,15 +189,19 @@ def test_what_goes_wrong_in_one_ends_only_that_one(
         return sample(scores)
 
     if where == "prompt":
-        bad.prompt = lambda: [][0]
+        (path,) = write_pictures(tmp_path, 1, first_seed=977)  # in no cache
+        bad.prompt = model.ask(
+            Prompt.chat("what is it?", [path]), max_new_tokens=12
+        ).sequence.prompt
+        path.unlink()
     else:
         bad.sample = fail
-    engine = Engine(model.vlm, prefixes=PrefixCache())
+    engine = Engine(model.vlm, model.image_encoder, prefixes=PrefixCache())
     for one in chosen:
         engine.add(one)
     while engine.busy:
         engine.step()
-    assert isinstance(bad.error, IndexError if where == "prompt" else RuntimeError)
+    assert isinstance(bad.error, ImageError if where == "prompt" else RuntimeError)
     assert bad.done and bad.cache is None and engine.active == []
     for one, tokens in zip(chosen[:-1], expected, strict=False):
         assert one.tokens == tokens and one.error is None
@@ -222,7 +227,9 @@ def test_a_reader_that_fails_leaves_the_model_sound() -> None:
 def test_a_desk_tells_each_its_own_errors() -> None:
     model = tiny_model()
     expected = model.chat("go on", max_new_tokens=12).text
-    desk = BatchScheduler(model.ask, Engine(model.vlm, prefixes=model.prefixes))
+    desk = BatchScheduler(
+        model.ask, Engine(model.vlm, model.image_encoder, prefixes=model.prefixes)
+    )
     started = threading.Event()
 
     def tell(piece: str) -> None:

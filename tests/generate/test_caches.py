@@ -31,11 +31,11 @@ def ask(model: Model, paths: list[Path]) -> tuple[list[str], np.ndarray]:
 @pytest.mark.parametrize(("read", "seen", "kept"), list(product((False, True), repeat=3)))
 def test_caches_change_nothing(tmp_path: Path, read: bool, seen: bool, kept: bool) -> None:
     model, paths = tiny_model(), write_pictures(tmp_path, 2)
-    model.prefixes, model.image_cache = None, FeatureCache(max_bytes=0)
+    model.prefixes, model.image_encoder.cache = None, FeatureCache(max_bytes=0)
     texts, vectors = ask(model, paths)
     for _ in range(2):
-        folder = DiskFeatureCache(tmp_path / "kept", model.seen_by) if kept else None
-        model.image_cache = FeatureCache(2**20 if seen else 0, folder=folder)
+        folder = DiskFeatureCache(tmp_path / "kept", model.feature_fingerprint) if kept else None
+        model.image_encoder.cache = FeatureCache(2**20 if seen else 0, folder=folder)
         model.prefixes = PrefixCache() if read else None
         for _ in range(2):
             again, found = ask(model, paths)

@@ -63,7 +63,7 @@ def test_chat_is_one_of_many(singles: list[str]) -> None:
 def test_a_waiting_sequence_enters_when_another_leaves() -> None:
     model = tiny_model()
     answers = [model.ask(Prompt.of(f"question {n}"), max_new_tokens=2 + n) for n in range(4)]
-    engine = Engine(model.vlm, max_sequences=2)
+    engine = Engine(model.vlm, model.image_encoder, max_sequences=2)
     most = 0
     for _ in engine.run([answer.sequence for answer in answers]):
         most = max(most, len(engine.active))
@@ -77,7 +77,7 @@ def test_leaving_early_returns_the_memory() -> None:
     model = tiny_model()
     answers = [model.ask(Prompt.of(text), max_new_tokens=30) for text in ("one", "two")]
     sequences = [answer.sequence for answer in answers]
-    engine = Engine(model.vlm)
+    engine = Engine(model.vlm, model.image_encoder)
     for count, _ in enumerate(engine.run(sequences)):
         if count == 6:
             break
@@ -91,7 +91,7 @@ def test_one_of_many_can_be_cancelled(singles: list[str]) -> None:
     model.prefixes = None
     kept = model.ask(Prompt.of(ITEMS[2]), max_new_tokens=9)
     gone = model.ask(Prompt.of(ITEMS[0]), max_new_tokens=9)
-    for _ in Engine(model.vlm).run([kept.sequence, gone.sequence]):
+    for _ in Engine(model.vlm, model.image_encoder).run([kept.sequence, gone.sequence]):
         kept.update()
         if len(gone.sequence.tokens) == 2:
             gone.sequence.stop()
@@ -150,7 +150,7 @@ def test_scores_do_not_depend_on_how_much_was_known() -> None:
     prefixes = PrefixCache()
     for _ in range(2):
         answer.sequence.tokens, answer.sequence.done = [], False
-        for _ in Engine(model.vlm, prefixes=prefixes).run([answer.sequence]):
+        for _ in Engine(model.vlm, model.image_encoder, prefixes=prefixes).run([answer.sequence]):
             pass
     assert answer.sequence.num_reused > 16
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)

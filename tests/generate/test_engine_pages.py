@@ -28,7 +28,7 @@ def engine_of(model: Model, num_pages: int, **settings: object) -> Engine:
     decoder = model.vlm.decoder
     page_bytes = PagePool(decoder.config, dtype=decoder.dtype, max_bytes=1 << 20, page=8).page_bytes
     pool = PagePool(decoder.config, dtype=decoder.dtype, max_bytes=num_pages * page_bytes, page=8)
-    engine = Engine(model.vlm, **settings)  # type: ignore[arg-type]
+    engine = Engine(model.vlm, model.image_encoder, **settings)  # type: ignore[arg-type]
     engine.static = StaticDecoder(decoder, pool)
     return engine
 
@@ -44,7 +44,9 @@ def replies(engine: Engine, model: Model, prompts: list[Prompt]) -> list[str]:
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
     model = tiny_model()
-    return [replies(Engine(model.vlm), model, [prompt])[0] for prompt in PROMPTS]
+    return [
+        replies(Engine(model.vlm, model.image_encoder), model, [prompt])[0] for prompt in PROMPTS
+    ]
 
 
 @pytest.mark.parametrize("max_sequences", [1, 3, 16])
@@ -71,7 +73,7 @@ def test_the_way_of_cuda_says_the_same(
     use_kernel(monkeypatch)
     model = tiny_model()
     prefixes = PrefixCache()
-    engine = Engine(model.vlm, max_sequences=3, prefixes=prefixes)
+    engine = Engine(model.vlm, model.image_encoder, max_sequences=3, prefixes=prefixes)
     assert engine.static is not None and engine.static.pool.page == 256
     for _ in range(2):
         assert replies(engine, model, PROMPTS) == expected
@@ -112,7 +114,7 @@ def test_beams_share_pages_and_return_them() -> None:
         for _ in engine.run([answer.sequence]):
             answer.update()
         plain = model.ask(prompt, max_new_tokens=12, beams=4)
-        for _ in Engine(model.vlm).run([plain.sequence]):
+        for _ in Engine(model.vlm, model.image_encoder).run([plain.sequence]):
             plain.update()
         assert answer.sequence.tokens == plain.sequence.tokens
     assert engine.static is not None

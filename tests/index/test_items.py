@@ -12,7 +12,7 @@ import pytest
 from PIL import Image as pil
 
 from tests.fakes import picture, tiny_model, write_pictures
-from tests.processing.test_documents import RED, WHITE, pdf_bytes
+from tests.processing.test_pdf import RED, WHITE, pdf_bytes
 from tests.processing.test_video import colour, encode
 from visavis import Index
 from visavis.errors import ImageError, InputError

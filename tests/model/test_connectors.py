@@ -20,7 +20,7 @@ from visavis.model.config import (
 )
 from visavis.model.connectors import CONNECTORS, build_connector, connector_tokens
 from visavis.model.image_input import ImageInput
-from visavis.model.image_tokens import select
+from visavis.model.image_tokens import select, tokens_per_view
 from visavis.model.vlm import VLM
 
 DECODER = DecoderConfig(40, 32, 1, 4, 2, 8, 48, 64)
@@ -92,7 +92,7 @@ def test_a_mixture_interleaves_two_towers_that_see_the_same() -> None:
         select_layer=-2,
     )
     vlm = VLM(config).eval()
-    assert config.tokens_per_image == 32
+    assert tokens_per_view(config) == 32
     pixels = torch.randn(1, 3, 16, 16)
     ((tokens, mean),) = vlm.see([ImageInput(pixels)])
     first = vlm.connector.first(vlm.tower.first(pixels, -2)[:, 1:])[0]  # type: ignore
@@ -109,7 +109,7 @@ def test_only_those_that_were_trained_so_lose_a_patch() -> None:
     connector = ConnectorConfig("linear", 24, 32)
     kept = VLMConfig(DECODER, tower, connector)
     cut = VLMConfig(DECODER, tower, connector, drop_first_token=True)
-    assert (kept.tokens_per_image, cut.tokens_per_image) == (16, 15)
+    assert (tokens_per_view(kept), tokens_per_view(cut)) == (16, 15)
     hidden = torch.randn(2, 16, 24)
     assert torch.equal(select(hidden, kept), hidden)
     assert torch.equal(select(hidden, cut), hidden[:, 1:])

@@ -17,7 +17,7 @@ from visavis.model.config import (
 )
 from visavis.model.connectors.mlp import MLP, pixel_shuffle
 from visavis.model.image_input import ImageInput
-from visavis.model.image_tokens import merge_image_features
+from visavis.model.image_tokens import merge_image_features, tokens_per_view
 from visavis.model.vlm import VLM
 
 DECODER = DecoderConfig(40, 32, 1, 4, 2, 8, 48, 64)
@@ -82,7 +82,7 @@ def test_an_image_becomes_as_many_tokens_as_the_config_says(
         parts,
         select_feature=select_feature,  # type: ignore[arg-type]
     )
-    assert config.tokens_per_image == expected
+    assert tokens_per_view(config) == expected
     pixels = torch.randn(2, 1, 3, tower.image_size, tower.image_size)
     tokens = torch.stack([t for t, _ in VLM(config).see([ImageInput(one) for one in pixels])])
     assert tokens.shape == (2, expected, 32)

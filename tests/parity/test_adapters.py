@@ -153,7 +153,7 @@ def folder_of(base: Path, peer: Any, tmp_path: Path) -> Path:
 
 
 def load_pixels(model: visavis.Model) -> torch.Tensor:
-    from visavis.processing.images import process_image
+    from visavis.processing.resize import process_image
 
     assert model.processor is not None
     return torch.from_numpy(process_image(picture(1, (32, 32)), model.processor))[None]

@@ -51,12 +51,12 @@ def test_answers_are_the_peers(settings: dict[str, Any], stops: tuple[int, ...])
         )[0, len(ids) :].tolist()
         search = BeamSearch(beams, max_new_tokens=14, stop_ids=frozenset(stops))
         sequence = GeneratedSequence(
-            lambda ids=ids: stream(ids),  # type: ignore[misc]
+            stream(ids),
             int,
             14,
             frozenset(stops),
             search=search,
-            names=tuple(ids.tolist()),
+            token_keys=tuple(ids.tolist()),
         )
         engine = Engine(vlm, prefixes=PrefixCache())
         assert list(engine.run([sequence])) == [sequence]

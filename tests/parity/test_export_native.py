@@ -76,5 +76,5 @@ def assert_comes_back(source: Path, out: Path, precision: str) -> None:
     items: list[Any] = ["a text", "ein längerer Text <|im_end|>"]
     if first.vlm.tower is not None:
         items += [{"image": picture(1, (90, 61)), "text": "red"}, picture(2)]
-    vectors = [visavis.Model(loaded).embed(items) for loaded in (first, second)]
+    vectors = [visavis.Model.of(loaded).embed(items) for loaded in (first, second)]
     assert np.array_equal(*vectors)

@@ -33,7 +33,7 @@ from visavis.checkpoints.transformers.export import write_transformers
 from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, DecoderConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
@@ -59,7 +59,7 @@ def assert_same(first: Checkpoint, second: Checkpoint) -> None:
 
 
 def logits(loaded: Checkpoint) -> np.ndarray:
-    return visavis.Model(loaded).trace(PROMPT).logits
+    return visavis.Model.of(loaded).trace(PROMPT).logits
 
 
 SOURCES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -125,17 +125,17 @@ def test_the_original_layout_with_tiles_comes_back(name: str, tmp_path: Path) ->
         tmp_path / "in", precision="f32", device="cpu", chat_template="vicuna_v1"
     )
     prompt = {"image": picture(1, (90, 61)), "text": "What is this?"}
-    expected = visavis.Model(first).trace(prompt)
+    expected = visavis.Model.of(first).trace(prompt)
     second = through(tmp_path / "llava", write_llava, first)
     assert_same(first, second)
     assert second.vlm.config == first.vlm.config and second.processor == first.processor
     second.profile = first.profile
-    assert np.array_equal(visavis.Model(second).trace(prompt).logits, expected.logits)
+    assert np.array_equal(visavis.Model.of(second).trace(prompt).logits, expected.logits)
     if name not in ANYRES:
         with pytest.raises(CheckpointError, match="cannot be written in this layout"):
             through(tmp_path / "transformers", write_transformers, first)
         return
-    third = visavis.Model(through(tmp_path / "transformers", write_transformers, first))
+    third = visavis.Model.of(through(tmp_path / "transformers", write_transformers, first))
     found = third.trace(prompt)
     assert [n for _, n in found.image_slots] == [n for _, n in expected.image_slots]
     rows = expected.logits.shape[1]

@@ -84,7 +84,7 @@ def exported(source: Path, out: Path) -> visavis.Model:
     loaded = load_checkpoint(source, precision="f32", device="cpu")
     out.mkdir()
     write_transformers(loaded, out)
-    return visavis.Model(loaded)
+    return visavis.Model.of(loaded)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -217,7 +217,7 @@ def test_what_gguf_spells_otherwise(name: str, tmp_path: Path) -> None:
     rope = again.config.rope_parameters
     assert rope["rope_type"] == ("llama3" if name == "llama" else "default")
     ids = random_ids(60)
-    ours = visavis.Model(loaded).trace(ids.tolist()).logits
+    ours = visavis.Model.of(loaded).trace(ids.tolist()).logits
     assert_close(torch.from_numpy(ours), again(ids[None]).logits[0], f"{name} from GGUF")
 
 

@@ -23,6 +23,7 @@ from visavis.checkpoints.transformers.weights import read, write
 from visavis.errors import CheckpointError
 from visavis.model.batch import PackedBatch
 from visavis.model.image_input import ImageInput
+from visavis.model.image_tokens import tokens_per_view
 from visavis.model.vlm import VLM
 
 pytestmark = pytest.mark.parity
@@ -76,7 +77,7 @@ def build_ours(peer: LlavaForConditionalGeneration, tensors: dict[str, Tensor]) 
 
 def prompt(vlm: VLM, *parts: list[int] | str) -> Tensor:
     """Return ids in which every "image" is as many placeholders as it becomes tokens."""
-    run = [IMAGE] * vlm.config.tokens_per_image
+    run = [IMAGE] * tokens_per_view(vlm.config)
     return torch.tensor([token for part in parts for token in (run if part == "image" else part)])
 
 

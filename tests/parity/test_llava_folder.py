@@ -150,7 +150,7 @@ def test_vectors_are_the_peers_last_hidden_states(loaded: tuple) -> None:
 
 
 def model_pixels(model: visavis.Model, item: Any) -> torch.Tensor | None:
-    from visavis.processing.images import process_image
+    from visavis.processing.resize import process_image
 
     if not isinstance(item, dict):
         return None

@@ -80,23 +80,20 @@ def peers_negatives(
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    "shared",
     [
-        ({}, {}),
-        ({"ratio": 0.95}, {"relative_margin": 0.05}),
-        ({"margin": 0.05}, {"absolute_margin": 0.05}),
-        ({"ratio": 0.8, "margin": 0.1}, {"relative_margin": 0.2, "absolute_margin": 0.1}),
-        ({"skip": 7}, {"range_min": 7}),
-        (
-            {"skip": 3, "depth": 8, "ratio": 0.9},
-            {"range_min": 3, "range_max": 8, "relative_margin": 0.1},
-        ),
-        ({"max_score": 0.4, "min_score": -0.1}, {"max_score": 0.4, "min_score": -0.1}),
+        {},
+        {"relative_margin": 0.05},
+        {"absolute_margin": 0.05},
+        {"relative_margin": 0.2, "absolute_margin": 0.1},
+        {"range_min": 7},
+        {"range_min": 3, "range_max": 8, "relative_margin": 0.1},
+        {"max_score": 0.4, "min_score": -0.1},
     ],
     ids=str,
 )
 def test_the_same_are_mined(
-    ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table, draw = Table(), np.random.default_rng(3)
     pairs = {f"query {i}": f"answer {i}" for i in range(NUM)}
@@ -104,14 +101,14 @@ def test_the_same_are_mined(
     for i in range(NUM):  # answers near their queries, some far
         noise = draw.normal(size=8) * draw.uniform(0.2, 2)
         table.vectors[f"answer {i}"] = table.vector(f"query {i}") + noise
-    theirs = {"range_max": 60, "num_negatives": 4, **theirs}
-    expected = peers_negatives(table, pairs, others, monkeypatch, **theirs)
-    settings = Mining(**{"nearest": 4, "ratio": None, "depth": 60, **ours})
+    shared = {"relative_margin": None, "range_max": 60, **shared}
+    expected = peers_negatives(table, pairs, others, monkeypatch, num_negatives=4, **shared)
+    settings = Mining(nearest=4, **shared)
     samples = [match(query, query, answer) for query, answer in pairs.items()]
-    corpus = [Prompt.of(other) for other in others]
-    found, catalogue, _ = mined(samples, settings, tmp_path, table, corpus)
+    items = [Prompt.of(other) for other in others]
+    found, corpus, _ = mined(samples, settings, tmp_path, table, items)
     named = {
-        query: [(catalogue.prompt(one.place)[0].text, one.score) for one in each]
+        query: [(corpus.prompt(one.place)[0].text, one.score) for one in each]
         for query, each in found.items()
         if each
     }

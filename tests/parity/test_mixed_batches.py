@@ -24,11 +24,12 @@ from tests.mmproj_files import compose, tiny_llama
 from tests.parity.qwen2_vl_files import save_qwen2_vl
 from tests.parity.test_llava_original_anyres import VARIANTS
 from tests.parity.test_llava_original_anyres import save as save_anyres
-from tests.processing.test_documents import pdf_bytes
+from tests.processing.test_pdf import pdf_bytes
 from visavis.checkpoints.gguf.export import write_gguf
 from visavis.generate.engine import generate
 from visavis.inputs import Document, Image, Prompt, Text, Video
 from visavis.processing.feature_cache import FeatureCache
+from visavis.processing.images import ContentHasher
 from visavis.processing.pdf import expand
 
 pytest.importorskip("pypdfium2")
@@ -132,12 +133,12 @@ def test_one_batch_of_all_kinds(system: tuple[str, visavis.Model]) -> None:
     items = items_for(name)
     alone = {}
     for kind, item in items.items():
-        model.image_cache = FeatureCache()
+        model.image_encoder.cache = FeatureCache()
         alone[kind] = model.embed([item])[0]
     assert len({vector.tobytes() for vector in alone.values()}) == len(items), "some are the same"
     for seed, batch_tokens in ((0, 10_000), (1, 200)):
         kinds = random.Random(seed).sample(list(items), len(items))
-        model.image_cache = FeatureCache()
+        model.image_encoder.cache = FeatureCache()
         vectors = model.embed([items[kind] for kind in kinds], batch_tokens=batch_tokens)
         for kind, vector in zip(kinds, vectors, strict=True):
             np.testing.assert_allclose(vector, alone[kind], atol=FLAT, err_msg=f"{name}: {kind}")
@@ -146,9 +147,8 @@ def test_one_batch_of_all_kinds(system: tuple[str, visavis.Model]) -> None:
 def test_chat_with_a_cache_and_without(system: tuple[str, visavis.Model]) -> None:
     name, model = system
     for kind, item in items_for(name).items():
-        prompt = expand(Prompt.of(item))
-        encoded = model.encoder.chat(prompt)
-        batch = model._batch([(prompt, encoded)])
+        prompt = ContentHasher().identify(expand(Prompt.of(item)))
+        batch = model.image_encoder.pack([model.encoder.chat(prompt)])
         tokens = generate(
             model.vlm,
             batch,
@@ -165,7 +165,7 @@ def without_cache(model: visavis.Model, prompt: Prompt) -> list[int]:
     encoded = model.encoder.chat(prompt)
     found: list[int] = []
     for _ in range(NEW_TOKENS):
-        hidden = model.vlm(model._batch([(prompt, encoded)]))[-1]
+        hidden = model.vlm(model.image_encoder.pack([encoded]))[-1]
         found.append(int(model.vlm.decoder.logits(hidden[-1:]).argmax()))
         encoded.add(found[-1:])
         if encoded.positions is not None:

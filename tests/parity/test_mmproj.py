@@ -31,11 +31,12 @@ from visavis.generate.sampling import Sampler, Sampling
 from visavis.model.batch import PackedBatch
 from visavis.model.config import ViTConfig
 from visavis.model.image_input import ImageInput
+from visavis.model.image_tokens import tokens_per_view
 from visavis.model.vision.vit import ViT
 from visavis.processing.chat_template import Encoded
 from visavis.processing.collate import pack
-from visavis.processing.images import process_image
 from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.resize import process_image
 
 pytestmark = pytest.mark.parity
 
@@ -53,7 +54,7 @@ def batch_of(loaded: Checkpoint, picture: pil.Image = PICTURE) -> PackedBatch:
     assert loaded.processor is not None
     encoded = Encoded()
     encoded.add(loaded.tokenizer.encode(BEFORE, add_special_tokens=False).ids)
-    encoded.add_image(loaded.vlm.config.image_token_id, loaded.vlm.config.tokens_per_image)
+    encoded.add_image(loaded.vlm.config.image_token_id, tokens_per_view(loaded.vlm.config))
     encoded.add(loaded.tokenizer.encode(AFTER, add_special_tokens=False).ids)
     batch = pack([encoded])
     pixels = torch.from_numpy(process_image(picture, loaded.processor))
@@ -169,7 +170,10 @@ def test_smaller_types(kind: str, language_model: Checkpoint, tmp_path: Path) ->
 def test_a_folder_of_the_two_chats_and_embeds(language_model: Checkpoint, tmp_path: Path) -> None:
     loaded = compose(language_model, "CLIP, mlp2x")
     write_gguf(loaded, tmp_path, kind="F32")
-    ours, again = Model(loaded), Model(load_checkpoint(tmp_path, precision="f32", device="cpu"))
+    ours, again = (
+        Model.of(loaded),
+        Model.of(load_checkpoint(tmp_path, precision="f32", device="cpu")),
+    )
     picture = pil.new("RGB", (50, 30), (200, 40, 40))
     answers = [model.chat("word3?", [picture], max_new_tokens=12).text for model in (ours, again)]
     assert answers[0] == answers[1] != ""

@@ -21,12 +21,12 @@ import visavis
 from tests.checkpoints.phi3v_files import published_inputs, save_phi3v, tiny_tower
 from tests.fakes import picture
 from tests.parity.peers import TOLERANCE, assert_close
-from tests.processing.test_hd import reference
+from tests.processing.test_phi3v import reference
 from visavis.checkpoints.phi3v import name_table, vlm_config
 from visavis.checkpoints.weight_mapping import to_theirs
 from visavis.cli import app
 from visavis.errors import CheckpointError
-from visavis.processing.phi3v import phi3v_grid
+from visavis.processing.phi3v import Phi3VProcessor
 
 __all__ = ["tiny_tower"]  # a fixture, used by every test
 pytestmark = pytest.mark.parity
@@ -41,7 +41,7 @@ def load(folder: Path, **settings: Any) -> visavis.Model:
 def published(model: visavis.Model, image: Image.Image) -> tuple[torch.Tensor, int, int]:
     """Return a picture's views, rows and columns by the published rules."""
     assert model.processor is not None
-    shape = phi3v_grid(image.size, model.processor)
+    shape = Phi3VProcessor(model.processor).grid(image.size)
     return reference(image, model.processor), shape.rows, shape.columns
 
 
@@ -169,7 +169,7 @@ def test_tolerance_would_see_a_swapped_separator(tmp_path: Path) -> None:
     assert model.vlm.separators is not None
     marks = model.vlm.separators
     marks.line.data, marks.middle.data = marks.middle.data, marks.line.data
-    model.image_cache = type(model.image_cache)()
+    model.image_encoder.cache = type(model.image_encoder.cache)()
     assert np.abs(model.trace(question).logits - before).max() > 100 * TOLERANCE
 
 

@@ -27,7 +27,7 @@ from visavis.model.kv_cache import KVCache
 from visavis.model.rope import mrope_positions
 from visavis.processing.chat_template import Encoded
 from visavis.processing.collate import pack
-from visavis.processing.qwen2_vl import image_patches, video_patches
+from visavis.processing.qwen2_vl import Qwen2VLProcessor
 
 pytestmark = pytest.mark.parity
 
@@ -48,9 +48,9 @@ def seen(model: visavis.Model, *sizes: tuple[int, int], frames: int = 0) -> list
     for number, size in enumerate(sizes):
         pictures = [noise(size, 10 * number + frame) for frame in range(max(1, frames))]
         array, shape = (
-            video_patches(pictures, model.processor)
+            Qwen2VLProcessor(model.processor).video_pixels(pictures)
             if frames
-            else image_patches(pictures[0], model.processor)
+            else Qwen2VLProcessor(model.processor).pixels(pictures[0])
         )
         found.append(ImageInput(torch.from_numpy(array), shape))
     return found

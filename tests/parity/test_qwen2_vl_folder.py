@@ -17,7 +17,8 @@ from tests.parity.qwen2_vl_files import IMAGE, noise, peer_inputs, save_qwen2_vl
 from visavis.checkpoints.native import save_native
 from visavis.checkpoints.transformers.weights import write
 from visavis.errors import CheckpointError, UnknownNameError
-from visavis.processing.qwen2_vl import SIZES, image_patches
+from visavis.processing.config import QWEN2_VL_SIZES
+from visavis.processing.qwen2_vl import Qwen2VLProcessor
 
 peft = pytest.importorskip("peft", reason="needs peft (visavis[dev])")
 pytestmark = pytest.mark.parity
@@ -96,7 +97,7 @@ def test_a_dora_adapter_of_vlm2vec(tmp_path: Path) -> None:
     prompt = {"image": noise((30, 41), 1), "text": "What is it?"}
     trace = ours.trace(prompt)
     assert ours.processor is not None
-    patches, shape = image_patches(noise((30, 41), 1), ours.processor)
+    patches, shape = Qwen2VLProcessor(ours.processor).pixels(noise((30, 41), 1))
     ids, visuals = trace.token_ids.tolist(), [(torch.from_numpy(patches), shape)]
     expected = model(**peer_inputs(ids, visuals)).logits[0]
     assert_close(torch.from_numpy(trace.logits), expected, "merged DoRA")
@@ -106,7 +107,7 @@ def test_a_dora_adapter_of_vlm2vec(tmp_path: Path) -> None:
     assert embedder.fingerprint != ours.fingerprint
     assert embedder.processor is not None and embedder.processor.patches is not None
     assert embedder.processor.patches.extreme == "square"
-    patches, shape = image_patches(noise((30, 41), 1), embedder.processor)
+    patches, shape = Qwen2VLProcessor(embedder.processor).pixels(noise((30, 41), 1))
     visuals = [(torch.from_numpy(patches), shape)]
     inst = "Represent the given image with the following question:"
     items: list[tuple[Any, str | None, str]] = [
@@ -136,7 +137,7 @@ def test_profiles_by_name(tmp_path: Path) -> None:
     first = load(tmp_path, profile="vlm2vec-v1")
     assert first.processor is not None and first.processor.patches is not None
     assert first.processor.video is not None and first.processor.video.frames == 8
-    assert first.processor.patches.square == SIZES["vlm2vec-v1"]["square"] == 1344
+    assert first.processor.patches.square == QWEN2_VL_SIZES["vlm2vec-v1"]["square"] == 1344
     assert first.profile.instructed("Find:", "x") == "Find: x\n"
     assert first.profile.instructed("Represent it.", "") == "Represent it.\n"
     assert first.profile.jinja and first.profile.embed_image_end == "\n"

@@ -18,10 +18,11 @@ from PIL import Image as pil
 from visavis.errors import ImageError, InputError
 from visavis.inputs import Image, Video
 from visavis.processing import video as module
+from visavis.processing.config import ImageProcessorConfig, VideoConfig
 from visavis.processing.image_processor import grid_of, pixels_of
-from visavis.processing.images import ImageProcessorConfig, content_hash
+from visavis.processing.images import content_hash
 from visavis.processing.media import frame_files
-from visavis.processing.video import VideoConfig, read_frames, sample, survey, time_instruction
+from visavis.processing.video import read_frames, sample, survey, time_instruction
 
 av = pytest.importorskip("av")
 
@@ -225,9 +226,9 @@ def test_content_hash_names_frames(clip, tmp_path):
 def test_views_for_a_tower(clip):
     processor = ImageProcessorConfig(16, "squash", (0.5,) * 3, (0.5,) * 3, video=EIGHT)
     assert ImageProcessorConfig.from_dict(processor.to_dict()) == processor
-    views, shape = pixels_of(Video(clip), processor, alone=True)
+    views, shape = pixels_of(Video(clip), processor, is_only_image=True)
     assert views.shape == (8, 3, 16, 16) and views.dtype == np.float32
-    assert shape == grid_of(Video(clip), processor, alone=True)
+    assert shape == grid_of(Video(clip), processor, is_only_image=True)
     assert shape.video and shape.views == 8
     one = pixels_of(Image(read_frames(Video(clip), EIGHT).frames[2]), processor, True)[0]
     assert np.array_equal(views[2:3], one)
@@ -289,7 +290,7 @@ def test_bounds(clip, monkeypatch):
     with pytest.raises(ImageError, match="8 frames of 64×48.*fewer frames"):
         read_frames(Video(clip), EIGHT)
     assert len(read_frames(Video(clip, frames=7), EIGHT).frames) == 7
-    monkeypatch.setattr("visavis.processing.images.MAX_PIXELS", 1000)
+    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
     with pytest.raises(ImageError, match="64×48 pixels.*make it smaller"):
         read_frames(Video(clip, frames=1), EIGHT)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from tests.fakes import tiny_model
-from tests.processing.test_documents import RED, pdf_bytes
+from tests.processing.test_pdf import RED, pdf_bytes
 from tests.processing.test_video import encode
 from visavis import Index
 from visavis.serve.app import create_app

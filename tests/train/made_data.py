@@ -11,7 +11,8 @@ import pyarrow as arrow
 import pyarrow.parquet
 
 from tests.fakes import picture
-from visavis.train.recipe import Recipe, SourceConfig
+from visavis.data.sources import SourceConfig
+from visavis.train.recipe import Recipe
 
 ROWS = 2
 TALK = [

@@ -20,8 +20,9 @@ from visavis.errors import TrainError
 from visavis.inputs import Image
 from visavis.model.config import ConnectorConfig, HeadConfig
 from visavis.train import closed_form_stages
+from visavis.train.context import TrainingRun
 from visavis.train.recipe import Recipe
-from visavis.train.runner import TrainingRun, run_recipe, start
+from visavis.train.runner import run_recipe, start
 
 COLOURS = {"crimson": (220, 20, 40), "emerald": (20, 200, 80), "azure": (20, 80, 220)}
 STAGES: dict[str, dict[str, Any]] = {

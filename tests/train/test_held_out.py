@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import visavis
-from visavis.data.formats import open_data_source
-from visavis.train.recipe import Recipe, SourceConfig
+from visavis.data.sources import SourceConfig, open_data_source
+from visavis.train.recipe import Recipe
 from visavis.train.runner import run_recipe
 
 SEEDS = (0, 1, 2)

@@ -229,7 +229,7 @@ def test_a_worker_that_fails_names_its_sample(
     def fail(*arguments: Any) -> Any:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(data_loader, "pixels_of", fail)
+    monkeypatch.setattr(data_loader, "load_pixels", fail)
     run = TinyRun()
     with pytest.raises(TrainError, match=r"worker failed .* 'chat-\d' \(MemoryError: no room\)"):
         run.train(run.generative(), tmp_path)

@@ -18,7 +18,7 @@ from visavis.data.sampler import SourceSampler, SourceShare
 from visavis.inputs import Prompt
 from visavis.model.config import ViTConfig
 from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig, PromptEncoder
 from visavis.processing.tokenizer import SpecialTokens
 

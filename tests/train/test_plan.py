@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tests.fakes import write_tiny_checkpoint
+from tests.train.hub_configs import MODELS, save_settings
 from tests.train.made_data import make_data
 from visavis.api import load
-from visavis.checkpoints.hub_configs import MODELS, outline
+from visavis.checkpoints.formats import detect
 from visavis.checkpoints.inspect import model_parts
-from visavis.data.formats import open_data_source
+from visavis.data.sources import open_data_source
 from visavis.train import cost_model
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import TrainModule
@@ -63,9 +64,9 @@ def test_a_plan_says_what_trains_and_how_much_is_read(tmp_path: Path) -> None:
 
 def test_tokens_are_about_those_of_the_run(tmp_path: Path) -> None:
     made = plan(recipe(), tmp_path).stages[0]
-    batcher = DataLoader(load("tiny-random", precision="f32").encoder)
+    loader = DataLoader(load("tiny-random", precision="f32").encoder)
     samples = open_data_source(recipe().data["talk"], tmp_path, name="talk")
-    counted = [len(batcher.chat(samples[number]).token_ids) for number in range(40)]
+    counted = [len(loader.chat(samples[number]).token_ids) for number in range(40)]
     assert made.tokens_per_step == pytest.approx(sum(counted), rel=0.15)
 
 
@@ -104,9 +105,9 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
         "the options of the source 'wrong' do not fit",
         "stage 'first', 'pairs': the sample 'train-0' is a query with its target",
         "draws 64 queries a step of 20 samples",
-        "trains 'head', which the model has not",
-        "trains 'lora', which the model has not",
-        "trains 'vision_tower', which the model has not",
+        "trains 'head', which the model does not have",
+        "trains 'lora', which the model does not have",
+        "trains 'vision_tower', which the model does not have",
         "sequences of 5000 tokens (max_tokens), but the model's context is 1024",
     ]
     missing = [text for text in expected if not any(text in one for one in made.problems)]
@@ -119,7 +120,7 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     ("model", "problem"),
     [
         ({"base": "no-such-model"}, "model.base: no model is named 'no-such-model'"),
-        ({"base": "somebody/something"}, "its shape is not known here"),
+        ({"base": "somebody/something"}, "name a local folder that holds one"),
         (
             {"language_model": "tiny-random", "vision_tower": "here", "connector_weights": "gone"},
             "model.connector_weights: gone is no folder",
@@ -173,9 +174,9 @@ def test_memory_is_near_what_is_held(tmp_path: Path) -> None:
     trained = sum(p.numel() for group in groups.values() for p in group)
     assert made.memory["gradients"] == 4 * trained and made.memory["optimizer"] == 8 * trained
     samples = open_data_source(recipe().data["talk"], tmp_path, name="talk")[:8]
-    batcher = DataLoader(model.encoder)
-    encoded = [batcher.chat(sample) for sample in samples]
-    batch = batcher.pack(
+    loader = DataLoader(model.encoder)
+    encoded = [loader.chat(sample) for sample in samples]
+    batch = loader.pack(
         [sample.prompt for sample in samples],
         encoded,
         ids=[sample.id for sample in samples],
@@ -225,14 +226,24 @@ def test_operations_are_six_a_weight_where_all_is_trained() -> None:
         ("lmms-lab/llava-onevision-qwen2-7b-ov", 8030),
     ],
 )
-def test_published_shapes_have_the_published_size(name: str, millions: int) -> None:
-    found = outline(name)
-    assert found is not None
-    count = sum(part["parameters"] for part in model_parts(found.config))
+def test_published_settings_have_the_published_size(
+    name: str, millions: int, tmp_path: Path
+) -> None:
+    """From config.json alone: no weights are beside it."""
+    folder = save_settings(tmp_path, name)
+    config, _ = detect(folder).format.read_config(folder)
+    count = sum(part["parameters"] for part in model_parts(config))
     assert round(count / 1e6) == millions
 
 
-def test_every_published_model_has_a_way_of_sizing_pictures() -> None:
-    for name in MODELS:
-        found = outline(name)
-        assert found is not None and found.processor is not None
+@pytest.mark.parametrize("name", MODELS)
+def test_settings_alone_say_how_images_are_sized(name: str, tmp_path: Path) -> None:
+    folder = save_settings(tmp_path, name)
+    assert detect(folder).format.read_config(folder)[1] is not None
+
+
+def test_a_model_without_weights_is_planned_and_noted(tmp_path: Path) -> None:
+    folder = save_settings(tmp_path, "Qwen/Qwen2-VL-2B-Instruct")
+    made = plan(recipe(model={"base": str(folder)}), tmp_path, flops=1e12)
+    assert made.problems == [] and made.stages[0].memory
+    assert any("planned from its settings" in note for note in made.notes)

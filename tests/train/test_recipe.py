@@ -49,7 +49,7 @@ def test_all_problems_are_listed(tmp_path: Path) -> None:
         ("lora: {}", "connector: {kind: lineal}", "did you mean 'linear'"),
         (", lora: {}", "", "trains `lora`, but the model has none"),
         (", lora: {}", ", quantize: int4", "add `lora`"),
-        ("lora: {}", "turns: chatml-bear", "unknown chat format"),
+        ("lora: {}", "chat_template: chatml-bear", "unknown chat format"),
         ("{talk: {}}", "{tork: {}}", "did you mean 'talk'"),
         ("steps: 3", "steps: 3, epochs: 1", "give one of `steps` and `epochs`"),
         ("{lora: 1.0e-3}", "{}", "`train` names no part"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import visavis
+from tests.train.hub_configs import with_local_settings
 from tests.train.made_data import make_data
 from visavis.train.dry_run import Plan, plan
 from visavis.train.recipe import Recipe, StepsStage, read_recipe
@@ -52,7 +53,7 @@ def planned(name: str, folder: Path, *changes: str) -> Plan:
     (folder / "pretrain" / "model").mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(name, *smaller(name, batch=2), *changes)
     make_data(recipe, folder)
-    return plan(recipe, folder, flops=1e12)
+    return plan(with_local_settings(recipe, folder), folder, flops=1e12)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in HAVE_OWN_TESTS])

@@ -23,9 +23,8 @@ from visavis.train import metrics
 from visavis.train.lora import LoRALinear, add_lora
 from visavis.train.metrics import choose_trackers
 from visavis.train.objectives.contrastive import JointTask
-from visavis.train.predictions import predict, thumbnail
 from visavis.train.recipe import LoraRecipe, Recipe
-from visavis.train.report import write_report
+from visavis.train.report import predict, thumbnail, write_report
 from visavis.train.runner import run_recipe
 
 VOID = {"meta", "img", "br", "line", "polyline", "circle"}

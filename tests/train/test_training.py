@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.fakes import picture
 from tests.train.training import TinyRun, chats
+from visavis.data.examples import ContrastiveExample
+from visavis.inputs import Prompt
 from visavis.train.objectives.contrastive import JointTask
 
 
@@ -60,3 +64,28 @@ def test_text_alone_teaches_a_connector_nothing(tmp_path: Path) -> None:
     (line,) = run.train(task, tmp_path, steps=1)
     assert line["norm"] == {"connector": 0.0}
     assert torch.equal(run.weights(), before)
+
+
+def test_right_targets_of_the_same_query_are_not_its_negatives(tmp_path: Path) -> None:
+    """Two captions of one image, which lies in two files."""
+    file, copy = tmp_path / "same.png", tmp_path / "copy.png"
+    picture(1).save(file)
+    copy.write_bytes(file.read_bytes())
+
+    def loss(samples: list[ContrastiveExample]) -> float:
+        run = TinyRun()
+        task = run.contrastive(samples=samples, batch=len(samples))
+        (line,) = run.train(task, tmp_path / str(len(list(tmp_path.iterdir()))), steps=1)
+        return float(line["loss"]["contrastive"])
+
+    def one(id: str, source: Any, text: str, **fields: Any) -> ContrastiveExample:
+        return ContrastiveExample(id, Prompt.of(source), Prompt.of(text), **fields)
+
+    captions = [one("a", file, "a red square"), one("b", copy, "a wide thing")]
+    assert loss(captions) == 0.0, "with nothing to tell apart"
+    assert loss([captions[0], one("b", picture(2), "a wide thing")]) > 0.1
+    tasks = [
+        one("a", file, "a red square", instruction="describe it"),
+        one("b", file, "a wide thing", instruction="name its shape"),
+    ]
+    assert loss(tasks) > 0.1, "another instruction asks another question"

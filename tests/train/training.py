@@ -60,7 +60,7 @@ class TinyRun:
         with tempfile.TemporaryDirectory() as folder:
             self.model = load(write_tiny_checkpoint(Path(folder)), precision="f32", device="cpu")
         self.vlm = self.model.vlm
-        self.batcher = DataLoader(self.model.encoder)
+        self.loader = DataLoader(self.model.encoder)
         AcceleratorState._reset_state()  # it is one per process, whatever the precision
         self.accelerator = Accelerator(cpu=True, mixed_precision=precision)
         self.trainee = TrainModule(self.vlm)
@@ -77,9 +77,9 @@ class TinyRun:
         self, *, micro_tokens: int = 10_000, batch: int = 6, samples: Sequence[Conversation] = ()
     ) -> GenerativeTask:
         samples = samples or chats(9)
-        mixture = SourceSampler({"chats": SourceShare(len(samples))}, seed=3)
+        sampler = SourceSampler({"chats": SourceShare(len(samples))}, seed=3)
         return GenerativeTask(
-            {"chats": samples}, mixture, self.batcher, batch=batch, micro_tokens=micro_tokens
+            {"chats": samples}, sampler, self.loader, batch=batch, micro_tokens=micro_tokens
         )
 
     def contrastive(
@@ -91,11 +91,11 @@ class TinyRun:
         **settings: Any,
     ) -> ContrastiveTask:
         samples = samples or matches(9)
-        mixture = SourceSampler({"matches": SourceShare(len(samples))}, seed=5)
+        sampler = SourceSampler({"matches": SourceShare(len(samples))}, seed=5)
         return ContrastiveTask(
             {"matches": samples},
-            mixture,
-            self.batcher,
+            sampler,
+            self.loader,
             Contrast(symmetric=True, alpha=9.0),
             batch=batch,
             chunk_tokens=chunk_tokens,

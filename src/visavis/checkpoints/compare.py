@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from visavis.checkpoints.inspect import Description, TensorEntry
+from visavis.checkpoints.checkpoint_format import CheckpointFormat, TensorEntry
 from visavis.checkpoints.weight_mapping import fill
 from visavis.errors import InputError
 from visavis.model.config import to_dict
@@ -42,20 +42,20 @@ class Comparison:
         return not any(differences) and not self.values
 
 
-def compare(a: Description, b: Description) -> Comparison:
+def compare(a: CheckpointFormat, b: CheckpointFormat) -> Comparison:
     """Compare two checkpoints.
 
     Raises:
         InputError: the one is GGUF and the other is not, so that their tensors are no pairs.
         CheckpointError: a tensor cannot be read.
     """
-    ggufs = [one.layout.kind in ("gguf", "mmproj") for one in (a, b)]
+    ggufs = [one.kind in ("gguf", "mmproj") for one in (a, b)]
     if ggufs[0] != ggufs[1]:
         raise InputError(
-            f"{a.name} is in the layout {a.layout.title} and {b.name} in {b.layout.title}; their "
+            f"{a.name} is in the layout {a.title} and {b.name} in {b.title}; their "
             "tensors are cut differently. Compare two of a kind: convert one of them first."
         )
-    alike = a.layout.kind == b.layout.kind
+    alike = a.kind == b.kind
     ours, theirs = (_by_key(one, alike) for one in (a, b))
     found = Comparison(
         settings=dict(_differences(_settings(a, alike), _settings(b, alike))),
@@ -90,7 +90,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return largest
 
 
-def _by_key(one: Description, alike: bool) -> dict[str, TensorEntry]:
+def _by_key(one: CheckpointFormat, alike: bool) -> dict[str, TensorEntry]:
     """Return tensors by what they are called in both."""
     if one.table is None:
         return one.tensors
@@ -106,7 +106,7 @@ def _by_key(one: Description, alike: bool) -> dict[str, TensorEntry]:
     return found
 
 
-def _settings(one: Description, alike: bool) -> Mapping[str, Any]:
+def _settings(one: CheckpointFormat, alike: bool) -> Mapping[str, Any]:
     if alike:
         found = dict(one.settings)
     else:

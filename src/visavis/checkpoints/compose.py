@@ -20,9 +20,9 @@ from torch import Tensor
 
 from visavis.checkpoints import bundled
 from visavis.checkpoints.checkpoint import Checkpoint, checkpoint_fingerprint
-from visavis.checkpoints.detect import NATIVE
 from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.load import load_checkpoint, resolve
+from visavis.checkpoints.native import CONFIG_NAME as NATIVE
 from visavis.checkpoints.native import read_config
 from visavis.checkpoints.tensor_files import read_json, read_tensors, weight_files
 from visavis.checkpoints.transformers.processor import processor_config
@@ -43,8 +43,7 @@ from visavis.model.config import (
 from visavis.model.connectors import build_connector
 from visavis.model.embedding_head import EmbeddingHead
 from visavis.model.vlm import VLM
-from visavis.processing.anyres import AnyresConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import AnyresConfig, ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 
 EFFICIENTNET = "efficientnet-lite2"

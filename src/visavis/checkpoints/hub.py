@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from visavis.checkpoints.gguf.load import part_names
+from visavis.checkpoints.gguf.reader import part_names
 from visavis.errors import FetchError
 
 HUB_ID = re.compile(
@@ -69,8 +69,11 @@ def parse(name: str) -> HubId | None:
     return HubId(found["repository"], found["revision"] or "main", found["file"] or "")
 
 
-def fetch(wanted: HubId) -> Path:
+def fetch(wanted: HubId, *, settings_only: bool = False) -> Path:
     """Return the folder or .gguf file that a hub id stands for, downloading what the cache lacks.
+
+    Args:
+        settings_only: download config.json and the other settings beside it, and no weights.
 
     Raises:
         FetchError: no such repository, revision or file; it is gated; or there is no network and
@@ -85,6 +88,8 @@ def fetch(wanted: HubId) -> Path:
     if broken:
         return _cached(wanted, f"the hub cannot be reached ({broken[0]})")
     names = wanted_files([one.rfilename for one in info.siblings or []], wanted)
+    if settings_only:
+        names = [name for name in names if name in SETTINGS]
     with _explained(wanted) as broken, _progress():
         folder = snapshot_download(
             wanted.repository,
@@ -93,8 +98,7 @@ def fetch(wanted: HubId) -> Path:
         )
     if broken:
         raise FetchError(
-            f"the download of {wanted} broke off ({broken[0]}); call it again, it goes on from "
-            "where it was."
+            f"the download of {wanted} broke off ({broken[0]}); run it again to resume it."
         )
     return Path(folder, wanted.file)
 

@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from visavis.checkpoints import bundled, hub
-from visavis.errors import CheckpointError, InputError, UnknownNameError
+from visavis.errors import CheckpointError, FetchError, InputError, UnknownNameError
 from visavis.processing.chat_formats import CHAT_FORMATS
+from visavis.processing.config import sized_as
 from visavis.processing.prompt_encoder import PROFILES
 from visavis.utils import lookup, suggest
 
 if TYPE_CHECKING:
     from visavis.checkpoints.checkpoint import Checkpoint
-    from visavis.processing.images import ImageProcessorConfig
+    from visavis.checkpoints.checkpoint_format import CheckpointFormat, Companions
 
 NANO_FOLDER = Path(__file__).parent / "nano"
-VLM2VEC_FRAMES = 8  # of a video, in its training and its evaluation
 NAMES = {
     "nano": "SmolLM2-135M-Instruct + EfficientNet-Lite2: chats and embeds, works offline",
     "smollm2-135m": "SmolLM2-135M-Instruct alone (the GGUF file nano is built on), text only",
     "tiny-random": "a whole model of random numbers that trains in seconds, to try recipes with",
-}
-
-
-@dataclass(frozen=True)
-class Loader:
-    """What loads a layout: `function(path, *, precision, device, ...)`, given those of `base`,
-    `adapters` and `vision_tower` that it takes and that are there."""
-
-    function: str  # module and function below visavis.checkpoints, imported when needed
-    takes: tuple[str, ...] = ()
-
-
-LOADERS = {  # by kinds of `detect.py`
-    "native": Loader("native:load_native"),
-    "gguf": Loader("gguf.load:load_gguf", ("vision_tower",)),
-    "mmproj": Loader("gguf.load:load_gguf", ("vision_tower",)),
-    "transformers": Loader("transformers.load:load_transformers", ("adapters",)),
-    "llava_next": Loader("transformers.load:load_transformers", ("adapters",)),
-    "llava_onevision": Loader("transformers.load:load_transformers", ("adapters",)),
-    "phi3_v": Loader("phi3v:load_phi3v", ("adapters",)),
-    "qwen2_vl": Loader("transformers.load:load_transformers", ("adapters",)),
-    "llava_original": Loader("llava.load:load_llava", ("adapters", "vision_tower")),
-    "tinyllava": Loader("tinyllava.load:load_tinyllava", ("adapters",)),
-    "llava_first_stage": Loader("llava.load:load_llava", ("base", "vision_tower")),
 }
 
 
@@ -64,18 +39,26 @@ def resolve(name_or_path: str | Path) -> Path:
     return hub.fetch(wanted) if wanted else _here(name)
 
 
-def find(name_or_path: str | Path) -> Path | None:
-    """Return what `resolve` does if it is on this machine, else None; asks no network.
+def find_settings(name_or_path: str | Path) -> Path:
+    """Return the folder or file that holds a model's settings. Of a name on the hub only settings
+    are downloaded, and no weights.
 
     Raises:
         UnknownNameError: see `resolve`.
+        FetchError: the settings are not on this machine and cannot be downloaded.
     """
     name = str(name_or_path)
     if name == "smollm2-135m":
         file = bundled.cache_dir() / "nano" / bundled.NANO_WHEELS["language_model"].file_name
-        return file if file.is_file() else None
+        if not file.is_file():
+            raise FetchError(f"{name} is not on this machine: run `visavis fetch nano` first.")
+        return file
     wanted = _on_hub(name)
-    return hub.cached(wanted) if wanted else _here(name)
+    if wanted is None:
+        return _here(name)
+    if wanted.file:
+        raise FetchError(f"{wanted} is a whole file: fetch it, and give its path.")
+    return hub.fetch(wanted, settings_only=True)
 
 
 def _on_hub(name: str) -> hub.HubId | None:
@@ -121,15 +104,15 @@ def load_checkpoint(
     if profile:
         lookup("profile", profile, PROFILES)
     from visavis.checkpoints.checkpoint import INTEGERS, checkpoint_fingerprint
+    from visavis.checkpoints.checkpoint_format import Companions
 
     path = resolve(name_or_path)
-    loaded = _load(
-        path,
-        precision=precision,
-        device=pick_device(device),
+    companions = Companions(
         base=None if base is None else resolve(base),
         vision_tower=None if vision_tower is None else resolve(vision_tower),
+        fetch=True,
     )
+    loaded = _load(_opened(path, companions), precision, pick_device(device))
     if precision in INTEGERS:
         loaded.fingerprint = checkpoint_fingerprint(
             [], {"model": loaded.fingerprint, "bits": precision}
@@ -153,37 +136,18 @@ def embed_as(loaded: Checkpoint, profile: str) -> None:
     )
 
 
-def sized_as(processor: ImageProcessorConfig, profile: str) -> ImageProcessorConfig:
-    """Return a processor that sizes pictures and videos as a profile's models were trained."""
-    from visavis.processing.anyres import SQUARES
-    from visavis.processing.phi3v import CROPS, Phi3VConfig
-    from visavis.processing.qwen2_vl import SIZES
-    from visavis.processing.video import VideoConfig
-
-    if processor.patches and profile in SIZES:
-        sizes = replace(processor.patches, **SIZES[profile])
-        processor = replace(processor, patches=sizes, video=VideoConfig(frames=VLM2VEC_FRAMES))
-    if processor.tiles and profile in SQUARES:
-        tiles = replace(processor.tiles, square=SQUARES[profile])
-        processor = replace(processor, tiles=tiles)
-    if processor.hd and profile in CROPS:
-        processor = replace(processor, hd=Phi3VConfig(CROPS[profile]))
-    return processor
-
-
-def _load(
-    path: Path, *, precision: str, device: str, base: Path | None, vision_tower: Path | None
-) -> Checkpoint:
-    """Find out which layout the files are in, and load them."""
+def _opened(path: Path, companions: Companions) -> CheckpointFormat:
+    """Open a checkpoint, an adapter together with its base."""
     from visavis.checkpoints.adapters import adapter_chain
-    from visavis.checkpoints.detect import CONFIG, KINDS, detect, detect_config
+    from visavis.checkpoints.checkpoint_format import CONFIG
+    from visavis.checkpoints.formats import AdapterFormat, detect, detect_config
     from visavis.checkpoints.llava.config import is_llava
     from visavis.checkpoints.tensor_files import read_json
 
-    layout = detect(path)
-    parts: dict[str, Any] = {"base": base, "vision_tower": vision_tower}
-    if layout.kind == "adapter":
-        parts["adapters"], base = adapter_chain(path, base)
+    found = detect(path)
+    takes = {*found.format.takes}
+    if found.format is AdapterFormat:
+        adapters, base = adapter_chain(path, companions.base)
         if not (base / CONFIG).is_file():
             raise CheckpointError(
                 f"{path} is an adapter on {base}, which has no {CONFIG}; expected a folder in "
@@ -191,25 +155,38 @@ def _load(
             )
         # LLaVA's adapters bring its config: their base may be the language model alone.
         whole = (path / CONFIG).is_file() and is_llava(read_json(path / CONFIG))
-        layout = detect_config(path if whole else base)
-        parts["base"] = base if whole else None
-    loader = LOADERS.get(layout.kind)
-    if loader is None:
-        raise CheckpointError(
-            f"{path} is in the layout {layout.title} ({layout.why}), which is not read yet; "
-            f"expected one of {', '.join(KINDS[kind] for kind in LOADERS)}."
-        )
-    given = {name: value for name, value in parts.items() if value is not None}
-    takes = {*loader.takes, "base"} if "adapters" in given else {*loader.takes}
-    if unused := given.keys() - takes:
+        found = detect_config(path if whole else base)
+        companions = replace(companions, adapters=tuple(adapters), base=base if whole else None)
+        takes = {*found.format.takes, "base"}
+    given = [name for name in ("base", "adapters", "vision_tower") if getattr(companions, name)]
+    if unused := [name for name in given if name not in takes]:
         raise InputError(
-            f"{unused.pop()} was given for {path}, which has no use for it: it is whole "
-            f"({layout.title}: {layout.why}); leave it."
+            f"{unused[0]} was given for {path}, which has no use for it: it is whole "
+            f"({found.title}: {found.why}); leave it."
         )
-    module, _, function = loader.function.partition(":")
-    load = getattr(import_module(f"visavis.checkpoints.{module}"), function)
-    loaded: Checkpoint = load(layout.path, precision=precision, device=device, **given)
-    return loaded
+    return found.open(companions)
+
+
+def _load(opened: CheckpointFormat, precision: str, device: str) -> Checkpoint:
+    """Read an opened checkpoint's tokenizer and tensors."""
+    from visavis.checkpoints.checkpoint import Checkpoint
+    from visavis.checkpoints.quantize import Quantizer
+
+    if opened.lacking or opened.config is None:
+        raise CheckpointError(opened.lacking)
+    tokenizer, specials = opened.tokenizer()
+    quantizer = Quantizer(opened.config, precision, device, where=str(opened.path))
+    state, low_rank = opened.state(quantizer)
+    return Checkpoint(
+        name=opened.name,
+        vlm=quantizer.build(state, low_rank),
+        tokenizer=tokenizer,
+        specials=specials,
+        profile=opened.prompt_config(tokenizer, specials),
+        processor=opened.processor,
+        fingerprint=opened.fingerprint(quantizer),
+        files=opened.files,
+    )
 
 
 def pick_device(device: str) -> str:

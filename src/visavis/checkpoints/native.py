@@ -19,11 +19,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import is_dataclass
-from functools import partial
+from dataclasses import dataclass, is_dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Self, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import save_file
@@ -40,6 +40,13 @@ from visavis.checkpoints.checkpoint import (
     write_tensors,
     write_words,
 )
+from visavis.checkpoints.checkpoint_format import (
+    Candidate,
+    CheckpointFormat,
+    Companions,
+    DetectedFormat,
+    tensor_entries,
+)
 from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.gguf.decoder import check_types, decoder_tensors, dequantized
 from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
@@ -48,18 +55,28 @@ from visavis.checkpoints.quantize import LowRank, Quantizer, WeightPart
 from visavis.checkpoints.tensor_files import StoredTensor, TensorFiles, read_tensors
 from visavis.errors import CheckpointError
 from visavis.model.config import Qwen2VLTowerConfig, VLMConfig, to_dict, vlm_config_from_dict
+from visavis.model.image_tokens import tokens_per_view
 from visavis.model.quantized_linear import GROUP, Groups, QuantizedLinear, quantize
 from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
-from visavis.processing.tokenizer import build_tokenizer, load_tokenizer, special_tokens
+from visavis.processing.tokenizer import (
+    SpecialTokens,
+    build_tokenizer,
+    load_tokenizer,
+    special_tokens,
+)
 from visavis.utils import write_atomically
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FORMAT = "visavis/1"
 CONFIG_NAME = "visavis.json"
 PACKED = re.compile(r"(decoder\..+\.weight)\.(\d+\.codes|\d+\.scales|low|high)")
 MAX_NUMBER = 2**27
 MAX_LAYERS = 1000
+MODULE = "visavis.interop.sentence_transformers.VisavisModule"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -104,7 +121,7 @@ def read_settings(
         if not 0 < (share := config.decoder.rope_fraction) <= 1:
             raise ValueError(f"rope_fraction is {share}, expected above 0 and at most 1")
         if config.tower is not None and not isinstance(config.tower, Qwen2VLTowerConfig):
-            _check_numbers(config.tokens_per_image, "tokens per image")
+            _check_numbers(tokens_per_view(config), "tokens per image")
         if not all(isinstance(value, str) for value in data["profile"].values()):
             raise ValueError(f"profile is {data['profile']}, expected texts")
         profile = PromptConfig(**data["profile"])
@@ -145,43 +162,134 @@ def _check_numbers(value: Any, key: str = "config") -> None:
             raise ValueError(f"{key} is {value}, expected at most {limit}")
 
 
-def load_native(folder: Path, *, precision: str = "auto", device: str = "cpu") -> Checkpoint:
-    """Load a folder in visavis' own layout.
+@dataclass(kw_only=True)
+class NativeFormat(CheckpointFormat):
+    """visavis' own folder.
 
-    Raises:
-        CheckpointError: config and tensors disagree, or a file is damaged.
-        FetchError: the base weights of a bundle cannot be had.
+    Attributes:
+        weights: the folder's own tensors.
+        profile: the chat format, and how items are embedded.
     """
-    data = read_config(folder)
-    config, profile, processor = read_settings(folder, data)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise CheckpointError(f"no .safetensors file in {folder}; copy the folder again.")
-    own = read_tensors(weights)
-    files = [folder / CONFIG_NAME, *weights]
-    packing = Quantizer(config, precision, device, where=str(folder))
-    if "bundle" in data:
-        scale = float(data.get("lora_scale", 1.0))
-        base = bundled.fetch(data["bundle"])
-        gguf = open_gguf(base["language_model"])
-        state = bundled_state(gguf, base["vision_tower"], packing, own, scale, folder)
-        pairs = low_rank_pairs(own, scale)
-        tokenizer, specials = build_tokenizer(gguf.metadata), special_tokens(gguf.metadata)
-        files += base.values()
-    else:
-        state, pairs = own_state(own, packing)
-        tokenizer, specials = load_tokenizer(folder)
-    vlm = packing.build(state, pairs)
-    return Checkpoint(
-        name=data["name"],
-        vlm=vlm,
-        tokenizer=tokenizer,
-        specials=specials,
-        profile=profile,
-        processor=processor,
-        fingerprint=checkpoint_fingerprint(files, data),
-        files=files,
+
+    kind = "native"
+    title = "visavis folder"
+    target = "native"
+    holds_integers = True
+
+    weights: TensorFiles
+    profile: PromptConfig
+
+    @classmethod
+    def matches(cls, candidate: Candidate) -> DetectedFormat | None:
+        if not candidate.has(CONFIG_NAME):
+            return None
+        return cls.found(candidate, f"it has {CONFIG_NAME}", CONFIG_NAME)
+
+    @classmethod
+    def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        folder = detected.path
+        data = read_config(folder)
+        config, profile, processor = read_settings(folder, data)
+        files = sorted(folder.glob("*.safetensors"))
+        weights = read_tensors(files)
+        base = bundled.files_of(str(data["bundle"])) if "bundle" in data else []
+        return cls(
+            detected=detected,
+            companions=companions,
+            name=str(data["name"]),
+            settings={key: value for key, value in data.items() if key != "name"},
+            config=config,
+            processor=processor,
+            tensors=tensor_entries(weights.entries),
+            files=[folder / CONFIG_NAME, *files, *base],
+            facts={key: str(value) for key, value in data["profile"].items() if value},
+            lacking="" if files else f"no .safetensors file in {folder}; copy the folder again.",
+            weights=weights,
+            profile=profile,
+        )
+
+    @classmethod
+    def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
+        config, _, processor = read_settings(path, read_config(path))
+        return config, processor
+
+    @classmethod
+    def save(
+        cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
+    ) -> Written:
+        return write_native(checkpoint, folder, progress=progress)
+
+    @cached_property
+    def base(self) -> GGUFFile | None:
+        """The language model that the folder builds on."""
+        if "bundle" not in self.settings:
+            return None
+        if self.companions.fetch:
+            bundled.fetch(self.settings["bundle"])
+        return open_gguf(bundled.files_of(self.settings["bundle"])[0])
+
+    def tokenizer(self) -> tuple[Tokenizer, SpecialTokens]:
+        if self.base is None:
+            return load_tokenizer(self.path)
+        return build_tokenizer(self.base.metadata), special_tokens(self.base.metadata)
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return self.profile
+
+    def state(self, quantizer: Quantizer) -> tuple[dict[str, Tensor], LowRank | None]:
+        if self.base is None:
+            return own_state(self.weights, quantizer)
+        scale, tower = (
+            float(self.settings.get("lora_scale", 1.0)),
+            bundled.files_of(self.settings["bundle"])[1],
+        )
+        state = bundled_state(self.base, tower, quantizer, self.weights, scale, self.path)
+        return state, low_rank_pairs(self.weights, scale)
+
+    def fingerprint(self, quantizer: Quantizer) -> str:
+        return checkpoint_fingerprint(self.files, {**self.settings, "name": self.name})
+
+    def misfits(self) -> list[str]:
+        if self.config is None or "bundle" in self.settings:
+            return []
+        expected = blank(self.config, torch.float32).state_dict()
+        if self.config.decoder.tied_head:
+            expected.pop("decoder.head.weight")
+        whole = [match[1] if (match := PACKED.fullmatch(name)) else name for name in self.tensors]
+        problems = [f"missing {name}" for name in expected if name not in whole]
+        return problems + [f"unexpected {name}" for name in whole if name not in expected]
+
+
+class SentenceTransformersFormat(NativeFormat):
+    """visavis' own folder with the files by which sentence-transformers opens it."""
+
+    title = "sentence-transformers"
+    target = "sentence-transformers"
+    usage = (
+        "from sentence_transformers import SentenceTransformer\n\n"
+        'model = SentenceTransformer("{folder}", trust_remote_code=True)  # runs visavis itself\n'
+        'vectors = model.encode(["a cat", {{"image": "cat.jpg"}}])\n'
     )
+    peer = "sentence_transformers"
+    library = "sentence-transformers"
+
+    @classmethod
+    def save(
+        cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
+    ) -> Written:
+        settings: dict[str, Any] = {
+            "model_type": "SentenceTransformer",
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        }
+        modules = [{"idx": 0, "name": "0", "path": "", "type": MODULE}]
+        files = [
+            write_json(folder / "modules.json", modules),
+            write_json(folder / "config_sentence_transformers.json", settings),
+        ]
+        written = write_native(checkpoint, folder, progress=progress)
+        return Written([*files, *written.files], written.lost)
 
 
 def bundled_state(
@@ -376,7 +484,7 @@ def save_native(
     lora_scale: float = 1.0,
     file_name: str = "model.safetensors",
 ) -> None:
-    """Write a folder that `load_native` reads; each file appears whole or not at all.
+    """Write a folder that `NativeFormat` reads; each file appears whole or not at all.
 
     Without `bundle` the caller writes `tokenizer.json` beside it.
     """
@@ -407,24 +515,3 @@ def _settings(
         "profile": profile.to_dict(),
         "processor": processor.to_dict() if processor else None,
     }
-
-
-MODULE = "visavis.interop.sentence_transformers.VisavisModule"
-
-
-def write_sentence_transformers(
-    loaded: Checkpoint, folder: Path, *, progress: bool = False
-) -> Written:
-    """Write a loaded model; it stays a folder that `visavis.load` reads."""
-    written = write_native(loaded, folder, progress=progress)
-    settings: dict[str, Any] = {
-        "model_type": "SentenceTransformer",
-        "prompts": {},
-        "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
-    }
-    files = [
-        write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": MODULE}]),
-        write_json(folder / "config_sentence_transformers.json", settings),
-    ]
-    return Written([*files, *written.files], written.lost)

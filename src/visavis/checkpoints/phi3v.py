@@ -2,7 +2,7 @@
 
 Their model code was published beside the weights and never entered transformers. The language
 model is a Phi-3 (its settings stand in the outer config); the tower is a CLIP that is named and not
-described. Takes parsed JSON and opens no file (see `folder.py`).
+described.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from visavis.checkpoints.adapters import Adapter, merged
-from visavis.checkpoints.checkpoint import Checkpoint, checkpoint_fingerprint
+from visavis.checkpoints.checkpoint_format import (
+    CONFIG,
+    Companions,
+    DetectedFormat,
+    FolderFormat,
+    adapter_files,
+    outermost,
+    refuse_quantised,
+)
 from visavis.checkpoints.llava.config import KNOWN_TOWERS
-from visavis.checkpoints.quantize import Quantizer
-from visavis.checkpoints.tensor_files import TensorFiles, read_json, read_tensors, weight_files
+from visavis.checkpoints.tensor_files import read_json, read_tensors, weight_files
 from visavis.checkpoints.transformers.config_reader import (
     Json,
     count,
@@ -24,23 +31,19 @@ from visavis.checkpoints.transformers.config_reader import (
     section,
     without_nulls,
 )
-from visavis.checkpoints.transformers.language_models import decoder_config
-from visavis.checkpoints.transformers.load import (
-    CONFIG_NAME,
-    check_vocabulary,
-    refuse_quantised,
-    words_folder,
-)
+from visavis.checkpoints.transformers.language_models import decoder_config, decoder_rows
 from visavis.checkpoints.transformers.processor import processor_config
 from visavis.checkpoints.transformers.vision_models import vit_config
-from visavis.checkpoints.transformers.weights import decoder_rows, read_as, tower_table
+from visavis.checkpoints.transformers.weights import tower_table
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, VLMConfig
-from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.phi3v import Phi3VConfig
+from visavis.processing.config import ImageProcessorConfig, Phi3VConfig
 from visavis.processing.prompt_encoder import PromptConfig
-from visavis.processing.tokenizer import load_tokenizer, tokenizer_file
+from visavis.processing.tokenizer import SpecialTokens
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 EMBEDDER = "model.vision_embed_tokens."
 TOWER_PREFIX = f"{EMBEDDER}img_processor."
@@ -141,79 +144,47 @@ def name_table(config: Json, ours: VLMConfig) -> NameTable:
 PROCESSOR = "preprocessor_config.json"
 
 
-def load_phi3v(
-    folder: Path,
-    *,
-    adapters: Sequence[Adapter] = (),
-    precision: str = "auto",
-    device: str = "cpu",
-) -> Checkpoint:
-    """Load a checkpoint, with adapters merged into it.
+@dataclass(kw_only=True)
+class Phi3VFormat(FolderFormat):
+    """Phi-3-vision or Phi-3.5-vision as published."""
 
-    Raises:
-        CheckpointError: a file is absent or damaged, or the files do not belong together.
-    """
-    found = open_phi3v(folder, adapters)
-    config, processor = found.config, found.processor
-    top = adapters[-1].folder if adapters else folder
-    words = words_folder(adapters, folder)
-    tokenizer, specials = load_tokenizer(words)
-    check_vocabulary(tokenizer, config, words)
-    packing = Quantizer(config, precision, device, where=str(top))
-    state = read_as(config, found.table, found.tensors, where=str(top), convert=packing.take)
-    # The published processor tokenises what stands between images piece by piece, so that
-    # beginning-of-sequence stands after each image too.
-    repeated = specials.bos_id if specials.add_bos else None
-    bos = "" if repeated is None else tokenizer.id_to_token(repeated) or ""
-    identity: dict[str, Any] = {**found.data, "processor": processor.to_dict()}
-    identity["adapters"] = [adapter.config for adapter in adapters]
-    return Checkpoint(
-        name=top.resolve().name,
-        vlm=packing.build(state),
-        tokenizer=tokenizer,
-        specials=specials,
-        profile=PromptConfig(chat_template="phi3_v", image_end=bos),
-        processor=processor,
-        fingerprint=checkpoint_fingerprint([tokenizer_file(words), *found.files], identity),
-        files=[folder / CONFIG_NAME, *found.files],
-    )
+    kind = "phi3_v"
+    title = "Phi-3.5-vision"
+    model_types = ("phi3_v",)
 
+    @classmethod
+    def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        folder, adapters = detected.path, companions.adapters
+        data = read_json(folder / CONFIG)
+        refuse_quantised(data, folder)
+        config = vlm_config(data)
+        processor = image_processor(data, _processor_settings(adapters, folder))
+        table, files = name_table(data, config), weight_files(folder)
+        return cls(
+            detected=detected,
+            companions=companions,
+            name=outermost(folder, adapters).resolve().name,
+            settings=data,
+            config=config,
+            processor=processor,
+            table=table,
+            weights=merged(read_tensors(files), adapters, table.canonical),
+            files=[folder / CONFIG, *files, *adapter_files(adapters)],
+            facts={"architecture": "phi3_v", "chat template": "phi3_v"},
+            identity={**data, "processor": processor.to_dict()},
+        )
 
-@dataclass(frozen=True)
-class Opened:
-    """A folder with all its parts found and no tensor read.
+    @classmethod
+    def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
+        data = read_json(path / CONFIG)
+        return vlm_config(data), image_processor(data, _processor_settings((), path))
 
-    Attributes:
-        tensors: by the layout's names, adapters in them.
-    """
-
-    data: Json
-    config: VLMConfig
-    processor: ImageProcessorConfig
-    tensors: TensorFiles
-    table: NameTable
-    files: list[Path]
-
-
-def open_phi3v(folder: Path, adapters: Sequence[Adapter] = ()) -> Opened:
-    """Find the parts of a model; see `load_phi3v`.
-
-    Raises:
-        CheckpointError: a file is absent or damaged, or the files do not belong together.
-    """
-    data = read_json(folder / CONFIG_NAME)
-    refuse_quantised(data, folder)
-    config = vlm_config(data)
-    table, files = name_table(data, config), weight_files(folder)
-    tensors = merged(read_tensors(files), adapters, table.canonical)
-    return Opened(
-        data=data,
-        config=config,
-        processor=image_processor(data, _processor_settings(adapters, folder)),
-        tensors=tensors,
-        table=table,
-        files=[*files, *(file for adapter in adapters for file in adapter.files)],
-    )
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        # The published processor tokenises what stands between images piece by piece, so that
+        # beginning-of-sequence stands after each image too.
+        repeated = specials.bos_id if specials.add_bos else None
+        bos = "" if repeated is None else tokenizer.id_to_token(repeated) or ""
+        return PromptConfig(chat_template="phi3_v", image_end=bos)
 
 
 def _processor_settings(adapters: Sequence[Adapter], folder: Path) -> Json:

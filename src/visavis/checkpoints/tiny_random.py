@@ -18,13 +18,14 @@ from visavis.checkpoints.native import save_native
 from visavis.model.config import ConnectorConfig, DecoderConfig, ViTConfig, VLMConfig
 from visavis.model.vision.vit import ViT
 from visavis.model.vlm import VLM
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 from visavis.utils import write_folder_atomically
 
 NAME = "tiny-random"
-VERSION = 2  # of its numbers
+VERSION = 3  # of its files
+SEED = 2  # of its weights
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 WORDS = (  # each is one token, with the blank before it; all else is read byte by byte
     "user assistant system You are a helpful assistant. A chat between curious user and an"
@@ -80,7 +81,7 @@ def write(folder: Path) -> None:
         image_token_id=image,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(VERSION)
+        torch.manual_seed(SEED)
         vlm = VLM(config)
         nn.init.normal_(vlm.decoder.embed.weight, std=WORD_STD)
         assert isinstance(vlm.tower, ViT)

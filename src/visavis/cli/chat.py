@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ from visavis.errors import InputError, VisavisError
 
 if TYPE_CHECKING:
     from visavis.api import Model
-    from visavis.generate.streaming import AnswerSettings, Reply
+    from visavis.generate.streaming import Reply
     from visavis.inputs import Message, Visual
 
 GENERATION = "Generation"
@@ -170,7 +170,7 @@ def chat(
 
     loaded = loading.load(model)
     visuals = visuals_of(images, videos, documents)
-    settings: AnswerSettings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
@@ -218,7 +218,7 @@ def _read_schema(path: Path) -> str:
         ) from None
 
 
-def _talk(model: Model, visuals: list[Visual], settings: AnswerSettings) -> None:
+def _talk(model: Model, visuals: list[Visual], settings: dict[str, Any]) -> None:
     """Hold a conversation: read messages from the terminal and print each answer."""
     from visavis.inputs import Document, Image, Message, Text, Video
 

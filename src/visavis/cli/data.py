@@ -91,7 +91,7 @@ def check(
 def _entries(name: str, root: Path, images: Path | None, test: bool) -> Iterator[CheckedSource]:
     """Yield the sources that one command-line argument names."""
     from visavis.data.check import CheckedSource, guess_format
-    from visavis.train.recipe import SourceConfig
+    from visavis.data.sources import SourceConfig
 
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):

@@ -20,10 +20,10 @@ from visavis.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from visavis.checkpoints.checkpoint_format import CheckpointFormat
     from visavis.checkpoints.compare import Comparison
-    from visavis.checkpoints.inspect import Description
     from visavis.model.config import VLMConfig
-    from visavis.processing.images import ImageProcessorConfig
+    from visavis.processing.config import ImageProcessorConfig
 
 EXIT_DIFFERENT = 1
 MAX_LISTED = 10
@@ -82,21 +82,23 @@ def inspect(
         raise typer.Exit(EXIT_DIFFERENT)
 
 
-def facts(found: Description) -> dict[str, Any]:
+def facts(found: CheckpointFormat) -> dict[str, Any]:
     """Describe a checkpoint as JSON-serialisable values."""
+    from visavis.checkpoints.inspect import parts
+
     types = Counter(entry.type for entry in found.tensors.values())
     return {
         "name": found.name,
-        "layout": found.layout.title,
-        "kind": found.layout.kind,
-        "why": found.layout.why,
-        "path": str(found.layout.path),
-        "parts": found.parts(),
-        "profile": found.profile,
+        "layout": found.title,
+        "kind": found.kind,
+        "why": found.detected.why,
+        "path": str(found.path),
+        "parts": parts(found),
+        "profile": found.facts,
         "images": _preprocessing(found.processor),
         "quirks": {} if found.config is None else quirks(found.config),
         "tensor_types": {name: f"{number} tensors" for name, number in types.most_common()},
-        "files": _sizes(found.files, found.layout.path),
+        "files": _sizes(found.files, found.path),
         "problems": found.problems,
     }
 
@@ -167,15 +169,17 @@ def _sizes(files: list[Path], folder: Path) -> dict[str, str]:
     return found
 
 
-def _difference(a: Description, b: Description, found: Comparison, top: int) -> dict[str, Any]:
+def _difference(
+    a: CheckpointFormat, b: CheckpointFormat, found: Comparison, top: int
+) -> dict[str, Any]:
     largest = [
         {"tensor": name, "max_abs": value if math.isfinite(value) else None}
         for name, value in list(found.values.items())[:top]
     ]
     return {
         "same": found.same,
-        "a": {"name": a.name, "layout": a.layout.title, "path": str(a.layout.path)},
-        "b": {"name": b.name, "layout": b.layout.title, "path": str(b.layout.path)},
+        "a": {"name": a.name, "layout": a.title, "path": str(a.path)},
+        "b": {"name": b.name, "layout": b.title, "path": str(b.path)},
         "settings": found.settings,
         "only_in_a": found.only_in_a,
         "only_in_b": found.only_in_b,

@@ -22,8 +22,8 @@ from visavis.errors import InputError
 
 if TYPE_CHECKING:
     from visavis.api import Model
-    from visavis.data.formats import Source
     from visavis.data.scene_graph import Labels
+    from visavis.data.sources import Source
 
 SHOWN = 5  # skipped items that are printed
 NEGATIVES = "Negatives"
@@ -201,15 +201,15 @@ def mine(
         labels=labels,
         same_image=same_image,
         total=total,
-        ratio=None if relative_margin is None else 1 - relative_margin,
-        margin=absolute_margin,
+        relative_margin=relative_margin,
+        absolute_margin=absolute_margin,
         max_score=max_score,
         min_score=min_score,
-        skip=range_min,
-        depth=range_max,
-        sample=sampling_strategy is Strategy.RANDOM,
+        range_min=range_min,
+        range_max=range_max,
+        sampling_strategy=sampling_strategy.value,
         seed=seed,
-        faiss=use_faiss,
+        use_faiss=use_faiss,
     )
     if out.is_dir():
         raise InputError(f"--output {out} is a folder, expected a path for a JSON lines file")
@@ -261,7 +261,7 @@ def mine(
 
 def _recipe(path: Path, name: str, root: Path | None) -> Source:
     """Open a data source of a recipe, without negatives that were mined earlier."""
-    from visavis.data.formats import open_data_source
+    from visavis.data.sources import open_data_source
     from visavis.train.recipe import StepsStage, read_recipe
     from visavis.utils import lookup
 
@@ -281,8 +281,8 @@ def _recipe(path: Path, name: str, root: Path | None) -> Source:
 def _file(path: Path, form: str, images: Path | None) -> Source:
     """Open a data file or folder."""
     from visavis.data.check import guess_format
-    from visavis.data.formats import FORMATS, open_data_source
-    from visavis.train.recipe import SourceConfig
+    from visavis.data.formats import FORMATS
+    from visavis.data.sources import SourceConfig, open_data_source
     from visavis.utils import lookup
 
     form = form or guess_format(path)

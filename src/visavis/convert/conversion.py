@@ -3,8 +3,8 @@
     IN ──load──► Loaded ──write──► OUT.tmp-… ──rename──► OUT
                                        └─ README.md
 
-Until the rename nothing is at OUT; an error, a full disk and Ctrl-C leave nothing behind. Knows no
-layout: `targets.py` names the functions that do. Whether the result is right, `verify.py` says.
+Until the rename nothing is at OUT; an error, a full disk and Ctrl-C leave nothing behind. The
+classes of `checkpoints/formats.py` write; `verify.py` checks the result.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from visavis.checkpoints.adapters import adapter_chain
-from visavis.checkpoints.checkpoint import INTEGERS, Checkpoint, Written
-from visavis.checkpoints.detect import detect
-from visavis.checkpoints.gguf.load import find_parts, open_model
+from visavis.checkpoints.checkpoint import INTEGERS, Checkpoint
+from visavis.checkpoints.checkpoint_format import CheckpointFormat
+from visavis.checkpoints.formats import TARGETS, AdapterFormat, detect
+from visavis.checkpoints.gguf.load import GGUFFormat, find_parts
+from visavis.checkpoints.gguf.reader import open_model
 from visavis.checkpoints.load import load_checkpoint, resolve
 from visavis.checkpoints.native import CONFIG_NAME, read_config
 from visavis.checkpoints.tensor_files import read_headers, weight_files
 from visavis.convert.model_card import LICENCE_FILES, model_card
-from visavis.convert.targets import TARGETS, Target
 from visavis.errors import CheckpointError, InputError
 from visavis.utils import lookup, write_folder_atomically
 
@@ -87,17 +87,17 @@ def convert(
     """
     target = lookup("layout", to, TARGETS)
     path, out = resolve(source), Path(out).expanduser()
-    if kind and not target.kinds:
+    if kind and not target.has_gguf_types:
         raise InputError(f"kind {kind!r} was given for {to}, which has no kinds; leave it.")
-    if precision in INTEGERS and not target.integers:
-        fewer = " --kind Q8_0 or Q4_K_M" if target.kinds else " --to native"
+    if precision in INTEGERS and not target.holds_integers:
+        fewer = " --kind Q8_0 or Q4_K_M" if target.has_gguf_types else " --to native"
         raise InputError(
             f"precision {precision!r} was given for {to}, which has no place for integers with "
             f"scales as they are kept here; use{fewer}, or precision 'bf16'."
         )
     single = to == "gguf" and out.suffix == GGUF
     _check_place(out, path, force=force, single=single)
-    if target.kinds:
+    if target.has_gguf_types:
         kind = kind.upper() or ("F16" if precision == "auto" else precision.upper())
     below = None if base is None else resolve(base)
     precision = stored_precision(path, below) if precision == "auto" else precision
@@ -109,13 +109,12 @@ def convert(
         base=base,
         vision_tower=vision_tower,
     )
-    settings: dict[str, Any] = {"kind": kind} if target.kinds else {"progress": progress}
     try:
         if single:
-            files, lost = _write_beside(target, loaded, out, settings), []
+            files, lost = _write_beside(target, loaded, out, kind), []
         else:
             with write_folder_atomically(out) as folder:
-                written = _write(target, loaded, folder, settings)
+                written = target.save(loaded, folder, kind=kind, progress=progress)
                 named = path.name if Path(source).expanduser().exists() else str(source)
                 card = model_card(loaded, path, named, to, kind or precision, written.lost)
                 (folder / "README.md").write_text(card, encoding="utf-8")
@@ -139,15 +138,15 @@ def stored_precision(path: Path, base: Path | None = None) -> str:
         CheckpointError: its files are damaged, or of no layout that is known.
     """
     sizes: Counter[str] = Counter()
-    kind = detect(path).kind
-    if kind == "gguf":
+    found = detect(path).format
+    if found is GGUFFormat:
         file, _ = open_model(find_parts(path)[0] if path.is_dir() else path)
         names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         for tensor in file.tensors.values():
             type_name = str(getattr(tensor.type, "name", tensor.type))
             sizes[names.get(type_name, type_name)] += math.prod(tensor.shape)
     else:
-        if kind == "adapter":
+        if found is AdapterFormat:
             _, path = adapter_chain(path, base)
         elif base is not None:
             path = base
@@ -161,18 +160,13 @@ def stored_precision(path: Path, base: Path | None = None) -> str:
     return PRECISIONS.get(most[0][0], QUANTISED) if most else QUANTISED
 
 
-def _write(target: Target, loaded: Checkpoint, folder: Path, settings: dict[str, Any]) -> Written:
-    written = target.write(loaded, folder, **settings)
-    return written if isinstance(written, Written) else Written(list(written))
-
-
 def _write_beside(
-    target: Target, loaded: Checkpoint, out: Path, settings: dict[str, Any]
+    target: type[CheckpointFormat], loaded: Checkpoint, out: Path, kind: str
 ) -> list[Path]:
     """Write a model that is single files, and put them into their folder one after the other."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.tmp-") as folder:
-        files = _write(target, loaded, Path(folder) / out.name, settings).files
+        files = target.save(loaded, Path(folder) / out.name, kind=kind).files
         for file in reversed(files):  # the model itself comes last
             file.replace(out.parent / file.name)
     return [out.parent / file.name for file in files]

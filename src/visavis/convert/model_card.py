@@ -10,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from visavis.checkpoints.checkpoint import Checkpoint
+from visavis.checkpoints.formats import TARGETS
+from visavis.checkpoints.gguf.reader import open_model
 from visavis.checkpoints.tensor_files import MAX_JSON_BYTES
-from visavis.convert.targets import TARGETS
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 UNKNOWN = (
@@ -45,7 +46,7 @@ def model_card(
         "reader": "AutoProcessor" if vision else "AutoTokenizer",
     }
     usage = target.usage.format(folder=".", **names).rstrip()
-    option = "--kind" if target.kinds else "--precision"
+    option = "--kind" if target.has_gguf_types else "--precision"
     front = [
         "---",
         *([f"license: {licence}"] if licence else []),
@@ -86,8 +87,6 @@ def model_card(
 def source_licence(source: Path) -> str:
     """Return the licence that a source's model card or GGUF metadata names, empty if none does."""
     if source.is_file():
-        from visavis.checkpoints.gguf.load import open_model
-
         return str(open_model(source)[0].metadata.get("general.license", ""))
     card = source / "README.md"
     if not card.is_file() or card.stat().st_size > MAX_JSON_BYTES:

@@ -19,10 +19,10 @@ from PIL import Image
 
 from visavis.api import Model
 from visavis.checkpoints.checkpoint import INTEGERS
+from visavis.checkpoints.formats import TARGETS
 from visavis.checkpoints.gguf.load import find_parts
 from visavis.checkpoints.load import load_checkpoint
 from visavis.convert.conversion import Conversion
-from visavis.convert.targets import TARGETS
 
 TEXTS = (
     "A cup of coffee stands on a wooden table.",
@@ -283,7 +283,7 @@ def verify(done: Conversion) -> Verdict:
     """Compare a conversion with the model that it was written from."""
     min_cosine, max_kl = limits(done.precision, done.kind)
     asked = probes(done.loaded.vlm.tower is not None)
-    expected = answers(Model(done.loaded), asked)
+    expected = answers(Model.of(done.loaded), asked)
     peer = TARGETS[done.target].peer
     checks: list[Check] = []
     names = []
@@ -343,7 +343,7 @@ def _reload(done: Conversion) -> Model:
         chat_template=done.loaded.profile.chat_template,
         vision_tower=beside,
     )
-    return Model(loaded)
+    return Model.of(loaded)
 
 
 def _compare(

@@ -1,4 +1,4 @@
-"""Records to train and evaluate on, and where they come from. Knows no model and no tokens."""
+"""Training and evaluation data: data sets, formats, sampling, checks and mining."""
 
 from visavis.data.datasets import SOURCES, Record, load_source, read_shards
 

@@ -1,13 +1,12 @@
-"""What is wrong with training data, and what is in it: `visavis data check`.
+"""Checks of training data: `visavis data check`.
 
-Every sample is made and every picture decoded, as training will: records that cannot be used,
-pictures that cannot be read, conversations of which nothing is learned, sequences that are too
-long, samples that occur twice or are both trained and tested on. Trains nothing and prints nothing.
+Every example is built and every image decoded, as training would. Reported are records that cannot
+be used, unreadable images, conversations without a learned token, sequences that are too long,
+duplicates, and examples that are both trained and tested on.
 """
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,13 +17,14 @@ from typing import Literal, TypeAlias
 
 from visavis.data.datasets import SOURCES, is_made
 from visavis.data.examples import Conversation, Sample, estimated_tokens
-from visavis.data.formats import Source, SourceSpec, open_data_source
 from visavis.data.readers import find_files, open_rows
+from visavis.data.sources import Source, SourceConfig, open_data_source
 from visavis.errors import TrainError, VisavisError
 from visavis.inputs import Image, Part, Prompt, Stored, Text, Video
+from visavis.processing.config import VideoConfig
 from visavis.processing.images import content_hash, decode_image
 from visavis.processing.prompt_encoder import PromptEncoder
-from visavis.processing.video import VideoConfig, read_frames
+from visavis.processing.video import read_frames
 
 WINDOW = 64  # samples whose pictures are decoded side by side
 EDGES = tuple(16 << power for power in range(12))  # of the histogram's bars, in tokens
@@ -61,7 +61,7 @@ class CheckedSource:
     """
 
     name: str
-    spec: SourceSpec
+    spec: SourceConfig
     root: Path
     test: bool = False
     encoder: PromptEncoder | None = None
@@ -70,7 +70,7 @@ class CheckedSource:
 
 @dataclass
 class Findings:
-    """What was found in one source.
+    """Results of checking one source.
 
     Attributes:
         lengths: tokens of every sequence.
@@ -168,8 +168,9 @@ def _add(findings: Findings, sample: Sample, seen: _Seen, pictures: Pictures) ->
         return
     _measure(findings, sample)
     place = f"{entry.name}: {sample.id}"
-    digest = _digest(sample, pictures)
-    first = seen.samples.setdefault(digest, (place, entry.test))
+    # Negatives do not count: two samples are the same if query and target are.
+    key = tuple(p.content_key(lambda v: str(pictures[v])) for p in _prompts(sample)[:2])
+    first = seen.samples.setdefault(key, (place, entry.test))
     if first[0] != place:
         findings.copies.append((sample.id, first[0]))
     if entry.test and not first[1]:
@@ -232,7 +233,7 @@ class _Seen:
     """Samples and pictures by content, over all sources; each picture file is decoded once."""
 
     def __init__(self) -> None:
-        self.samples: dict[bytes, tuple[str, bool]] = {}
+        self.samples: dict[tuple[str, ...], tuple[str, bool]] = {}
         self.pictures: dict[str, tuple[str, bool]] = {}
         self.files: dict[str, str | Exception] = {}
         self.pool = ThreadPoolExecutor()
@@ -252,7 +253,7 @@ class _Seen:
 
 
 def _name(visual: Image | Video) -> str:
-    """Return what names a picture's file, or nothing."""
+    """Return the name of an image's file, or an empty string."""
     source = visual.source
     return source.name if isinstance(source, Stored) else str(source) * isinstance(source, Path)
 
@@ -276,18 +277,6 @@ def _prompts(sample: Sample) -> tuple[Prompt, ...]:
     if isinstance(sample, Conversation):
         return (sample.prompt,)
     return (sample.query, sample.target, *sample.negatives)
-
-
-def _digest(sample: Sample, pictures: Pictures) -> bytes:
-    """Return what two samples of the same words and pictures share; negatives do not count."""
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in _prompts(sample)[:2]:
-        for message in prompt.messages:
-            for part in message.parts:
-                said = part.text if isinstance(part, Text) else pictures[part]
-                digest.update(f"{message.role}\0{said}\0".encode())
-        digest.update(b"\1")
-    return digest.digest()
 
 
 def _unused(source: Source, ids: set[str]) -> int:

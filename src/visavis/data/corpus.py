@@ -1,22 +1,21 @@
-"""What samples ask for and what there is to find, by content: what mining negatives starts from.
+"""The corpus of hard-negative mining: queries and candidate items, deduplicated by content.
 
-    sample ──► key of its query, of its picture, place of its target in the list of items
-    item   ──► key of its content, once however many samples name it
+    example ──► key of its query, key of its query's images, place of its target among the items
+    item    ──► key of its content; equal items are kept once
 
-In memory are keys and numbers; a prompt is made again when it is embedded or written. What cannot
-be read is left out and listed. Knows neither models nor which items make good negatives.
+Only keys and numbers are in memory; a prompt is built again when it is embedded or written. Items
+that cannot be read are left out and listed in `left_out`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from visavis.data.examples import ContrastiveExample, Sample
 from visavis.errors import InputError, VisavisError
-from visavis.inputs import Document, Image, Prompt, Stored, Text, Video
+from visavis.inputs import Image, Message, Prompt, Stored, Text, Visual
 from visavis.processing.images import content_hash
 from visavis.utils import track
 
@@ -43,7 +42,7 @@ class CorpusEntry:
 
 @dataclass
 class Items:
-    """What can be found: targets, each once, then what else was given."""
+    """Candidate items: targets, each content once, then other items of the corpus."""
 
     keys: list[str] = field(default_factory=list)  # by content and instruction
     owners: list[int] = field(default_factory=list)  # a sample whose target it is; -1 - n: other n
@@ -53,11 +52,11 @@ class Items:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def put(self, content: str, instruction: str, owner: int, is_text: bool) -> int:
-        """Return the place of an item, adding it if it is new."""
+    def put(self, content: str, key: str, owner: int, is_text: bool) -> int:
+        """Return the place of an item, adding it if its content is new."""
         if content not in self.places:
             self.places[content] = len(self.keys)
-            self.keys.append(_with(instruction, content))
+            self.keys.append(key)
             self.owners.append(owner)
             self.is_text.append(is_text)
         return self.places[content]
@@ -102,16 +101,14 @@ class Corpus:
                 self.left_out.append((name, str(error)))
         for number, prompt in enumerate(others):
             try:
-                content = self._content(prompt)
+                self._put(prompt, self._instruction, -1 - number)
             except VisavisError as error:
                 self.left_out.append((f"item {number + 1} of the corpus", str(error)))
-                continue
-            self.items.put(content, self._instruction, -1 - number, _is_text(prompt))
         self._settle(wrong)
 
     def excluded(self, entry: CorpusEntry) -> set[int]:
-        """Return the items that are no negatives of a sample, or are its negatives already: its
-        query's targets, whoever says so, and its group's."""
+        """Return the items that are not negatives of an example or are its negatives already:
+        all targets of its query and of its group."""
         found = {*self.by_query[entry.query], *entry.own}
         return found | self.by_group[entry.group] if entry.group else found
 
@@ -139,7 +136,7 @@ class Corpus:
 
     @property
     def _instruction(self) -> str:
-        """What targets are embedded with, for items that are nobody's target."""
+        """The target instruction, for items that are not the target of an example."""
         return next((self._match(e).target_instruction for e in self.entries), "")
 
     def _match(self, entry: CorpusEntry) -> ContrastiveExample:
@@ -150,12 +147,13 @@ class Corpus:
     def _add(self, number: int, sample: Sample, wrong: list[tuple[int, list[str]]]) -> None:
         if not isinstance(sample, ContrastiveExample):
             raise InputError("it is a conversation, expected a query with what it should find")
-        query = _with(sample.instruction, self._content(sample.query))
-        visuals = [part for part in _parts(sample.query) if not isinstance(part, Text)]
-        pictures = _hash(self._part(part) for part in visuals) if visuals else ""
-        has = [self._content(one) for one in sample.negatives]
-        content = self._content(sample.target)
-        target = self.items.put(content, sample.target_instruction, number, _is_text(sample.target))
+        query = sample.query.content_key(self._hash, instruction=sample.instruction)
+        parts = (part for message in sample.query.messages for part in message.parts)
+        visuals = tuple(part for part in parts if not isinstance(part, Text))
+        shown = Prompt((Message("user", visuals),)) if visuals else None
+        pictures = shown.content_key(self._hash) if shown else ""
+        has = [one.content_key(self._hash) for one in sample.negatives]
+        target = self._put(sample.target, sample.target_instruction, number)
         wrong.append((len(self.entries), has))
         self.entries.append(
             CorpusEntry(number, sample.id, query, pictures, target, sample.group, ())
@@ -176,37 +174,17 @@ class Corpus:
                 fields = {**vars(old), "own": own}
                 self.entries[index] = CorpusEntry(**fields)
 
-    def _content(self, prompt: Prompt) -> str:
-        """Return a key that is the same where texts and pictures are, in their order."""
-        return _hash(self._part(part) for part in _parts(prompt))
+    def _put(self, prompt: Prompt, instruction: str, owner: int) -> int:
+        content = prompt.content_key(self._hash)
+        key = prompt.content_key(self._hash, instruction=instruction) if instruction else content
+        parts = (part for message in prompt.messages for part in message.parts)
+        return self.items.put(content, key, owner, all(isinstance(part, Text) for part in parts))
 
-    def _part(self, part: Text | Image | Video | Document) -> str:
-        if isinstance(part, Text):
-            return f"text {part.text}"
-        source = part.source
-        if not isinstance(part, Image) or not isinstance(source, Path | Stored):
-            return f"{type(part).__name__} {content_hash(part)}"
+    def _hash(self, visual: Visual) -> str:
+        """Return the content hash of an image, video or document; image files are read once."""
+        source = visual.source
+        if not isinstance(visual, Image) or not isinstance(source, Path | Stored):
+            return content_hash(visual)
         if source not in self.hashes:
-            self.hashes[source] = content_hash(part)
-        return f"Image {self.hashes[source]}"
-
-
-def _parts(prompt: Prompt) -> Iterator[Text | Image | Video | Document]:
-    for message in prompt.messages:
-        yield from message.parts
-
-
-def _is_text(prompt: Prompt) -> bool:
-    return all(isinstance(part, Text) for part in _parts(prompt))
-
-
-def _with(instruction: str, content: str) -> str:
-    return _hash([instruction, content]) if instruction else content
-
-
-def _hash(pieces: Iterator[str] | Sequence[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for piece in pieces:
-        encoded = piece.encode()
-        digest.update(f"{len(encoded)} ".encode() + encoded)
-    return digest.hexdigest()
+            self.hashes[source] = content_hash(visual)
+        return self.hashes[source]

@@ -1,10 +1,10 @@
-"""Vectors of one model, kept on disk by the content of what they stand for.
+"""An on-disk store of one model's embeddings, keyed by content.
 
     <folder>/vectors.f32    rows [D] float32, one after another, appended
     <folder>/keys           the key of each row, a line each, written after the row is on disk
 
-A run that is killed loses at most the batch it was at: opening cuts off what is not whole. One
-process writes a folder at a time. Knows keys and numbers, neither models nor prompts.
+A killed run loses at most its current batch: opening truncates incomplete rows. One process writes
+a folder at a time.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class EmbeddingStore:
         return np.memmap(self.data_path, "<f4", "r", shape=(self.num_rows, self.dim))
 
     def _recover(self) -> None:
-        """Read the keys; cut off whatever a crash left half-written in either file."""
+        """Read the keys; truncate rows that a crash left incomplete in either file."""
         for path in (self.data_path, self.keys_path):
             path.touch()
         text = self.keys_path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What training reads: a conversation to learn from, or a query and what it should find.
+"""Training examples: a conversation, or a query with its target and hard negatives.
 
-Both hold prompts, as chat and embedding take them; pictures in them are not read yet. Knows no
-file format (see `formats.py`) and no order (see `mixture.py`).
+Both hold prompts; their images are not read yet. `data/formats/` makes them from data files, and
+`data/sampler.py` decides their order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from visavis.inputs import Prompt, Text, Video
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation; what the assistant says in it is learned.
+    """A conversation; its assistant messages are learned.
 
     Args:
         id: unique within its source; named in error messages.

@@ -1,13 +1,13 @@
-"""Hard negatives: what a query should not find, chosen so that it is hard and yet not right.
+"""Hard-negative mining for contrastive training.
 
-    nearest      items near the query in a model's space, within the false-negative rules
-    labels       texts near the right text: labels that are easily mistaken for it
-    same image   what is said of other samples of the same picture, and not of this one
+    nearest      items near the query in a model's embedding space, within the margins
+    labels       texts near the target's text: labels that are easily confused with it
+    same image   targets of other samples with the same image
     random       any others, to fill up
 
-No target of the same query, of the same content or of the same group is ever taken. Vectors are
-kept on disk (`vectors.py`), so that a run that was stopped goes on. Knows neither data formats nor
-how negatives are written (`mined.py`).
+Targets of the same query, of the same content or of the same group are never taken. Vectors are
+kept on disk (`embedding_store.py`), so that an interrupted run is resumed. `mined_negatives.py`
+writes the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ DRAWS = 20  # random items looked at for each that is wanted, at most
 
 
 class Embedder(Protocol):
-    """What `visavis.load` gives, as far as mining knows it."""
+    """The part of `visavis.Model` that mining uses."""
 
     @property
     def embedding_dim(self) -> int: ...
@@ -48,65 +48,75 @@ class Mining:
     targets; the rules hold for `nearest` and, where queries have vectors, for random ones.
 
     Args:
-        nearest, labels, same_image: at most so many of each kind for a sample.
-        total: add random ones up to so many; 0: none.
-        ratio: only scores at most this share of the positive's (NV-Retriever's TopK-PercPos, de
-            Souza P. Moreira et al. 2024); None: any.
-        margin: only scores this much below the positive's (TopK-MarginPos); None: any.
+        nearest, labels, same_image: maximum number of each kind per example.
+        total: fill up to this many with random ones; 0: none.
+        relative_margin: only scores at least this share of the positive's below it (NV-Retriever's
+            TopK-PercPos, de Souza P. Moreira et al. 2024); None: any.
+        absolute_margin: only scores this much below the positive's (TopK-MarginPos); None: any.
         max_score, min_score: no scores above (TopK-Abs) or below; None: any.
-        skip: leave out so many of the nearest that the rules allow.
-        depth: of the nearest that are no targets, look at so many.
-        sample: draw among what is left, instead of taking the nearest.
-        faiss: search with FAISS.
+        range_min: skip this many of the nearest that the rules allow.
+        range_max: consider this many of the nearest items that are not targets.
+        sampling_strategy: take the nearest ones ("top"), or draw among all that are left
+            ("random").
+        seed: random seed.
+        use_faiss: search with FAISS.
+
+    Margins, scores, ranges and sampling are named as in sentence-transformers'
+    `mine_hard_negatives`.
     """
 
     nearest: int = 8
     labels: int = 0
     same_image: int = 0
     total: int = 0
-    ratio: float | None = 0.95
-    margin: float | None = None
+    relative_margin: float | None = 0.05
+    absolute_margin: float | None = None
     max_score: float | None = None
     min_score: float | None = None
-    skip: int = 0
-    depth: int = 100
-    sample: bool = False
+    range_min: int = 0
+    range_max: int = 100
+    sampling_strategy: Literal["top", "random"] = "top"
     seed: int = 0
-    faiss: bool = False
+    use_faiss: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("nearest", "labels", "same_image", "total", "skip")
+        counts = ("nearest", "labels", "same_image", "total", "range_min")
         problems = [
             f"{name} is {getattr(self, name)}" for name in counts if getattr(self, name) < 0
         ]
         if not (self.nearest or self.labels or self.same_image or self.total):
             problems.append("no negatives are wanted")
-        if self.nearest and self.skip + self.nearest > self.depth:
+        if self.nearest and self.range_min + self.nearest > self.range_max:
             problems.append(
-                f"depth is {self.depth}, less than the {self.skip} to skip and {self.nearest} to "
-                "take"
+                f"range_max is {self.range_max}, less than the {self.range_min} to skip "
+                f"(range_min) and {self.nearest} to take (nearest)"
             )
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            problems.append(f"ratio is {self.ratio}, expected more than 0 and at most 1")
-        if self.margin is not None and self.margin < 0:
-            problems.append(f"margin is {self.margin}, expected 0 or more")
+        margin = self.relative_margin
+        if margin is not None and not 0 <= margin < 1:
+            problems.append(f"relative_margin is {margin}, expected at least 0 and less than 1")
+        if self.absolute_margin is not None and self.absolute_margin < 0:
+            problems.append(f"absolute_margin is {self.absolute_margin}, expected 0 or more")
+        if self.sampling_strategy not in ("top", "random"):
+            problems.append(
+                f"sampling_strategy is {self.sampling_strategy!r}, expected 'top' or 'random'"
+            )
         if problems:
             raise InputError(f"negatives cannot be mined like this: {'; '.join(problems)}.")
 
     def allowed(self, scores: np.ndarray, positive: float) -> np.ndarray:
         """Return which scores the false-negative rules allow, bool as `scores`."""
         limit = np.inf if self.max_score is None else self.max_score
-        if self.ratio is not None:  # a share of a negative score would be above it
-            limit = min(limit, positive - abs(positive) * (1 - self.ratio))
-        if self.margin is not None:
-            limit = min(limit, positive - self.margin)
+        if self.relative_margin is not None:  # a share of a negative score would be above it
+            limit = min(limit, positive - abs(positive) * self.relative_margin)
+        if self.absolute_margin is not None:
+            limit = min(limit, positive - self.absolute_margin)
         least = -np.inf if self.min_score is None else self.min_score
         return np.isfinite(scores) & (scores <= limit) & (scores >= least)
 
 
 @dataclass(frozen=True)
 class Negative:
-    """A mined item: its place in the catalogue, its score if it has one, and why it was taken."""
+    """A mined item: its place in the corpus, its score if it has one, and why it was taken."""
 
     place: int
     score: float | None
@@ -115,7 +125,7 @@ class Negative:
 
 @dataclass
 class MiningReport:
-    """What was mined.
+    """Counts of a mining run.
 
     Args:
         embedded, reused: vectors computed now, and found on disk.
@@ -136,7 +146,7 @@ class MiningReport:
 
 def mine(
     model: Embedder,
-    catalogue: Corpus,
+    corpus: Corpus,
     settings: Mining,
     store: EmbeddingStore,
     report: MiningReport,
@@ -148,14 +158,14 @@ def mine(
 
     Args:
         store: keeps vectors; must belong to the model.
-        report: filled in while it goes on.
+        report: filled in while mining.
 
     Raises:
         InputError: not one sample can be used, or FAISS is wanted and not installed.
         StoreError: vectors cannot be kept.
     """
-    run = _Run(model, catalogue, settings, store, report, device, progress)
-    report.left_out += catalogue.left_out
+    run = _Run(model, corpus, settings, store, report, device, progress)
+    report.left_out += corpus.left_out
     run.embed()
     entries = run.usable()
     if not entries:
@@ -186,14 +196,14 @@ class _Run:
     def __init__(
         self,
         model: Embedder,
-        catalogue: Corpus,
+        corpus: Corpus,
         settings: Mining,
         store: EmbeddingStore,
         report: MiningReport,
         device: torch.device | str,
         progress: bool,
     ) -> None:
-        self.model, self.catalogue, self.settings = model, catalogue, settings
+        self.model, self.corpus, self.settings = model, corpus, settings
         self.store, self.report, self.device, self.progress = store, report, device, progress
         self.searches: dict[bool, tuple[KNNSearch, np.ndarray]] = {}
         self.known = np.zeros(0, np.int64)  # places of items that can be taken
@@ -203,11 +213,11 @@ class _Run:
 
     def embed(self) -> None:
         """Compute the vectors that are wanted and not on disk."""
-        catalogue, items = self.catalogue, self.catalogue.items
+        corpus, items = self.corpus, self.corpus.items
         self.failed: set[str] = set()
         todo: dict[str, CorpusEntry | int] = {}  # a query's sample, or an item's place, by key
         if self.settings.nearest:
-            todo |= {entry.query: entry for entry in catalogue.entries}
+            todo |= {entry.query: entry for entry in corpus.entries}
         for place, key in enumerate(items.keys):
             if self.settings.nearest or (self.settings.labels and items.is_text[place]):
                 todo[key] = place
@@ -218,7 +228,7 @@ class _Run:
         for batch in track(batches, "embedding", weights=weights, show=self.progress):
             by_instruction: dict[str, list[_Wanted]] = {}
             for key, which in batch:
-                make = catalogue.prompt if isinstance(which, int) else catalogue.query
+                make = corpus.prompt if isinstance(which, int) else corpus.query
                 prompt, instruction = make(which)  # type: ignore[arg-type]
                 by_instruction.setdefault(instruction, []).append(_Wanted(key, which, prompt))
             for instruction, wanted in by_instruction.items():
@@ -234,7 +244,7 @@ class _Run:
                     self._embed([one], instruction)
                 return
             (one,) = wanted
-            name = self.catalogue.name(one.which) if isinstance(one.which, int) else one.which.id
+            name = self.corpus.name(one.which) if isinstance(one.which, int) else one.which.id
             self.failed.add(one.key)
             self.report.left_out.append((name, str(error)))
             return
@@ -251,11 +261,11 @@ class _Run:
 
     def usable(self) -> list[CorpusEntry]:
         """Return the samples whose query and target could be embedded."""
-        keys = self.catalogue.items.keys
+        keys = self.corpus.items.keys
         self.known = np.array([i for i, key in enumerate(keys) if key not in self.failed], np.int64)
         entries = [
             entry
-            for entry in self.catalogue.entries
+            for entry in self.corpus.entries
             if entry.query not in self.failed and keys[entry.target] not in self.failed
         ]
         self.matrix = self.store.matrix()
@@ -264,14 +274,14 @@ class _Run:
     def mined(self, block: Sequence[CorpusEntry]) -> Iterator[list[Negative]]:
         """Yield the negatives of each sample of a block."""
         settings, none = self.settings, [(np.zeros(0, np.int64), np.zeros(0))] * len(block)
-        excluded = [self.catalogue.excluded(entry) for entry in block]
+        excluded = [self.corpus.excluded(entry) for entry in block]
         queries = self._rows([entry.query for entry in block]) if settings.nearest else None
         nearest = labels = none
         if queries is not None:
-            nearest = self._search(queries, excluded, settings.depth, texts=False)
+            nearest = self._search(queries, excluded, settings.range_max, texts=False)
         if settings.labels:
-            keys = [self.catalogue.items.keys[entry.target] for entry in block]
-            is_text = self.catalogue.items.is_text
+            keys = [self.corpus.items.keys[entry.target] for entry in block]
+            is_text = self.corpus.items.is_text
             found = self._search(
                 self._rows([k if k in self.store else "" for k in keys]),
                 excluded,
@@ -305,15 +315,15 @@ class _Run:
         places, scores = nearest
         kept = settings.allowed(scores, positive)
         self.report.refused += int((np.isfinite(scores) & ~kept).sum())
-        order = np.flatnonzero(kept)[settings.skip :]
-        if settings.sample and len(order) > settings.nearest:
+        order = np.flatnonzero(kept)[settings.range_min :]
+        if settings.sampling_strategy == "random" and len(order) > settings.nearest:
             order = np.array(sorted(draw.sample(order.tolist(), settings.nearest)))
         order = order[: settings.nearest]
         take(places[order].tolist(), scores[order].tolist(), "nearest")
         take(labels[0].tolist(), labels[1].tolist(), "labels")
         others = [
             place
-            for place in self.catalogue.by_pictures.get(entry.pictures, ())
+            for place in self.corpus.by_pictures.get(entry.pictures, ())
             if place not in excluded and place not in chosen
         ]
         others = draw.sample(others, min(settings.same_image, len(others)))
@@ -339,12 +349,12 @@ class _Run:
         return [places[i] for i in order], [scores[i] for i in order]
 
     def _positive(self, entry: CorpusEntry, query: np.ndarray | None) -> float:
-        scores = self._scores(query, sorted(self.catalogue.by_query[entry.query]))
+        scores = self._scores(query, sorted(self.corpus.by_query[entry.query]))
         return min((score for score in scores if score is not None), default=np.inf)
 
     def _scores(self, query: np.ndarray | None, places: Sequence[int]) -> list[float | None]:
         """Return the score of items that have a vector, None of others."""
-        keys = [self.catalogue.items.keys[place] for place in places]
+        keys = [self.corpus.items.keys[place] for place in places]
         if query is None:
             return [None] * len(keys)
         numbers = [self.store.rows.get(key) for key in keys]
@@ -362,17 +372,17 @@ class _Run:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return places and scores of the best items of each query."""
         if texts not in self.searches:
-            is_text = self.catalogue.items.is_text
+            is_text = self.corpus.items.is_text
             places = np.array([p for p in self.known if is_text[p] or not texts], np.int64)
-            rows = self.store.numbers([self.catalogue.items.keys[place] for place in places])
+            rows = self.store.numbers([self.corpus.items.keys[place] for place in places])
             search: KNNSearch = (
                 FaissSearch(self.matrix, rows)
-                if self.settings.faiss
+                if self.settings.use_faiss
                 else ExactSearch(self.matrix, rows, self.device)
             )
             self.searches[texts] = (search, places)
         search, places = self.searches[texts]
-        columns = np.full(len(self.catalogue.items), -1)  # of a place in what is searched
+        columns = np.full(len(self.corpus.items), -1)  # of a place in what is searched
         columns[places] = np.arange(len(places))
         inside = [[c for c in columns[list(one)].tolist() if c >= 0] for one in excluded]
         found, scores = search(queries, inside, depth)

@@ -1,7 +1,6 @@
-"""The most similar rows of a matrix: exactly, a block at a time, or by FAISS where it is installed.
+"""Nearest-neighbour search by inner product: exact in blocks, or with FAISS.
 
-Rows of the matrix may lie on disk; in memory are one block of them and its scores. Knows vectors
-only, neither what they stand for nor which of them make good negatives.
+Rows of the matrix may be memory-mapped; one block of rows and its scores is in memory at a time.
 """
 
 from __future__ import annotations
@@ -78,8 +77,8 @@ class FaissSearch:
             import faiss
         except ImportError as error:
             raise InputError(
-                "FAISS is not installed; `pip install faiss-cpu`, or leave --faiss away: the exact "
-                "search needs nothing."
+                "FAISS is not installed; `pip install faiss-cpu`, or leave out --use-faiss: exact "
+                "search needs no extra package."
             ) from error
         vectors = np.ascontiguousarray(matrix[rows], np.float32)
         self.size, dim = vectors.shape

@@ -1,6 +1,6 @@
-"""What every format needs: where pictures lie, which fields a row must have, what options it takes.
+"""Image and video paths, required fields and options shared by all data formats.
 
-Raises `InputError` without naming the record; `Source` in the package's `__init__` adds that.
+Raises `InputError` without naming the record; `data.sources.Source` adds the record's id.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ITEM_KEYS = ("text", "image", "video")
 
 
 class Options(BaseModel):
-    """What a format knows besides what all sources have; unknown names are refused."""
+    """Options of a data format; unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -117,7 +117,7 @@ def field(row: Row, name: str, kind: type, *, what: str = "") -> Any:
     """Return a field that a row must have.
 
     Raises:
-        InputError: it has not, or it is of another type.
+        InputError: it is missing, or of another type.
     """
     expected = what or ("a text" if kind is str else "a list")
     if name not in row:

@@ -1,10 +1,9 @@
-"""Mined negatives as JSON lines, which a recipe's source joins by id (`SourceRecipe.negatives`).
+"""Mined negatives as JSON lines, which a data source joins by id (`SourceConfig.negatives`).
 
     {"id": "7", "negatives": [{"image": "a.jpg", "score": 0.41, "source": "nearest"}]}
 
-Paths start at the file's folder. Pictures and videos that are no files of their own (in a tar, a
-table or memory) are written beside it once, into `<name>-files/`. A corpus has lines of
-the same items. Knows no model.
+Paths are relative to the file's folder. Images and videos that are not files (in a tar, a table or
+memory) are written once to `<name>-files/` beside it. A corpus file has lines of the same items.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _NOTES = ("id", "score", "source")
 
 
 def write_mined(
-    path: Path, catalogue: Corpus, rows: Iterable[tuple[CorpusEntry, list[Negative]]]
+    path: Path, corpus: Corpus, rows: Iterable[tuple[CorpusEntry, list[Negative]]]
 ) -> None:
     """Write a line for each sample; the file appears when all of them are written.
 
@@ -48,7 +47,7 @@ def write_mined(
                 found = []
                 for one in negatives:
                     if one.place not in items:
-                        items[one.place] = to_item(catalogue.prompt(one.place)[0], files)
+                        items[one.place] = to_item(corpus.prompt(one.place)[0], files)
                     score = {} if one.score is None else {"score": round(one.score, DIGITS)}
                     found.append({**items[one.place], **score, "source": one.source})
                 line = {"id": entry.id, "negatives": found}

@@ -1,8 +1,8 @@
-"""Parquet and Arrow files as rows, read with pyarrow (`pip install 'visavis[train]'`).
+"""Data files as rows: JSON, JSON lines, tar shards, and Parquet and Arrow files with pyarrow
+(`pip install 'visavis[train]'`); and their contents as bytes, for fingerprints.
 
 Of a Parquet file one column of one row group is decoded at a time and a few are kept; an Arrow file
-is mapped and nothing is decoded, so that shuffled reading of pictures is quick only from Arrow.
-Knows no format.
+is mapped and nothing is decoded, so that shuffled reading of images is quick only from Arrow.
 """
 
 from __future__ import annotations
@@ -390,3 +390,50 @@ class Shard:
 
     def where(self, number: int) -> str:
         return f"{self.path.name}, record {self.entries[number][0]!r}"
+
+
+# ---- fingerprints --------------------------------------------------------------------------------
+
+WHOLE_BYTES = 256 << 20  # files up to this size are read whole, larger ones in pieces
+PIECES = 256
+_CHUNK = 1 << 20
+
+
+def files_content(path: str, root: Path) -> Iterator[bytes]:
+    """Yield the contents of data files."""
+    for file in find_files(path, root):
+        yield from file_content(file)
+
+
+def file_content(path: Path) -> Iterator[bytes]:
+    """Yield a file's size and contents, of a large one only pieces; a folder's files'.
+
+    Raises:
+        TrainError: it cannot be read.
+    """
+    try:
+        if path.is_dir():
+            for inside in sorted(path.iterdir()):
+                yield from file_content(inside)
+            return
+        size = path.stat().st_size
+        yield f"{size} ".encode()
+        with path.open("rb") as file:
+            for start, end in _pieces(size):
+                file.seek(start)
+                while start < end and (chunk := file.read(min(end - start, _CHUNK))):
+                    yield chunk
+                    start += len(chunk)
+    except OSError as error:
+        raise TrainError(f"cannot read {path}: {error}") from error
+
+
+def _pieces(size: int) -> Iterator[tuple[int, int]]:
+    """Yield from where to where: all of it, or pieces at even distances, both ends included."""
+    if size <= WHOLE_BYTES:
+        yield 0, size
+        return
+    length = WHOLE_BYTES // PIECES
+    for number in range(PIECES):
+        start = number * (size - length) // (PIECES - 1)
+        yield start, start + length

@@ -1,7 +1,7 @@
-"""Which samples make each batch: a function of the seed, the weights and how many were drawn.
+"""Sampling of batches from weighted data sources, determined by the seed and the number drawn.
 
-Batches are drawn for all processes together and then dealt out, so that a run on one process and
-one on many see the same batches. Knows names and numbers; holds no sample.
+Batches are drawn for all processes together and then dealt out, so that runs on any number of
+processes see the same batches.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ class SourceSampler:
                 yield from ((drawn, one) for one in row if one is not None)
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs to go on exactly here."""
+        """Return the state that `restore` resumes from."""
         return {"drawn": dict(self.drawn), "blocks": self.blocks, "left": list(self.left)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Resume where `state` was taken."""
         self.drawn = dict(state["drawn"])
         self.blocks, self.left = state["blocks"], list(state["left"])
 

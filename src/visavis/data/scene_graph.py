@@ -12,7 +12,7 @@ an offline step writes and samples take their negatives from:
     same_image_negatives.json   {sample id: predicates of other pairs of boxes of its picture}
 
 After a fork of VLM2Vec for VG150, whose last file holds predicates that are true for the pair as
-well; here it does not. Knows no model.
+well; here it does not.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Relation:
-    """What a row says."""
+    """A parsed row."""
 
     id: str
     image_id: str
@@ -65,12 +65,12 @@ class Relation:
 
     @property
     def pair(self) -> Pair:
-        """What tells two things of one picture from two others."""
+        """Identifies a pair of objects in an image."""
         return self.subject.box, self.object.box
 
 
 def relation(row: Mapping[str, Any]) -> Relation:
-    """Return what a row says.
+    """Parse a row.
 
     Raises:
         InputError: a field is missing or no such thing.
@@ -143,7 +143,7 @@ def question(
 
 @dataclass(frozen=True)
 class Labels:
-    """What the three files say."""
+    """Contents of the three label files."""
 
     predicates: tuple[str, ...]
     neighbors: Mapping[str, Sequence[str]]
@@ -239,7 +239,7 @@ def other_pairs(relations: Iterable[Relation]) -> dict[str, list[str]]:
 
 
 def read_labels(folder: Path) -> Labels:
-    """Return what the three files say.
+    """Read the three label files.
 
     Raises:
         TrainError: one is missing, damaged, or does not fit the others.

@@ -23,9 +23,9 @@ from typing import TypeAlias
 import numpy as np
 
 from visavis.api import Model, load
-from visavis.data.formats import Source, open_data_source
 from visavis.data.formats.scene_graph import Predicates, graphs
 from visavis.data.scene_graph import NO_RELATION, STATEMENT
+from visavis.data.sources import Source, open_data_source
 from visavis.errors import InputError, VisavisError
 from visavis.processing.images import image_size
 from visavis.train.recipe import read_recipe

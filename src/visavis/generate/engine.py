@@ -5,10 +5,10 @@
                  from the prefix cache)              for all of them, each with its own cache
 
 A finished sequence leaves and a waiting one enters between two steps. Each sequence gets what it
-would get alone. On CUDA the caches are pages of one pool and a step is one graph (`graphs.py`); a
-prompt that finds no free pages waits until a sequence has ended. A sequence that is alone may grow
-by several tokens a step: those that were guessed (see `lookup.py`) and that its sampler says too.
-Takes token ids and yields token ids; knows nothing of tokenizers or templates.
+would get alone. On CUDA the caches are pages of one pool and a step is one graph
+(`cuda_graphs.py`); a prompt that finds no free pages waits until a sequence has ended. A sequence
+that is alone may grow by several tokens a step: those that were guessed (see `prompt_lookup.py`)
+and that its sampler chooses too. Takes prepared prompts and yields token ids.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from visavis.errors import InputError, MemoryLimitError
 from visavis.generate.beam_search import BeamSearch
-from visavis.generate.prefix_cache import Names, PrefixCache
+from visavis.generate.prefix_cache import PrefixCache, TokenKeys
 from visavis.generate.prompt_lookup import PromptLookup
 from visavis.memory import enough_memory
 from visavis.model.attention import SequenceLayout
@@ -35,6 +35,9 @@ from visavis.model.kv_cache import KVCache
 from visavis.model.paged_kv_cache import Cache, PagedCache
 from visavis.model.quantized_linear import packed_kernels
 from visavis.model.vlm import VLM
+from visavis.processing.collate import pack
+from visavis.processing.image_encoder import ImageEncoder
+from visavis.processing.prompt_encoder import PreparedPrompt
 
 GROWTH = 512  # tokens of an answer that a cache has room for from the start
 
@@ -44,28 +47,32 @@ class GeneratedSequence:
     """One prompt and its answer.
 
     Args:
-        prompt: makes the packed prompt (one sequence, on the device) when its turn comes.
+        prompt: prepared, its images are encoded when its turn comes; or a batch of one sequence
+            on the device.
         sample: the next token of scores [vocab].
         max_new_tokens: end after this many.
         stop_ids: tokens that end the answer; they are not part of it.
         search: finds the answer instead of `sample`, in one step.
-        names: of the prompt's tokens, to share what was read (see `prefix.py`); empty: do not.
+        token_keys: of the prompt's tokens, for the prefix cache; empty: do not use it.
+        num_reused: tokens of the prompt that were taken from the prefix cache.
+        position_offset: by how much a token's position exceeds the number of tokens before it,
+            with M-RoPE.
     """
 
-    prompt: Callable[[], PackedBatch]
+    prompt: PreparedPrompt | PackedBatch
     sample: Callable[[Tensor], int]
     max_new_tokens: int
     stop_ids: frozenset[int]
     search: BeamSearch | None = None
-    names: Names = ()
+    token_keys: TokenKeys = ()
     tokens: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
-    num_reused: int = 0  # of those, taken from the prefix cache
+    num_reused: int = 0
     done: bool = False
     error: Exception | None = None  # what ended it, where something of its own went wrong
     cache: Cache | None = None
     lookup: PromptLookup | None = None  # where guesses can be checked
-    ahead: int = 0  # by how much a token's position exceeds the number of tokens before it
+    position_offset: int = 0
 
     def stop(self) -> None:
         """End the answer here; its memory is returned at the next step."""
@@ -76,19 +83,28 @@ class Engine:
     """Grows sequences together. Used by one thread at a time.
 
     Args:
+        images: encodes the images of prepared prompts; None: there are none.
         max_sequences: how many grow at the same time; the rest wait.
         prefixes: prompts read before; None: each is read whole.
+        graphs: decode from pages by captured graphs on CUDA; they stay in memory afterwards.
 
     Raises:
         InputError: `max_sequences` is below 1.
     """
 
     def __init__(
-        self, vlm: VLM, *, max_sequences: int = 16, prefixes: PrefixCache | None = None
+        self,
+        vlm: VLM,
+        images: ImageEncoder | None = None,
+        *,
+        max_sequences: int = 16,
+        prefixes: PrefixCache | None = None,
+        graphs: bool = True,
     ) -> None:
         if max_sequences < 1:
             raise InputError(f"max_sequences is {max_sequences}, expected 1 or more.")
-        self.vlm, self.max_sequences, self.prefixes = vlm, max_sequences, prefixes
+        self.vlm, self.images = vlm, images
+        self.max_sequences, self.prefixes, self.graphs = max_sequences, prefixes, graphs
         self.waiting: deque[GeneratedSequence] = deque()
         self.active: list[GeneratedSequence] = []
         self.flat: tuple[KVCache, FusedDecodeStep] | None = None
@@ -98,7 +114,7 @@ class Engine:
     @cached_property
     def static(self) -> StaticDecoder | None:
         """What decodes on CUDA, where a kernel reads pages."""
-        return StaticDecoder.of(self.vlm.decoder)
+        return StaticDecoder.of(self.vlm.decoder) if self.graphs else None
 
     def add(self, sequence: GeneratedSequence) -> None:
         """Let a sequence wait for its turn."""
@@ -110,7 +126,7 @@ class Engine:
         ended.
 
         What goes wrong in reading a sequence's prompt or choosing its token ends that one
-        (`Generation.error`); what goes wrong in growing them all is raised.
+        (`GeneratedSequence.error`); what goes wrong in growing them all is raised.
         """
         self._drop_done()
         if self.waiting and len(self.active) < self.max_sequences and not self.full:
@@ -188,15 +204,15 @@ class Engine:
             cache, sequence.cache = sequence.cache, None
             if self.flat is not None and cache is self.flat[0]:
                 self.flat = None
-            if self.prefixes is not None and sequence.names and cache is not None:
-                self.prefixes.keep(sequence.names, cache)
+            if self.prefixes is not None and sequence.token_keys and cache is not None:
+                self.prefixes.keep(sequence.token_keys, cache)
 
     def _prefill(self, sequence: GeneratedSequence) -> Tensor:
         """Read a prompt; return the scores of its last position, float32 [vocab]."""
-        decoder, batch = self.vlm.decoder, sequence.prompt()
+        decoder, batch = self.vlm.decoder, self._packed(sequence.prompt)
         sequence.num_prompt_tokens = batch.num_tokens
         # With M-RoPE an image takes fewer positions than tokens.
-        sequence.ahead = int(batch.positions.max()) + 1 - batch.num_tokens
+        sequence.position_offset = int(batch.positions.max()) + 1 - batch.num_tokens
         if self.guesses:
             sequence.lookup = PromptLookup(batch.token_ids.tolist())
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
@@ -207,8 +223,8 @@ class Engine:
             "Shorten it, use fewer or smaller images, or load the model with a smaller precision.",
         ):
             self._make_room(capacity)
-            if self.prefixes is not None and sequence.names:
-                cache = self.prefixes.begin(sequence.names, capacity)
+            if self.prefixes is not None and sequence.token_keys:
+                cache = self.prefixes.begin(sequence.token_keys, capacity)
             if cache is not None:
                 sequence.num_reused = cache.length
                 batch = self.vlm.resolve_images(batch).after(cache.length)
@@ -227,6 +243,15 @@ class Engine:
                 scores = decoder.logits(hidden[-1:])[0]
         sequence.cache = cache
         return scores
+
+    def _packed(self, prompt: PreparedPrompt | PackedBatch) -> PackedBatch:
+        if isinstance(prompt, PackedBatch):
+            return prompt
+        if self.images is not None:
+            return self.images.pack([prompt])
+        if prompt.images:
+            raise InputError("the prompt holds images, but the engine has no image encoder")
+        return pack([prompt]).to(self.vlm.decoder.norm.weight.device)
 
     def _make_room(self, *lengths: int) -> None:
         """Forget what was read before while there are too few pages for so many tokens each."""
@@ -283,7 +308,7 @@ class Engine:
                 self._take(sequence, scores)
             return
         if self.flat is None or self.flat[0] is not cache:
-            self.flat = (cache, FusedDecodeStep(decoder, cache, sequence.ahead))
+            self.flat = (cache, FusedDecodeStep(decoder, cache, sequence.position_offset))
         draft = sequence.lookup.draft() if sequence.lookup is not None else []
         past = cache.length
         scores = self.flat[1].several((sequence.tokens[-1], *draft))
@@ -300,7 +325,7 @@ class Engine:
         decoder = self.vlm.decoder
         caches = _caches(sequences)
         tokens = [one.tokens[-1] for one in sequences]
-        places = [c.length + one.ahead for c, one in zip(caches, sequences, strict=True)]
+        places = [c.length + one.position_offset for c, one in zip(caches, sequences, strict=True)]
         if self.static is not None:
             self._make_room(*[1] * len(sequences))  # at most a page each
             paged = [cache for cache in caches if isinstance(cache, PagedCache)]
@@ -338,9 +363,9 @@ def generate(
 
     The first token arrives when the prompt has been read; stopping the iteration frees the cache.
     """
-    sequence = GeneratedSequence(lambda: batch, sample, max_new_tokens, stop_ids)
-    engine, shown = Engine(vlm), 0
-    engine.static = None  # training goes on after one answer: no pool that stays, no graphs
+    sequence = GeneratedSequence(batch, sample, max_new_tokens, stop_ids)
+    # Training follows one answer: no pool of pages may stay in memory.
+    engine, shown = Engine(vlm, graphs=False), 0
     for _ in engine.run([sequence]):
         yield from sequence.tokens[shown:]
         shown = len(sequence.tokens)

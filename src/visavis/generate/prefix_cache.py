@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 
 from visavis.model.paged_kv_cache import Cache
 
-Names = tuple[Hashable, ...]  # of each token of a prompt
+TokenKeys = tuple[Hashable, ...]  # one for each token of a prompt
 SHORTEST = 16  # tokens in common that are worth copying
 
 
@@ -25,20 +25,20 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int = 256 * 2**20) -> None:
         self.max_bytes = max_bytes
-        self.entries: OrderedDict[Names, Cache] = OrderedDict()
+        self.entries: OrderedDict[TokenKeys, Cache] = OrderedDict()
 
     @property
     def num_bytes(self) -> int:
         return sum(cache.num_bytes for cache in list(self.entries.values()))
 
-    def begin(self, names: Names, capacity: int) -> Cache | None:
+    def begin(self, keys: TokenKeys, capacity: int) -> Cache | None:
         """Return a new cache of the longest beginning that is known, None if none is.
 
         It never holds the whole prompt: the last token is always read, for its scores.
         """
         best, longest = None, 0
         for known, cache in list(self.entries.items()):
-            length = min(common(known, names), len(names) - 1)
+            length = min(common(known, keys), len(keys) - 1)
             if length > longest:
                 best, longest = (known, cache), length
         if best is None or longest < SHORTEST:
@@ -47,13 +47,13 @@ class PrefixCache:
             self.entries.move_to_end(best[0])
         return best[1].fork(longest, capacity)
 
-    def keep(self, names: Names, cache: Cache) -> None:
+    def keep(self, keys: TokenKeys, cache: Cache) -> None:
         """Keep what was read of a prompt; `cache` may hold more and is not used by others again."""
-        cache.truncate(len(names))
+        cache.truncate(len(keys))
         for known in list(self.entries):
-            if common(known, names) == len(known):
+            if common(known, keys) == len(known):
                 self.entries.pop(known, None)  # the new one holds all of it
-        self.entries[names] = cache
+        self.entries[keys] = cache
         while self.num_bytes > self.max_bytes and self.entries:
             self.entries.popitem(last=False)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING
 
 from visavis.generate.engine import GeneratedSequence
 
@@ -14,35 +14,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONTEXT = 4  # tokens before new ones that are decoded with them
-
-
-class AnswerSettings(TypedDict, total=False):
-    """How an answer is made; everything may be left out.
-
-    max_new_tokens: stop after this many (256).
-    temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed: see
-        `generate.sampling.Sampling`; the likeliest answer without them.
-    beams, length_penalty, early_stopping: above 1 beam the answer is searched for, see
-        `generate.beams.Beams`; goes with none of those above and without a grammar.
-    stop: texts that end the answer and are not part of it.
-    schema: a JSON schema that the answer keeps to; or
-    regex: a regular expression that the whole answer matches (both need llguidance).
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    logit_bias: Mapping[int, float]
-    seed: int | None
-    beams: int
-    length_penalty: float
-    early_stopping: bool | Literal["never"]
-    stop: tuple[str, ...] | list[str] | str
-    schema: Mapping[str, Any] | str | None
-    regex: str | None
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,22 @@ query on one core. Of the model it uses `embed`, `name`, `fingerprint` and `embe
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from visavis.errors import InputError, StoreError, VisavisError
-from visavis.index.items import file_of, picture_of, preview, shown_by, source_of, still_there
+from visavis.index.items import file_of, picture_of, preview, source_of, still_there
 from visavis.index.store import IndexRow, Stamp, Store, StoredItem
 from visavis.inputs import Document, Prompt, Text, Visual
-from visavis.processing.images import content_hash
+from visavis.processing.images import ContentHasher
 from visavis.processing.media import find_images
 from visavis.processing.pdf import pages
-from visavis.utils import track
+from visavis.utils import jpeg_preview, track
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -128,12 +126,13 @@ class Index:
             StoreError: the index cannot be written.
         """
         report = AddReport()
-        entries = self._entries(paths_or_items, report)
+        hasher = ContentHasher()
+        entries = self._entries(paths_or_items, hasher, report)
         waiting: dict[str, list[tuple[_IndexEntry, Stamp]]] = {}  # content -> who needs its vector
         shown = track(entries, "indexing", weights=[1] * len(entries), show=progress)
         for entry in shown:
             try:
-                self._add_known(entry, waiting, report)
+                self._add_known(entry, hasher, waiting, report)
             except StoreError:
                 raise
             except VisavisError as error:
@@ -200,7 +199,9 @@ class Index:
 
     # --- adding -----------------------------------------------------------------------------------
 
-    def _entries(self, paths_or_items: Any, report: AddReport) -> list[_IndexEntry]:
+    def _entries(
+        self, paths_or_items: Any, hasher: ContentHasher, report: AddReport
+    ) -> list[_IndexEntry]:
         """Find out what is to be added, each source once; folders are searched here."""
         many = isinstance(paths_or_items, Iterable) and not isinstance(
             paths_or_items, (str, bytes, Mapping, np.ndarray)
@@ -213,7 +214,7 @@ class Index:
             is_path = isinstance(item, (str, Path))
             try:
                 files = find_images(item, with_others=True) if is_path else ()
-                found = [] if is_path else [_from_item(item)]
+                found = [] if is_path else [_from_item(item, hasher)]
             except VisavisError as error:
                 report.failed.append((str(item) if is_path else type(item).__name__, str(error)))
                 continue
@@ -230,6 +231,7 @@ class Index:
     def _add_known(
         self,
         entry: _IndexEntry,
+        hasher: ContentHasher,
         waiting: dict[str, list[tuple[_IndexEntry, Stamp]]],
         report: AddReport,
     ) -> None:
@@ -239,7 +241,8 @@ class Index:
         if known and entry.is_file and known[1] == stamp:
             report.unchanged += 1
             return
-        content = _content(entry)
+        entry = replace(entry, prompt=hasher.identify(entry.prompt))
+        content = entry.prompt.content_key(hasher.hash)
         vector = self._store.vector_of(content) if self._store.exists() else None
         if vector is None:
             waiting.setdefault(content, []).append((entry, stamp))
@@ -301,7 +304,7 @@ def _from_file(file: Path) -> list[_IndexEntry]:
     ]
 
 
-def _from_item(item: Any) -> _IndexEntry:
+def _from_item(item: Any, hasher: ContentHasher) -> _IndexEntry:
     source = None
     if isinstance(item, Mapping) and "source" in item:
         source = str(item["source"])
@@ -315,7 +318,8 @@ def _from_item(item: Any) -> _IndexEntry:
         return _IndexEntry(f"{path} + {prompt.text}" if has_text else path, prompt, not has_text)
     if not visuals:
         return _IndexEntry(prompt.text, prompt, is_file=False)
-    return _IndexEntry(f"item {_hash_parts(prompt)}", prompt, is_file=False)
+    prompt = hasher.identify(prompt)
+    return _IndexEntry(f"item {prompt.content_key(hasher.hash)}", prompt, is_file=False)
 
 
 def _visuals(prompt: Prompt) -> list[Visual]:
@@ -332,21 +336,6 @@ def _stamp(entry: _IndexEntry) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
-def _content(entry: _IndexEntry) -> str:
-    return content_hash(shown_by(entry.source)) if entry.is_file else _hash_parts(entry.prompt)
-
-
-def _hash_parts(prompt: Prompt) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for message in prompt.messages:
-        for part in message.parts:
-            is_text = isinstance(part, Text)
-            value = part.text if isinstance(part, Text) else content_hash(part)
-            kind = f"{message.role} {'text' if is_text else 'image'} {len(value)} "
-            digest.update((kind + value).encode())
-    return digest.hexdigest()
-
-
 def _row(entry: _IndexEntry, content: str, stamp: Stamp, vector: np.ndarray) -> IndexRow:
     kept = _kept_preview(entry)
     return IndexRow(entry.source, content, vector, stamp, entry.is_file, entry.prompt.text, kept)
@@ -357,11 +346,7 @@ def _kept_preview(entry: _IndexEntry) -> bytes | None:
     visuals = _visuals(entry.prompt)
     if entry.is_file or not visuals:
         return None
-    picture = picture_of(visuals[0])
-    picture.thumbnail((KEPT_PREVIEW_SIZE, KEPT_PREVIEW_SIZE))
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=85)
-    return encoded.getvalue()
+    return jpeg_preview(picture_of(visuals[0]), KEPT_PREVIEW_SIZE)
 
 
 def _count(report: AddReport, was_known: bool) -> None:

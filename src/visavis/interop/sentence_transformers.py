@@ -19,7 +19,7 @@ from sentence_transformers.base.modules import InputModule
 from visavis.api import Model
 from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.native import write_sentence_transformers
+from visavis.checkpoints.native import SentenceTransformersFormat
 from visavis.inputs import Image
 
 
@@ -31,7 +31,7 @@ class VisavisModule(InputModule):
         super().__init__()
         self.loaded = loaded
         self.vlm = loaded.vlm  # a submodule: moves and casts reach it
-        self.model = Model(loaded)
+        self.model = Model.of(loaded)
         self.tokenizer = loaded.tokenizer
 
     @property
@@ -55,12 +55,11 @@ class VisavisModule(InputModule):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Add `sentence_embedding`, float32 [N, D]."""
-        self.model.device = next(self.vlm.parameters()).device
         vectors = self.model.embed(features["items"], instruction=features["instruction"])
         return {**features, "sentence_embedding": torch.from_numpy(vectors).to(self.model.device)}
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        write_sentence_transformers(self.loaded, Path(output_path))
+        SentenceTransformersFormat.save(self.loaded, Path(output_path))
 
     @classmethod
     def load(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from visavis.model.image_input import ImageGrid
 
 PerLayer = int | tuple[int, ...]  # one number for all layers, or one per layer (OpenELM)
 
@@ -84,10 +86,15 @@ class ViTConfig:
     layer_scale: bool = False  # DINOv2
     gated_ffn: bool = False  # DINOv2-giant: SwiGLU
     position_antialias: bool = False  # DINOv2 with registers: how positions are resized
+    any_resolution: ClassVar[bool] = False
 
     @property
     def grid(self) -> int:
         return self.image_size // self.patch_size
+
+    def num_patches(self, shape: ImageGrid) -> int:
+        """Return how many patches the tower reads of an image or video."""
+        return shape.views * self.grid**2
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -101,10 +108,16 @@ class EfficientNetConfig:
     variant: int
     image_size: int
     kind: Literal["efficientnet_lite"] = "efficientnet_lite"
+    any_resolution: ClassVar[bool] = False
+    num_prefix_tokens: ClassVar[int] = 0
 
     @property
     def grid(self) -> int:
         return -(-self.image_size // 32)
+
+    def num_patches(self, shape: ImageGrid) -> int:
+        """Return how many patches the tower gives of an image or video."""
+        return shape.views * self.grid**2
 
     @property
     def width(self) -> int:
@@ -125,11 +138,17 @@ class Qwen2VLTowerConfig:
     activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
     norm_eps: float = 1e-6
     kind: Literal["qwen2_vl"] = "qwen2_vl"
+    any_resolution: ClassVar[bool] = True
+    num_prefix_tokens: ClassVar[int] = 0
 
     @property
     def patch_width(self) -> int:
         """Numbers in one patch."""
         return 3 * self.temporal_size * self.patch_size**2
+
+    def num_patches(self, shape: ImageGrid) -> int:
+        """Return how many patches the tower reads of an image or video."""
+        return shape.frames * shape.rows * shape.columns
 
 
 @dataclass(frozen=True)
@@ -139,6 +158,7 @@ class MixtureConfig:
     first: ViTConfig
     second: ViTConfig
     kind: Literal["mixture"] = "mixture"
+    any_resolution: ClassVar[bool] = False
 
     @property
     def image_size(self) -> int:
@@ -155,6 +175,10 @@ class MixtureConfig:
     @property
     def num_prefix_tokens(self) -> int:
         return self.first.num_prefix_tokens
+
+    def num_patches(self, shape: ImageGrid) -> int:
+        """Return how many patches each of the two ViTs reads of an image or video."""
+        return self.first.num_patches(shape)
 
 
 TowerConfig = ViTConfig | EfficientNetConfig | Qwen2VLTowerConfig | MixtureConfig
@@ -252,23 +276,12 @@ class VLMConfig:
     drop_first_token: bool = False
 
     @property
-    def tokens_per_image(self) -> int:
-        """Tokens of one view of a tower of one resolution, before views are put together."""
-        if self.tower is None or self.connector is None:
-            return 0
-        from visavis.model.connectors import connector_tokens  # they are built from this file
-
-        return connector_tokens(self.connector, self.features_per_image)
-
-    @property
     def features_per_image(self) -> int:
         """Features of one view that the connector reads."""
         tower = self.tower
-        assert tower is not None and not isinstance(tower, Qwen2VLTowerConfig), "it depends"
-        num_features = tower.grid**2 - self.drop_first_token
-        if isinstance(tower, ViTConfig | MixtureConfig) and self.select_feature == "class_patch":
-            num_features += tower.num_prefix_tokens
-        return num_features
+        assert tower is not None and not tower.any_resolution, "it depends on the image"
+        prefix = tower.num_prefix_tokens if self.select_feature == "class_patch" else 0
+        return tower.num_patches(ImageGrid()) - self.drop_first_token + prefix
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -53,12 +53,12 @@ class FusedDecodeStep:
     """Extends one sequence; inference only.
 
     Args:
-        ahead: by how much a token's position exceeds the number of tokens before it.
+        position_offset: by how much a token's position exceeds the number of tokens before it.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, ahead: int = 0) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, position_offset: int = 0) -> None:
         assert can_flatten(decoder)
-        self.decoder, self.cache, self.ahead = decoder, cache, ahead
+        self.decoder, self.cache, self.position_offset = decoder, cache, position_offset
         self.layers = [_Layer(block, decoder.config, i) for i, block in enumerate(decoder.blocks)]
         self.head = multiply(decoder.head)
 
@@ -72,7 +72,7 @@ class FusedDecodeStep:
         past, count = cache.length, len(tokens)
         cache.reserve(past + count)
         x = decoder.embed_tokens(torch.tensor(tokens))  # [n, D]
-        first = past + self.ahead
+        first = past + self.position_offset
         cos, sin = decoder.rope(torch.arange(first, first + count), decoder.dtype)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = layer(x, cos, sin, keys, values, past)

@@ -27,13 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.errors import InputError
-from visavis.model.config import (
-    ImageLayoutConfig,
-    MixtureConfig,
-    Qwen2VLTowerConfig,
-    ViTConfig,
-    VLMConfig,
-)
+from visavis.model.config import ImageLayoutConfig, VLMConfig
 from visavis.model.connectors import connector_tokens
 from visavis.model.image_input import ImageGrid
 
@@ -74,18 +68,25 @@ def pack_phi3v_features(tokens: Tensor, shape: ImageGrid, marks: Tensor) -> Tens
 
 def select(hidden: Tensor, config: VLMConfig) -> Tensor:
     """Return the features a connector reads, [V, P, W], of a tower's hidden state."""
-    if isinstance(config.tower, ViTConfig | MixtureConfig) and config.select_feature == "patch":
+    if config.tower is not None and config.select_feature == "patch":
         hidden = hidden[:, config.tower.num_prefix_tokens :]
     return hidden[:, 1:] if config.drop_first_token else hidden
 
 
+def tokens_per_view(config: VLMConfig) -> int:
+    """Return the tokens of one view of a tower of one resolution, before views are put together;
+    0 without a tower."""
+    if config.tower is None or config.connector is None:
+        return 0
+    return connector_tokens(config.connector, config.features_per_image)
+
+
 def count_tokens(config: VLMConfig, shape: ImageGrid) -> int:
     """Return how many tokens an image or video of this shape becomes."""
-    if isinstance(config.tower, Qwen2VLTowerConfig):
+    if config.tower is not None and config.tower.any_resolution:
         assert config.connector is not None
-        num_patches = shape.frames * shape.rows * shape.columns
-        return connector_tokens(config.connector, num_patches)
-    merge, per_view = config.merge, config.tokens_per_image
+        return connector_tokens(config.connector, config.tower.num_patches(shape))
+    merge, per_view = config.merge, tokens_per_view(config)
     if merge.kind == "flat" and not _is_pooled(shape, merge):
         return shape.views * per_view
     side = round(per_view**0.5)

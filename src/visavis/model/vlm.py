@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from visavis.model.attention import SequenceLayout
 from visavis.model.batch import PackedBatch
-from visavis.model.config import Qwen2VLTowerConfig, VLMConfig
+from visavis.model.config import VLMConfig
 from visavis.model.connectors import build_connector
 from visavis.model.connectors.mlp import MLP
 from visavis.model.decoder import Decoder
@@ -65,7 +65,7 @@ class VLM(nn.Module):
 
     def see(self, visuals: Sequence[ImageInput]) -> list[ImageFeatures]:
         """Return the image tokens and mean tower features of images and videos."""
-        if isinstance(self.config.tower, Qwen2VLTowerConfig):
+        if self.config.tower is not None and self.config.tower.any_resolution:
             return self._see_patches(visuals)
         views = torch.cat([visual.pixels for visual in visuals])
         # on the CPU larger batches fall out of the cache

@@ -9,109 +9,59 @@ its pixels are read. Knows no model and imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image as pil
 
-from visavis.errors import InputError
 from visavis.model.image_input import ImageGrid
-from visavis.utils import suggest
-
-if TYPE_CHECKING:
-    from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import AnyresConfig
+from visavis.processing.resize import FILTERS, ImageProcessor, normalise, process_image
 
 
-@dataclass(frozen=True)
-class AnyresConfig:
-    """Which canvases a picture may be laid on.
+class AnyresProcessor(ImageProcessor):
+    """A base view of the whole image, and tiles of it on the canvas that fits it best."""
 
-    Args:
-        grids: sides of each canvas in pixels, multiples of the tile, in the checkpoint's order.
-        axes: whether these pairs are (width, height), as the original code reads them, or
-            (height, width), as transformers does. Where several canvases are equally good the
-            first is taken, so the two choose differently for many small pictures.
-        multi_image: what becomes of a picture that is not its prompt's only one: tiled as well,
-            or padded to a square of the mean colour and seen whole only.
-        square: side of the square that every picture is squashed to first; 0: none.
-    """
+    needs_size = True
 
-    grids: tuple[tuple[int, int], ...]
-    axes: Literal["wh", "hw"] = "wh"
-    multi_image: Literal["tile", "pad"] = "tile"
-    square: int = 0
+    @property
+    def tiles(self) -> AnyresConfig:
+        """The canvases."""
+        assert self.config.tiles is not None
+        return self.config.tiles
 
-    def __post_init__(self) -> None:
-        problems = []
-        if not self.grids or not all(
-            len(grid) == 2 and all(type(side) is int and side > 0 for side in grid)
-            for grid in self.grids
-        ):
-            problems.append(f"grids are {self.grids!r}, expected pairs of positive ints")
-        if self.axes not in ("wh", "hw"):
-            problems.append(f"axes is {self.axes!r}, expected wh or hw")
-        if self.multi_image not in ("tile", "pad"):
-            problems.append(f"multi_image is {self.multi_image!r}, expected tile or pad")
-        if type(self.square) is not int or self.square < 0:
-            problems.append(f"square is {self.square!r}, expected 0 or a positive int")
-        if problems:
-            raise InputError(f"tiles config: {'; '.join(problems)}")
+    @property
+    def depends_on_image_count(self) -> bool:
+        """Whether an image is sized differently when its prompt holds another."""
+        return self.tiles.multi_image == "pad"
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AnyresConfig:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"tiles config: unknown key {key!r}; {suggest(key, names)}")
-        grids = values.get("grids", ())
-        listed = isinstance(grids, (list, tuple)) and all(
-            isinstance(g, (list, tuple)) for g in grids
-        )
-        return cls(**{**values, "grids": tuple(map(tuple, grids)) if listed else grids})
+    def grid(self, size: tuple[int, int], is_only_image: bool = True) -> ImageGrid:
+        """Return the tiles of an image, from its width and height alone."""
+        tiles, tile = self.tiles, self.config.size
+        size = (tiles.square, tiles.square) if tiles.square else size
+        if self.depends_on_image_count and not is_only_image:
+            return ImageGrid(size=size)
+        width, height = best_grid(size, tiles)
+        return ImageGrid(rows=height // tile, columns=width // tile, size=size)
 
-
-# How models size pictures whatever the folder of their base says, by the name of their profile.
-SQUARES = {"vlm2vec-v1": 1344}
-
-
-def image_shape(size: tuple[int, int], processor: ImageProcessorConfig, alone: bool) -> ImageGrid:
-    """Return the tiles of a picture, from its width and height alone.
-
-    Args:
-        alone: whether it is its prompt's only one.
-    """
-    tiles = processor.tiles
-    assert tiles is not None
-    size = (tiles.square, tiles.square) if tiles.square else size
-    if tiles.multi_image == "pad" and not alone:
-        return ImageGrid(size=size)
-    width, height = best_grid(size, tiles)
-    return ImageGrid(rows=height // processor.size, columns=width // processor.size, size=size)
-
-
-def image_views(
-    image: pil.Image, processor: ImageProcessorConfig, alone: bool
-) -> tuple[np.ndarray, ImageGrid]:
-    """Return the base view and the tiles of a decoded (RGB) picture, float32 [V, 3, S, S]."""
-    from visavis.processing.images import FILTERS, normalise, process_image
-
-    shape, tile = image_shape(image.size, processor, alone), processor.size
-    if image.size != shape.size:  # `square`
-        image = image.resize(shape.size, pil.Resampling.BICUBIC)
-    if not shape.rows:
-        return process_image(image, replace(processor, resize="pad", tiles=None))[None], shape
-    base = process_image(image, processor)
-    canvas = pil.new("RGB", (shape.columns * tile, shape.rows * tile))
-    inner = fit(image.size, canvas.size)
-    corner = ((canvas.width - inner[0]) // 2, (canvas.height - inner[1]) // 2)
-    canvas.paste(image.resize(inner, FILTERS[processor.resample]), corner)
-    tiles = normalise(np.asarray(canvas), processor)
-    tiles = tiles.reshape(3, shape.rows, tile, shape.columns, tile).transpose(1, 3, 0, 2, 4)
-    return np.concatenate((base[None], tiles.reshape(-1, 3, tile, tile))), shape
+    def pixels(self, image: pil.Image, is_only_image: bool = True) -> tuple[np.ndarray, ImageGrid]:
+        """Return the base view and the tiles of a decoded (RGB) image, float32 [V, 3, S, S]."""
+        config, tile = self.config, self.config.size
+        grid = self.grid(image.size, is_only_image)
+        if image.size != grid.size:  # `square`
+            image = image.resize(grid.size, pil.Resampling.BICUBIC)
+        if not grid.rows:
+            return process_image(image, replace(config, resize="pad", tiles=None))[None], grid
+        base = process_image(image, config)
+        canvas = pil.new("RGB", (grid.columns * tile, grid.rows * tile))
+        inner = fit(image.size, canvas.size)
+        corner = ((canvas.width - inner[0]) // 2, (canvas.height - inner[1]) // 2)
+        canvas.paste(image.resize(inner, FILTERS[config.resample]), corner)
+        views = normalise(np.asarray(canvas), config)
+        views = views.reshape(3, grid.rows, tile, grid.columns, tile).transpose(1, 3, 0, 2, 4)
+        return np.concatenate((base[None], views.reshape(-1, 3, tile, tile))), grid
 
 
 def best_grid(size: tuple[int, int], tiles: AnyresConfig) -> tuple[int, int]:

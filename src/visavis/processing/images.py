@@ -1,12 +1,10 @@
-"""Pictures, from whatever a user passes to the pixels a vision tower takes.
+"""Images, from everything a user passes to decoded RGB pixels, their sizes and content hashes.
 
-    path · bytes · PIL · array ── decode_image ──► PIL, RGB, upright ── process_image ──► [3, S, S]
+    path · bytes · PIL · array ── decode_image ──► PIL, RGB, upright
 
 Decoding accepts what Pillow reads safely and answers everything else with one `ImageError`.
-Sizing follows a frozen `ImageProcessorConfig` that is saved with the weights. This module does not
-know models, tokens or tiles, opens no URLs and imports no torch. Colour profiles (ICC) are not
-applied, as in every published pipeline of these models. Neither JPEG draft decoding nor Pillow's
-`reducing_gap` is used: both were measured to move the resized picture by 2 to 13 grey levels.
+Sizing is in `resize.py`. This module opens no URLs and imports no torch. Colour profiles (ICC) are
+not applied, as in every published pipeline of these models.
 """
 
 from __future__ import annotations
@@ -17,26 +15,20 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
-from math import floor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias, get_args
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image as pil
 from PIL import UnidentifiedImageError
 
-from visavis.errors import ImageError, InputError
-from visavis.inputs import Document, Image, Page, Stored, Video
+from visavis.errors import ImageError
+from visavis.inputs import Content, Document, Image, Page, Prompt, Stored, Text, Video, Visual
 from visavis.processing import pdf
-from visavis.processing.anyres import AnyresConfig
 from visavis.processing.media import FORMATS, frame_files, name_of, open_media
-from visavis.processing.phi3v import Phi3VConfig
-from visavis.processing.qwen2_vl import Qwen2VLConfig
-from visavis.processing.video import VideoConfig
-from visavis.utils import suggest
 
 MAX_PIXELS = 64_000_000  # read from the header, before anything is decoded
 MAX_SIDE = 65_535  # longest side, also what JPEG itself allows
@@ -65,11 +57,6 @@ _UPRIGHT: dict[int, pil.Transpose] = {
 }
 _EXIF_ORIENTATION = 0x0112
 _open_lock = threading.Lock()  # warnings.catch_warnings is not thread-safe
-
-Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd"]
-Resample: TypeAlias = Literal["bicubic", "bilinear"]
-FILTERS = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
-_EXTREME_ASPECT = 16  # beyond it, cropping bounds its memory instead of resizing everything
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -120,50 +107,168 @@ def image_size(image: Any) -> tuple[int, int]:
     name = _name(source)
     try:
         with open_media(source) as data, _open_header(data, name) as opened:
-            _check_size(opened, name)
-            # What ICO's header says may be wrong, and a PNG may say how it is turned after its
-            # pixels. TIFF's size is that of the upright picture once it is loaded.
-            if opened.format in ("ICO", "TIFF") or (opened.format == "PNG" and _ends_late(data)):
-                return _decode(opened, name).size
-            width, height = opened.size
-            orientation = None
-            with suppress(Exception):
-                orientation = pil.Image.getexif(opened).get(_EXIF_ORIENTATION)
-            return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+            return _header_size(opened, data, name) or _decode(opened, name).size
     except ImageError:
         raise
     except Exception as error:
         raise _damaged(name, error) from error
 
 
+def _header_size(opened: pil.Image, data: BinaryIO, name: str) -> tuple[int, int] | None:
+    """Return the width and height of the upright image; None if the header does not give them.
+
+    What ICO's header says may be wrong, and a PNG may say how it is turned after its pixels.
+    TIFF's size is that of the upright image once it is loaded.
+    """
+    _check_size(opened, name)
+    if opened.format in ("ICO", "TIFF") or (opened.format == "PNG" and _ends_late(data)):
+        return None
+    width, height = opened.size
+    orientation = None
+    with suppress(Exception):
+        orientation = pil.Image.getexif(opened).get(_EXIF_ORIENTATION)
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+# ---- content hashes ------------------------------------------------------------------------------
+
+_Stamp = tuple[int, int, int]  # size, modification time, inode
+
+
 def content_hash(visual: Any) -> str:
     """Return 32 hex digits that name the content: of a file's bytes for a path or bytes, of the
     decoded pixels for a PIL image or array; of a `Video` or `Document` with what it asks for."""
-    digest = hashlib.blake2b(digest_size=16)
-    if isinstance(visual, Document):
-        digest.update(f"pages {visual.pages} ".encode())
-        _hash_source(digest, visual.source)
-    elif isinstance(visual, Video):
-        digest.update(f"frames {visual.frames} ".encode())
-        for each in frame_files(visual.source) or (visual.source,):
-            _hash_source(digest, _source(each))
-    else:
-        _hash_source(digest, _source(visual))
-    return digest.hexdigest()
+    return ContentHasher().content(visual).hash
 
 
-def _hash_source(digest: hashlib.blake2b, source: Any) -> None:
-    if isinstance(source, (Path, bytes, Stored)):
-        with open_media(source) as data:
-            while chunk := data.read(2**20):
-                digest.update(chunk)
-    elif isinstance(source, Page):
-        digest.update(f"page {source.number} ".encode())
-        _hash_source(digest, source.document)
-    else:
+class ContentHasher:
+    """Hashes images, videos and documents: an unchanged file once, a document once for all of its
+    pages."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[Path, tuple[_Stamp, ...], bool], Content] = {}
+        self._documents: dict[tuple[Path | bytes, _Stamp | None], bytes] = {}
+
+    def identify(self, prompt: Prompt) -> Prompt:
+        """Return the prompt with the content of its images and videos; each file is opened once.
+
+        Raises:
+            ImageError: one cannot be read.
+        """
+        if not prompt.visuals:
+            return prompt
+
+        def identified(part: Text | Visual) -> Text | Visual:
+            if not isinstance(part, (Image, Video)) or part.content is not None:
+                return part
+            return replace(part, content=self.content(part, with_size=True))
+
+        return Prompt(
+            tuple(replace(m, parts=tuple(map(identified, m.parts))) for m in prompt.messages)
+        )
+
+    def hash(self, visual: Visual) -> str:
+        """Return the content hash of an image, video or document, known or read now.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        known = None if isinstance(visual, Document) else visual.content
+        return (known or self.content(visual)).hash
+
+    def content(self, visual: Any, *, with_size: bool = False) -> Content:
+        """Return the hash of an image, video or document, and the stamps of its files.
+
+        Args:
+            with_size: read the size of an image's file from its header too.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        stamp = stamp_of(visual)  # before reading: a change meanwhile gives another stamp later
+        source = visual.source if isinstance(visual, Image) else visual
+        if not isinstance(source, Path):
+            return self._read(visual, stamp, with_size)
+        key = (source, stamp, with_size)
+        if key not in self._images:
+            self._images[key] = self._read(visual, stamp, with_size)
+        return self._images[key]
+
+    def _read(self, visual: Any, stamp: tuple[_Stamp, ...], with_size: bool) -> Content:
+        digest, size = hashlib.blake2b(digest_size=16), None
+        if isinstance(visual, Document):
+            digest.update(f"pages {visual.pages} ".encode())
+            digest.update(self._document(visual.source))
+        elif isinstance(visual, Video):
+            digest.update(f"frames {visual.frames} ".encode())
+            for each in frame_files(visual.source) or (visual.source,):
+                self._update(digest, _source(each))
+        else:
+            size = self._update(digest, _source(visual), with_size)
+        return Content(digest.hexdigest(), size, stamp)
+
+    def _update(
+        self, digest: hashlib.blake2b, source: Any, with_size: bool = False
+    ) -> tuple[int, int] | None:
+        """Add a source to a digest; return the size in its header if that is asked for."""
+        if isinstance(source, (Path, bytes, Stored)):
+            with open_media(source) as data:
+                while chunk := data.read(2**20):
+                    digest.update(chunk)
+                return _size_in(data, _name(source)) if with_size else None
+        if isinstance(source, Page):
+            digest.update(f"page {source.number} ".encode())
+            digest.update(self._document(source.document))
+            return None
         rgb = decode_image(source)
         digest.update(f"rgb {rgb.width} {rgb.height} ".encode())
         digest.update(rgb.tobytes())
+        return rgb.size
+
+    def _document(self, source: Path | bytes | str) -> bytes:
+        assert not isinstance(source, str)  # Document has replaced it
+        key = (source, _file_stamp(source) if isinstance(source, Path) else None)
+        if key not in self._documents:
+            digest = hashlib.blake2b(digest_size=16)
+            self._update(digest, source)
+            self._documents[key] = digest.digest()
+        return self._documents[key]
+
+
+def stamp_of(visual: Any) -> tuple[_Stamp, ...]:
+    """Return size, modification time and inode of each file that an image, video or document is
+    read from: another stamp is another content."""
+    return tuple(stamp for path in _files_of(visual) if (stamp := _file_stamp(path)))
+
+
+def _files_of(visual: Any) -> Iterator[Path]:
+    source = visual.source if isinstance(visual, (Document, Video)) else _source(visual)
+    if isinstance(visual, Video):
+        for each in frame_files(source) or (source,):
+            yield from [each] if isinstance(each, Path) else _files_of(each)
+    elif isinstance(source, Page):
+        yield from [source.document] if isinstance(source.document, Path) else []
+    elif isinstance(source, Path):
+        yield source
+
+
+def _file_stamp(path: Path) -> _Stamp | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # opening it says why in better words
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _size_in(data: BinaryIO, name: str) -> tuple[int, int] | None:
+    data.seek(0)
+    try:
+        with _open_header(data, name) as opened:
+            return _header_size(opened, data, name)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _damaged(name, error) from error
 
 
 def _source(image: Any) -> Path | pil.Image | np.ndarray | bytes | Page | Stored:
@@ -311,145 +416,3 @@ def _from_array(array: np.ndarray, name: str) -> pil.Image:
     image = pil.fromarray(np.ascontiguousarray(array))
     _check_size(image, name)
     return image
-
-
-# ---- sizing and normalising ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ImageProcessorConfig:
-    """How a vision tower wants its pictures; saved with the weights."""
-
-    size: int  # pixels, side of the square the tower sees; with patches, of what makes one token
-    # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
-    # size, see patches.py | hd: tiles, see hd.py
-    resize: Resize
-    mean: tuple[float, float, float]  # RGB, of values in 0..1
-    std: tuple[float, float, float]
-    resample: Resample = "bicubic"
-    crop_fraction: float = 1.0  # crop only: shortest edge becomes floor(size / crop_fraction)
-    patches: Qwen2VLConfig | None = None
-    hd: Phi3VConfig | None = None
-    tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see tiling.py
-    video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
-
-    def __post_init__(self) -> None:
-        problems = []
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            problems.append(f"size is {self.size!r}, expected a positive int")
-        for name, value, known in (
-            ("resize", self.resize, get_args(Resize)),
-            ("resample", self.resample, get_args(Resample)),
-        ):
-            if value not in known:
-                problems.append(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or (name == "std" and not all(v > 0 for v in values)):
-                problems.append(f"{name} is {values!r}, expected three numbers (std above 0)")
-        if not 0 < self.crop_fraction <= 1:
-            problems.append(f"crop_fraction is {self.crop_fraction}, expected above 0, at most 1")
-        elif self.crop_fraction != 1 and self.resize != "crop":
-            problems.append(f"crop_fraction has no effect with resize={self.resize!r}")
-        if (self.resize == "patches") != (self.patches is not None):
-            problems.append(f"resize={self.resize!r}, but patches are {self.patches}")
-        elif self.patches is not None and self.size != self.patches.factor:
-            problems.append(f"size is {self.size}, but a token {self.patches.factor} pixels")
-        if (self.resize == "hd") != (self.hd is not None):
-            problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
-        if self.tiles is not None and self.resize != "squash":
-            problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
-        elif (
-            self.tiles is not None
-            and not problems
-            and any(side % self.size for grid in self.tiles.grids for side in grid)
-        ):
-            problems.append(f"sides of tiles.grids are not all multiples of size {self.size}")
-        if problems:
-            raise InputError(f"image processor config: {'; '.join(problems)}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, without the parts that it has not."""
-        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
-        if self.tiles is not None:
-            values["tiles"]["grids"] = [list(grid) for grid in self.tiles.grids]
-        return {key: value for key, value in values.items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessorConfig:
-        """Return the config that `to_dict` wrote; unknown and missing keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(
-                    f"image processor config: unknown key {key!r}; {suggest(key, names)}"
-                )
-        missing = [name for name in ("size", "resize", "mean", "std") if name not in values]
-        if missing:
-            raise InputError(f"image processor config: {', '.join(missing)} missing")
-        tuples: dict[str, Any] = {n: tuple(map(float, values[n])) for n in ("mean", "std")}
-        patches = values.get("patches")
-        if patches is not None:
-            tuples["patches"] = Qwen2VLConfig.from_dict(patches)
-        if values.get("hd") is not None:
-            tuples["hd"] = Phi3VConfig.from_dict(values["hd"])
-        if values.get("tiles") is not None:
-            tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
-        if values.get("video") is not None:
-            tuples["video"] = VideoConfig.from_dict(values["video"])
-        return cls(**{**values, **tuples})
-
-
-def process_image(image: pil.Image, config: ImageProcessorConfig) -> np.ndarray:
-    """Return what the tower takes, float32 [3, size, size], from a decoded (RGB) image."""
-    return normalise(np.asarray(resize_image(image, config)), config)
-
-
-def normalise(pixels: np.ndarray, config: ImageProcessorConfig) -> np.ndarray:
-    """Return 8-bit RGB pixels [H, W, 3] normalised, float32 [3, H, W]."""
-    levels = np.arange(256)[:, None] / 255
-    table = ((levels - np.array(config.mean)) / np.array(config.std)).astype(np.float32)  # [256, 3]
-    return np.stack([table[pixels[:, :, c], c] for c in range(3)])
-
-
-def resize_image(image: pil.Image, config: ImageProcessorConfig) -> pil.Image:
-    """Return the decoded (RGB) image at the tower's size, still 8-bit: what a cache may keep."""
-    assert image.mode == "RGB", f"decode_image first: mode is {image.mode}"
-    if config.resize == "crop":
-        return _resize_and_crop(image, config)
-    if config.resize == "pad" and image.width != image.height:
-        return _pad_and_resize(image, config)
-    return image.resize((config.size, config.size), FILTERS[config.resample])
-
-
-def _resize_and_crop(image: pil.Image, config: ImageProcessorConfig) -> pil.Image:
-    """Resize the shortest edge to `edge`, then cut the centre square."""
-    size, resample = config.size, FILTERS[config.resample]
-    edge = floor(size / config.crop_fraction)
-    short = min(image.size)
-    width, height = (int(edge * side / short) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    if max(image.size) <= _EXTREME_ASPECT * short:
-        return image.resize((width, height), resample).crop((left, top, left + size, top + size))
-    # Resize only what remains: a 1×65535 image would become 224 pixels by 15 million.
-    x, y = image.width / width, image.height / height
-    box = (left * x, top * y, min((left + size) * x, image.width), (top + size) * y)
-    return image.resize((size, size), resample, box=(*box[:3], min(box[3], image.height)))
-
-
-def _pad_and_resize(image: pil.Image, config: ImageProcessorConfig) -> pil.Image:
-    """Centre the image on a square of the mean colour and resize that, without holding the whole
-    square (13 GB for 65535×1). Pillow resizes a square along x first, then along y; rows of bare
-    padding stay the mean colour along x, so only the image's own rows need that pass."""
-    width, height = image.size
-    if height > width and height * height > MAX_PIXELS:  # y before x: a few grey levels at edges
-        flipped = _pad_and_resize(image.transpose(pil.Transpose.TRANSPOSE), config)
-        return flipped.transpose(pil.Transpose.TRANSPOSE)
-    size, side, resample = config.size, max(width, height), FILTERS[config.resample]
-    colour = tuple(int(channel * 255) for channel in config.mean)
-    if width < side:
-        band = pil.new("RGB", (side, height), colour)
-        band.paste(image, ((side - width) // 2, 0))
-        image = band
-    canvas = pil.new("RGB", (size, side), colour)
-    canvas.paste(image.resize((size, height), resample), (0, (side - height) // 2))
-    return canvas.resize((size, size), resample)

@@ -11,66 +11,50 @@ many tiles there are follows from the size alone. Knows no model and imports no 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image as pil
 
 from visavis.errors import InputError
 from visavis.model.image_input import ImageGrid
-from visavis.utils import suggest
-
-if TYPE_CHECKING:
-    from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig, VideoConfig
+from visavis.processing.resize import FILTERS, ImageProcessor, normalise
 
 WHITE = (255, 255, 255)
-CROPS = {"vlm2vec-v1": 4}  # what published models were trained with, by profile
 HALF_WAY = (-0.09375, 0.59375, 0.59375, -0.09375)  # bicubic weights (a = -0.75) between two pixels
 
 
-@dataclass(frozen=True)
-class Phi3VConfig:
-    """How many tiles a picture becomes at most; published: 4 for several pictures, 16 for one."""
+class Phi3VProcessor(ImageProcessor):
+    """A canvas of whole tiles and a small view of all of it; no videos."""
 
-    num_crops: int = 16
+    needs_size = True
 
-    def __post_init__(self) -> None:
-        number = self.num_crops
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise InputError(f"num_crops is {number!r}, expected a whole number of at least 1")
+    @property
+    def video(self) -> VideoConfig:
+        """Refuse videos.
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Phi3VConfig:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"hd config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
+        Raises:
+            InputError: always.
+        """
+        raise InputError("this model takes no videos, only pictures: pass some frames as images")
 
+    def grid(self, size: tuple[int, int], is_only_image: bool = True) -> ImageGrid:
+        """Return the tiles of an image, from its width and height alone."""
+        width, height = _resized((max(size), min(size)), self.config)
+        across, down = width // self.config.size, math.ceil(height / self.config.size)
+        upright = size[0] < size[1]
+        rows, columns = (across, down) if upright else (down, across)
+        return ImageGrid(rows=rows, columns=columns)
 
-def phi3v_grid(size: tuple[int, int], processor: ImageProcessorConfig) -> ImageGrid:
-    """Return the tiles of a picture, from its width and height alone."""
-    width, height = _resized((max(size), min(size)), processor)
-    across, down = width // processor.size, math.ceil(height / processor.size)
-    upright = size[0] < size[1]
-    return ImageGrid(rows=across, columns=down) if upright else ImageGrid(rows=down, columns=across)
-
-
-def phi3v_views(image: pil.Image, processor: ImageProcessorConfig) -> tuple[np.ndarray, ImageGrid]:
-    """Return the base view and the tiles of a decoded (RGB) picture, float32 [V, 3, S, S]."""
-    from visavis.processing.images import normalise
-
-    shape, side = phi3v_grid(image.size, processor), processor.size
-    whole = normalise(
-        np.asarray(_canvas(image, processor)), processor
-    )  # [3, rows * S, columns * S]
-    narrow = _shrink(whole, shape.columns)
-    base = _shrink(narrow.swapaxes(1, 2), shape.rows).swapaxes(1, 2)
-    tiles = whole.reshape(3, shape.rows, side, shape.columns, side).transpose(1, 3, 0, 2, 4)
-    return np.concatenate((base[None], tiles.reshape(-1, 3, side, side))), shape
+    def pixels(self, image: pil.Image, is_only_image: bool = True) -> tuple[np.ndarray, ImageGrid]:
+        """Return the base view and the tiles of a decoded (RGB) image, float32 [V, 3, S, S]."""
+        grid, side = self.grid(image.size), self.config.size
+        canvas = np.asarray(_canvas(image, self.config))
+        whole = normalise(canvas, self.config)  # [3, rows * S, columns * S]
+        narrow = _shrink(whole, grid.columns)
+        base = _shrink(narrow.swapaxes(1, 2), grid.rows).swapaxes(1, 2)
+        tiles = whole.reshape(3, grid.rows, side, grid.columns, side).transpose(1, 3, 0, 2, 4)
+        return np.concatenate((base[None], tiles.reshape(-1, 3, side, side))), grid
 
 
 def _resized(size: tuple[int, int], processor: ImageProcessorConfig) -> tuple[int, int]:
@@ -87,8 +71,6 @@ def _resized(size: tuple[int, int], processor: ImageProcessorConfig) -> tuple[in
 
 
 def _canvas(image: pil.Image, processor: ImageProcessorConfig) -> pil.Image:
-    from visavis.processing.images import FILTERS
-
     upright = image.width < image.height
     if upright:  # not only the same in other words: resizing rounds between its two directions
         image = image.transpose(pil.Transpose.TRANSPOSE)

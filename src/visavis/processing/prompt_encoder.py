@@ -7,7 +7,7 @@ Saved with the weights and never guessed from a name. Knows no tokenizer and ren
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from visavis.errors import ContextLengthError, InputError
 from visavis.inputs import Message, Part, Prompt, Text, Video
 from visavis.model.config import VLMConfig
-from visavis.model.image_input import ImageGrid
 from visavis.model.image_tokens import count_tokens
 from visavis.model.rope import mrope_positions
 from visavis.processing.chat_formats import CHAT_FORMATS
@@ -26,8 +25,13 @@ from visavis.processing.chat_template import (
     encode_plain,
     encode_turns,
 )
-from visavis.processing.image_processor import depends_on_image_count, grid_of, times_of
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
+from visavis.processing.image_processor import (
+    ImageReference,
+    grid_of,
+    image_processor,
+    times_of,
+)
 from visavis.processing.tokenizer import SpecialTokens
 from visavis.utils import lookup
 
@@ -116,6 +120,26 @@ PROFILES = {  # how published models embed, where their files do not say
 }
 
 
+@dataclass
+class PreparedPrompt(Encoded):
+    """The ids of a prompt, which of them are learned, and references to its images and videos.
+
+    Attributes:
+        images: of each image and video, in the order of `image_slots`.
+    """
+
+    images: tuple[ImageReference, ...] = ()
+
+    @property
+    def token_keys(self) -> tuple[Hashable, ...]:
+        """A key for each token: its id, or the content key of its image and its place there. Needs
+        images whose content is known (`ContentHasher.identify`)."""
+        keys: list[Hashable] = list(self.token_ids)
+        for image, (start, count) in zip(self.images, self.image_slots, strict=True):
+            keys[start : start + count] = ((image.key, place) for place in range(count))
+        return tuple(keys)
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """Everything that turns prompts into ids.
@@ -150,7 +174,7 @@ class PromptEncoder:
 
     def chat(
         self, prompt: Prompt, *, add_generation_prompt: bool = True, cut: int | None = None
-    ) -> Encoded:
+    ) -> PreparedPrompt:
         """Return the ids of turns and which of them are learned.
 
         Args:
@@ -161,8 +185,8 @@ class PromptEncoder:
             ContextLengthError: the prompt is longer than the model's context.
         """
         prompt = self._timed(prompt)
-        shapes, profile = self._shapes(prompt), self.profile
-        settings = self._settings(shapes)
+        images, profile = self._references(prompt), self.profile
+        settings = self._settings(images)
         if profile.chat_template:
             encoded = encode_turns(
                 prompt,
@@ -183,12 +207,12 @@ class PromptEncoder:
                 add_generation_prompt=add_generation_prompt,
                 **settings,
             )
-        encoded = self._placed(encoded, shapes)
+        self._place(encoded, images)
         if cut is not None:
             _cut(encoded, cut)
-        return self.checked(encoded)
+        return self._prepared(encoded, images)
 
-    def item(self, prompt: Prompt, instruction: str | None = None) -> Encoded:
+    def item(self, prompt: Prompt, instruction: str | None = None) -> PreparedPrompt:
         """Return the ids of an item that is embedded.
 
         Args:
@@ -199,7 +223,7 @@ class PromptEncoder:
         """
         profile = self.profile
         prompt = self.instructed(prompt, instruction)
-        shapes = self._shapes(prompt)
+        images = self._references(prompt)
         encoded = encode_plain(
             prompt,
             self.tokenizer,
@@ -208,15 +232,14 @@ class PromptEncoder:
             suffix=profile.embed_suffix,
             image_start=profile.image_start,
             image_end=profile.image_end + profile.embed_image_end,
-            **self._settings(shapes),
+            **self._settings(images),
         )
         if profile.embed_positions == "grid":
-            encoded = self._placed(encoded, shapes)
-        return self.checked(encoded)
+            self._place(encoded, images)
+        return self._prepared(encoded, images)
 
-    def alone(self, prompt: Prompt) -> bool:
-        """Return whether a prompt's pictures are sized as if each were its only one."""
-        return len(prompt.visuals) == 1 or not depends_on_image_count(self.processor)
+    def _prepared(self, encoded: Encoded, images: tuple[ImageReference, ...]) -> PreparedPrompt:
+        return PreparedPrompt(**vars(self.checked(encoded)), images=images)
 
     def checked(self, encoded: Encoded) -> Encoded:
         """Return a sequence that holds something and fits the context.
@@ -259,14 +282,20 @@ class PromptEncoder:
         )
         return ChatTemplate(self.profile.jinja, bos_token=bos, eos_token=eos)
 
-    def _shapes(self, prompt: Prompt) -> list[ImageGrid]:
+    def _references(self, prompt: Prompt) -> tuple[ImageReference, ...]:
         if prompt.visuals and self.config.tower is None:
             raise InputError(
                 f"{self.name} has no vision tower, but the prompt holds {len(prompt.visuals)} "
                 "image(s). Use a model with vision, such as 'nano', or send text only."
             )
-        alone, processor = self.alone(prompt), self.processor
-        return [grid_of(one, processor, alone) for one in prompt.visuals if processor]
+        processor = self.processor
+        if processor is None:
+            return ()
+        depends = image_processor(processor).depends_on_image_count
+        only = len(prompt.visuals) == 1 or not depends
+        return tuple(
+            ImageReference(one, grid_of(one, processor, only), only) for one in prompt.visuals
+        )
 
     def _timed(self, prompt: Prompt) -> Prompt:
         """Return a prompt with each video's times in words after it, where the profile has them."""
@@ -282,20 +311,20 @@ class PromptEncoder:
 
         return Prompt(tuple(replace(one, parts=tuple(timed(one))) for one in prompt.messages))
 
-    def _settings(self, shapes: Sequence[ImageGrid]) -> dict[str, Any]:
+    def _settings(self, images: Sequence[ImageReference]) -> dict[str, Any]:
         return {
             "image_token_id": self.config.image_token_id,
             "video_token_id": self.config.video_token_id,
-            "tokens_per_image": [count_tokens(self.config, shape) for shape in shapes],
+            "tokens_per_image": [count_tokens(self.config, one.grid) for one in images],
         }
 
-    def _placed(self, encoded: Encoded, shapes: Sequence[ImageGrid]) -> Encoded:
+    def _place(self, encoded: Encoded, images: Sequence[ImageReference]) -> None:
         """Give a sequence its positions on three axes, where the decoder has them."""
-        if shapes and self.config.decoder.mrope_sections:
+        if images and self.config.decoder.mrope_sections:
             assert self.config.connector is not None
             length, merge = len(encoded.token_ids), self.config.connector.shuffle
-            encoded.positions = mrope_positions(length, encoded.image_slots, shapes, merge)
-        return encoded
+            grids = [one.grid for one in images]
+            encoded.positions = mrope_positions(length, encoded.image_slots, grids, merge)
 
     def instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
         """Return an item with an instruction joined to its text, after its pictures."""

@@ -11,148 +11,69 @@ there will be follows from sizes alone. Knows no model and imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image as pil
 
-from visavis.errors import ImageError, InputError
+from visavis.errors import ImageError
 from visavis.model.image_input import ImageGrid
-from visavis.utils import suggest
-
-if TYPE_CHECKING:
-    from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig, Qwen2VLConfig
+from visavis.processing.resize import FILTERS, ImageProcessor, normalise
 
 MAX_ASPECT = 200
 SMALL = 56  # side of the square that VLM2Vec makes of a picture with a side below one token
 
 
-@dataclass(frozen=True)
-class Qwen2VLConfig:
-    """How pictures become patches.
+class Qwen2VLProcessor(ImageProcessor):
+    """Patches at any resolution, within bounds of the area."""
 
-    Args:
-        patch: side of a patch in pixels.
-        merge: side of the square of patches that become one token.
-        temporal: frames in a patch.
-        min_pixels, max_pixels: bounds of a picture's area after resizing.
-        video_min_pixels, video_max_pixels: the same of each frame; 0: as a picture's.
-        extreme: what becomes of a picture more than 200 times as long as wide: an error, or a
-            square, as VLM2Vec does, which squashes pictures with a side below one token too.
-        square: side of the square that every picture is squashed to first; 0: none.
-    """
-
-    patch: int = 14
-    merge: int = 2
-    temporal: int = 2
-    min_pixels: int = 3136
-    max_pixels: int = 1003520
-    video_min_pixels: int = 0
-    video_max_pixels: int = 0
-    extreme: Literal["refuse", "square"] = "refuse"
-    square: int = 0
-
-    def __post_init__(self) -> None:
-        counts = dict.fromkeys(("patch", "merge", "temporal", "min_pixels", "max_pixels"), 1)
-        counts |= dict.fromkeys(("video_min_pixels", "video_max_pixels", "square"), 0)
-        problems = []
-        for name, least in counts.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                problems.append(f"{name} is {value!r}, expected a whole number from {least} on")
-        if self.extreme not in ("refuse", "square"):
-            problems.append(f"extreme is {self.extreme!r}, expected refuse or square")
-        if problems:
-            raise InputError(f"patches config: {'; '.join(problems)}")
-        for least, most in (self.bounds(video=False), self.bounds(video=True)):
-            if least > most:
-                raise InputError(
-                    f"patches config: at least {least} and at most {most} pixels, expected room "
-                    "between the two"
-                )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Qwen2VLConfig:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"patches config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
+    needs_size = True
 
     @property
-    def factor(self) -> int:
-        """Side in pixels of what becomes one token."""
-        return self.patch * self.merge
+    def patches(self) -> Qwen2VLConfig:
+        """Sizes of the patches and bounds of the area."""
+        assert self.config.patches is not None
+        return self.config.patches
 
-    def bounds(self, video: bool) -> tuple[int, int]:
-        """Return the smallest and largest area of a picture or of a video's frame."""
-        least, most = (self.video_min_pixels, self.video_max_pixels) if video else (0, 0)
-        return least or self.min_pixels, most or self.max_pixels
+    def grid(self, size: tuple[int, int], is_only_image: bool = True) -> ImageGrid:
+        """Return the patches of an image, from its width and height alone.
 
+        Raises:
+            ImageError: it is too long and narrow.
+        """
+        width, height = resized(size, self.patches)
+        patch = self.patches.patch
+        return ImageGrid(1, height // patch, width // patch, size)
 
-# How models size pictures whatever the folder of their base says, by the name of their profile.
-_AS_PICTURES = {"video_min_pixels": 0, "video_max_pixels": 0}
-SIZES: dict[str, dict[str, Any]] = {
-    "vlm2vec-v1": {"square": 1344, **_AS_PICTURES},
-    "vlm2vec-v2": {
-        "min_pixels": 4 * 28 * 28,
-        "max_pixels": 1280 * 28 * 28,
-        "extreme": "square",
-        **_AS_PICTURES,
-    },
-}
+    def pixels(self, image: pil.Image, is_only_image: bool = True) -> tuple[np.ndarray, ImageGrid]:
+        """Return the patches of a decoded (RGB) image, float32 [P, C], and their grid.
 
+        Raises:
+            ImageError: it is too long and narrow.
+        """
+        return _patches([image], self.config), self.grid(image.size)
 
-def image_shape(size: tuple[int, int], config: Qwen2VLConfig) -> ImageGrid:
-    """Return the patches of a picture, from its width and height alone.
+    def video_grid(self, frames: int, size: tuple[int, int]) -> ImageGrid:
+        """Return the patches of a video, from its number of frames and the size of the first.
 
-    Raises:
-        ImageError: it is too long and narrow.
-    """
-    width, height = resized(size, config)
-    return ImageGrid(1, height // config.patch, width // config.patch, size)
+        Raises:
+            ImageError: it is too long and narrow.
+        """
+        width, height = resized(size, self.patches, video=True)
+        patch, time = self.patches.patch, -(-frames // self.patches.temporal)
+        return ImageGrid(time, height // patch, width // patch, size, video=True)
 
+    def video_pixels(self, frames: Sequence[pil.Image]) -> tuple[np.ndarray, ImageGrid]:
+        """Return the patches of decoded (RGB) frames, float32 [P, C], and their grid.
 
-def video_shape(frames: int, size: tuple[int, int], config: Qwen2VLConfig) -> ImageGrid:
-    """Return the patches of a video, from the number of its frames and the size of the first.
+        Frames of other sizes than the first are resized to its size.
 
-    Raises:
-        ImageError: it is too long and narrow.
-    """
-    width, height = resized(size, config, video=True)
-    time = -(-frames // config.temporal)
-    return ImageGrid(time, height // config.patch, width // config.patch, size, video=True)
-
-
-def image_patches(
-    image: pil.Image, processor: ImageProcessorConfig
-) -> tuple[np.ndarray, ImageGrid]:
-    """Return the patches of a decoded (RGB) picture, float32 [P, C], and their shape.
-
-    Raises:
-        ImageError: it is too long and narrow.
-    """
-    assert processor.patches is not None
-    return _patches([image], processor), image_shape(image.size, processor.patches)
-
-
-def video_patches(
-    frames: Sequence[pil.Image], processor: ImageProcessorConfig
-) -> tuple[np.ndarray, ImageGrid]:
-    """Return the patches of decoded (RGB) frames, float32 [P, C], and their shape.
-
-    Frames of other sizes than the first are brought to its.
-
-    Raises:
-        ImageError: they are too long and narrow.
-    """
-    config = processor.patches
-    assert config is not None
-    shape = video_shape(len(frames), frames[0].size, config)
-    return _patches(frames, processor, video=True), shape
+        Raises:
+            ImageError: they are too long and narrow.
+        """
+        grid = self.video_grid(len(frames), frames[0].size)
+        return _patches(frames, self.config, video=True), grid
 
 
 def resized(size: tuple[int, int], config: Qwen2VLConfig, video: bool = False) -> tuple[int, int]:
@@ -199,8 +120,6 @@ def _patches(
     frames: Sequence[pil.Image], processor: ImageProcessorConfig, video: bool = False
 ) -> np.ndarray:
     """Resize, normalise and cut frames: float32 [P, 3 * temporal * patch * patch]."""
-    from visavis.processing.images import FILTERS, normalise
-
     config = processor.patches
     assert config is not None
     size = resized(frames[0].size, config, video)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -26,8 +26,9 @@ from PIL import Image as pil
 
 from visavis.errors import ImageError, InputError, VisavisError
 from visavis.inputs import Video
+from visavis.processing.config import VideoConfig
+from visavis.processing.images import MAX_PIXELS, decode_image, image_size
 from visavis.processing.media import frame_files, name_of, open_media
-from visavis.utils import suggest
 
 MAX_CLIP_PIXELS = 1_000_000_000  # of all frames of one clip together: 3 GB
 PICTURES_PER_SECOND = 2  # taken for pictures that carry no times, as LLaVA does for its folders
@@ -51,42 +52,6 @@ _UPRIGHT = {
     180: pil.Transpose.ROTATE_180,
     270: pil.Transpose.ROTATE_270,
 }
-
-
-@dataclass(frozen=True)
-class VideoConfig:
-    """Which frames of a video a model is shown; saved with the weights.
-
-    Args:
-        frames: how many, spread evenly from the first to the last.
-        fps: instead, how many for each second, evenly spread `max_frames` if those are more.
-        max_frames: the most there can be, also of those that a prompt asks for.
-    """
-
-    frames: int = 32
-    fps: float | None = None
-    max_frames: int = 128
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "max_frames"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(f"video config: {name} is {value!r}, expected a positive int")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise InputError(f"video config: fps is {self.fps!r}, expected a number above 0")
-        if self.frames > self.max_frames:
-            raise InputError(
-                f"video config: {self.frames} frames, expected at most max_frames={self.max_frames}"
-            )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VideoConfig:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"video config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -227,16 +192,12 @@ class _Pictures:
     """Frames given as pictures, one after another."""
 
     def __init__(self, pictures: Sequence[Any]) -> None:
-        from visavis.processing.images import image_size
-
         self.pictures, self.rate = pictures, float(PICTURES_PER_SECOND)
         self.times = [index / self.rate for index in range(len(pictures))]
         self.duration = len(pictures) / self.rate
         self.size = image_size(pictures[0])
 
     def read(self, indices: Sequence[int]) -> list[pil.Image]:
-        from visavis.processing.images import decode_image
-
         return [decode_image(self.pictures[index]) for index in indices]
 
 
@@ -256,8 +217,6 @@ class _Animation:
         self.rate = len(self.times) / self.duration
 
     def read(self, indices: Sequence[int]) -> list[pil.Image]:
-        from visavis.processing.images import decode_image
-
         pictures = []
         for index in indices:
             self.opened.seek(index)
@@ -387,8 +346,6 @@ def _refuse(url: str, flags: int, options: Any) -> Any:
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
-    from visavis.processing.images import MAX_PIXELS
-
     if not 0 < size[0] * size[1] <= MAX_PIXELS:
         raise ImageError(
             f"{name} has frames of {size[0]}×{size[1]} pixels, expected at least one and at most "

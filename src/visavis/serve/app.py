@@ -13,7 +13,6 @@ one thread, where answers to several people grow together.
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -36,13 +35,13 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visavis.errors import ImageError, InputError, VisavisError
-from visavis.generate.engine import Engine
 from visavis.generate.scheduler import BatchScheduler
 from visavis.generate.streaming import Reply
 from visavis.index.items import preview, title, visual_of
 from visavis.index.store import StoredItem
 from visavis.inputs import Image, Prompt, Text, Visual
 from visavis.inputs import Message as Turn
+from visavis.utils import jpeg_preview
 
 if TYPE_CHECKING:
     from visavis.api import Model
@@ -92,7 +91,7 @@ class Site:
         self.model = model
         self.index = index
         self.examples = list(examples)
-        self.desk = BatchScheduler(model.ask, Engine(model.vlm, prefixes=model.prefixes))
+        self.desk = BatchScheduler(model.ask, model.engine())
         self._encoded = lru_cache(maxsize=NUM_KEPT_PICTURES)(_encode_picture)
 
     async def page(self, request: Request) -> Response:
@@ -256,9 +255,7 @@ def _encode_picture(item: StoredItem, size: int) -> bytes:
     picture = preview(item, size)
     if isinstance(picture, str):
         raise HTTPException(404, f"item {item.id} has no picture")
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=85)
-    return encoded.getvalue()
+    return jpeg_preview(picture, size)
 
 
 def _describe(item: StoredItem) -> dict[str, Any]:

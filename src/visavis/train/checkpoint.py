@@ -1,10 +1,8 @@
-"""Checkpoints of a stage: written whole or not at all, the newest few kept, read by any number of
-processes.
+"""Training checkpoints of a stage: written atomically, the newest few kept.
 
-    out/<stage>/step-00000500.pt    trained tensors, moments, random states, what was drawn
+    out/<stage>/step-00000500.pt    trained tensors, optimizer moments, random states, sampler state
 
-Tensors are saved in one piece, however many processes hold them. Knows what changes while a stage
-runs; takes no step itself.
+Tensors are saved whole, so a checkpoint can be resumed on another number of processes.
 """
 
 from __future__ import annotations
@@ -93,7 +91,7 @@ class Checkpoints:
             f"the checkpoint {path} could not be written ({' '.join(str(error).split())}): the "
             f"disk has {free / 1e6:.0f} MB free, and up to {needed / 1e6:.0f} MB are needed. "
             f"Earlier checkpoints: {last}. Free some space, or raise a limit on file sizes, and "
-            "run the same command again; it goes on from there."
+            "run the same command again; it resumes from there."
         )
 
     def _content(self, state: State) -> dict[str, Any]:
@@ -148,7 +146,7 @@ class Checkpoints:
             raise TrainError(
                 f"the checkpoint {path} cannot be read ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]}); the file is damaged. Delete it: the run "
-                "goes on from the one before it, or starts the stage again."
+                "resumes from the one before it, or restarts the stage."
             ) from error
         return content
 

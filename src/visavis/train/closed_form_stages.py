@@ -1,9 +1,9 @@
-"""A linear connector that starts out speaking: mean features to mean word embeddings.
+"""Fitted stages: connector initialisation from caption word embeddings, and the embedding head.
 
-Ridge regression from a picture's mean feature to the mean token embedding of the content words
-people wrote about it. A language model reads such tokens as words from the first step on; started
-from vectors that only agree with text states it ignored them for hundreds of steps (dev/LOG.md).
-Closed form: seconds. Knows no objective.
+The connector is a ridge regression from an image's mean feature to the mean token embedding of the
+content words of its captions. A language model reads such tokens as words from the first step;
+started from vectors that only agree with text states, it ignored them for hundreds of steps
+(dev/LOG.md). The embedding head is fitted on frozen image and text vectors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,14 +29,11 @@ from visavis.model.config import EfficientNetConfig
 from visavis.model.embedding_head import mean_per_group
 from visavis.processing.chat_template import Encoded
 from visavis.processing.collate import batches, pack
+from visavis.train.context import TrainingRun
 from visavis.train.feature_store import FeatureStore, key_of
 from visavis.train.losses import Contrast, contrastive_loss
 from visavis.train.recipe import HeadStage, WordsStage, sources_of
 from visavis.utils import write_atomically
-
-if TYPE_CHECKING:
-    from visavis.train.runner import TrainingRun
-
 
 MAX_WORDS = 24
 RIDGE = 300.0

@@ -1,4 +1,4 @@
-"""How much a stage of steps will read, hold and compute, estimated from shapes and a few samples.
+"""Memory and compute estimates of a training stage, from shapes and a few samples.
 
     weights        each tensor in its type
     gradients      4 bytes a trained number; AdamW's two means 8 more, a running mean 4 more
@@ -12,8 +12,8 @@
                    where all N are trained); 2 more where a pass is done twice, which GradCache and
                    `checkpointing` each do; 2 a weight of the vision tower for each of its patches
 
-Not counted: attention scores, copies of batches, fragments of memory, work beside the model. Knows
-recipes and shapes; reads pictures' sizes and no pixels.
+Not counted: attention scores, copies of batches, fragments of memory, work beside the model. Of
+images only sizes are read, not pixels.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from visavis.model.config import DecoderConfig, Qwen2VLTowerConfig, ViTConfig, V
 from visavis.model.image_input import ImageGrid
 from visavis.model.image_tokens import count_tokens
 from visavis.model.vlm import VLM
-from visavis.processing.image_processor import depends_on_image_count, grid_of
-from visavis.processing.images import ImageProcessorConfig, image_size
+from visavis.processing.config import ImageProcessorConfig
+from visavis.processing.image_processor import grid_of, image_processor
+from visavis.processing.images import image_size
 from visavis.train.metrics import flops_per_token
 
 LOOKED_AT = 24  # samples of each source
@@ -65,7 +66,8 @@ class Reader:
             ImageError, InputError: a picture cannot be read.
         """
         found = Length()
-        alone = len(prompt.visuals) == 1 or not depends_on_image_count(self.processor)
+        depends = self.processor and image_processor(self.processor).depends_on_image_count
+        alone = len(prompt.visuals) == 1 or not depends
         for message in prompt.messages:
             found.tokens += PER_TURN
             for part in message.parts:
@@ -86,9 +88,7 @@ class Reader:
     def _patches(self, shape: ImageGrid) -> int:
         """Return how many patches the vision tower reads of a picture."""
         tower = self.config.tower
-        if isinstance(tower, Qwen2VLTowerConfig):
-            return shape.frames * shape.rows * shape.columns
-        return 0 if tower is None else shape.views * tower.grid**2
+        return 0 if tower is None else tower.num_patches(shape)
 
 
 @dataclass

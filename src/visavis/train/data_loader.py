@@ -1,7 +1,7 @@
-"""From samples to packed batches: ids, labels, pixels; the next ones are made while a step runs.
+"""Packed batches from examples: token ids, labels and pixels, prefetched while a step runs.
 
-Pictures are opened when their batch is made and dropped with it. With a feature store the vision
-tower's output takes their place. Knows prompts and the encoder; runs no model.
+Images are opened when their batch is made and dropped with it. With a feature store the vision
+tower's cached output takes their place.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,9 @@ from visavis.errors import TrainError, VisavisError
 from visavis.inputs import Prompt
 from visavis.model.batch import PackedBatch
 from visavis.model.image_input import ImageInput
-from visavis.processing.chat_template import Encoded
 from visavis.processing.collate import next_token_labels, pack
-from visavis.processing.image_processor import pixels_of
-from visavis.processing.prompt_encoder import PromptEncoder
+from visavis.processing.image_encoder import load_pixels
+from visavis.processing.prompt_encoder import PreparedPrompt, PromptEncoder
 
 T = TypeVar("T")
 
@@ -62,7 +61,7 @@ class DataLoader:
         self.ahead = ThreadPoolExecutor(1)  # makes the next batch; waits for `pool`
         self.waited = 0.0  # see `waiting`
 
-    def chat(self, sample: Conversation) -> Encoded:
+    def chat(self, sample: Conversation) -> PreparedPrompt:
         """Encode a conversation.
 
         Raises:
@@ -78,7 +77,7 @@ class DataLoader:
             )
         return encoded
 
-    def item(self, id: str, prompt: Prompt, instruction: str | None = None) -> Encoded:
+    def item(self, id: str, prompt: Prompt, instruction: str | None = None) -> PreparedPrompt:
         """Encode an item that is embedded.
 
         Raises:
@@ -86,7 +85,9 @@ class DataLoader:
         """
         return self._encoded(id, partial(self.encoder.item, instruction=instruction), prompt)
 
-    def _encoded(self, id: str, encode: Callable[[Prompt], Encoded], prompt: Prompt) -> Encoded:
+    def _encoded(
+        self, id: str, encode: Callable[[Prompt], PreparedPrompt], prompt: Prompt
+    ) -> PreparedPrompt:
         try:
             encoded = encode(prompt)
         except VisavisError as error:
@@ -101,7 +102,7 @@ class DataLoader:
     def pack(
         self,
         prompts: Sequence[Prompt],
-        encoded: Sequence[Encoded],
+        encoded: Sequence[PreparedPrompt],
         *,
         ids: Sequence[str],
         labels: bool = False,
@@ -121,16 +122,18 @@ class DataLoader:
             if self.features is not None:
                 batch.features = self.features.of(prompts, ids)
             else:
-                batch.visuals = self._visuals(prompts, ids)
+                batch.visuals = self._pixels(encoded, ids)
         return batch.to(self.device)
 
-    def _visuals(self, prompts: Sequence[Prompt], ids: Sequence[str]) -> tuple[ImageInput, ...]:
+    def _pixels(
+        self, prompts: Sequence[PreparedPrompt], ids: Sequence[str]
+    ) -> tuple[ImageInput, ...]:
         processor = self.encoder.processor
         assert processor is not None
         waiting = [
-            (id, self.pool.submit(pixels_of, one, processor, self.encoder.alone(prompt)))
+            (id, self.pool.submit(load_pixels, one, processor))
             for id, prompt in zip(ids, prompts, strict=True)
-            for one in prompt.visuals
+            for one in prompt.images
         ]
         return tuple(_seen(id, future) for id, future in waiting)
 
@@ -171,14 +174,14 @@ class DataLoader:
         return waited
 
 
-def _seen(id: str, future: Future[Any]) -> ImageInput:
+def _seen(id: str, future: Future[ImageInput]) -> ImageInput:
     """Return what a worker made of a picture.
 
     Raises:
         TrainError: it did not; the message names the sample.
     """
     try:
-        pixels, shape = future.result()
+        return future.result()
     except VisavisError as error:
         raise TrainError(
             f"a picture of the sample {id!r} cannot be read: {error} Leave the record out or mend "
@@ -190,4 +193,3 @@ def _seen(id: str, future: Future[Any]) -> ImageInput:
             "if its file opens elsewhere, this is a fault of visavis. Leave the record out to go "
             "on."
         ) from error
-    return ImageInput(torch.from_numpy(pixels), shape)

@@ -1,9 +1,9 @@
-"""Vectors of all processes in one loss, and its gradients back. Knows no model and no objective.
+"""Distributed training: embeddings of all processes in one loss, and sharded parameters.
 
-Every process computes the whole loss on all rows, its own with gradients: exact whatever the
-number of rows of each, and simpler than sending gradients around. The gradients of parameters are
-then a share of the whole on each process; where they are averaged and not summed, multiply by the
-number of processes (`cached_backward(…, factor=world_size())`).
+Every process computes the whole loss on all rows, its own with gradients; this is exact for any
+number of rows per process. Parameter gradients are then a share of the whole on each process; where
+they are averaged instead of summed, multiply by the number of processes
+(`cached_backward(…, factor=world_size())`).
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def share_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return what this process keeps of a whole tensor, laid out as `like`."""
+    """Return this process's shard of a whole tensor, laid out as `like`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     tensor = tensor.to(like.device)

@@ -3,7 +3,7 @@
     recipe ──► outline of the model, on the meta device ──► what each stage trains
        └─────► sources, a few samples of each ───────────► steps, tokens, memory, time
 
-The model's side is in `outline.py`, the formulas are in `estimate.py`.
+The model is built in `skeleton.py`; the formulas are in `cost_model.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from visavis.checkpoints.hub_configs import Outline
 from visavis.data.examples import ContrastiveExample, Conversation, Sample
-from visavis.data.formats import open_data_source
+from visavis.data.sources import open_data_source
 from visavis.errors import TrainError, VisavisError
 from visavis.model.vlm import VLM
 from visavis.train import cost_model
@@ -26,7 +25,7 @@ from visavis.train.cost_model import Reader, Survey
 from visavis.train.metrics import peak_flops
 from visavis.train.param_groups import trainable_groups, trainable_table
 from visavis.train.recipe import AnyStage, Contrastive, Generative, Recipe, StepsStage, sources_of
-from visavis.train.skeleton import DTYPES, Findings, model_outline, skeleton
+from visavis.train.skeleton import DTYPES, Findings, Outline, model_outline, skeleton
 
 REACHED = 0.4  # share of the speed of matrix products that training is taken to reach
 MAX_LISTED = 3  # problems of a source's samples

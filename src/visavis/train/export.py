@@ -1,12 +1,11 @@
-"""What a run leaves behind: a folder that `visavis.load` reads, and its adapters for PEFT.
+"""Export of a trained model: a folder that `visavis.load` reads, and its adapters for PEFT.
 
-    model/                     what was trained, on top of bundled weights (nano); else all of it,
+    model/                     trained weights, on top of bundled ones (nano), else all weights with
                                adapters merged
-    model/adapter/             the adapters apart, with a connector that was trained beside them,
-                               on a base in transformers' layout
+    model/adapter/             the adapters alone, with a connector that was trained with them,
+                               on a base in transformers' format
 
-Each time both appear whole, in place of those before. Knows what a recipe trains; layouts are
-elsewhere.
+Both are replaced atomically.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from torch import Tensor
 from visavis.checkpoints.adapters import adapter_chain
 from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.compose import EFFICIENTNET
-from visavis.checkpoints.detect import detect_config
-from visavis.checkpoints.load import LOADERS, resolve
+from visavis.checkpoints.formats import detect_config
+from visavis.checkpoints.load import resolve
 from visavis.checkpoints.native import save_native, write_native
 from visavis.checkpoints.tensor_files import read_json
+from visavis.checkpoints.transformers.load import TransformersFormat
 from visavis.checkpoints.transformers.weights import vlm_table
 from visavis.errors import CheckpointError, TrainError
 from visavis.model.vlm import VLM
@@ -32,7 +32,6 @@ from visavis.train.recipe import Recipe, StepsStage
 from visavis.utils import write_folder_atomically
 
 BUNDLED = ("smollm2-135m", EFFICIENTNET)  # parts of the bundle "nano"
-STOCK = "transformers.load:load_transformers"  # loads the layouts whose names PEFT goes by
 
 
 def save_model(loaded: Checkpoint, recipe: Recipe, folder: Path) -> list[str]:
@@ -98,7 +97,7 @@ def _write_on_bundle(loaded: Checkpoint, recipe: Recipe, folder: Path) -> None:
 
 
 def own_tensors(vlm: VLM) -> dict[str, Tensor]:
-    """Return what the bundle has not: everything but decoder and tower, and adapters."""
+    """Return the weights that are not bundled: all but decoder and tower, and adapters."""
     state = {
         name: tensor.detach().cpu()
         for name, tensor in vlm.state_dict().items()
@@ -122,7 +121,7 @@ def _write_adapter(vlm: VLM, recipe: Recipe, folder: Path) -> str:
         if not (base / "config.json").is_file():
             return "its base is no folder in transformers' layout; `visavis convert` it first"
         layout = detect_config(base)
-        if LOADERS[layout.kind].function != STOCK:
+        if not issubclass(layout.format, TransformersFormat):  # PEFT goes by their tensors' names
             return f"its base is in the layout {layout.title}; `visavis convert` it first"
         write_peft(
             vlm,

@@ -1,12 +1,12 @@
-"""The frozen vision tower's output, computed once a picture and kept on disk by its content.
+"""On-disk cache of the frozen vision tower's output, computed once per image and keyed by content.
 
-    <folder>/<tower>/<shard>.f16     features [P, W] of one picture after another, float16
+    <folder>/<tower>/<shard>.f16     features [P, W] of one image after another, float16
     <folder>/<tower>/<shard>.rows    "row key crc32", a line for each, written after its features
 
-Shards only grow, and each process writes one of its own, so a reader never sees half a picture and
-a run that is killed loses at most the last few. `<tower>` names the tower's weights, which hidden
-state of it is read, and how pictures are sized: another tower never reads these. What does not have
-its checksum is computed again. Pictures of one view only; knows prompts, no objective.
+Shards are append-only and each process writes its own, so a reader never sees an incomplete image
+and a killed run loses at most the last few. `<tower>` names the tower's weights, the hidden state
+that is read, and the image preprocessing: another tower never reads these. Rows that fail their
+checksum are computed again. For images of one view only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import RLock
 from typing import NamedTuple
@@ -27,14 +27,12 @@ from torch import Tensor
 
 from visavis.errors import InputError, TrainError
 from visavis.inputs import Image, Prompt
-from visavis.model.config import Qwen2VLTowerConfig
 from visavis.model.vlm import TOWER_BATCH, VLM
-from visavis.processing.images import (
-    ImageProcessorConfig,
-    content_hash,
-    decode_image,
-    process_image,
-)
+from visavis.processing.config import ImageProcessorConfig
+from visavis.processing.image_encoder import decode_ahead
+from visavis.processing.image_processor import image_processor
+from visavis.processing.images import content_hash, decode_image
+from visavis.processing.resize import process_image
 
 MAX_BYTES = 100 * 10**9
 LINE = re.compile(r"^(\d+) (\S+) ([0-9a-f]{8})\n", re.MULTILINE)  # a whole one, of `.rows`
@@ -53,7 +51,7 @@ class FeaturePlace(NamedTuple):
 
 
 class FeatureStore:
-    """A growing store of tower features (`batcher.Features`).
+    """A growing store of tower features (`data_loader.Features`).
 
     Args:
         max_bytes: the most that is kept on disk.
@@ -72,11 +70,12 @@ class FeatureStore:
         max_bytes: int = MAX_BYTES,
         threads: int = 2,
     ) -> None:
-        several = processor.tiles or processor.hd or processor.patches
-        if several or isinstance(vlm.config.tower, Qwen2VLTowerConfig):
+        rule = image_processor(processor)
+        if rule.needs_size:
             raise TrainError(
-                f"this model sees a picture as several views ({several}), and the feature cache "
-                "keeps one; set feature_cache to false in the recipe, or take a model without."
+                f"this model sees a picture as several views ({type(rule).__name__}), and the "
+                "feature cache keeps one; set feature_cache to false in the recipe, or take a "
+                "model without."
             )
         assert vlm.config.tower is not None
         self.vlm, self.processor, self.max_bytes = vlm, processor, max_bytes
@@ -219,19 +218,17 @@ class FeatureStore:
         return row if zlib.crc32(row.tobytes()) == place.checksum else None
 
     def _compute(self, images: Mapping[str, Named], flip: bool) -> Iterator[dict[str, np.ndarray]]:
-        """Compute and store pictures' features, some at a time; the next ones are decoded
+        """Compute and store images' features, some at a time; the next ones are decoded
         meanwhile."""
-        items = list(images.items())
-        chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
 
-        def decode(chunk: list[tuple[str, Named]]) -> list[Future[np.ndarray]]:
-            return [self.pool.submit(self._pixels, *named, flip) for _, named in chunk]
+        def decode(item: tuple[str, Named]) -> np.ndarray:
+            return self._pixels(*item[1], flip)
 
-        coming = decode(chunks[0]) if chunks else []
-        for chunk, following in zip(chunks, [*chunks[1:], []], strict=False):
-            pixels = torch.from_numpy(np.stack([future.result() for future in coming]))
-            coming = decode(following)
-            features, keys = self._tower(pixels), [key for key, _ in chunk]
+        for chunk, pixels in decode_ahead(
+            list(images.items()), decode, self.pool, chunk_size=CHUNK
+        ):
+            features = self._tower(torch.from_numpy(np.stack(pixels)))
+            keys = [key for key, _ in chunk]
             self.put(keys, features)
             yield dict(zip(keys, features, strict=True))
 
@@ -260,7 +257,7 @@ class FeatureStore:
 
 
 def key_of(image: Image, flip: bool = False) -> str:
-    """Return what a picture's features are filed under."""
+    """Return the key of an image's features."""
     return content_hash(image) + ("-flip" if flip else "")
 
 

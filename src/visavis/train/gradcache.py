@@ -2,10 +2,9 @@
 
     1. encode chunk by chunk without gradients, keeping each chunk's random state
     2. the loss over all vectors, and its gradient with respect to them
-    3. encode each chunk again with that random state, and go back from its share of the gradient
+    3. encode each chunk again with that random state, and backpropagate its share of the gradient
 
-Chunks are whatever `encode` takes; if it reads pictures from disk, no more than one chunk of them
-is ever in memory. Knows no model and no objective.
+If `encode` reads images from disk, at most one chunk of them is in memory.
 """
 
 from __future__ import annotations

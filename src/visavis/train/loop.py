@@ -1,7 +1,7 @@
-"""The training loop: steps, precision, schedule, when to save and when to stop. Knows no objective.
+"""The training loop: optimizer steps, precision, learning-rate schedule, checkpoints and signals.
 
-Whatever ends a run, the same command goes on from its last checkpoint, on the CPU bit for bit.
-What a checkpoint holds is in `checkpoint.py`, what processes share in `processes.py`.
+An interrupted run is resumed by the same command from its last checkpoint, on the CPU bit for bit.
+`checkpoint.py` describes the checkpoint, `distributed.py` how processes share the work.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _take_step(run: Run, processes: Processes, state: State) -> None:
         raise TrainError(
             f"the device's memory did not suffice for step {state.step + 1} ({error}). Lower "
             "micro_tokens or chunk_tokens in the recipe, or set checkpointing to true; the run "
-            "goes on from its last checkpoint only if the recipe stays, so try a new folder."
+            "resumes from its last checkpoint only with an unchanged recipe, so try a new folder."
         ) from error
     for part in parts:
         if not math.isfinite(part.loss):

@@ -1,11 +1,10 @@
-"""Low-rank adapters on the decoder's linears (LoRA, Hu et al. 2021; DoRA, Liu et al. 2024).
+"""Low-rank adapters on the decoder's linear layers (LoRA, Hu et al. 2021; DoRA, Liu et al. 2024).
 
     y = W x + s B A x                        W frozen, A [r, in], B [out, r], s = alpha / r
     y = m * (W x + s B A x) / |W + s B A|    DoRA: m and the lengths |.| are per row of W
 
-q, k and v stand one below the other in our linears, as gate and up do; each has an A and a B of its
-own, so an adapter is the same as one on separate matrices, and is written as such (`write_peft`).
-Knows no objective and no optimiser.
+q, k and v are stacked in one linear layer, as are gate and up; each has its own A and B, so an
+adapter equals one on separate matrices and is saved as such (`write_peft`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Losses over similarities: InfoNCE in one or both directions, with what its users add to it.
+"""Contrastive and next-token losses: InfoNCE in one or both directions, with hard negatives.
 
-    z_ij = k s_ij + a sg(s_ij) [j is no positive of i]       k = 1 / temperature, sg: stop-gradient
+    z_ij = k s_ij + a sg(s_ij) [j is not a positive of i]    k = 1 / temperature, sg: stop-gradient
 
 Rows are queries; columns are all targets: the positive of each query, then hard negatives. One
-direction is VLM2Vec's loss, both with `alpha` are LLaVE's hardness weighting. All in float32,
-whatever the vectors are. Knows no model, no data and no devices.
+direction is VLM2Vec's loss; both with `alpha` are LLaVE's hardness weighting. Computed in float32
+for vectors of any type.
 """
 
 from __future__ import annotations
@@ -42,13 +42,60 @@ class Contrast:
     dims: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class FalseNegatives:
+    """Which in-batch targets are not negatives of which queries, made a block of rows at a time.
+
+    Target j is not a negative of query i if its content is that of a target of i, of a query with
+    the same content, or of a query of the same group: the rule that mining follows too.
+
+    Args:
+        queries: key of each query's content, int64 [N].
+        groups: key of its group, int64 [N]; those of no group have a key of their own.
+        targets: key of each target's content, int64 [M]; the first N are the positives.
+
+    Keys are numbers from 0, equal where contents are (see `numbered`).
+    """
+
+    queries: Tensor
+    groups: Tensor
+    targets: Tensor
+
+    def of_queries(self, rows: slice) -> Tensor:
+        """Return a block of rows of the excluded pairs, bool [n, M]."""
+        same = _equal(self.queries[rows], self.queries) | _equal(self.groups[rows], self.groups)
+        return _reached(same, self.targets[: len(self.queries)], self.targets)
+
+    def of_targets(self, rows: slice) -> Tensor:
+        """Return the same pairs with positives as rows and queries as columns, bool [n, N]."""
+        same = _equal(self.targets[: len(self.queries)][rows], self.targets[: len(self.queries)])
+        by_query = _reached(same, self.queries, self.queries)
+        return by_query | _reached(same, self.groups, self.groups)
+
+
+def numbered(keys: Tensor) -> Tensor:
+    """Return numbers from 0 that are equal where rows of keys are, [M, K] -> int64 [M]."""
+    return torch.unique(keys, dim=0, return_inverse=True)[1]
+
+
+def _equal(rows: Tensor, columns: Tensor) -> Tensor:
+    return rows[:, None] == columns[None]
+
+
+def _reached(marked: Tensor, keys: Tensor, columns: Tensor) -> Tensor:
+    """Return which columns have a key that a row marks: bool [n, N] at keys [N] -> bool [n, M]."""
+    size = int(columns.max()) + 1
+    counts = torch.zeros(len(marked), size, device=marked.device)
+    return counts.index_add_(1, keys, marked.float())[:, columns] > 0
+
+
 def contrastive_loss(
     queries: Tensor,
     targets: Tensor,
     settings: Contrast,
     *,
     scale: Tensor | float,
-    excluded: Tensor | Callable[[slice], Tensor] | None = None,
+    excluded: Tensor | FalseNegatives | None = None,
 ) -> Tensor:
     """Return the mean loss, float32. Rows go in blocks: memory grows with N, not with its square.
 
@@ -57,18 +104,19 @@ def contrastive_loss(
         targets: [M, D], unit rows, M >= N: row i is the positive of query i, the rest are hard
             negatives of all.
         scale: what similarities are multiplied by, the inverse temperature.
-        excluded: bool [N, M], pairs that are no negatives, such as equal targets; or what makes
-            rows of it when they are needed, the first N columns of which must be symmetric.
+        excluded: pairs that are not negatives, bool [N, M], or the keys that they follow from.
     """
     num = len(queries)
 
     def forth(rows: slice) -> Tensor | None:
-        return excluded[rows] if isinstance(excluded, Tensor) else excluded and excluded(rows)
+        if isinstance(excluded, FalseNegatives):
+            return excluded.of_queries(rows)
+        return None if excluded is None else excluded[rows]
 
     def back(rows: slice) -> Tensor | None:
-        if isinstance(excluded, Tensor):
-            return excluded[:, :num].T[rows]
-        return excluded and excluded(rows)[:, :num]
+        if isinstance(excluded, FalseNegatives):
+            return excluded.of_targets(rows)
+        return None if excluded is None else excluded[:, :num].T[rows]
 
     directions = [(queries, targets, forth)]
     if settings.symmetric:

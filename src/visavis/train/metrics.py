@@ -1,8 +1,7 @@
-"""What a run says about itself: mean losses, tokens per second, share of the processor's peak, and
-of the time in which it waited for data.
+"""Training metrics: mean losses, tokens per second, MFU and data stalls; their log and trackers.
 
-The log is `log.jsonl`, a line per interval; a run that goes on first takes back what it had logged
-beyond its checkpoint. Knows no objective by name and draws nothing.
+The log is `log.jsonl`, a line per interval; a resumed run first removes the lines after its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import nn
 from visavis.errors import TrainError
 from visavis.model.quantized_linear import QuantizedLinear
 from visavis.train.objectives import Part
-from visavis.utils import write_atomically
+from visavis.utils import progress_bars, write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,11 +103,11 @@ class Meter:
         return " ".join([*parts, f"· {self.speed:,.0f} tok/s"])
 
     def state(self) -> dict[str, Any]:
-        """Return what has been counted; times are not kept."""
+        """Return the counts; times are not kept."""
         return {"losses": self.losses, "tokens": self.tokens}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where `state` was taken."""
+        """Resume counting where `state` was taken."""
         self._reset()
         self.losses, self.tokens = dict(state["losses"]), int(state["tokens"])
 
@@ -117,7 +116,7 @@ def flops_per_token(decoder: nn.Module) -> float:
     """Return the operations a trained token needs in the decoder's blocks, at least.
 
     Two per weight forward, two on the way back, two more per weight that is trained. Attention
-    scores, the vocabulary, the vision tower and whatever is computed twice do not count.
+    scores, the vocabulary, the vision tower and recomputation do not count.
     """
     blocks = decoder.get_submodule("blocks")
     weights = 0
@@ -141,7 +140,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def _measured(dtype: torch.dtype) -> float:
-    """Return what a square product reaches, the best of four."""
+    """Return the FLOP/s of a square matrix product, the best of four."""
     a = torch.ones(MEASURED, MEASURED, dtype=dtype)
     best = math.inf
     with torch.inference_mode():
@@ -172,7 +171,7 @@ class RunLog:
         except OSError as error:
             raise TrainError(
                 f"cannot write {self.path}: {error}. Free some space and run the same command "
-                "again; it goes on from its last checkpoint."
+                "again; it resumes from its last checkpoint."
             ) from error
 
     def rewind(self, step: int) -> None:
@@ -227,7 +226,7 @@ def choose_trackers(names: Sequence[str], *, asked: bool) -> tuple[list[str], st
 
 
 def track(accelerator: Accelerator, name: str, step: int) -> None:
-    """Start the accelerator's trackers for a stage, going on after a step.
+    """Start the accelerator's trackers for a stage, resuming after a step.
 
     Raises:
         TrainError: one of them does not start, such as without an account or a network.
@@ -236,7 +235,7 @@ def track(accelerator: Accelerator, name: str, step: int) -> None:
     settings = {"tensorboard": {"purge_step": step + 1}}  # what a killed run wrote beyond
     try:
         accelerator.init_trackers(name, init_kwargs=settings)
-    except Exception as error:  # whatever their services raise
+    except Exception as error:  # trackers raise errors of many types
         raise TrainError(
             f"a tracker did not start ({type(error).__name__}: {error}); set it up, or take it out "
             "of `trackers` in the recipe."
@@ -247,24 +246,7 @@ class Progress:
     """Call it with (stage, done, total, text); shows nothing when off."""
 
     def __init__(self, show: bool) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bars
-
-        self.bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=Console(stderr=True),
-            disable=not show,
-        )
+        self.bars = progress_bars("text", show=show)
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Progress:

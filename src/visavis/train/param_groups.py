@@ -1,4 +1,4 @@
-"""Which parameters a stage trains, and the table that says so."""
+"""Trainable parameters of a stage by part, and a table of them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def trainable_groups(vlm: VLM, stage: StepsStage) -> dict[str, list[nn.Parameter
     for part, parameters in found.items():
         if not parameters:
             raise TrainError(
-                f"stage {stage.name!r} trains {part!r}, which the model has not; take it out of "
-                "`train`, or add the part under `model`."
+                f"stage {stage.name!r} trains {part!r}, which the model does not have; remove it "
+                "from `train`, or add the part under `model`."
             )
         for parameter in parameters:
             parameter.requires_grad_(True)

@@ -1,8 +1,8 @@
-"""What one training run is: a YAML file, validated whole before any weight is loaded.
+"""Training recipes: a YAML file, fully validated before any weight is loaded.
 
     visavis train recipes/llava-1.5-pretrain.yaml --data DATA -o out/ stages.0.steps=100
 
-Names and numbers only: which model, which data, and stages one after the other. Builds nothing.
+A recipe names the model, the data sources, and the stages in order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from visavis.data.datasets import SOURCES, TRAINING_SOURCES
-from visavis.data.formats import FORMATS
+from visavis.data.sources import SourceConfig
 from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
 from visavis.processing.chat_formats import CHAT_FORMATS
@@ -146,37 +146,7 @@ class ModelRecipe(_Strict):
         )
 
 
-# ---- the data ------------------------------------------------------------------------------------
-
-
-class SourceConfig(_Strict):
-    """Where samples come from.
-
-    Args:
-        format: one of `data.formats.FORMATS`.
-        path: file, folder or glob under --data; of `records`: a name.
-        images: folder that pictures' paths start at; empty: beside the file.
-        options: what else the format knows (see `data.formats`).
-        cap: take only so many, the first ones.
-        instruction: put before each query when it is embedded; `target_instruction` likewise.
-        negatives: JSONL of mined negatives, joined by id (`visavis mine`).
-    """
-
-    format: str
-    path: str
-    images: str = ""
-    options: dict[str, Any] = {}
-    cap: Count | None = None
-    instruction: str = ""
-    target_instruction: str = ""
-    negatives: str = ""
-
-    @field_validator("format")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in FORMATS:
-            raise ValueError(f"no data format is called {name!r}: {suggest(name, FORMATS)}")
-        return name
+# ---- stages --------------------------------------------------------------------------------------
 
 
 class DrawnFrom(_Strict):
@@ -185,9 +155,6 @@ class DrawnFrom(_Strict):
 
     weight: Positive | None = None
     block: Annotated[int, Field(ge=0)] = 0
-
-
-# ---- stages --------------------------------------------------------------------------------------
 
 
 class Generative(_Strict):
@@ -216,7 +183,7 @@ class Contrastive(_Strict):
     margin: float | None = None
     ratio: Positive | None = None
     dims: tuple[Count, ...] = ()
-    negatives: Annotated[int, Field(ge=0)] | None = None  # at most so many of each; None: all
+    negatives: Annotated[int, Field(ge=0)] | None = None  # maximum per query; None: all
 
 
 class StepsStage(_Strict):
@@ -325,7 +292,7 @@ class Recipe(_Strict):
             for source in sources_of(stage):
                 if source not in self.data:
                     problems.append(
-                        f"stage {stage.name!r} names the source {source!r}, which `data` has not: "
+                        f"stage {stage.name!r} names the source {source!r}, missing in `data`: "
                         f"{suggest(source, self.data)}"
                     )
             if not isinstance(stage, StepsStage):

@@ -1,8 +1,10 @@
-"""`report.html` of a run: curves, what was trained, what the model says. One file, no script.
+"""`report.html` of a run: loss curves, what was trained, predictions. One file, no scripts.
 
-Made from what the run left in its folder: recipe.json, log.jsonl, trained.json, samples.json. It
-needs no network and runs under the strictest content policy, which it brings along. Knows files
-and HTML; no model.
+Made from the files of the run's folder: recipe.json, log.jsonl, trained.json, samples.json. The
+page loads nothing from the network and carries a content security policy that forbids it. The
+layout is the jinja2 template `report.html` beside this file. `predict` makes what samples.json
+holds: answers to a few samples and what queries retrieve. Samples that no step has drawn come
+first.
 """
 
 from __future__ import annotations
@@ -11,18 +13,33 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
 
+from visavis.checkpoints.checkpoint import Checkpoint
+from visavis.errors import VisavisError
+from visavis.generate.engine import generate
+from visavis.generate.sampling import Sampler, Sampling
+from visavis.inputs import Image, Prompt
+from visavis.model.pooling import pooled
+from visavis.processing.images import content_hash, decode_image
+from visavis.processing.prompt_encoder import PreparedPrompt
+from visavis.train.gradcache import token_chunks
 from visavis.train.metrics import read_log
-from visavis.utils import write_atomically
+from visavis.train.objectives import Task
+from visavis.train.objectives.contrastive import ContrastiveTask, JointTask
+from visavis.train.objectives.generative import GenerativeTask
+from visavis.utils import jpeg_preview, write_atomically
 
 WIDTH, HEIGHT = 520, 230  # of a curve's drawing
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 30  # of them, margins
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 30  # its margins
 MOST_POINTS = 500  # of a curve; more are averaged
 SMOOTH_FROM = 24  # points from which a smoothed curve is drawn too
 TABLE_ROWS = 24  # of a curve's numbers
@@ -34,16 +51,32 @@ def write_report(out: Path) -> Path:
     """Write the report of the run in `out`; return its path."""
     recipe = json.loads((out / "recipe.json").read_text(encoding="utf-8"))
     log = read_log(out / "log.jsonl") if (out / "log.jsonl").is_file() else []
-    trained = _read(out / "trained.json")
-    samples = _read(out / "samples.json")
-    body = [_head(recipe, log)]
+    trained, samples = _read(out / "trained.json"), _read(out / "samples.json")
+    stages = []
     for stage in recipe["stages"]:
         name = stage["name"]
         lines = [line for line in log if line.get("stage") == name]
-        body.append(_stage(stage, lines, trained.get(name, []), samples.get(name, [])))
-    body.append(_settings(recipe))
+        stages.append(_stage(stage, lines, trained.get(name, []), samples.get(name, [])))
+    here = Path(__file__).parent
+    style = here.joinpath("report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(here),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        name=recipe["name"],
+        style=style,
+        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'",
+        facts=_facts(recipe, log),
+        stages=stages,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=96),
+    )
     with write_atomically(out / "report.html") as temporary:
-        temporary.write_text(_page(recipe["name"], body), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return out / "report.html"
 
 
@@ -54,35 +87,17 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _page(name: str, body: Sequence[str]) -> str:
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(name)} · training report</title>\n<style>{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
-    )
-
-
-def _head(recipe: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+def _facts(recipe: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps = {line["stage"]: line["step"] for line in log if "step" in line}
     model = recipe["model"]
-    base = model["base"] or f"{model['language_model']} + {model['vision_tower']}"
-    facts = {
-        "model": base,
+    return {
+        "model": model["base"] or f"{model['language_model']} + {model['vision_tower']}",
         "steps": f"{sum(steps.values()):,}",
         "tokens": _short(sum(line.get("tokens", 0) for line in log)),
         "time": _duration(sum(line.get("seconds", 0.0) for line in log)),
         "precision": recipe["precision"],
         "seed": recipe["seed"],
     }
-    rows = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items()
-    )
-    return f'<h1>{escape(recipe["name"])}</h1>\n<dl class="facts">{rows}</dl>\n'
 
 
 def _stage(
@@ -90,23 +105,44 @@ def _stage(
     lines: Sequence[Mapping[str, Any]],
     trained: Sequence[Mapping[str, Any]],
     samples: Sequence[Mapping[str, Any]],
-) -> str:
-    parts = [f"<h2>Stage “{escape(stage['name'])}”</h2>\n"]
-    problems = [text for line in lines for text in line.get("problems", [])]
-    parts += [f'<p class="notice">{escape(text)}</p>\n' for text in dict.fromkeys(problems)]
+) -> dict[str, Any]:
+    """Return what the template shows of a stage."""
     curves = _curves([line for line in lines if "step" in line])
-    if curves:
-        drawn = "".join(_figure(title, points, unit) for title, unit, points in curves)
-        parts.append(f'<div class="curves">{drawn}</div>\n')
-    elif stage["kind"] == "steps":
-        parts.append("<p class='soft'>No step of it is in the log.</p>\n")
-    else:
-        parts.append("<p class='soft'>Fitted on frozen vectors; it takes no steps.</p>\n")
-    if trained:
-        parts.append(_table("What this stage trains", trained))
-    if samples:
-        parts.append(_samples(samples))
-    return "".join(parts)
+    return {
+        "name": stage["name"],
+        "kind": stage["kind"],
+        "notices": dict.fromkeys(text for line in lines for text in line.get("problems", [])),
+        "curves": [_curve(title, points, unit) for title, unit, points in curves],
+        "trained": trained,
+        "numeric": [
+            column
+            for column in (trained[0] if trained else ())
+            if all(isinstance(row[column], int | float) for row in trained)
+        ],
+        "samples": _samples(samples),
+    }
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return samples by kind, each kind with a line on which of them were trained on."""
+    groups = []
+    for kind, title in (("answer", "Answers"), ("match", "What queries find first")):
+        own = [sample for sample in samples if sample["kind"] == kind]
+        if not own:
+            continue
+        drawn = sum(bool(sample["drawn"]) for sample in own)
+        seen = {
+            0: "No step has drawn them.",
+            len(own): "Steps have drawn all of them: this shows what is remembered.",
+        }.get(drawn, f"Steps have drawn {drawn} of these {len(own)}.")
+        if "hits" in own[0]:
+            one = own[0]
+            seen += f" Right for {one['hits']} of {one['of']} queries among {one['among']} targets."
+        groups.append({"title": title, "seen": seen, "samples": own})
+    return groups
+
+
+# ---- curves --------------------------------------------------------------------------------------
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Points]]:
@@ -134,63 +170,42 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Points]]
     return curves
 
 
-# ---- curves --------------------------------------------------------------------------------------
-
-
-def _figure(title: str, points: Points, unit: str) -> str:
-    """Return one curve with its numbers as a table."""
+def _curve(title: str, points: Points, unit: str) -> dict[str, Any]:
+    """Return what the template draws of one curve, in pixels, and its numbers."""
     shown = _thinned(points, MOST_POINTS)
-    values = [value for _, value in shown]
-    low, high = _range(values)
+    low, high = _range([value for _, value in shown])
     first, last = shown[0][0], max(shown[-1][0], shown[0][0] + 1)
 
-    def place(step: float, value: float) -> str:
+    def place(step: float, value: float) -> tuple[str, str]:
         x = LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
         y = TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return f"{x:.1f},{y:.1f}"
+        return f"{x:.1f}", f"{y:.1f}"
 
-    drawn = []
-    for tick in _ticks(low, high):
-        y = place(first, tick).partition(",")[2]
-        drawn.append(
-            f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}"/>'
-            f'<text x="{LEFT - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
-        )
-    for tick in _ticks(first, last, whole=True):
-        x = place(tick, low).partition(",")[0]
-        drawn.append(f'<text x="{x}" y="{HEIGHT - 8}" text-anchor="middle">{_short(tick)}</text>')
+    def line(points: Points) -> str:
+        return " ".join(",".join(place(*point)) for point in points)
+
     rough = len(shown) >= SMOOTH_FROM and not title.startswith("learning rate")
     smooth = _smoothed(shown) if rough else shown
-    if rough:
-        drawn.append(f'<polyline class="raw" points="{" ".join(place(*p) for p in shown)}"/>')
-    drawn.append(f'<polyline class="smooth" points="{" ".join(place(*p) for p in smooth)}"/>')
-    x, y = place(*smooth[-1]).split(",")
-    drawn.append(f'<circle class="end" cx="{x}" cy="{y}" r="3.5"/>')
-    summary = (
-        f"{title}: {_short(points[0][1])} at step {points[0][0]:.0f}, {_short(points[-1][1])} at "
-        f"step {points[-1][0]:.0f}; between {_short(min(v for _, v in points))} and "
-        f"{_short(max(v for _, v in points))}."
-    )
-    ends = f"{_short(points[0][1])} → {_short(points[-1][1])} {unit}".strip()
-    rows = _thinned(points, TABLE_ROWS)
-    return (
-        f"<figure><figcaption>{escape(title)} <span>{escape(ends)}</span></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">'
-        f"{''.join(drawn)}</svg>"
-        f"<details><summary>Numbers</summary>{_numbers(title, rows)}</details></figure>\n"
-    )
-
-
-def _numbers(title: str, rows: Points) -> str:
-    cells = "".join(
-        f'<tr><td class="number">{step:.0f}</td><td class="number">{value:.6g}</td></tr>'
-        for step, value in rows
-    )
-    return (
-        f'<div class="wide"><table><caption>{escape(title)}</caption><thead><tr>'
-        '<th scope="col" class="number">step</th><th scope="col" class="number">value</th>'
-        f"</tr></thead><tbody>{cells}</tbody></table></div>"
-    )
+    (start, begin), (stop, end) = points[0], points[-1]
+    values = [value for _, value in points]
+    return {
+        "title": title,
+        "ends": f"{_short(begin)} → {_short(end)} {unit}".strip(),
+        "summary": (
+            f"{title}: {_short(begin)} at step {start:.0f}, {_short(end)} at step {stop:.0f}; "
+            f"between {_short(min(values))} and {_short(max(values))}."
+        ),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "y_ticks": [(place(first, tick)[1], _short(tick)) for tick in _ticks(low, high)],
+        "x_ticks": [(place(tick, low)[0], _short(tick)) for tick in _ticks(first, last, True)],
+        "raw": line(shown) if rough else "",
+        "smooth": line(smooth),
+        "end": place(*smooth[-1]),
+        "rows": _thinned(points, TABLE_ROWS),
+    }
 
 
 def _thinned(points: Points, most: int) -> Points:
@@ -247,84 +262,140 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-# ---- tables and samples --------------------------------------------------------------------------
+# ---- predictions ---------------------------------------------------------------------------------
+
+SHOWN = 6  # samples of each objective
+CANDIDATES = 48  # targets that a query is looked up among
+NEW_TOKENS = 64
+THUMBNAIL = 168  # pixels, longer side
+CHUNK_TOKENS = 2048
+
+Row = dict[str, Any]
 
 
-def _table(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(rows[0])
-    numeric = {c for c in columns if all(isinstance(row[c], int | float) for row in rows)}
+def predict(loaded: Checkpoint, task: Task) -> list[Row]:
+    """Return rows of {kind, id, drawn, query, expected, found, right, …}; a sample that cannot be
+    shown is a row with its problem."""
+    rows: list[Row] = []
+    for part in task.parts if isinstance(task, JointTask) else [task]:
+        if isinstance(part, GenerativeTask):
+            rows += _answers(loaded, part)
+        elif isinstance(part, ContrastiveTask):
+            rows += _matches(loaded, part)
+    return rows
 
-    def cells(tag: str, values: Iterable[tuple[str, str]]) -> str:
-        mark = ' class="number"'
-        return "".join(
-            f"<{tag}{mark if column in numeric else ''}>{text}</{tag.split()[0]}>"
-            for column, text in values
+
+def _answers(loaded: Checkpoint, task: GenerativeTask) -> list[Row]:
+    rows = []
+    for drawn, sample in _candidates(task, SHOWN):
+        row: Row = {"kind": "answer", "id": sample.id, "drawn": drawn}
+        try:
+            row |= _answer(loaded, task, sample.id, sample.prompt)
+        except VisavisError as error:
+            row["problem"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def _answer(loaded: Checkpoint, task: GenerativeTask, id: str, prompt: Prompt) -> Row:
+    roles = [message.role for message in prompt.messages]
+    first = roles.index("assistant")
+    question = Prompt(prompt.messages[:first])
+    encoder, vlm = task.loader.encoder, loaded.vlm
+    encoded = encoder.chat(question)
+    room = encoder.context_length - len(encoded.token_ids)
+    ids = generate(
+        vlm,
+        task.loader.pack([question], [encoded], ids=[id]),
+        Sampler(Sampling()),
+        max_new_tokens=min(NEW_TOKENS, room),
+        stop_ids=frozenset(loaded.specials.eot_ids),
+    )
+    text = loaded.tokenizer.decode(list(ids), skip_special_tokens=True)
+    if encoder.stop:
+        text = text.partition(encoder.stop)[0]
+    expected = Prompt(prompt.messages[first : first + 1])
+    return {
+        "query": shown(question),
+        "expected": shown(expected),
+        "found": {"text": text.strip(), "pictures": []},
+        "right": text.strip() == expected.text.strip(),
+    }
+
+
+def _matches(loaded: Checkpoint, task: ContrastiveTask) -> list[Row]:
+    samples = _candidates(task, CANDIDATES)
+    item = task.loader.item
+    try:
+        keys = [one.target.content_key(content_hash) for _, one in samples]
+        distinct = dict(zip(keys, (one for _, one in samples), strict=True))
+        queries = [
+            (one.id, one.query, item(one.id, one.query, one.instruction)) for _, one in samples
+        ]
+        targets = [
+            (one.id, one.target, item(one.id, one.target, one.target_instruction))
+            for one in distinct.values()
+        ]
+        similarity = _vectors(loaded, task, queries) @ _vectors(loaded, task, targets).T
+    except VisavisError as error:
+        return [{"kind": "match", "id": "", "drawn": False, "problem": str(error)}]
+    found = list(distinct)
+    best = similarity.argmax(1).tolist()
+    right = [found[place] == key for place, key in zip(best, keys, strict=True)]
+    return [
+        {
+            "kind": "match",
+            "id": one.id,
+            "drawn": drawn,
+            "query": shown(one.query),
+            "expected": shown(one.target),
+            "found": shown(targets[place][1]),
+            "score": round(float(similarity[number, place]), 3),
+            "right": right[number],
+            "hits": sum(right),
+            "of": len(samples),
+            "among": len(targets),
+        }
+        for number, (place, (drawn, one)) in enumerate(
+            islice(zip(best, samples, strict=True), SHOWN)
         )
-
-    head = cells('th scope="col"', [(column, escape(column)) for column in columns])
-    lines = []
-    for row in rows:
-        texts = [(c, f"{row[c]:,}" if c in numeric else escape(str(row[c]))) for c in columns]
-        first, rest = cells('th scope="row"', texts[:1]), cells("td", texts[1:])
-        lines.append(f"<tr>{first}{rest}</tr>")
-    return (
-        f'<h3>{escape(caption)}</h3>\n<div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>\n"
-    )
-
-
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    for kind, title in (("answer", "Answers"), ("match", "What queries find first")):
-        own = [sample for sample in samples if sample["kind"] == kind]
-        if not own:
-            continue
-        drawn = sum(bool(sample["drawn"]) for sample in own)
-        seen = {
-            0: "No step has drawn them.",
-            len(own): "Steps have drawn all of them: this shows what is remembered.",
-        }.get(drawn, f"Steps have drawn {drawn} of these {len(own)}.")
-        if "hits" in own[0]:
-            one = own[0]
-            seen += f" Right for {one['hits']} of {one['of']} queries among {one['among']} targets."
-        cards = "".join(_card(sample) for sample in own)
-        parts.append(f'<h3>{title}</h3>\n<p class="soft">{seen}</p>\n')
-        parts.append(f'<ul class="samples">{cards}</ul>\n')
-    return "".join(parts)
-
-
-def _card(sample: Mapping[str, Any]) -> str:
-    title = f"<h4>{escape(sample['id'])}</h4>"
-    if "problem" in sample:
-        return f'<li>{title}<p class="wrong">{escape(sample["problem"])}</p></li>'
-    right = sample["right"]
-    verdict = "as expected" if right else "not what was expected"
-    found = "says" if sample["kind"] == "answer" else f"finds ({sample['score']:.2f})"
-    rows = [
-        ("asked", sample["query"], ""),
-        ("expected", sample["expected"], ""),
-        (f"{found}, {verdict}", sample["found"], "right" if right else "wrong"),
     ]
-    listed = "".join(
-        f"<dt{f' class={mark!r}' if mark else ''}>{escape(name)}</dt><dd>{_shown(prompt)}</dd>"
-        for name, prompt, mark in rows
-    )
-    return f"<li>{title}<dl>{listed}</dl></li>"
 
 
-def _shown(prompt: Mapping[str, Any]) -> str:
-    pictures = "".join(
-        f'<img src="{escape(one)}" alt="picture of the sample">'
-        if one.startswith("data:")
-        else f"<em>[{escape(one)}]</em> "
-        for one in prompt["pictures"]
-    )
-    return pictures + (f"<div>{escape(prompt['text'])}</div>" if prompt["text"] else "")
+@torch.inference_mode()
+def _vectors(
+    loaded: Checkpoint, task: ContrastiveTask, items: Sequence[tuple[str, Prompt, PreparedPrompt]]
+) -> Tensor:
+    found = []
+    for chunk in token_chunks([len(one.token_ids) for _, _, one in items], CHUNK_TOKENS):
+        own = [items[i] for i in chunk]
+        batch = task.loader.pack(
+            [prompt for _, prompt, _ in own],
+            [encoded for _, _, encoded in own],
+            ids=[id for id, _, _ in own],
+        )
+        found.append(pooled(loaded.vlm, batch, task.pooling).float().cpu())
+    return torch.cat(found)
 
 
-def _settings(recipe: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=96)
-    return (
-        "<h2>Settings</h2>\n<details><summary>The whole recipe</summary>"
-        f'<pre tabindex="0">{escape(text)}</pre></details>\n'
-    )
+def _candidates(task: GenerativeTask | ContrastiveTask, limit: int) -> list[tuple[bool, Any]]:
+    """Return samples, and whether a step has drawn them."""
+    return [
+        (drawn, task.sources[name][number])
+        for drawn, (name, number) in islice(task.sampler.all_samples(), limit)
+    ]
+
+
+def shown(prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as {text, pictures}, its first pictures as small data URIs."""
+    pictures = [
+        thumbnail(part) if isinstance(part, Image) else type(part).__name__.lower()
+        for part in prompt.visuals[:2]
+    ]
+    return {"text": prompt.text, "pictures": pictures}
+
+
+def thumbnail(image: Image) -> str:
+    """Return a small picture as a data URI."""
+    encoded = jpeg_preview(decode_image(image), THUMBNAIL)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded).decode()

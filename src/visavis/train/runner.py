@@ -1,16 +1,14 @@
-"""A whole run: the model, its stages in order, the finished folder. Resumable at every point.
+"""A whole training run: load the model, run the stages in order, export. Resumable at every point.
 
-    out/recipe.yaml           what runs here; another recipe is refused
-    out/features/…            the vision tower's output, where it is kept
-    out/<stage>/step-….pt     checkpoints of a stage of steps
-    out/<stage>.safetensors   what a stage of fitting found
-    out/log.jsonl             one line per log interval, over all stages
-    out/trained.json          what each stage trains, part by part
-    out/samples.json          what the model says to a few samples after each stage
-    out/report.html           all of that to look at
-    out/model/                the folder `visavis.load` reads, renewed after each stage
-
-Knows the kinds of stages; objectives, loop and layouts are elsewhere.
+out/recipe.json           the recipe of this run; another recipe is refused
+out/features/…            the vision tower's cached output, if the recipe asks for it
+out/<stage>/step-….pt     checkpoints of a stage of gradient steps
+out/<stage>.safetensors   weights that a closed-form stage fitted
+out/log.jsonl             one line per log interval, over all stages
+out/trained.json          what each stage trains, part by part
+out/samples.json          predictions on a few samples after each stage
+out/report.html           a report of all of that
+out/model/                the folder `visavis.load` reads, updated after each stage
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -31,12 +29,11 @@ from visavis.checkpoints.compose import compose, tiled
 from visavis.checkpoints.load import embed_as, load_checkpoint
 from visavis.checkpoints.quantize import unpack_linears
 from visavis.data.examples import Sample
-from visavis.data.formats import open_data_source, source_fingerprint
-from visavis.data.sampler import SourceSampler
-from visavis.data.sampler import SourceShare as MixtureShare
+from visavis.data.sampler import SourceSampler, SourceShare
+from visavis.data.sources import source_fingerprint
 from visavis.errors import TrainError
-from visavis.processing.prompt_encoder import PromptEncoder
 from visavis.train.closed_form_stages import make_class_features, run_frozen_stage
+from visavis.train.context import Report, TrainingRun
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import TrainModule
 from visavis.train.export import save_model
@@ -50,7 +47,6 @@ from visavis.train.objectives import Task
 from visavis.train.objectives.contrastive import ContrastiveTask, JointTask
 from visavis.train.objectives.generative import GenerativeTask
 from visavis.train.param_groups import trainable_groups, trainable_table
-from visavis.train.predictions import predict
 from visavis.train.recipe import (
     Contrastive,
     DrawnFrom,
@@ -61,35 +57,10 @@ from visavis.train.recipe import (
     sources_of,
     trains_whole,
 )
-from visavis.train.report import write_report
+from visavis.train.report import predict, write_report
 from visavis.utils import write_atomically
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-Report = Callable[[str, int, int, str], None]  # stage, done, total, a line
 PRECISIONS = {"f32": "no", "bf16": "bf16", "f16": "fp16"}  # the recipe's and accelerate's names
-
-
-@dataclass
-class TrainingRun:
-    """The parts that every stage works on."""
-
-    recipe: Recipe
-    data: Path
-    out: Path
-    loaded: Checkpoint
-    encoder: PromptEncoder
-    accelerator: Accelerator
-    features: FeatureStore | None
-    report: Report
-    opened: dict[str, Sequence[Sample]] = field(default_factory=dict)
-
-    def source(self, name: str) -> Sequence[Sample]:
-        """Return a source's samples; its index is read once."""
-        if name not in self.opened:
-            self.opened[name] = open_data_source(self.recipe.data[name], self.data, name=name)
-        return self.opened[name]
 
 
 def run_recipe(
@@ -99,7 +70,7 @@ def run_recipe(
 
     Args:
         data: the folder that sources' paths start at.
-        out: where the run lives; an unfinished run there goes on.
+        out: where the run lives; an unfinished run there is resumed.
 
     Raises:
         TrainError: data is missing, or `out` holds a run of another recipe.
@@ -254,32 +225,32 @@ def build_task(run: TrainingRun, stage: StepsStage) -> tuple[Task, int]:
     steps = []
     if stage.generative is not None:
         chat = stage.generative
-        sources, mixture = _mixture(run, stage, chat)
-        batcher = _batcher(run, stage, chat, cut=chat.cut)
+        sources, sampler = _sampler(run, stage, chat)
+        loader = _loader(run, stage, chat, cut=chat.cut)
         parts.append(
             GenerativeTask(
                 sources,
-                mixture,
-                batcher,
+                sampler,
+                loader,
                 batch=chat.batch,
                 micro_tokens=chat.micro_tokens,
                 weight=chat.weight,
             )
         )
-        steps.append(mixture.size / chat.batch)
+        steps.append(sampler.size / chat.batch)
     if stage.contrastive is not None:
         match = stage.contrastive
-        sources, mixture = _mixture(run, stage, match)
-        if mixture.size < match.batch:
+        sources, sampler = _sampler(run, stage, match)
+        if sampler.size < match.batch:
             raise TrainError(
-                f"stage {stage.name!r} draws {match.batch} queries a step of {mixture.size} "
+                f"stage {stage.name!r} draws {match.batch} queries a step of {sampler.size} "
                 "samples, so that each batch would hold some twice; lower `batch`, or add data."
             )
         parts.append(
             ContrastiveTask(
                 sources,
-                mixture,
-                _batcher(run, stage, match),
+                sampler,
+                _loader(run, stage, match),
                 Contrast(
                     symmetric=match.symmetric,
                     alpha=match.alpha,
@@ -296,24 +267,24 @@ def build_task(run: TrainingRun, stage: StepsStage) -> tuple[Task, int]:
                 weight=match.weight,
             )
         )
-        steps.append(mixture.size / match.batch)
+        steps.append(sampler.size / match.batch)
     total = stage.steps or math.ceil((stage.epochs or 0) * max(steps))
     return (parts[0] if len(parts) == 1 else JointTask(parts)), total
 
 
-def _mixture(
+def _sampler(
     run: TrainingRun, stage: StepsStage, part: Generative | Contrastive
 ) -> tuple[dict[str, Sequence[Sample]], SourceSampler]:
     sources = {name: run.source(name) for name in part.sources}
 
-    def share(name: str, drawn: DrawnFrom) -> MixtureShare:
-        return MixtureShare(len(sources[name]), drawn.weight, drawn.block)
+    def share(name: str, drawn: DrawnFrom) -> SourceShare:
+        return SourceShare(len(sources[name]), drawn.weight, drawn.block)
 
     shares = {name: share(name, drawn) for name, drawn in part.sources.items()}
     return sources, SourceSampler(shares, seed=run.recipe.seed + sum(map(ord, stage.name)))
 
 
-def _batcher(
+def _loader(
     run: TrainingRun, stage: StepsStage, part: Generative | Contrastive, *, cut: bool = False
 ) -> DataLoader:
     encoder = run.encoder

@@ -1,7 +1,8 @@
-"""The model of a recipe without its numbers: shapes, picture sizes, and what counts words.
+"""The model of a recipe on the meta device: shapes, image sizes, and its tokenizer.
 
-Models that are here are described from their files' headers, published ones that are not from
-`checkpoints/hub_configs.py`. What is wrong is collected, not raised: a plan lists all of it.
+Settings decide: a folder's or GGUF file's own, or the config.json of a name on the hub. Where
+weights lie beside them, their headers are checked too. Problems are collected and not raised, so
+that a dry run lists all of them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Any
 
 import torch
 
-from visavis.checkpoints import hub_configs
-from visavis.checkpoints.adapters import adapter_chain
 from visavis.checkpoints.checkpoint import blank
 from visavis.checkpoints.compose import (
     EFFICIENTNET,
@@ -23,20 +22,29 @@ from visavis.checkpoints.compose import (
     tiled,
     tower_shape,
 )
-from visavis.checkpoints.detect import NATIVE, detect
-from visavis.checkpoints.gguf.reader import open_gguf
-from visavis.checkpoints.hub_configs import Outline
-from visavis.checkpoints.inspect import bundle_files, describe
-from visavis.checkpoints.load import find, sized_as
-from visavis.checkpoints.native import read_config
-from visavis.errors import CheckpointError, TrainError, VisavisError
+from visavis.checkpoints.formats import AdapterFormat, detect
+from visavis.checkpoints.load import find_settings
+from visavis.checkpoints.tensor_files import read_json
+from visavis.errors import CheckpointError, FetchError, TrainError, VisavisError
+from visavis.model.config import VLMConfig
 from visavis.model.vlm import VLM
-from visavis.processing.tokenizer import build_tokenizer, load_tokenizer
+from visavis.processing.config import ImageProcessorConfig, sized_as
+from visavis.processing.tokenizer import load_tokenizer
 from visavis.train.lora import add_lora, quantize_decoder
 from visavis.train.recipe import ModelRecipe, Recipe, trains_whole
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+MAX_CHAIN = 8  # adapters on one another
 Words = Callable[[str], int]  # counts the tokens of a text
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's shapes, and how its images are prepared."""
+
+    config: VLMConfig
+    processor: ImageProcessorConfig | None = None
 
 
 @dataclass
@@ -46,15 +54,12 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def unknown(self, where: str, name: str) -> None:
-        how = "with `visavis fetch nano` " if name == "smollm2-135m" else ""
-        self.problems.append(
-            f"{where}: {name} is not on this machine and its shape is not known here, so nothing "
-            f"can be said of it; fetch it {how}and ask again."
-        )
-
-    def from_afar(self, name: str) -> None:
-        self.notes.append(f"{name} is not on this machine: planned from its published shape")
+    def refused(self, where: str, error: VisavisError) -> None:
+        """Note a model or a part that cannot be planned with."""
+        advice = ""
+        if isinstance(error, FetchError):
+            advice = " A dry run reads only its config.json: name a local folder that holds one."
+        self.problems.append(f"{where}: {error}{advice}")
 
 
 def model_outline(model: ModelRecipe, found: Findings) -> tuple[Outline | None, Words | None]:
@@ -84,64 +89,65 @@ def model_outline(model: ModelRecipe, found: Findings) -> tuple[Outline | None, 
 
 
 def _whole(name: str, where: str, found: Findings) -> tuple[Outline | None, Words | None]:
+    """Return a whole model, and what counts the tokens of a text where its tokenizer is there."""
     try:
-        path = find(name)
-        if path is not None:
-            return _described(path), _words(path)
+        return _described(find_settings(name), found)
     except VisavisError as error:
-        found.problems.append(f"{where}: {error}")
+        found.refused(where, error)
         return None, None
-    outline = hub_configs.outline(name)
-    if outline is None:
-        found.unknown(where, name)
-    else:
-        found.from_afar(name)
-    return outline, None
 
 
-def _described(path: Path) -> Outline:
-    """Return the outline of a checkpoint that is here.
+def _described(path: Path, found: Findings) -> tuple[Outline, Words | None]:
+    """Return the outline of a checkpoint.
 
     Raises:
         CheckpointError: it is damaged, or no whole model.
+        FetchError: the base of an adapter is not on this machine.
     """
-    if detect(path).kind == "adapter":
-        path = adapter_chain(path, None)[1]
-    described = describe(path)
-    if described.config is None or described.problems:
-        raise CheckpointError("; ".join(described.problems) or f"{path} is no whole model")
-    return Outline(described.config, described.processor)
+    for _ in range(MAX_CHAIN):
+        detected = detect(path)
+        if detected.format is not AdapterFormat:
+            break
+        path = _base_of(path)
+    if not _has_weights(path):
+        found.notes.append(f"{path} holds no weights: planned from its settings")
+        outline = Outline(*detected.format.read_config(path))
+        return outline, _counter(lambda: load_tokenizer(path)[0])
+    opened = detected.open()
+    if opened.config is None or opened.problems:
+        raise CheckpointError("; ".join(opened.problems) or f"{path} is no whole model")
+    return Outline(opened.config, opened.processor), _counter(lambda: opened.tokenizer()[0])
 
 
-def _words(path: Path) -> Words | None:
-    """Return what counts tokens; None where the tokenizer is not to be had by itself."""
+def _base_of(adapter: Path) -> Path:
+    """Return the folder of the model that an adapter was trained on."""
+    named = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path"))
+    return adapter / named if (adapter / named).is_dir() else find_settings(named)
+
+
+def _has_weights(path: Path) -> bool:
+    return path.is_file() or any(next(path.rglob(one), None) for one in WEIGHTS)
+
+
+def _counter(tokenizer: Callable[[], Any]) -> Words | None:
+    """Return what counts tokens; None where the tokenizer is not on this machine."""
     try:
-        if (path / NATIVE).is_file() and (bundled := bundle_files(read_config(path))):
-            path = bundled[0]
-        if path.suffix == ".gguf":
-            tokenizer = build_tokenizer(open_gguf(path).metadata)
-        else:
-            tokenizer, _ = load_tokenizer(path)
+        found = tokenizer()
     except VisavisError:
         return None
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+    return lambda text: len(found.encode(text, add_special_tokens=False).ids)
 
 
 def _tower(model: ModelRecipe, found: Findings) -> Any:
-    """Return a vision tower's config and how its pictures are sized."""
-    name = model.vision_tower
+    """Return a vision tower's config, and how its images are sized."""
+    parts = model.composition()
     try:
-        if name == EFFICIENTNET or find(name) is not None:
-            return tower_shape(model.composition())
+        if parts.vision_tower != EFFICIENTNET:
+            parts = replace(parts, vision_tower=str(find_settings(parts.vision_tower)))
+        return tower_shape(parts)
     except VisavisError as error:
-        found.problems.append(f"model.vision_tower: {error}")
+        found.refused("model.vision_tower", error)
         return None
-    tower = hub_configs.tower(name)
-    if tower is None:
-        found.unknown("model.vision_tower", name)
-    else:
-        found.from_afar(name)
-    return tower
 
 
 def skeleton(recipe: Recipe, outline: Outline, found: Findings) -> VLM | None:

@@ -25,6 +25,8 @@ from tokenizers import Tokenizer
 from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.gguf.architectures import (
     ARCHITECTURES,
+    POOLING,
+    PROFILE,
     Architecture,
     TensorLayout,
     shape_of,
@@ -36,7 +38,6 @@ from visavis.checkpoints.gguf.decoder import (
     side_by_side,
     split_rows,
 )
-from visavis.checkpoints.gguf.load import POOLING, PROFILE, chat_template
 from visavis.checkpoints.gguf.mmproj_export import check_exportable, write_mmproj
 from visavis.checkpoints.gguf.quantize import FILE_TYPES, quantize, tensor_type
 from visavis.checkpoints.gguf.writer import NewTensor, as_numpy, quantized, weight, write_file
@@ -44,6 +45,8 @@ from visavis.errors import CheckpointError
 from visavis.model.config import DecoderConfig, PerLayer, RopeScaling
 from visavis.model.decoder import Decoder
 from visavis.model.rope import scaled
+from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
+from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import (
     BYTE,
     CONTROL,
@@ -58,6 +61,7 @@ from visavis.processing.tokenizer_conversion import PRE_TOKENIZERS
 from visavis.utils import lookup
 
 MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
+MARK_START, MARK_END = "<__media", "__>"  # what llama.cpp's marks begin and end with
 
 
 def write_gguf(loaded: Checkpoint, path: str | Path, *, kind: str = "F16") -> list[Path]:
@@ -356,3 +360,70 @@ def _refusal(found: str, expected: str) -> CheckpointError:
         f"the tokenizer {found}, expected {expected}; it cannot be written to GGUF. Export the "
         "model in transformers' layout instead."
     )
+
+
+# ---- chat template ---------------------------------------------------------------------------
+
+
+def chat_template(profile: PromptConfig, bos: str) -> str:
+    """Return a jinja chat template that writes a profile's turns; empty where there are none.
+
+    Of the formats of `chat_formats.py` only `plain`, which leaves the user's words out, has none.
+
+    Args:
+        bos: what every conversation begins with.
+    """
+    if not profile.chat_template:
+        return profile.jinja
+    turns = lookup("chat template", profile.chat_template, CHAT_FORMATS)
+    if any(turn.images_only for turn in turns.turns.values()):
+        return ""
+    image = (turns.image_start + profile.image_start, profile.image_end + turns.image_end)
+    return _jinja(turns, bos, _content(*image))
+
+
+def _jinja(template: ChatFormat, bos: str, content: str) -> str:
+    """Return jinja that renders turns as `templates.encode_turns` does.
+
+    Args:
+        content: an expression, what a message says.
+    """
+
+    def around(turn: Turn, text: str) -> str:
+        before, after = _quoted(turn.start + turn.gap), _quoted(turn.end + turn.after)
+        return f"{{{{ {before} + {text} + {after} }}}}"
+
+    pieces = [f"{{{{ {_quoted(bos + template.before)} }}}}"]
+    if template.system:
+        own = around(template.turns["system"], _quoted(template.system))
+        absent = "not messages or messages[0]['role'] != 'system'"
+        pieces.append(f"{{% if {absent} %}}{own}{{% endif %}}")
+    pieces.append("{% set seen = namespace(user=false) %}{% for message in messages %}")
+    word = "if"
+    for role, turn in template.turns.items():
+        body = around(turn, content)
+        if role == "user" and template.first_user is not None:
+            first = around(template.first_user, content)
+            once = "{% set seen.user = true %}"
+            body = f"{{% if seen.user %}}{body}{{% else %}}{first}{once}{{% endif %}}"
+        pieces.append(f"{{% {word} message['role'] == '{role}' %}}{body}")
+        word = "elif"
+    generation = _quoted(template.turns["assistant"].start)
+    pieces.append("{% else %}{{ raise_exception('no such role in this chat format') }}")
+    pieces.append("{% endif %}{% endfor %}")
+    pieces.append(f"{{% if add_generation_prompt %}}{{{{ {generation} }}}}{{% endif %}}")
+    return "".join(pieces)
+
+
+def _content(image_start: str, image_end: str) -> str:
+    """Return the expression of a message's text, with what belongs beside its pictures."""
+    text = "message['content']"
+    if image_start:
+        text += f" | replace({_quoted(MARK_START)}, {_quoted(image_start + MARK_START)})"
+    if image_end:
+        text += f" | replace({_quoted(MARK_END)}, {_quoted(MARK_END + image_end)})"
+    return f"({text})"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,244 +1,213 @@
-"""Chat formats as jinja, for `tokenizer.chat_template`: what a GGUF file can say of them.
+"""A GGUF file, or a folder of a language model and its vision half (mmproj), opened and loaded.
 
-llama.cpp puts a mark where a picture stands and hands a template the text around it; what belongs
-beside a picture (LLaVA's newline after each) is therefore written beside that mark. Knows no
-tokenizer.
+A model in several parts counts as one. Tokenizer and chat template are in the metadata.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from visavis.checkpoints.checkpoint import Checkpoint, checkpoint_fingerprint
+from visavis.checkpoints.checkpoint import Checkpoint, Written, checkpoint_fingerprint
+from visavis.checkpoints.checkpoint_format import (
+    CONFIG,
+    Candidate,
+    CheckpointFormat,
+    Companions,
+    DetectedFormat,
+    TensorEntry,
+)
+from visavis.checkpoints.gguf.architectures import POOLING, PROFILE
 from visavis.checkpoints.gguf.decoder import check_types, decoder_config, decoder_tensors
+from visavis.checkpoints.gguf.export import write_gguf
 from visavis.checkpoints.gguf.mmproj import ARCHITECTURE, MmprojModel, half_state, read_half
-from visavis.checkpoints.gguf.reader import GGUFFile, TensorInfo, open_gguf
+from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf, open_model
 from visavis.checkpoints.gguf.repack import take_blocks
-from visavis.checkpoints.quantize import Quantizer
+from visavis.checkpoints.quantize import LowRank, Quantizer
+from visavis.checkpoints.transformers.config_reader import Json
 from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
-from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
 from visavis.processing.prompt_encoder import PromptConfig
-from visavis.processing.tokenizer import build_tokenizer, special_tokens
-from visavis.utils import lookup
+from visavis.processing.tokenizer import SpecialTokens, build_tokenizer, special_tokens
 
-MARK_START, MARK_END = "<__media", "__>"  # what llama.cpp's marks begin and end with
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-
-def chat_template(profile: PromptConfig, bos: str) -> str:
-    """Return a jinja chat template that writes a profile's turns; empty where there are none.
-
-    Of the formats of `chat_formats.py` only `plain`, which leaves the user's words out, has none.
-
-    Args:
-        bos: what every conversation begins with.
-    """
-    if not profile.chat_template:
-        return profile.jinja
-    turns = lookup("chat template", profile.chat_template, CHAT_FORMATS)
-    if any(turn.images_only for turn in turns.turns.values()):
-        return ""
-    image = (turns.image_start + profile.image_start, profile.image_end + turns.image_end)
-    return _jinja(turns, bos, _content(*image))
-
-
-def _jinja(template: ChatFormat, bos: str, content: str) -> str:
-    """Return jinja that renders turns as `templates.encode_turns` does.
-
-    Args:
-        content: an expression, what a message says.
-    """
-
-    def around(turn: Turn, text: str) -> str:
-        before, after = _quoted(turn.start + turn.gap), _quoted(turn.end + turn.after)
-        return f"{{{{ {before} + {text} + {after} }}}}"
-
-    pieces = [f"{{{{ {_quoted(bos + template.before)} }}}}"]
-    if template.system:
-        own = around(template.turns["system"], _quoted(template.system))
-        absent = "not messages or messages[0]['role'] != 'system'"
-        pieces.append(f"{{% if {absent} %}}{own}{{% endif %}}")
-    pieces.append("{% set seen = namespace(user=false) %}{% for message in messages %}")
-    word = "if"
-    for role, turn in template.turns.items():
-        body = around(turn, content)
-        if role == "user" and template.first_user is not None:
-            first = around(template.first_user, content)
-            once = "{% set seen.user = true %}"
-            body = f"{{% if seen.user %}}{body}{{% else %}}{first}{once}{{% endif %}}"
-        pieces.append(f"{{% {word} message['role'] == '{role}' %}}{body}")
-        word = "elif"
-    generation = _quoted(template.turns["assistant"].start)
-    pieces.append("{% else %}{{ raise_exception('no such role in this chat format') }}")
-    pieces.append("{% endif %}{% endfor %}")
-    pieces.append(f"{{% if add_generation_prompt %}}{{{{ {generation} }}}}{{% endif %}}")
-    return "".join(pieces)
-
-
-def _content(image_start: str, image_end: str) -> str:
-    """Return the expression of a message's text, with what belongs beside its pictures."""
-    text = "message['content']"
-    if image_start:
-        text += f" | replace({_quoted(MARK_START)}, {_quoted(image_start + MARK_START)})"
-    if image_end:
-        text += f" | replace({_quoted(MARK_END)}, {_quoted(MARK_END + image_end)})"
-    return f"({text})"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
-MAX_MISSING_LISTED = 5
-
-
-class SplitGGUF(GGUFFile):
-    """Several open files as one: tensors stay in the file that holds them."""
-
-    def __init__(self, parts: list[GGUFFile]) -> None:
-        first = parts[0]
-        metadata = {k: v for k, v in first.metadata.items() if not k.startswith("split.")}
-        self.owner: dict[str, GGUFFile] = {}
-        tensors: dict[str, TensorInfo] = {}
-        for part in parts:
-            for name, info in part.tensors.items():
-                if name in tensors:
-                    raise CheckpointError(
-                        f"{name} stands in {self.owner[name].path.name} and in {part.path.name}, "
-                        "expected once; parts of two models are mixed, fetch them again."
-                    )
-                tensors[name], self.owner[name] = info, part
-        super().__init__(first.path, b"", metadata, tensors)
-
-    def raw(self, name: str) -> np.ndarray:
-        """Return a tensor's bytes, a read-only uint8 view of its mapped file."""
-        return self.owner[name].raw(name)
-
-    def release(self, name: str) -> None:
-        self.owner[name].release(name)
-
-
-def part_names(name: str) -> list[str]:
-    """Return the names of all parts of a model from one of them; of a whole file, its own."""
-    named = NAME.fullmatch(name)
-    if named is None:
-        return [name]
-    return [f"{named[1]}-{n:05}-of-{named[3]}.gguf" for n in range(1, int(named[3]) + 1)]
-
-
-def open_model(path: Path) -> tuple[GGUFFile, list[Path]]:
-    """Open a GGUF file, with all other parts if it is one of several; return their paths too.
-
-    Raises:
-        CheckpointError: a file is damaged, or parts are missing or do not belong together.
-    """
-    file = open_gguf(path)
-    count = file.metadata.get("split.count", 1)
-    if isinstance(count, int) and count in (0, 1):
-        return file, [path]
-    named = NAME.fullmatch(path.name)
-    if not isinstance(count, int) or named is None or int(named[3]) != count:
-        raise CheckpointError(
-            f"{path} is one of {count} parts, expected a name that ends in "
-            f"-00001-of-{count!s:0>5}.gguf, by which the others are found; give the parts their "
-            "names back, or join them with `llama-gguf-split --merge`."
-        )
-    paths = [path.with_name(name) for name in part_names(path.name)]
-    missing = [one.name for one in paths if not one.is_file()]
-    if missing:
-        more = (
-            f" and {len(missing) - MAX_MISSING_LISTED} more"
-            if len(missing) > MAX_MISSING_LISTED
-            else ""
-        )
-        raise CheckpointError(
-            f"{path.parent} lacks {', '.join(missing[:MAX_MISSING_LISTED])}{more} of {count} "
-            "parts; fetch what is missing into the same folder."
-        )
-    parts = [open_gguf(one) for one in paths]
-    for number, part in enumerate(parts):
-        found = tuple(part.metadata.get(f"split.{key}") for key in ("no", "count"))
-        if found != (number, count):
-            raise CheckpointError(
-                f"{part.path} says it is part {found[0]} of {found[1]}, expected {number} (from "
-                f"0) of {count}; its name was changed or it belongs to another model."
-            )
-    whole = SplitGGUF(parts)
-    total = parts[0].metadata.get("split.tensors.count", len(whole.tensors))
-    if total != len(whole.tensors):
-        raise CheckpointError(
-            f"the {count} parts of {path} hold {len(whole.tensors)} tensors, expected {total}; "
-            "parts of two models are mixed, fetch them again."
-        )
-    return whole, paths
-
-
-PROFILE = "visavis.prompt_profile"  # ours: how to ask and to embed, word for word
-POOLING = {"mean": 1, "last": 3}  # llama.cpp's numbers
 PLACEHOLDER = "<image>"  # what vocabularies call it that have one
+TOKENS = "tokenizer.ggml.tokens"
 MAX_LISTED = 5
 
 
-def load_gguf(
-    path: Path,
-    *,
-    vision_tower: Path | None = None,
-    precision: str = "auto",
-    device: str = "cpu",
-) -> Checkpoint:
-    """Load a language model from a GGUF file (and the other parts of a split one), with its
-    tokenizer and chat template, and its vision half.
+@dataclass(kw_only=True)
+class GGUFFormat(CheckpointFormat):
+    """A language model in GGUF, alone or with its vision half."""
 
-    Args:
-        path: a file, or a folder with one language model and at most one vision half.
-        vision_tower: the file of the vision half (mmproj).
+    kind = "gguf"
+    title = "GGUF"
+    takes = ("vision_tower",)
+    target = "gguf"
+    peer = "xllamacpp"
+    library = "gguf"
+    has_gguf_types = True
 
-    Raises:
-        CheckpointError: a file is damaged or of a variant that is not read, or files do not belong
-            together.
-    """
-    if path.is_dir():
-        path, found = find_parts(path)
-        vision_tower = vision_tower or found
-    file, paths = open_model(path)
-    if str(file.metadata.get("general.architecture")) == ARCHITECTURE:
-        raise CheckpointError(
-            f"{path} is the vision half of a model (mmproj), expected its language model; give "
-            f"that, and this file with it: visavis.load('model.gguf', vision_tower={str(path)!r})."
+    file: GGUFFile
+    vision: GGUFFile | None
+    half: MmprojModel | None
+
+    @classmethod
+    def matches(cls, candidate: Candidate) -> DetectedFormat | None:
+        metadata = candidate.gguf
+        if metadata is not None:
+            why = f"a GGUF file with general.architecture {_architecture(metadata)!r}"
+            if "split.count" in metadata:
+                why += f", one of {metadata['split.count']} parts"
+            return cls.found(candidate, why)
+        names = sorted(path.name for path in candidate.path.glob("*.gguf"))
+        if not names or candidate.has(CONFIG):
+            return None
+        return cls.found(candidate, f"it has {names[0]} and no {CONFIG}", *names)
+
+    @classmethod
+    def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        path, vision_path = detected.path, companions.vision_tower
+        if path.is_dir():
+            path, found = find_parts(path)
+            vision_path = vision_path or found
+        file, files = open_model(path)
+        config = VLMConfig(decoder=decoder_config(file))
+        half = vision = None
+        if vision_path is not None:
+            vision, half = _open_half(vision_path, config.decoder.width, path)
+            config = half.joined(config, _placeholder(file.metadata))
+            files = [*files, vision_path]
+        has_template = "tokenizer.chat_template" in file.metadata
+        return cls(
+            detected=detected,
+            companions=companions,
+            name=str(file.metadata.get("general.name", path.stem)),
+            settings=_settings(file),
+            config=config,
+            processor=None if half is None else half.processor,
+            tensors=_blocks(file) | ({} if vision is None else _blocks(vision)),
+            files=files,
+            facts={
+                "architecture": str(file.metadata.get("general.architecture", "unknown")),
+                "chat template": "in the file" if has_template else "none",
+            },
+            file=file,
+            vision=vision,
+            half=half,
         )
-    config = VLMConfig(decoder=decoder_config(file))
-    half = vision = None
-    if vision_tower is not None:
-        vision, half = _open_half(vision_tower, config.decoder.width, path)
-        paths = [*paths, vision_tower]
-    specials = special_tokens(file.metadata)
-    if half is not None:
-        # Without a placeholder in the vocabulary any id will do: images are found by position.
-        config = half.joined(config, specials.by_text.get(PLACEHOLDER, 0))
-    check_types(file)
-    tokenizer = build_tokenizer(file.metadata)
-    packing = Quantizer(config, precision, device, where=str(path))
-    state = {n: take_blocks(packing, file, n, stored) for n, stored in decoder_tensors(file)}
-    if vision is not None and half is not None:
-        for name, tensor in half_state(vision, half):
-            state[name] = packing.take(name, tensor)
-    return Checkpoint(
-        name=str(file.metadata.get("general.name", path.stem)),
-        vlm=packing.build(state),
-        tokenizer=tokenizer,
-        specials=specials,
-        profile=_profile(file),
-        processor=None if half is None else half.processor,
-        fingerprint=checkpoint_fingerprint(paths, {"precision": packing.regime}),
-        files=paths,
-    )
+
+    @classmethod
+    def save(
+        cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
+    ) -> Written:
+        return Written(write_gguf(checkpoint, folder, kind=kind))
+
+    def tokenizer(self) -> tuple[Tokenizer, SpecialTokens]:
+        metadata = self.file.metadata
+        return build_tokenizer(metadata), special_tokens(metadata)
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return _prompt_config(self.file)
+
+    def state(self, quantizer: Quantizer) -> tuple[dict[str, Tensor], LowRank | None]:
+        file = self.file
+        check_types(file)
+        state = {n: take_blocks(quantizer, file, n, stored) for n, stored in decoder_tensors(file)}
+        if self.vision is not None and self.half is not None:
+            for name, tensor in half_state(self.vision, self.half):
+                state[name] = quantizer.take(name, tensor)
+        return state, None
+
+    def fingerprint(self, quantizer: Quantizer) -> str:
+        return checkpoint_fingerprint(self.files, {"precision": quantizer.regime})
+
+    def misfits(self) -> list[str]:
+        try:
+            next(decoder_tensors(self.file))  # names and shapes are checked before the first
+        except CheckpointError as error:
+            return [str(error)]
+        return []
+
+
+@dataclass(kw_only=True)
+class MmprojFormat(CheckpointFormat):
+    """The vision half of a model, which is loaded with its language model."""
+
+    kind = "mmproj"
+    title = "GGUF vision projector"
+    takes = ("vision_tower",)
+
+    @classmethod
+    def matches(cls, candidate: Candidate) -> DetectedFormat | None:
+        if candidate.gguf is None or _architecture(candidate.gguf) != ARCHITECTURE:
+            return None
+        return cls.found(candidate, f"a GGUF file with general.architecture {ARCHITECTURE!r}")
+
+    @classmethod
+    def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        path, file = detected.path, open_gguf(detected.path)
+        half = read_half(file)
+        return cls(
+            detected=detected,
+            companions=companions,
+            name=str(file.metadata.get("general.name", path.stem)),
+            settings=_settings(file),
+            config=None,
+            processor=half.processor,
+            tensors=_blocks(file),
+            files=[path],
+            lacking=(
+                f"{path} is the vision half of a model (mmproj), expected its language model; give "
+                "that, and this file with it: visavis.load('model.gguf', "
+                f"vision_tower={str(path)!r})."
+            ),
+            details=(
+                f"{half.tower.kind}, {half.tower.image_size} px; {half.connector.kind} to width "
+                f"{half.connector.out_width}"
+            ),
+        )
+
+
+def _architecture(metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get("general.architecture"))
+
+
+def _placeholder(metadata: Mapping[str, Any]) -> int:
+    """Return the id of the image placeholder. Without one in the vocabulary any id will do: images
+    are found by position."""
+    if TOKENS not in metadata:
+        return 0
+    return special_tokens(metadata).by_text.get(PLACEHOLDER, 0)
+
+
+def _blocks(file: GGUFFile) -> dict[str, TensorEntry]:
+    def read(name: str) -> Tensor:
+        return torch.from_numpy(file.dequantize(name))
+
+    return {
+        name: TensorEntry(info.type, info.shape, partial(read, name))
+        for name, info in file.tensors.items()
+    }
+
+
+def _settings(file: GGUFFile) -> Json:
+    """Return a GGUF file's metadata as JSON has it."""
+    return {
+        key: value.tolist() if isinstance(value, np.ndarray) else value
+        for key, value in file.metadata.items()
+        if not key.startswith("split.")
+    }
 
 
 def find_parts(folder: Path) -> tuple[Path, Path | None]:
@@ -282,7 +251,7 @@ def _open_half(path: Path, width: int, model: Path) -> tuple[GGUFFile, MmprojMod
     return file, half
 
 
-def _profile(file: GGUFFile) -> PromptConfig:
+def _prompt_config(file: GGUFFile) -> PromptConfig:
     """Return how to ask and to embed: as we wrote it, or what the file's own keys say."""
     metadata: Mapping[str, Any] = file.metadata
     own = metadata.get(PROFILE)

@@ -24,8 +24,7 @@ from visavis.checkpoints.gguf.reader import GGUFFile
 from visavis.checkpoints.tensor_files import warn_not_finite
 from visavis.errors import CheckpointError, InputError
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
-from visavis.processing.anyres import AnyresConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import AnyresConfig, ImageProcessorConfig
 
 ARCHITECTURE = "clip"
 VISION = "visavis.vision"  # ours: how pictures are prepared and put together, to the last setting

@@ -24,7 +24,7 @@ from visavis.checkpoints.gguf.writer import NewTensor, stored, weight, write_fil
 from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, ViTConfig, VLMConfig
 from visavis.model.vision.vit import resize_positions
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 
 
 def check_exportable(loaded: Checkpoint) -> None:

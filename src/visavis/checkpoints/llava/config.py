@@ -14,14 +14,14 @@ from pathlib import PurePath
 from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import Json, require, without_nulls
-from visavis.checkpoints.transformers.language_models import decoder_config
+from visavis.checkpoints.transformers.language_models import decoder_config, decoder_rows
 from visavis.checkpoints.transformers.processor import MAX_TILES, grids
 from visavis.checkpoints.transformers.vision_models import CLIP, LLAVA_TOWER, SIGLIP, vit_config
-from visavis.checkpoints.transformers.weights import decoder_rows, tower_table
+from visavis.checkpoints.transformers.weights import tower_table
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, VLMConfig
-from visavis.processing.anyres import AnyresConfig
+from visavis.processing.config import AnyresConfig
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 # What the original classes build on. Their model_type is often just "llava", so classes go first.

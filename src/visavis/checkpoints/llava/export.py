@@ -41,7 +41,7 @@ from visavis.checkpoints.transformers.export_processor import processor_json
 from visavis.checkpoints.transformers.vision_models import vit_config
 from visavis.checkpoints.transformers.weights import write_as
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 
 TOWER = "vision_tower"
 OTHERS = "`--to native` keeps every part"

@@ -1,4 +1,4 @@
-"""A folder in LLaVA's original layout, loaded whole; its vision tower or base may lie elsewhere.
+"""A folder in LLaVA's original layout; its vision tower or base may lie elsewhere.
 
     config.json  weights  tokenizer.json                       a checkpoint
     config.json  mm_projector.bin                              a first stage: its base must be given
@@ -10,18 +10,28 @@ else from the tower's folder, which may be fetched from the hub. Executes nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from visavis.checkpoints import hub
-from visavis.checkpoints.adapters import Adapter, merged
-from visavis.checkpoints.checkpoint import Checkpoint, checkpoint_fingerprint
-from visavis.checkpoints.detect import PROJECTOR, is_first_stage
+from visavis.checkpoints.adapters import merged
+from visavis.checkpoints.checkpoint import Checkpoint, Written
+from visavis.checkpoints.checkpoint_format import (
+    CONFIG,
+    NO_TEMPLATE,
+    Candidate,
+    Companions,
+    DetectedFormat,
+    FolderFormat,
+    adapter_files,
+    outermost,
+    refuse_quantised,
+)
 from visavis.checkpoints.llava.config import (
     TOWER_PREFIX,
     image_tokens,
@@ -35,7 +45,7 @@ from visavis.checkpoints.llava.config import (
     turns_of,
     vlm_config,
 )
-from visavis.checkpoints.quantize import Quantizer
+from visavis.checkpoints.llava.export import write_llava
 from visavis.checkpoints.tensor_files import (
     StoredTensor,
     TensorFiles,
@@ -44,153 +54,228 @@ from visavis.checkpoints.tensor_files import (
     weight_files,
 )
 from visavis.checkpoints.transformers.config_reader import Json, require
-from visavis.checkpoints.transformers.load import (
-    CONFIG_NAME,
-    chat_template,
-    check_vocabulary,
-    refuse_quantised,
-    words_folder,
-)
+from visavis.checkpoints.transformers.load import chat_template
 from visavis.checkpoints.transformers.processor import processor_config
 from visavis.checkpoints.transformers.vision_models import vision_part
-from visavis.checkpoints.transformers.weights import read_as, tower_table
-from visavis.checkpoints.weight_mapping import NameTable
+from visavis.checkpoints.transformers.weights import tower_table
 from visavis.errors import CheckpointError, FetchError
 from visavis.model.config import VLMConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PROFILES, PromptConfig
-from visavis.processing.tokenizer import (
-    SpecialTokens,
-    has_tokenizer,
-    load_tokenizer,
-    tokenizer_file,
-)
+from visavis.processing.tokenizer import SpecialTokens, has_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PROCESSOR = "preprocessor_config.json"
+PROJECTOR = "mm_projector.bin"  # what LLaVA's first stage trains
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_LISTED = 4
 
 
-def load_llava(
-    folder: Path,
-    *,
-    base: Path | None = None,
-    adapters: Sequence[Adapter] = (),
-    vision_tower: Path | None = None,
-    precision: str = "auto",
-    device: str = "cpu",
-) -> Checkpoint:
-    """Load a checkpoint, a first stage's projector on its base, or adapters on theirs.
-
-    Args:
-        folder: what holds the layout's config.json.
-        base: the language model's folder, of a first stage or of adapters.
-        vision_tower: the folder of the tower; for its weights too if the checkpoint has none.
-
-    Raises:
-        CheckpointError: a file is absent or damaged, or the files do not belong together.
-    """
-    found = open_llava(folder, base=base, adapters=adapters, vision_tower=vision_tower, fetch=True)
-    if found.lacking is not None:
-        raise found.lacking
-    data, config, processor = found.data, found.config, found.processor
-    body = base or folder
-    words = folder if has_tokenizer(folder) else words_folder(adapters, body)
-    tokenizer, specials = load_tokenizer(words)
-    specials = _with_image_tokens(tokenizer, specials, found, words)
-    check_vocabulary(tokenizer, config, words)
-    packing = Quantizer(config, precision, device, where=str(folder))
-    state = read_as(config, found.table, found.tensors, where=str(folder), convert=packing.take)
-    identity: dict[str, Any] = {"config": data, "text": found.text, "vision": found.vision}
-    identity |= {"processor": processor.to_dict(), "adapters": [one.config for one in adapters]}
-    top = adapters[-1].folder if adapters else folder
-    return Checkpoint(
-        name=top.resolve().name,
-        vlm=packing.build(state),
-        tokenizer=tokenizer,
-        specials=specials,
-        profile=_profile(found, folder),
-        processor=processor,
-        fingerprint=checkpoint_fingerprint([tokenizer_file(words), *found.files], identity),
-        files=[folder / CONFIG_NAME, *found.files],
-    )
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A folder with all its parts found and no tensor read.
+@dataclass(kw_only=True)
+class LlavaFormat(FolderFormat):
+    """A checkpoint in LLaVA's original format, or LLaVA's adapters on their base.
 
     Attributes:
-        tensors: by the layout's names, wherever they lie.
-        added: special tokens that a first stage adds to its base's vocabulary.
-        chat_template: the chat format that the config settles; empty for a first stage, which has
-            seen captions only.
-        lacking: why the folder cannot be loaded as it is.
+        chat_template: the chat format that config.json settles; empty: `jinja` is used.
+        added: special tokens that are added to the tokenizer's vocabulary.
     """
 
-    data: Json
-    text: Json
-    vision: Json
-    config: VLMConfig
-    processor: ImageProcessorConfig
-    tensors: TensorFiles
-    table: NameTable
-    files: list[Path]
-    first_stage: bool
-    added: tuple[str, ...]
-    chat_template: str
-    lacking: CheckpointError | None
+    kind = "llava_original"
+    title = "LLaVA, original"
+    takes = ("adapters", "vision_tower")
+    target = "llava"
 
-
-def open_llava(
-    folder: Path,
-    *,
-    base: Path | None = None,
-    adapters: Sequence[Adapter] = (),
-    vision_tower: Path | None = None,
-    fetch: bool = False,
-) -> Opened:
-    """Find the parts of a model; see `load_llava`.
-
-    Args:
-        fetch: a vision tower that is needed and not here may be fetched from the hub.
-
-    Raises:
-        CheckpointError: a file is absent or damaged, or the files do not belong together.
-    """
-    data = read_json(folder / CONFIG_NAME)
-    refuse_quantised(data, folder)
-    first_stage = is_first_stage(folder)
-    body = _base(folder, base) if first_stage else base or folder
-    text = read_json(body / CONFIG_NAME)
-    refuse_quantised(text, body)
-    if is_llava(text):
-        text = text_config(text)
-    files = weight_files(body)
-    entries = read_headers(files)
+    chat_template: str = ""
+    jinja: str = ""
     added: tuple[str, ...] = ()
-    if first_stage:
-        files.append(folder / PROJECTOR)
+
+    @classmethod
+    def matches(cls, candidate: Candidate) -> DetectedFormat | None:
+        if not is_llava(candidate.config):
+            return None
+        return cls.found(candidate, f"{CONFIG} has mm_vision_tower", CONFIG)
+
+    @classmethod
+    def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        folder, body = detected.path, companions.base or detected.path
+        data, text = _read_configs(folder, body)
+        files, settled = weight_files(body), turns_of(data, text)
+        jinja = "" if settled else chat_template(folder)
+        return cls(
+            **_assembled(detected, companions, data, text, files, read_headers(files)),
+            facts=_facts(data, text, settled or ("in the folder" if jinja else "")),
+            chat_template=settled,
+            jinja=jinja,
+        )
+
+    @classmethod
+    def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
+        data, text = _read_configs(path, path)
+        tower = _tower_folder(path, data, None)
+        vision = _vision_config(path, data, tower)
+        return vlm_config(data, text, vision), _image_processor(path, data, vision, tower)
+
+    @classmethod
+    def save(
+        cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
+    ) -> Written:
+        return write_llava(checkpoint, folder, progress=progress)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The checkpoint's own folder if it has a tokenizer, else an adapter's or the base's."""
+        if has_tokenizer(self.path):
+            return self.path
+        places = [adapter.folder for adapter in reversed(self.companions.adapters)]
+        body = self.companions.base or self.path
+        return next((place for place in places if has_tokenizer(place)), body)
+
+    def special_tokens(
+        self, tokenizer: Tokenizer, specials: SpecialTokens, folder: Path
+    ) -> SpecialTokens:
+        """Return the special tokens, those around each image among them."""
+        assert self.config is not None
+        tokens = image_tokens(self.settings)
+        if not tokens[0]:
+            return specials
+        tokenizer.add_special_tokens(list(self.added))
+        texts = (*self.added, *tokens)
+        ids = {text: n for text in texts if (n := tokenizer.token_to_id(text)) is not None}
+        rows = self.config.decoder.vocab_size
+        if len(ids) < len(set(texts)) or (self.added and ids[tokens[1]] != rows - 1):
+            raise CheckpointError(
+                f"the tokenizer of {folder} gives {', '.join(tokens)} the ids "
+                f"{[ids.get(text) for text in tokens]}, but the model has {rows} embeddings and "
+                "was trained with these tokens around each image (mm_use_im_start_end); copy the "
+                "tokenizer that was saved with it."
+            )
+        return replace(specials, by_text=specials.by_text | ids)
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        start, end = image_tokens(self.settings)
+        found = PromptConfig(
+            chat_template=self.chat_template,
+            jinja=self.jinja,
+            image_start=start,
+            image_end=end,
+            video_times="llava-video" if tells_times(self.settings) else "",
+        )
+        return found.embedding_as(PROFILES["llave"]) if is_llave(self.settings) else found
+
+
+@dataclass(kw_only=True)
+class LlavaFirstStageFormat(LlavaFormat):
+    """The projector that LLaVA's first stage trains; its language model is a companion."""
+
+    kind = "llava_first_stage"
+    title = "LLaVA, first stage"
+    takes = ("base", "vision_tower")
+    target = ""
+
+    @classmethod
+    def matches(cls, candidate: Candidate) -> DetectedFormat | None:
+        folder = candidate.path
+        whole = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*"))
+        if not is_llava(candidate.config) or not (folder / PROJECTOR).is_file() or whole:
+            return None
+        why = f"{CONFIG} has mm_vision_tower, and {PROJECTOR} stands without a model"
+        return cls.found(candidate, why, CONFIG, PROJECTOR)
+
+    @classmethod
+    def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        folder, base = detected.path, companions.base
+        if base is None:
+            return cls._projector(detected, companions)
+        data, text = _read_configs(folder, base)
+        files = weight_files(base)
+        entries = read_headers(files)
+        added: tuple[str, ...] = ()
         start, end = image_tokens(data)
         if start:
             added = (*(("<im_patch>",) if data.get("mm_use_im_patch_token") else ()), start, end)
         entries |= _first_stage(folder / PROJECTOR, entries, len(added))
-    if added:
-        text = {**text, "vocab_size": entries[EMBEDDINGS].shape[0]}
-    files += [file for adapter in adapters for file in adapter.files]
+        if added:
+            text = {**text, "vocab_size": entries[EMBEDDINGS].shape[0]}
+        files.append(folder / PROJECTOR)
+        return cls(
+            **_assembled(detected, companions, data, text, files, entries),
+            facts=_facts(data, text, ""),
+            added=added,
+        )
+
+    @classmethod
+    def _projector(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        """Open a projector alone."""
+        folder = detected.path
+        data = read_json(folder / CONFIG)
+        refuse_quantised(data, folder)
+        named = data.get("_name_or_path")
+        return cls(
+            detected=detected,
+            companions=companions,
+            name=folder.resolve().name,
+            settings=data,
+            config=None,
+            weights=TensorFiles(read_headers([folder / PROJECTOR])),
+            files=[folder / CONFIG, folder / PROJECTOR],
+            facts={
+                "base": str(data.get("_name_or_path", "not named")),
+                "vision tower": str(data["mm_vision_tower"]),
+            },
+            lacking=(
+                f"{folder} holds a projector alone ({PROJECTOR}, LLaVA's first stage), expected "
+                f"its language model too{f' ({named})' if named else ''}; give that model's "
+                "folder: visavis.load(…, base='…')."
+            ),
+            details=str(data.get("mm_projector_type", "linear")),
+            identity={},
+        )
+
+    @classmethod
+    def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
+        raise CheckpointError(f"{path} holds a projector alone, expected a whole model.")
+
+
+def _read_configs(folder: Path, body: Path) -> tuple[Json, Json]:
+    """Return config.json of a checkpoint and that of its language model.
+
+    Args:
+        body: the folder of the language model.
+    """
+    data, text = read_json(folder / CONFIG), read_json(body / CONFIG)
+    refuse_quantised(data, folder)
+    refuse_quantised(text, body)
+    return data, text_config(text) if is_llava(text) else text
+
+
+def _assembled(
+    detected: DetectedFormat,
+    companions: Companions,
+    data: Json,
+    text: Json,
+    files: list[Path],
+    entries: Mapping[str, StoredTensor],
+) -> dict[str, Any]:
+    """Return the fields of a language model and a connector with their adapters and vision tower.
+
+    Args:
+        data, text: config.json of the checkpoint and of the language model.
+        files, entries: all weights but those of adapters and of a tower that lies elsewhere.
+    """
+    folder, adapters = detected.path, companions.adapters
     # The names of this layout have one spelling.
     entries = dict(merged(TensorFiles(entries), adapters, str).entries)
-    tower = _tower_folder(folder, data, vision_tower)
+    files = [folder / CONFIG, *files, *adapter_files(adapters)]
+    tower = _tower_folder(folder, data, companions.vision_tower)
     has_tower = any(name.startswith(TOWER_PREFIX) for name in entries)
-    if fetch and tower is None and (not has_tower or known_tower(data) is None):
+    if companions.fetch and tower is None and (not has_tower or known_tower(data) is None):
         tower = _fetched_tower(folder, data)
     vision = _vision_config(folder, data, tower)
-    lacking = None
+    lacking = ""
     if not has_tower and tower is None:
-        lacking = _no_tower(folder, data, "its weights")
+        lacking = str(_no_tower(folder, data, "its weights"))
     elif not has_tower and tower is not None:
         tower_files = weight_files(tower)
         files += tower_files
@@ -199,37 +284,29 @@ def open_llava(
             if not half.is_ignored(half.canonical(name)):
                 entries[TOWER_PREFIX + name] = entry
     config = vlm_config(data, text, vision)
-    processor = _processor(folder, data, tower)
-    if processor.size != vision["image_size"]:
-        raise CheckpointError(
-            f"pictures for {folder} are prepared with {processor.size} pixels, but its vision "
-            f"tower takes {vision['image_size']}; {PROCESSOR} belongs to another tower."
-        )
-    return Opened(
-        data=data,
-        text=text,
-        vision=vision,
-        config=config,
-        processor=processor,
-        tensors=TensorFiles(entries),
-        table=name_table(text, vision, config),
-        files=files,
-        first_stage=first_stage,
-        added=added,
-        chat_template="" if first_stage else turns_of(data, text),
-        lacking=lacking,
-    )
+    processor = _image_processor(folder, data, vision, tower)
+    settings = {"config": data, "text": text, "vision": vision, "processor": processor.to_dict()}
+    return {
+        "detected": detected,
+        "companions": companions,
+        "name": outermost(folder, adapters).resolve().name,
+        "settings": data,
+        "config": config,
+        "processor": processor,
+        "table": name_table(text, vision, config),
+        "weights": TensorFiles(entries),
+        "files": files,
+        "identity": settings,
+        "lacking": lacking,
+    }
 
 
-def _base(folder: Path, base: Path | None) -> Path:
-    if base is None:
-        named = read_json(folder / CONFIG_NAME).get("_name_or_path")
-        raise CheckpointError(
-            f"{folder} holds a projector alone ({PROJECTOR}, LLaVA's first stage), expected its "
-            f"language model too{f' ({named})' if named else ''}; give that model's folder: "
-            "visavis.load(…, base='…')."
-        )
-    return base
+def _facts(data: Json, text: Json, template: str) -> dict[str, str]:
+    return {
+        "architecture": str(text["model_type"]),
+        "vision tower": str(data["mm_vision_tower"]),
+        "chat template": template or NO_TEMPLATE,
+    }
 
 
 def _first_stage(
@@ -279,52 +356,17 @@ def _grown(old: StoredTensor, num_means: int, trained: StoredTensor | None = Non
     return StoredTensor(old.dtype, (old.shape[0] + num_means + num_trained, old.shape[1]), read)
 
 
-def _with_image_tokens(
-    tokenizer: Tokenizer, specials: SpecialTokens, found: Opened, words: Path
-) -> SpecialTokens:
-    """Return the special tokens, those around each image among them."""
-    tokens = image_tokens(found.data)
-    if not tokens[0]:
-        return specials
-    tokenizer.add_special_tokens(list(found.added))
-    texts = (*found.added, *tokens)
-    ids = {text: number for text in texts if (number := tokenizer.token_to_id(text)) is not None}
-    rows = found.config.decoder.vocab_size
-    if len(ids) < len(set(texts)) or (found.added and ids[tokens[1]] != rows - 1):
-        raise CheckpointError(
-            f"the tokenizer of {words} gives {', '.join(tokens)} the ids "
-            f"{[ids.get(text) for text in tokens]}, but the model has {rows} embeddings and was "
-            "trained with these tokens around each image (mm_use_im_start_end); copy the "
-            "tokenizer that was saved with it."
-        )
-    return replace(specials, by_text=specials.by_text | ids)
-
-
-def _profile(found: Opened, folder: Path) -> PromptConfig:
-    """Return how the checkpoint is asked and how it embeds."""
-    start, end = image_tokens(found.data)
-    jinja = "" if found.first_stage or found.chat_template else chat_template(folder)
-    profile = PromptConfig(
-        chat_template=found.chat_template,
-        jinja=jinja,
-        image_start=start,
-        image_end=end,
-        video_times="llava-video" if tells_times(found.data) else "",
-    )
-    return profile.embedding_as(PROFILES["llave"]) if is_llave(found.data) else profile
-
-
 def _tower_folder(folder: Path, data: Json, given: Path | None) -> Path | None:
     """Return the vision tower's folder, if there is one on this machine."""
     if given is not None:
-        if not (given / CONFIG_NAME).is_file():
+        if not (given / CONFIG).is_file():
             raise CheckpointError(
-                f"the vision tower's folder {given} has no {CONFIG_NAME}; expected a CLIP or "
+                f"the vision tower's folder {given} has no {CONFIG}; expected a CLIP or "
                 "SigLIP in transformers' layout."
             )
         return given
     places = [folder / "vision_tower", folder / str(data["mm_vision_tower"])]
-    return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
+    return next((place for place in places if (place / CONFIG).is_file()), None)
 
 
 def _fetched_tower(folder: Path, data: Json) -> Path | None:
@@ -339,14 +381,30 @@ def _fetched_tower(folder: Path, data: Json) -> Path | None:
 
 def _vision_config(folder: Path, data: Json, tower: Path | None) -> Json:
     if tower is not None:
-        return vision_part(read_json(tower / CONFIG_NAME))
+        return vision_part(read_json(tower / CONFIG))
     if (known := known_tower(data)) is not None:
         return known[0]
     raise _no_tower(folder, data, "its settings")
 
 
+def _image_processor(
+    folder: Path, data: Json, vision: Json, tower: Path | None
+) -> ImageProcessorConfig:
+    """Return how images are sized and normalised.
+
+    Raises:
+        CheckpointError: no file says it, or one does that belongs to another tower.
+    """
+    processor = _processor(folder, data, tower)
+    if processor.size != vision["image_size"]:
+        raise CheckpointError(
+            f"pictures for {folder} are prepared with {processor.size} pixels, but its vision "
+            f"tower takes {vision['image_size']}; {PROCESSOR} belongs to another tower."
+        )
+    return processor
+
+
 def _processor(folder: Path, data: Json, tower: Path | None) -> ImageProcessorConfig:
-    """Return how pictures are sized and normalised."""
     places = [place / PROCESSOR for place in (folder, tower) if place is not None]
     path = next((place for place in places if place.is_file()), None)
     if path is not None:

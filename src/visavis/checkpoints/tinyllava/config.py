@@ -18,12 +18,14 @@ from visavis.checkpoints.tinyllava.connectors import (
     ignored_names,
 )
 from visavis.checkpoints.transformers.config_reader import Json, require, section, without_nulls
-from visavis.checkpoints.transformers.language_models import decoder_config
+from visavis.checkpoints.transformers.language_models import decoder_config, decoder_rows
 from visavis.checkpoints.transformers.vision_models import vit_config
-from visavis.checkpoints.transformers.weights import decoder_rows, tower_table
+from visavis.checkpoints.transformers.weights import tower_table
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import MixtureConfig, ViTConfig, VLMConfig
+
+PROCESSOR = "preprocessor_config.json"
 
 
 def _openelm(layers: int, width: int, head_dim: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from visavis.checkpoints.tinyllava.config import (
     LANGUAGE_MODELS,
     MIXTURE,
     PLACES,
+    PROCESSOR,
     TOWERS,
     TURNS_SETTING,
     name_table,
@@ -34,7 +35,6 @@ from visavis.checkpoints.tinyllava.config import (
     vlm_config,
 )
 from visavis.checkpoints.tinyllava.connectors import connector_type
-from visavis.checkpoints.tinyllava.load import PROCESSOR
 from visavis.checkpoints.transformers.config_reader import Json
 from visavis.checkpoints.transformers.export import lost_settings
 from visavis.checkpoints.transformers.export_config import decoder_json, inexpressible, tower_json

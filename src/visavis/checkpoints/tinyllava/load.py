@@ -13,14 +13,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from visavis.checkpoints.adapters import Adapter, is_adapter, merged, read_adapter
-from visavis.checkpoints.checkpoint import Checkpoint, checkpoint_fingerprint
-from visavis.checkpoints.quantize import Quantizer
+from visavis.checkpoints.adapters import CONFIG_NAME as ADAPTER
+from visavis.checkpoints.adapters import is_adapter, merged, read_adapter
+from visavis.checkpoints.checkpoint import Checkpoint, Written
+from visavis.checkpoints.checkpoint_format import (
+    CONFIG,
+    NO_TEMPLATE,
+    Candidate,
+    Companions,
+    DetectedFormat,
+    FolderFormat,
+    adapter_files,
+    outermost,
+    refuse_quantised,
+)
 from visavis.checkpoints.tensor_files import (
     StoredTensor,
     TensorFiles,
@@ -30,8 +41,10 @@ from visavis.checkpoints.tensor_files import (
 )
 from visavis.checkpoints.tinyllava.config import (
     DINOV2_PIXELS,
+    OLD_CLASSES,
     OLD_PLACES,
     PLACES,
+    PROCESSOR,
     TURNS_SETTING,
     Places,
     image_processor,
@@ -43,26 +56,21 @@ from visavis.checkpoints.tinyllava.config import (
     vision_configs,
     vlm_config,
 )
+from visavis.checkpoints.tinyllava.export import write_tinyllava
 from visavis.checkpoints.transformers.config_reader import Json, require
-from visavis.checkpoints.transformers.load import (
-    CONFIG_NAME,
-    check_vocabulary,
-    refuse_quantised,
-    words_folder,
-)
 from visavis.checkpoints.transformers.processor import processor_config
 from visavis.checkpoints.transformers.vision_models import vit_config
-from visavis.checkpoints.transformers.weights import read_as
-from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
 from visavis.model.vision.vit import resize_positions
 from visavis.processing.chat_formats import CHAT_FORMATS
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
-from visavis.processing.tokenizer import load_tokenizer, tokenizer_file
+from visavis.processing.tokenizer import SpecialTokens
 
-PROCESSOR = "preprocessor_config.json"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 PARTS = {  # folders of a stage -> where their tensors' names hang in a repository
     "language_model": "language_model.",
     "vision_tower": "vision_tower._vision_tower.",
@@ -71,97 +79,113 @@ PARTS = {  # folders of a stage -> where their tensors' names hang in a reposito
 POSITIONS = "embeddings.position_embeddings"  # of a DINOv2
 
 
-def load_tinyllava(
-    folder: Path,
-    *,
-    adapters: Sequence[Adapter] = (),
-    precision: str = "auto",
-    device: str = "cpu",
-) -> Checkpoint:
-    """Load a repository or a stage, adapters merged.
+@dataclass(kw_only=True)
+class TinyLlavaFormat(FolderFormat):
+    """What one stage of TinyLLaVA wrote, or a repository of either generation.
 
-    Raises:
-        CheckpointError: a file is absent or damaged, or the files do not belong together.
+    Attributes:
+        chat_template: the chat format; empty if nothing settles it.
     """
-    found = open_tinyllava(folder, adapters=adapters)
-    config, top = found.config, adapters[-1].folder if adapters else folder
-    words = words_folder(adapters, folder)
-    tokenizer, specials = load_tokenizer(words)
-    check_vocabulary(tokenizer, config, words)
-    packing = Quantizer(config, precision, device, where=str(folder))
-    state = read_as(config, found.table, found.tensors, where=str(folder), convert=packing.take)
-    identity: dict[str, Any] = {"config": found.data, "processor": found.processor.to_dict()}
-    identity["adapters"] = [one.config for one in found.adapters]
-    return Checkpoint(
-        name=top.resolve().name,
-        vlm=packing.build(state),
-        tokenizer=tokenizer,
-        specials=specials,
-        profile=PromptConfig(chat_template=found.chat_template),
-        processor=found.processor,
-        fingerprint=checkpoint_fingerprint([tokenizer_file(words), *found.files], identity),
-        files=[folder / CONFIG_NAME, *found.files],
-    )
+
+    kind = "tinyllava"
+    title = "TinyLLaVA"
+    model_types = ("tinyllava",)
+    target = "tinyllava"
+
+    chat_template: str
+
+    @classmethod
+    def matches(cls, candidate: Candidate) -> DetectedFormat | None:
+        if str(candidate.architecture) in OLD_CLASSES and not candidate.has(ADAPTER):
+            why = f"{CONFIG} has architectures [{candidate.architecture!r}]"
+            return cls.found(candidate, why, CONFIG)
+        found = super().matches(candidate)
+        if found is not None and candidate.has(ADAPTER):
+            return cls.found(candidate, f"{found.why}, beside {ADAPTER}", CONFIG, ADAPTER)
+        return found
+
+    @classmethod
+    def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        folder = detected.path
+        if is_adapter(folder):
+            adapters = (read_adapter(folder), *companions.adapters)
+            companions = replace(companions, adapters=adapters)
+        settings = _settings(folder)
+        config, processor = settings.config, settings.processor
+        table = name_table(settings.text, settings.visions, config, settings.places)
+        entries, files, is_stage = _tensors(folder)
+        _fit(entries, settings.visions, processor.size, settings.places)
+        if settings.is_old and config.decoder.head_bias and "lm_head.weight" in entries:
+            # the older Phi's output layer has none, and nothing says so
+            rows = entries["lm_head.weight"].shape[:1]
+            zeros = StoredTensor(torch.float32, rows, partial(torch.zeros, rows))
+            entries.setdefault("lm_head.bias", zeros)
+        captions = is_stage and not is_adapter(folder)
+        chat_template = _turns(settings.data, settings.text, captions=captions)
+        return cls(
+            detected=detected,
+            companions=companions,
+            name=outermost(folder, companions.adapters).resolve().name,
+            settings=settings.data,
+            config=config,
+            processor=processor,
+            table=table,
+            weights=merged(TensorFiles(entries), companions.adapters, table.canonical),
+            files=[folder / CONFIG, *files, *adapter_files(companions.adapters)],
+            facts={
+                "architecture": str(settings.data.get("model_type")),
+                "language model": str(settings.text["model_type"]),
+                "chat template": chat_template or NO_TEMPLATE,
+            },
+            identity={"config": settings.data, "processor": processor.to_dict()},
+            chat_template=chat_template,
+        )
+
+    @classmethod
+    def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
+        settings = _settings(path)
+        return settings.config, settings.processor
+
+    @classmethod
+    def save(
+        cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
+    ) -> Written:
+        return write_tinyllava(checkpoint, folder, progress=progress)
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return PromptConfig(chat_template=self.chat_template)
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A folder with all its parts found and no tensor read.
+class _Settings:
+    """A folder's settings, read.
 
     Attributes:
         data: config.json, an older repository's as the Factory would have it.
-        tensors: by the layout's names, adapters merged.
-        chat_template: the chat format, empty if nothing settles it.
     """
 
     data: Json
+    is_old: bool
     text: Json
+    visions: Sequence[Json]
     config: VLMConfig
     processor: ImageProcessorConfig
-    tensors: TensorFiles
-    table: NameTable
-    adapters: Sequence[Adapter]
-    files: list[Path]
-    chat_template: str
+
+    @property
+    def places(self) -> Places:
+        return OLD_PLACES if self.is_old else PLACES
 
 
-def open_tinyllava(folder: Path, *, adapters: Sequence[Adapter] = ()) -> Opened:
-    """Find the parts of a model; see `load_tinyllava`.
-
-    Raises:
-        CheckpointError: a file is absent or damaged, or the files do not belong together.
-    """
-    data: Json = read_json(folder / CONFIG_NAME)
+def _settings(folder: Path) -> _Settings:
+    data: Json = read_json(folder / CONFIG)
     refuse_quantised(data, folder)
     old = is_old(data)
     if old:
         data = modern(data)
-    places = OLD_PLACES if old else PLACES
     text, visions = text_config(data), vision_configs(data)
     processor = _processor(folder, data, visions[0])
     config = vlm_config(data, text, visions, processor.size)
-    table = name_table(text, visions, config, places)
-    entries, files, is_stage = _tensors(folder)
-    if is_adapter(folder):
-        adapters = (read_adapter(folder), *adapters)
-    _fit(entries, visions, processor.size, places)
-    if old and config.decoder.head_bias and "lm_head.weight" in entries:
-        # the older Phi's output layer has none, and nothing says so
-        rows = entries["lm_head.weight"].shape[:1]
-        zeros = StoredTensor(torch.float32, rows, partial(torch.zeros, rows))
-        entries.setdefault("lm_head.bias", zeros)
-    tensors = merged(TensorFiles(entries), adapters, table.canonical)
-    return Opened(
-        data=data,
-        text=text,
-        config=config,
-        processor=processor,
-        tensors=tensors,
-        table=table,
-        adapters=adapters,
-        files=[*files, *(file for adapter in adapters for file in adapter.files)],
-        chat_template=_turns(data, text, captions=is_stage and not is_adapter(folder)),
-    )
+    return _Settings(data, old, text, visions, config, processor)
 
 
 def _tensors(folder: Path) -> tuple[dict[str, StoredTensor], list[Path], bool]:

@@ -30,7 +30,7 @@ from visavis.checkpoints.transformers.weights import write
 from visavis.model.config import DecoderConfig, RopeScaling, ViTConfig, VLMConfig
 from visavis.model.rope import Rope
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 
 if TYPE_CHECKING:

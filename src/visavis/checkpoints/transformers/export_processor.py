@@ -13,8 +13,7 @@ from typing import Any
 from visavis.checkpoints.transformers.export_config import inexpressible
 from visavis.checkpoints.transformers.processor import FILTERS, processor_config
 from visavis.errors import CheckpointError
-from visavis.processing.anyres import AnyresConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import AnyresConfig, ImageProcessorConfig
 
 NUMBERS = {name: number for number, name in FILTERS.items()}  # of Pillow's filters
 

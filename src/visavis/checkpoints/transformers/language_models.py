@@ -1,7 +1,7 @@
-"""OpenELM's config.json as a `DecoderConfig`: heads and feed-forward widths grow layer by layer.
+"""Language models of transformers: config.json as a `DecoderConfig`, and the names of tensors.
 
-transformers has no class for it; names and formulas are those of Apple's files. Knows no tensor
-names (see `names.py`).
+OpenELM, for which transformers has no class, follows Apple's files: its heads and feed-forward
+widths grow layer by layer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from visavis.checkpoints.transformers.config_reader import (
     unknown_type,
     without_nulls,
 )
+from visavis.checkpoints.weight_mapping import MappingRow
 from visavis.model.config import DecoderConfig, RopeScaling
 
 NORM_EPS = 1e-6  # in Apple's code, not in its config
@@ -392,3 +393,72 @@ def _longrope(rope: Json, original: int, context: int) -> RopeScaling:
         magnitude=number({"attention_factor": magnitude} | dict(rope), "attention_factor"),
         original_context=original,
     )
+
+
+# ---- names of tensors ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecoderNames:
+    """What a family calls the parts of a language model; defaults are Llama's.
+
+    Several names under `qkv` or `up` are tensors that stand one below the other in ours.
+    """
+
+    body: str = "model"
+    embed: str = "embed_tokens"
+    norm: str = "norm"
+    attention: str = "self_attn"
+    attn_norm: str = "input_layernorm"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    mlp: str = "mlp"
+    ffn_norm: str = "post_attention_layernorm"
+    up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+
+
+DECODER_NAMES = {  # by model type; all others are called as Llama's are
+    "phi": DecoderNames(out="dense", up=("fc1",), down="fc2", norm="final_layernorm"),
+    "phi3": DecoderNames(qkv=("qkv_proj",), up=("gate_up_proj",)),
+    "openelm": DecoderNames(
+        body="transformer",
+        embed="token_embeddings",
+        attention="attn",
+        attn_norm="attn_norm",
+        qkv=("qkv_proj",),
+        out="out_proj",
+        mlp="ffn",
+        ffn_norm="ffn_norm",
+        up=("proj_1",),
+        down="proj_2",
+    ),
+}
+
+
+def decoder_rows(kind: str, prefix: str, head: str) -> tuple[MappingRow, ...]:
+    """Rows of a language model; `prefix` (ends in a dot or is empty) and `head` are where its
+    body and its output layer hang."""
+    names = DECODER_NAMES.get(kind, DecoderNames())
+    body = f"{prefix}{names.body}"
+    ours, theirs = "decoder.blocks.*", f"{body}.layers.*"
+    attention, mlp = f"{theirs}.{names.attention}", f"{theirs}.{names.mlp}"
+    rows = [
+        MappingRow("decoder.embed.weight", (f"{body}.{names.embed}.weight",)),
+        MappingRow(f"{ours}.q_norm.weight", (f"{attention}.q_norm.weight",)),
+        MappingRow(f"{ours}.k_norm.weight", (f"{attention}.k_norm.weight",)),
+    ]
+    for tensor in ("weight", "bias"):
+        qkv = tuple(f"{attention}.{part}.{tensor}" for part in names.qkv)
+        up = tuple(f"{mlp}.{part}.{tensor}" for part in names.up)
+        rows += [
+            MappingRow(f"decoder.norm.{tensor}", (f"{body}.{names.norm}.{tensor}",)),
+            MappingRow(f"decoder.head.{tensor}", (f"{head}.{tensor}",)),
+            MappingRow(f"{ours}.attn_norm.{tensor}", (f"{theirs}.{names.attn_norm}.{tensor}",)),
+            MappingRow(f"{ours}.ffn_norm.{tensor}", (f"{theirs}.{names.ffn_norm}.{tensor}",)),
+            MappingRow(f"{ours}.qkv.{tensor}", qkv, ("q", "kv", "kv") if len(qkv) > 1 else ()),
+            MappingRow(f"{ours}.out.{tensor}", (f"{attention}.{names.out}.{tensor}",)),
+            MappingRow(f"{ours}.up.{tensor}", up, ("ffn", "ffn") if len(up) > 1 else ()),
+            MappingRow(f"{ours}.down.{tensor}", (f"{mlp}.{names.down}.{tensor}",)),
+        ]
+    return tuple(rows)

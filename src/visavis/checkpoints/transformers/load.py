@@ -1,4 +1,4 @@
-"""A folder in transformers' layout, loaded whole: weights, tokenizer, chat template, processor.
+"""A folder in transformers' layout: weights, tokenizer, chat template, processor.
 
     config.json  model.safetensors (or shards, or pytorch_model.bin)  tokenizer.json
     chat_template.jinja | chat_template.json | tokenizer_config.json
@@ -10,131 +10,149 @@ Executes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from visavis.checkpoints.adapters import Adapter, merged
-from visavis.checkpoints.checkpoint import Checkpoint, checkpoint_fingerprint
-from visavis.checkpoints.quantize import Quantizer
+from visavis.checkpoints.adapters import merged
+from visavis.checkpoints.checkpoint import Checkpoint, Written
+from visavis.checkpoints.checkpoint_format import (
+    CONFIG,
+    Companions,
+    DetectedFormat,
+    FolderFormat,
+    adapter_files,
+    outermost,
+    refuse_quantised,
+)
 from visavis.checkpoints.tensor_files import MAX_JSON_BYTES, read_json, read_tensors, weight_files
 from visavis.checkpoints.transformers.config_reader import Json, section
+from visavis.checkpoints.transformers.export import write_transformers
+from visavis.checkpoints.transformers.language_models import KINDS
 from visavis.checkpoints.transformers.processor import grids, processor_config
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
 from visavis.checkpoints.transformers.vision_models import vlm_config
-from visavis.checkpoints.transformers.weights import read, vlm_table
+from visavis.checkpoints.transformers.weights import vlm_table
 from visavis.errors import CheckpointError
 from visavis.model.config import Qwen2VLTowerConfig, ViTConfig, VLMConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
-from visavis.processing.tokenizer import (
-    SpecialTokens,
-    has_tokenizer,
-    load_tokenizer,
-    tokenizer_file,
-)
+from visavis.processing.tokenizer import SpecialTokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CONFIG_NAME = "config.json"
 VIDEO_NAME = "video_preprocessor_config.json"
 
 
-def load_transformers(
-    folder: Path,
-    *,
-    adapters: Sequence[Adapter] = (),
-    precision: str = "auto",
-    device: str = "cpu",
-) -> Checkpoint:
-    """Load a folder in transformers' layout, with adapters merged into it.
+@dataclass(kw_only=True)
+class TransformersFormat(FolderFormat):
+    """A language model or a LLaVA 1.5 as transformers writes it.
 
-    Raises:
-        CheckpointError: a file is absent or damaged, or the files do not belong together.
+    Attributes:
+        jinja: source of the chat template; empty if there is none.
     """
-    data = read_json(folder / CONFIG_NAME)
-    refuse_quantised(data, folder)
-    config = vlm_config(data)
-    top = adapters[-1].folder if adapters else folder
-    words = words_folder(adapters, folder)
-    tokenizer, specials = load_tokenizer(words)
-    check_vocabulary(tokenizer, config, words)
-    specials = _with_placeholder(tokenizer, specials, config, words)
-    processor = image_processor(config, folder)
-    _check_tiles(data, config, processor, folder)
-    files = weight_files(folder)
-    tensors = merged(read_tensors(files), adapters, vlm_table(data, config).canonical)
-    files += [file for adapter in adapters for file in adapter.files]
-    packing = Quantizer(config, precision, device, where=str(top))
-    state = read(data, tensors, where=str(top), convert=packing.take)
-    template = chat_template(words)
-    identity = data | {"processor": processor.to_dict() if processor else None, "chat": template}
-    identity["adapters"] = [adapter.config for adapter in adapters]
-    return Checkpoint(
-        name=top.resolve().name,
-        vlm=packing.build(state),
-        tokenizer=tokenizer,
-        specials=specials,
-        profile=PromptConfig(jinja=template),
-        processor=processor,
-        fingerprint=checkpoint_fingerprint([tokenizer_file(words), *files], identity),
-        files=[folder / CONFIG_NAME, *files],
+
+    kind = "transformers"
+    title = "transformers"
+    model_types = (*KINDS, "llava")
+    target = "transformers"
+    usage = (
+        "from transformers import {auto}, {reader}\n\n"
+        'model = {auto}.from_pretrained("{folder}")\n'
+        'reader = {reader}.from_pretrained("{folder}")\n'
     )
+    peer = "transformers"
+    library = "transformers"
 
+    jinja: str
 
-def words_folder(adapters: Sequence[Adapter], folder: Path) -> Path:
-    """Return the folder that has the tokenizer: the outermost adapter's that brings one."""
-    places = [*(adapter.folder for adapter in reversed(adapters)), folder]
-    return next((place for place in places if has_tokenizer(place)), folder)
-
-
-def refuse_quantised(data: Json, folder: Path) -> None:
-    """Refuse weights that another library quantised.
-
-    Raises:
-        CheckpointError: config.json says so.
-    """
-    if "quantization_config" in data:
-        method = data["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"{folder} is quantised by {method!r}, expected plain weights; use the unquantised "
-            "checkpoint or a GGUF file."
+    @classmethod
+    def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
+        folder, adapters = detected.path, companions.adapters
+        data = read_json(folder / CONFIG)
+        config, processor = cls.read_config(folder)
+        table, files = vlm_table(data, config), weight_files(folder)
+        opened = cls(
+            detected=detected,
+            companions=companions,
+            name=outermost(folder, adapters).resolve().name,
+            settings=data,
+            config=config,
+            processor=processor,
+            table=table,
+            weights=merged(read_tensors(files), adapters, table.canonical),
+            files=[folder / CONFIG, *files, *adapter_files(adapters)],
+            identity={},
+            jinja="",
         )
+        opened.jinja = chat_template(opened.tokenizer_folder)
+        opened.identity = data | {
+            "processor": processor.to_dict() if processor else None,
+            "chat": opened.jinja,
+        }
+        opened.facts = {
+            "architecture": str(data["model_type"]),
+            "chat template": "in the folder" if opened.jinja else "none",
+        }
+        return opened
+
+    @classmethod
+    def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
+        data = read_json(path / CONFIG)
+        refuse_quantised(data, path)
+        config = vlm_config(data)
+        processor = image_processor(config, path)
+        _check_tiles(data, config, processor, path)
+        return config, processor
+
+    @classmethod
+    def save(
+        cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
+    ) -> Written:
+        return write_transformers(checkpoint, folder, progress=progress)
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return PromptConfig(jinja=self.jinja)
+
+    def special_tokens(
+        self, tokenizer: Tokenizer, specials: SpecialTokens, folder: Path
+    ) -> SpecialTokens:
+        """Return the special tokens, the placeholders of images and videos among them."""
+        assert self.config is not None
+        by_text = dict(specials.by_text)
+        for number in (self.config.image_token_id, self.config.video_token_id):
+            if number < 0:
+                continue
+            text = tokenizer.id_to_token(number)
+            if text is None:
+                raise CheckpointError(
+                    f"the tokenizer of {folder} has no token {number}, which config.json names as "
+                    "a placeholder of images or videos; tokenizer.json belongs to another model."
+                )
+            by_text[text] = number
+        return replace(specials, by_text=by_text)
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: VLMConfig, folder: Path) -> None:
-    """Refuse a tokenizer that knows more ids than the model.
+class LlavaNextFormat(TransformersFormat):
+    """LLaVA-NeXT as transformers writes it."""
 
-    Raises:
-        CheckpointError: it does.
-    """
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= config.decoder.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer of {folder} knows the id {largest}, but the embeddings of its model "
-            f"have {config.decoder.vocab_size} rows; tokenizer.json belongs to another model."
-        )
+    kind, title, model_types = "llava_next", "LLaVA-NeXT, transformers", ("llava_next",)
+    target = ""
 
 
-def _with_placeholder(
-    tokenizer: Tokenizer, specials: SpecialTokens, config: VLMConfig, folder: Path
-) -> SpecialTokens:
-    """Return the special tokens, the placeholders of images and videos among them."""
-    by_text = dict(specials.by_text)
-    for number in (config.image_token_id, config.video_token_id):
-        if number < 0:
-            continue
-        text = tokenizer.id_to_token(number)
-        if text is None:
-            raise CheckpointError(
-                f"the tokenizer of {folder} has no token {number}, which config.json names as a "
-                "placeholder of images or videos; tokenizer.json belongs to another model."
-            )
-        by_text[text] = number
-    return replace(specials, by_text=by_text)
+class LlavaOnevisionFormat(TransformersFormat):
+    """LLaVA-OneVision as transformers writes it."""
+
+    kind, title = "llava_onevision", "LLaVA-OneVision, transformers"
+    model_types, target = ("llava_onevision",), ""
+
+
+class Qwen2VLFormat(TransformersFormat):
+    """Qwen2-VL as transformers writes it."""
+
+    kind, title, model_types = "qwen2_vl", "Qwen2-VL, transformers", ("qwen2_vl",)
+    target = ""
 
 
 def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:

@@ -11,8 +11,7 @@ from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import Json, count, require, without_nulls
 from visavis.errors import CheckpointError
-from visavis.processing.anyres import AnyresConfig
-from visavis.processing.images import ImageProcessorConfig
+from visavis.processing.config import AnyresConfig, ImageProcessorConfig
 from visavis.utils import suggest
 
 CLIP: dict[str, Any] = {

@@ -20,12 +20,11 @@ from visavis.checkpoints.transformers.config_reader import (
     section,
     without_nulls,
 )
-from visavis.checkpoints.transformers.language_models import decoder_config
+from visavis.checkpoints.transformers.language_models import decoder_config, decoder_rows
 from visavis.checkpoints.transformers.processor import common_fields
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.model.config import ConnectorConfig, DecoderConfig, Qwen2VLTowerConfig, VLMConfig
-from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.qwen2_vl import Qwen2VLConfig
+from visavis.processing.config import ImageProcessorConfig, Qwen2VLConfig
 
 KIND = "qwen2_vl"
 CLASS = "Qwen2VLImageProcessor"
@@ -138,8 +137,6 @@ def _tower(vision: Json, config: Json) -> tuple[Qwen2VLTowerConfig, int]:
 
 def qwen2_vl_table(config: VLMConfig) -> NameTable:
     """Return the names of the tensors."""
-    from visavis.checkpoints.transformers.weights import decoder_rows
-
     tower = config.tower
     assert isinstance(tower, Qwen2VLTowerConfig)
     axes = (3, tower.temporal_size, tower.patch_size, tower.patch_size)

@@ -7,12 +7,12 @@ the hub's is written. Knows no settings (see `config.py`) and holds no tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from visavis.checkpoints.transformers.config_reader import Json
+from visavis.checkpoints.transformers.language_models import decoder_rows
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.vision_models import (
     parts,
@@ -31,72 +31,6 @@ from visavis.checkpoints.weight_mapping import (
 from visavis.errors import CheckpointError
 from visavis.model.config import MixtureConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
-
-
-@dataclass(frozen=True)
-class DecoderNames:
-    """What a family calls the parts of a language model; defaults are Llama's.
-
-    Several names under `qkv` or `up` are tensors that stand one below the other in ours.
-    """
-
-    body: str = "model"
-    embed: str = "embed_tokens"
-    norm: str = "norm"
-    attention: str = "self_attn"
-    attn_norm: str = "input_layernorm"
-    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    out: str = "o_proj"
-    mlp: str = "mlp"
-    ffn_norm: str = "post_attention_layernorm"
-    up: tuple[str, ...] = ("gate_proj", "up_proj")
-    down: str = "down_proj"
-
-
-DECODER_NAMES = {  # by model type; all others are called as Llama's are
-    "phi": DecoderNames(out="dense", up=("fc1",), down="fc2", norm="final_layernorm"),
-    "phi3": DecoderNames(qkv=("qkv_proj",), up=("gate_up_proj",)),
-    "openelm": DecoderNames(
-        body="transformer",
-        embed="token_embeddings",
-        attention="attn",
-        attn_norm="attn_norm",
-        qkv=("qkv_proj",),
-        out="out_proj",
-        mlp="ffn",
-        ffn_norm="ffn_norm",
-        up=("proj_1",),
-        down="proj_2",
-    ),
-}
-
-
-def decoder_rows(kind: str, prefix: str, head: str) -> tuple[MappingRow, ...]:
-    """Rows of a language model; `prefix` (ends in a dot or is empty) and `head` are where its
-    body and its output layer hang."""
-    names = DECODER_NAMES.get(kind, DecoderNames())
-    body = f"{prefix}{names.body}"
-    ours, theirs = "decoder.blocks.*", f"{body}.layers.*"
-    attention, mlp = f"{theirs}.{names.attention}", f"{theirs}.{names.mlp}"
-    rows = [
-        MappingRow("decoder.embed.weight", (f"{body}.{names.embed}.weight",)),
-        MappingRow(f"{ours}.q_norm.weight", (f"{attention}.q_norm.weight",)),
-        MappingRow(f"{ours}.k_norm.weight", (f"{attention}.k_norm.weight",)),
-    ]
-    for tensor in ("weight", "bias"):
-        qkv = tuple(f"{attention}.{part}.{tensor}" for part in names.qkv)
-        up = tuple(f"{mlp}.{part}.{tensor}" for part in names.up)
-        rows += [
-            MappingRow(f"decoder.norm.{tensor}", (f"{body}.{names.norm}.{tensor}",)),
-            MappingRow(f"decoder.head.{tensor}", (f"{head}.{tensor}",)),
-            MappingRow(f"{ours}.attn_norm.{tensor}", (f"{theirs}.{names.attn_norm}.{tensor}",)),
-            MappingRow(f"{ours}.ffn_norm.{tensor}", (f"{theirs}.{names.ffn_norm}.{tensor}",)),
-            MappingRow(f"{ours}.qkv.{tensor}", qkv, ("q", "kv", "kv") if len(qkv) > 1 else ()),
-            MappingRow(f"{ours}.out.{tensor}", (f"{attention}.{names.out}.{tensor}",)),
-            MappingRow(f"{ours}.up.{tensor}", up, ("ffn", "ffn") if len(up) > 1 else ()),
-            MappingRow(f"{ours}.down.{tensor}", (f"{mlp}.{names.down}.{tensor}",)),
-        ]
-    return tuple(rows)
 
 
 def _clip_rows(model: str) -> tuple[MappingRow, ...]:
@@ -233,10 +167,11 @@ def read_as(
         del expected["decoder.head.weight"]
     state = to_ours(tensors, table, expected, _vlm_sizes(ours), where=where, convert=convert)
     if ours.decoder.tied_head:
-        embeddings = state["decoder.head.weight"] = state["decoder.embed.weight"]
+        state["decoder.head.weight"] = state["decoder.embed.weight"]
         for name in ("lm_head.weight", "language_model.lm_head.weight"):
             if name not in tensors:
                 continue
+            embeddings = tensors[_name_of("decoder.embed.weight", tensors, table)]
             if not torch.equal(tensors[name].to(embeddings.dtype), embeddings):
                 raise CheckpointError(
                     f"{where} holds a {name} of its own, but config.json ties it to the "
@@ -313,6 +248,12 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
         aliases=(*newer, *tower.aliases),
         ignored=(*ignored, *tower.ignored),
     )
+
+
+def _name_of(ours: str, tensors: Mapping[str, Tensor], table: NameTable) -> str:
+    """Return the name under which a tensor of ours is stored."""
+    found = {name: table.part_of(table.canonical(name)) for name in tensors}
+    return next(name for name, part in found.items() if part and part[0].ours == ours)
 
 
 def _vlm_sizes(config: VLMConfig) -> Sizes:

@@ -1,8 +1,10 @@
-"""Folders of pictures, one folder a class: a picture as query, the name of its class as target."""
+"""Image folders, one folder per class: the image is the query and its class name the target."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,7 @@ from visavis.data.examples import ContrastiveExample, Conversation, Sample
 from visavis.data.media_paths import Options, Place
 from visavis.data.readers import Row
 from visavis.errors import TrainError
-from visavis.inputs import Image, Message, Prompt, Text
+from visavis.inputs import Image, Message, Prompt, Stored, Text
 from visavis.processing.media import find_images
 
 
@@ -136,3 +138,17 @@ def from_record(row: Row, place: Place, options: RecordOptions) -> Sample:
         parts = (picture, Text(question)) if number == 0 else (Text(question),)
         messages += [Message("user", parts), Message("assistant", (Text(answer),))]
     return Conversation(row["id"], Prompt(tuple(messages)))
+
+
+def folder_content(path: str, root: Path) -> Iterator[bytes]:
+    """Yield name and size of each picture in a folder."""
+    folder = Folder(root / path)
+    for picture in folder.pictures:
+        yield f"{picture.relative_to(folder.path)} {picture.stat().st_size} ".encode()
+
+
+def records_content(path: str, root: Path) -> Iterator[bytes]:
+    """Yield texts and pictures of a data set."""
+    for record in load_source(path, root):
+        yield repr(replace(record, image=b"")).encode()
+        yield record.image.read() if isinstance(record.image, Stored) else record.image

@@ -14,18 +14,45 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import yaml
+
 from visavis.data.examples import ContrastiveExample
 from visavis.data.media_paths import Options, Place, field, listed
-from visavis.data.mmeb_strings import HOUND_QUESTION, HOUND_RETRIEVAL, VISRAG_TRAINING, Strings
 from visavis.data.readers import Row, Rows, open_rows
 from visavis.errors import InputError, TrainError
 from visavis.inputs import Message, Part, Prompt, Text, Visual
 
 _TOKEN = re.compile(r"(?:<\|image_1\|>|<image>|<\|image_pad\|>|<video>)\n?")
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Instructions of one task.
+
+    Args:
+        query: text before a query.
+        target: text before a candidate; empty: candidates are text alone.
+    """
+
+    query: str = ""
+    target: str = ""
+
+
+@cache
+def task_instructions(group: str) -> dict[str, Instructions]:
+    """Return the instructions of a group of tasks by task name, from `data/mmeb.yaml`.
+
+    Args:
+        group: `image` (MMEB-V1), `video` or `document` (MMEB-V2), `visrag` or `llava-hound`.
+    """
+    text = Path(__file__).parents[1].joinpath("mmeb.yaml").read_text(encoding="utf-8")
+    return {name: Instructions(**one) for name, one in yaml.safe_load(text)[group].items()}
 
 
 class HoundOptions(Options):
@@ -89,11 +116,12 @@ def hound(row: Row, place: Place, options: HoundOptions) -> ContrastiveExample:
         )
     question, answer = values
     video = place.video(row.get("video"), options.frames)
+    instructions = task_instructions("llava-hound")
     if options.mode == "video_retrieval":
-        strings = HOUND_RETRIEVAL
-        query, target = _prompt(Text(strings.query + answer)), _prompt(Text(strings.target), video)
+        words = instructions["retrieval"]
+        query, target = _prompt(Text(words.query + answer)), _prompt(Text(words.target), video)
     else:
-        before = HOUND_QUESTION if options.mode == "qa" else ""
+        before = instructions["qa"].query if options.mode == "qa" else ""
         query, target = _filmed(before + question, video), _prompt(Text(answer))
     return ContrastiveExample(row["id"], query, target)
 
@@ -113,9 +141,9 @@ def vidore(row: Row, place: Place, options: Options) -> ContrastiveExample:
 
 def visrag(row: Row, place: Place, options: Options) -> ContrastiveExample:
     """Return a row of VisRAG's training data; sources that are not its own get no description."""
-    strings = VISRAG_TRAINING.get(row.get("source") or "", Strings("", ""))
-    query = f"{strings.query} {field(row, 'query', str)} ".removeprefix(" ")
-    target = f"{strings.target}  " if strings.target else ""
+    words = task_instructions("visrag").get(row.get("source") or "", Instructions())
+    query = f"{words.query} {field(row, 'query', str)} ".removeprefix(" ")
+    target = f"{words.target}  " if words.target else ""
     return ContrastiveExample(
         row["id"], _prompt(Text(query)), _prompt(Text(target), place.image(row.get("image")))
     )
@@ -172,7 +200,7 @@ class Pairs:
 
     def __init__(self, place: Place, options: PairOptions) -> None:
         self.place = place
-        self.find = Corpus(place.root / options.corpus).find if options.corpus else None
+        self.find = CorpusFile(place.root / options.corpus).find if options.corpus else None
 
     def __call__(self, row: Row) -> ContrastiveExample:
         """Return the query of a row with one of its positives.
@@ -248,7 +276,7 @@ def index_by_id(rows: Rows) -> dict[str, int]:
     return numbers
 
 
-class Corpus:
+class CorpusFile:
     """Items by id.
 
     Raises:
@@ -266,6 +294,6 @@ class Corpus:
             InputError: there is none of this id.
         """
         if id not in self.numbers:
-            raise InputError(f"it names the item {id!r}, which {self.path.name} has not")
+            raise InputError(f"it names the item {id!r}, which {self.path.name} does not have")
         item = self.rows[self.numbers[id]]
         return {key: value for key, value in item.items() if key != "id"}

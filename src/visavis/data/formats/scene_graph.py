@@ -1,7 +1,8 @@
-"""Rows of scene graphs as samples: a picture and a question about two things find a predicate.
+"""Scene-graph rows as contrastive examples: an image and a question about two objects retrieve a
+predicate.
 
-See `data/scene_graph.py` for what a row is. Negatives are predicates near the right one, those of
-other pairs of the picture, then random ones; never one that is true for the pair.
+See `data/scene_graph.py` for the rows. Negatives are predicates near the target, those of other
+pairs in the image, then random ones; never one that is true for the pair.
 """
 
 from __future__ import annotations

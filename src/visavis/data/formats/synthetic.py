@@ -1,9 +1,9 @@
-"""Drawn pictures of shapes whose relations are known: a scene graph of no files, to try things on.
+"""Synthetic images of shapes with known relations: a scene-graph data source without files.
 
     {format: scene-graph, path: drawn/train}
 
-Every ordered pair of a picture's things has one predicate, which follows from the boxes. All
-follows from the split and the picture's number. Knows neither samples nor models.
+Every ordered pair of an image's objects has one predicate, which follows from their boxes. The
+split and the image's number determine everything else.
 """
 
 from __future__ import annotations

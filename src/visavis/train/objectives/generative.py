@@ -1,7 +1,7 @@
-"""Next-token loss on what the assistant says, every learned token of a step weighing the same.
+"""Generative training: next-token loss on assistant messages, the same weight for every token.
 
-A step's samples are cut into micro-batches by tokens; the loss of each is divided by the learned
-tokens of all of them, on all processes. Knows neither the loop nor where samples come from.
+A step's conversations are split into micro-batches by tokens; each loss is divided by the number of
+learned tokens of the whole step, on all processes.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 
 from torch import nn
 
-from visavis.data.examples import Conversation, estimated_tokens
-from visavis.data.sampler import SourceSampler, dealt
-from visavis.errors import TrainError
+from visavis.data.examples import Conversation
+from visavis.data.sampler import SourceSampler
 from visavis.model.batch import PackedBatch
-from visavis.processing.chat_template import Encoded
+from visavis.model.image_tokens import tokens_per_view
+from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.train.data_loader import DataLoader
 from visavis.train.gradcache import token_chunks
-from visavis.train.objectives import Devices, Part
+from visavis.train.objectives import Devices, Part, draw
 
 
 class GenerativeTask:
     """Draws conversations.
 
     Args:
-        sources: samples by the names that `mixture` draws.
+        sources: samples by the names that `sampler` draws.
         batch: conversations of a step, of all processes together.
         micro_tokens: tokens of one pass through the model.
     """
@@ -35,29 +35,36 @@ class GenerativeTask:
     def __init__(
         self,
         sources: Mapping[str, Sequence[Any]],
-        mixture: SourceSampler,
-        batcher: DataLoader,
+        sampler: SourceSampler,
+        loader: DataLoader,
         *,
         batch: int,
         micro_tokens: int,
         weight: float = 1.0,
         name: str = "generative",
     ) -> None:
-        self.sources, self.mixture, self.batcher = sources, mixture, batcher
+        self.sources, self.sampler, self.loader = sources, sampler, loader
         self.batch, self.micro_tokens = batch, micro_tokens
         self.weight, self.name = weight, name
 
     def step(self, trainee: nn.Module, devices: Devices, *, last: bool = True) -> list[Part]:
-        with self.batcher.waiting():
-            samples = self._own(devices)
-            encoded = [self.batcher.chat(sample) for sample in samples]
+        with self.loader.waiting():
+            samples = draw(
+                self.sampler,
+                self.sources,
+                Conversation,
+                devices,
+                batch=self.batch,
+                tokens_per_image=tokens_per_view(self.loader.encoder.config),
+            )
+            encoded = [self.loader.chat(sample) for sample in samples]
         learned = sum(sum(one.loss_mask[1:]) for one in encoded)
         everywhere = devices.sum(learned)
         chunks = token_chunks([len(one.token_ids) for one in encoded], self.micro_tokens)
         chunks += [[]] * (devices.passes(len(chunks)) - len(chunks))
         total, tokens = 0.0, 0
         makers = [partial(self._micro_batch, samples, encoded, chunk) for chunk in chunks]
-        for number, batch in enumerate(self.batcher.prefetch(makers)):
+        for number, batch in enumerate(self.loader.prefetch(makers)):
             final = last and number == len(chunks) - 1
             with nullcontext() if final else devices.no_sync():
                 loss = trainee(batch, "loss")
@@ -66,41 +73,19 @@ class GenerativeTask:
             tokens += batch.num_tokens if chunks[number] else 0
         mean = devices.sum(total) / everywhere
         ids = tuple(sample.id for sample in samples)
-        waited = self.batcher.take_waited()
+        waited = self.loader.take_waited()
         return [Part(self.name, mean, int(devices.sum(tokens)), ids, waited)]
 
-    def _own(self, devices: Devices) -> list[Conversation]:
-        """Draw a step's conversations; return those of this process.
-
-        Raises:
-            TrainError: it has none, or a sample is no conversation.
-        """
-        if self.batch < devices.world:
-            raise TrainError(
-                f"a step draws {self.batch} conversation(s) for {devices.world} processes, "
-                "expected at least one each; raise `batch` under `generative`."
-            )
-        drawn = self.mixture.batch(self.batch)
-        samples = [self.sources[name][number] for name, number in drawn]
-        for sample in samples:
-            if not isinstance(sample, Conversation):
-                raise TrainError(
-                    f"the sample {sample.id!r} is a query with its target, expected a "
-                    "conversation; name its source under `contrastive`."
-                )
-        if devices.world == 1:
-            return samples
-        per_image = self.batcher.encoder.config.tokens_per_image
-        sizes = [estimated_tokens(sample, per_image) for sample in samples]
-        return [samples[i] for i in dealt(sizes, devices.world)[devices.rank]]
-
     def _micro_batch(
-        self, samples: Sequence[Conversation], encoded: Sequence[Encoded], chunk: Sequence[int]
+        self,
+        samples: Sequence[Conversation],
+        encoded: Sequence[PreparedPrompt],
+        chunk: Sequence[int],
     ) -> PackedBatch:
         if not chunk:
-            return self.batcher.nothing()
+            return self.loader.nothing()
         own = [samples[i] for i in chunk]
-        return self.batcher.pack(
+        return self.loader.pack(
             [one.prompt for one in own],
             [encoded[i] for i in chunk],
             ids=[one.id for one in own],
@@ -108,7 +93,7 @@ class GenerativeTask:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"mixture": self.mixture.state()}
+        return {"mixture": self.sampler.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.mixture.restore(state["mixture"])
+        self.sampler.restore(state["mixture"])

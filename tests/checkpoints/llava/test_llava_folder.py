@@ -20,6 +20,7 @@ from visavis.checkpoints.llava.config import (
     vlm_config,
 )
 from visavis.errors import CheckpointError, InputError
+from visavis.model.image_tokens import tokens_per_view
 
 
 @pytest.fixture
@@ -101,10 +102,10 @@ def test_a_known_tower_needs_no_folder() -> None:
     }
     vision, processor = KNOWN_TOWERS[config["mm_vision_tower"]]  # type: ignore[index]
     ours = vlm_config(config, text_config(config), vision)
-    assert ours.tokens_per_image == 576 and processor["size"] == {"shortest_edge": 336}
+    assert tokens_per_view(ours) == 576 and processor["size"] == {"shortest_edge": 336}
     siglip, _ = KNOWN_TOWERS["google/siglip-so400m-patch14-384"]
     ours = vlm_config(config | {"mm_hidden_size": 1152}, text_config(config), siglip)
-    assert ours.tokens_per_image == 729
+    assert tokens_per_view(ours) == 729
     assert ours.tower is not None and ours.tower.num_layers == 26  # type: ignore[union-attr]
 
 
@@ -129,7 +130,7 @@ def test_a_known_tower_may_lie_in_a_folder_of_its_authors() -> None:
     ],
 )
 def test_the_format_that_a_config_settles(
-    kind: str, vocab_size: int, aspect: str, turns: str
+    kind: str, vocab_size: int, aspect: str, chat_template: str
 ) -> None:
     config = {
         "architectures": [f"Llava{kind}ForCausalLM"],
@@ -139,7 +140,7 @@ def test_the_format_that_a_config_settles(
         "image_aspect_ratio": aspect,
         "mm_patch_merge_type": "flat" if aspect == "pad" else "spatial_unpad",
     }
-    assert turns_of(config, text_config(config)) == turns
+    assert turns_of(config, text_config(config)) == chat_template
 
 
 def test_a_projector_without_its_base_says_so(folder: Path) -> None:
@@ -172,11 +173,11 @@ def test_which_format_it_chats_in(folder: Path) -> None:
     edit_config(folder, image_aspect_ratio=None)
     model = load(folder)
     assert model.embed([picture(1)]).shape == (1, 32)
-    with pytest.raises(InputError, match="name its format.*turns=.*vicuna_v1"):
+    with pytest.raises(InputError, match="name its format.*chat_template=.*vicuna_v1"):
         model.chat("What is this?", images=[picture(1)])
     named = load(folder, chat_template="llava_v1")
     assert named.chat("What?", images=[picture(1)], max_new_tokens=2).usage.completion_tokens <= 2
-    with pytest.raises(InputError, match="unknown turn template 'vicuna'.*vicuna_v1"):
+    with pytest.raises(InputError, match="unknown chat template 'vicuna'.*vicuna_v1"):
         load(folder, chat_template="vicuna")
 
 

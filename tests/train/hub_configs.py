@@ -1,36 +1,20 @@
-"""Shapes of published models by their names on the hub, for plans made where their files are not.
+"""Settings of published models as folders without weights, for dry runs of recipes that name them.
 
-Nothing is loaded by these: a model that is there says itself what it is (`describe.py`). Holds what
-each config.json sets beyond its class; TinyLLaVA's and LLaVA's own tables are used where they have
-the part.
+Each config.json holds what the published one sets beyond its class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import PurePath
+import json
+from pathlib import Path, PurePath
 from typing import Any
 
-from visavis.checkpoints import phi3v as phi3v
-from visavis.checkpoints.llava import config as llava
+from visavis.checkpoints import phi3v
 from visavis.checkpoints.tinyllava.config import LANGUAGE_MODELS as SMALL
 from visavis.checkpoints.tinyllava.config import TOWERS, image_processor
 from visavis.checkpoints.transformers.config_reader import Json
-from visavis.checkpoints.transformers.language_models import decoder_config
-from visavis.checkpoints.transformers.processor import processor_config
-from visavis.checkpoints.transformers.qwen2_vl import CLASS, qwen2_vl_processor
-from visavis.checkpoints.transformers.vision_models import vit_config, vlm_config
-from visavis.model.config import DecoderConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
-from visavis.processing.images import ImageProcessorConfig
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A model without its numbers."""
-
-    config: VLMConfig
-    processor: ImageProcessorConfig | None = None
+from visavis.checkpoints.transformers.vision_models import vit_config
+from visavis.train.recipe import Recipe
 
 
 def _sizes(kind: str, width: int, ffn: int, layers: int, heads: int, kv: int, **more: Any) -> Json:
@@ -118,68 +102,41 @@ MODELS: dict[str, Json] = {
     "BAAI/Aquila-VL-2B-llava-qwen": _onevision("Qwen/Qwen2.5-1.5B-Instruct"),
 }
 
-
-def outline(name: str) -> Outline | None:
-    """Return a model's shape, None if it is not known."""
-    if (text := _find(LANGUAGE_MODELS, name)) is not None:
-        return Outline(VLMConfig(decoder=decoder_config(text)))
-    config = _find(MODELS, name)
-    if config is None:
-        return None
-    readers: dict[str, Callable[[Json], Outline]] = {
-        "qwen2_vl": _read_qwen2_vl,
-        "phi3_v": _read_phi3v,
-        "llava_next": _read_llava_next,
-    }
-    return readers.get(str(config["model_type"]), _read_original)(config)
-
-
-def language_model(name: str) -> DecoderConfig | None:
-    """Return a language model's shape, that of a whole model's too."""
-    found = outline(name)
-    return None if found is None else found.config.decoder
-
-
-def tower(name: str) -> tuple[ViTConfig, ImageProcessorConfig] | None:
-    """Return the shape of a vision tower, and how its pictures are sized."""
-    config = _find(TOWERS, name)
-    if config is None:
-        return None
-    found = vit_config(config)
-    return found, processor_config(image_processor(config, found.image_size))
-
-
-def _find(table: dict[str, Json], name: str) -> Json | None:
-    """Return what a table says of a name on the hub, whoever's copy it is."""
-    last = PurePath(name).name.partition("@")[0]
-    return next((table[one] for one in table if PurePath(one).name == last), None)
-
-
-def _read_qwen2_vl(config: Json) -> Outline:
-    found = vlm_config(config)
-    assert isinstance(found.tower, Qwen2VLTowerConfig)
-    settings = {"image_processor_type": CLASS}
-    return Outline(found, qwen2_vl_processor(settings, None, found.tower))
-
-
-def _read_phi3v(config: Json) -> Outline:
-    return Outline(phi3v.vlm_config(config), phi3v.image_processor(config, {"num_crops": 16}))
-
-
-def _read_llava_next(config: Json) -> Outline:
-    settings = {
+PROCESSORS: dict[str, Json] = {  # preprocessor_config.json, by model_type
+    "qwen2_vl": {"image_processor_type": "Qwen2VLImageProcessor"},
+    "phi3_v": {"image_processor_type": "Phi3VImageProcessor", "num_crops": 16},
+    "llava_next": {
         "image_processor_type": "LlavaNextImageProcessor",
         "size": {"shortest_edge": 336},
         "crop_size": {"height": 336, "width": 336},
-    }
-    return Outline(vlm_config(config), processor_config(settings))
+    },
+}
 
 
-def _read_original(config: Json) -> Outline:
-    known = llava.known_tower(config)
-    assert known is not None
-    vision, settings = known
-    found = llava.vlm_config(config, llava.text_config(config), vision)
-    processor = processor_config(settings)
-    tiles = llava.tiles_config(config, processor.size)
-    return Outline(found, replace(processor, resize="squash" if tiles else "pad", tiles=tiles))
+def save_settings(folder: Path, name: str) -> Path:
+    """Write the settings of a published model below `folder`; return their folder."""
+    out = folder / name
+    out.mkdir(parents=True, exist_ok=True)
+    files = {}
+    if name in TOWERS:
+        files["config.json"] = TOWERS[name]
+        size = vit_config(TOWERS[name]).image_size
+        files["preprocessor_config.json"] = image_processor(TOWERS[name], size)
+    else:
+        known = {PurePath(one).name: config for one, config in (LANGUAGE_MODELS | MODELS).items()}
+        config = files["config.json"] = known[PurePath(name).name]
+        if settings := PROCESSORS.get(str(config["model_type"])):
+            files["preprocessor_config.json"] = settings
+    for file, settings in files.items():
+        (out / file).write_text(json.dumps(settings), encoding="utf-8")
+    return out
+
+
+def with_local_settings(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe whose names of published models are folders with their settings."""
+    local = {}
+    for part in ("base", "language_model", "vision_tower"):
+        name = getattr(recipe.model, part)
+        if "/" in name and not Path(name).exists():
+            local[part] = str(save_settings(folder, name))
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=local)})

@@ -10,8 +10,9 @@ from PIL import Image as pil
 
 from tests.pictures import RED, scene
 from visavis.errors import InputError
-from visavis.processing import images
-from visavis.processing.images import ImageProcessorConfig, process_image, resize_image
+from visavis.processing import resize
+from visavis.processing.config import ImageProcessorConfig
+from visavis.processing.resize import process_image, resize_image
 
 CLIP = ImageProcessorConfig(
     56, "crop", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -42,7 +43,7 @@ def test_crop_equals_clip(size, resample):
     peer = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 56},
         crop_size={"height": 56, "width": 56},
-        resample=images.FILTERS[resample],
+        resample=resize.FILTERS[resample],
     )
     picture = scene(*size)
     theirs = peer(picture, return_tensors="np")["pixel_values"][0]
@@ -97,7 +98,7 @@ def test_pad_equals_the_square_formula(width, height, size, resample):
     picture, side = scene(width, height), max(width, height)
     square = pil.new("RGB", (side, side), (122, 116, 104))
     square.paste(picture, ((side - width) // 2, (side - height) // 2))
-    expected = np.asarray(square.resize((size, size), images.FILTERS[resample]))
+    expected = np.asarray(square.resize((size, size), resize.FILTERS[resample]))
     assert np.array_equal(np.asarray(resize_image(picture, config)), expected)
 
 
@@ -112,8 +113,8 @@ def test_the_cheap_ways_for_huge_pictures_look_the_same(size, monkeypatch):
     """They may only differ by what Pillow rounds between its two passes."""
     picture = pil.linear_gradient("L").resize(size).convert("RGB")
     exact = [np.asarray(resize_image(picture, config)).astype(int) for config in (CLIP, LLAVA)]
-    monkeypatch.setattr(images, "_EXTREME_ASPECT", 1)
-    monkeypatch.setattr(images, "MAX_PIXELS", 1)
+    monkeypatch.setattr(resize, "_EXTREME_ASPECT", 1)
+    monkeypatch.setattr(resize, "MAX_PIXELS", 1)
     cheap = [np.asarray(resize_image(picture, config)).astype(int) for config in (CLIP, LLAVA)]
     for one, other in zip(exact, cheap, strict=True):
         assert np.abs(one - other).max() <= 2

@@ -17,8 +17,7 @@ from tests.gguf_files import (
     write_llama,
 )
 from visavis.checkpoints.gguf.decoder import decoder_config, decoder_state, gguf_state
-from visavis.checkpoints.gguf.load import open_model
-from visavis.checkpoints.gguf.reader import open_gguf
+from visavis.checkpoints.gguf.reader import open_gguf, open_model
 from visavis.errors import CheckpointError
 
 

@@ -168,7 +168,7 @@ def turns(
         CHAT_FORMATS[name],
         *coder,
         image_token_id=coder[1].by_text["<image>"],
-        tokens_per_image=[2] * len(prompt.images),
+        tokens_per_image=[2] * len(prompt.visuals),
         add_generation_prompt=open_answer,
     )
 

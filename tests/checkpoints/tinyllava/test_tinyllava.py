@@ -35,6 +35,7 @@ from visavis.convert.conversion import stored_precision
 from visavis.errors import CheckpointError
 from visavis.model.config import ImageLayoutConfig
 from visavis.model.decoder import Decoder
+from visavis.model.image_tokens import tokens_per_view
 from visavis.model.vlm import VLM
 
 # Published numbers of parameters.
@@ -89,7 +90,7 @@ def test_released_models_have_the_size_of_their_files(
     vlm = built(named(llm, tower))
     found = sum(p.numel() for p in vlm.parameters())
     assert found + (SIGLIP_HEAD if tower == SIGLIP else 0) == total
-    assert vlm.config.tokens_per_image == tokens
+    assert tokens_per_view(vlm.config) == tokens
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_tokens_of_a_picture(
     tower: str, second: str, connector: str, pixels: int | None, tokens: int
 ) -> None:
     config = named("apple/OpenELM-270M", tower, connector, vision_model_name_or_path2=second)
-    assert built(config, pixels).config.tokens_per_image == tokens
+    assert tokens_per_view(built(config, pixels).config) == tokens
 
 
 def test_pictures_of_each_tower() -> None:

@@ -10,11 +10,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from tests.gguf_files import tiny_config, write_llama
 from tests.llamacpp import llama_cpp
+from tests.processing.test_chat_formats import IMAGE, conversation, with_specials
 from tests.processing.test_sentencepiece import LLAMA, SPECIALS, write_model
-from tests.processing.test_turns import IMAGE, conversation, with_specials
 from tests.texts import texts
-from visavis.checkpoints.gguf.export import vocabulary_metadata
-from visavis.checkpoints.gguf.load import chat_template
+from visavis.checkpoints.gguf.export import chat_template, vocabulary_metadata
 from visavis.errors import CheckpointError
 from visavis.processing.chat_formats import CHAT_FORMATS
 from visavis.processing.chat_template import ChatTemplate, encode_chat, encode_turns

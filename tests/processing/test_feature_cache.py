@@ -87,7 +87,7 @@ def test_the_next_process_sees_no_picture_again(
     items = [{"image": path, "text": "what?"} for path in write_pictures(tmp_path / "p", 3)]
     plain = visavis.load(checkpoint, precision="f32", device="cpu")
     expected, said = plain.embed(items), plain.chat("what?", [picture(9)], max_new_tokens=6).text
-    assert plain.image_cache.folder is None
+    assert plain.image_encoder.cache.folder is None
     for turn, number in enumerate((4, 0)):
         model = visavis.load(checkpoint, precision="f32", device="cpu", image_cache=cache)
         seen = count_seen(model, monkeypatch)
@@ -109,7 +109,9 @@ def test_auto_is_a_folder_in_the_cache(tmp_path: Path, own_cache: Path) -> None:
 
 def test_a_file_that_changes_is_another_picture(tmp_path: Path) -> None:
     model = tiny_model()
-    model.image_cache = FeatureCache(folder=DiskFeatureCache(tmp_path / "cache", model.seen_by))
+    model.image_encoder.cache = FeatureCache(
+        folder=DiskFeatureCache(tmp_path / "cache", model.feature_fingerprint)
+    )
     path = tmp_path / "picture.png"
     vectors, replies = [], []
     for seed in (1, 2, 1):
@@ -119,7 +121,7 @@ def test_a_file_that_changes_is_another_picture(tmp_path: Path) -> None:
     assert len(files(tmp_path / "cache")) == 2
     np.testing.assert_array_equal(vectors[0], vectors[2])
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3 and replies[0] == replies[2]
-    model.image_cache = FeatureCache()
+    model.image_encoder.cache = FeatureCache()
     np.testing.assert_array_equal(model.embed([picture(2)])[0], vectors[1])
 
 
@@ -127,11 +129,13 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model()
-    model.image_cache = FeatureCache(folder=DiskFeatureCache(tmp_path / "cache", model.seen_by))
+    model.image_encoder.cache = FeatureCache(
+        folder=DiskFeatureCache(tmp_path / "cache", model.feature_fingerprint)
+    )
     path = tmp_path / "picture.png"
     picture(1).save(path)
     see = model.vlm.see
     monkeypatch.setattr(model.vlm, "see", lambda some: (picture(2).save(path), see(some))[1])
     model.embed([path])
-    assert not files(tmp_path / "cache") and not model.image_cache.entries
-    model.image_cache = FeatureCache()
+    assert not files(tmp_path / "cache") and not model.image_encoder.cache.entries
+    model.image_encoder.cache = FeatureCache()

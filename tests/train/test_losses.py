@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from visavis.train.losses import Contrast, contrastive_loss, row_losses
+from visavis.train.losses import Contrast, FalseNegatives, contrastive_loss, row_losses
 
 SIMILARITY = torch.tensor([[0.60, 0.50, 0.10], [0.20, 0.55, 0.52], [-0.10, 0.30, 0.40]])
 
@@ -101,22 +103,34 @@ def test_blocks_of_rows_change_nothing(symmetric: bool, monkeypatch: pytest.Monk
         torch.testing.assert_close(found, expected)
 
 
-def test_pairs_can_be_excluded_as_their_rows_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    queries, targets = unit(7, 0), unit(12, 1)
-    keys = torch.tensor([0, 1, 2, 0, 4, 5, 1, 7, 2, 9, 10, 11])  # some targets say the same
-    matrix, asked = keys[:7, None] == keys[None], []
-
-    def rows(block: slice) -> torch.Tensor:
-        asked.append(block)
-        return matrix[block]
+def test_false_negatives_are_those_of_the_same_query_or_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = {
+        "queries": [0, 1, 2, 0, 4, 5, 6],  # 0 and 3 ask the same
+        "groups": [0, 1, 2, 3, 1, 5, 6],  # 1 and 4 are one group
+        "targets": [0, 1, 2, 3, 4, 0, 6, 3, 4, 9, 0, 11],  # 5 has the target of 0
+    }
+    rule = FalseNegatives(**{name: torch.tensor(one) for name, one in keys.items()})
+    queries, groups, contents = keys.values()
+    matrix = torch.zeros(7, 12, dtype=torch.bool)
+    for i, j in itertools.product(range(7), range(12)):
+        right = {
+            contents[k] for k in range(7) if queries[i] == queries[k] or groups[i] == groups[k]
+        }
+        matrix[i, j] = contents[j] in right
+    assert torch.equal(rule.of_queries(slice(0, 7)), matrix)
+    assert torch.equal(rule.of_queries(slice(2, 5)), matrix[2:5])
+    assert torch.equal(rule.of_targets(slice(0, 7)), matrix[:, :7].T)
+    assert not torch.equal(matrix[:, :7], matrix[:, :7].T), "directions differ in this example"
 
     monkeypatch.setattr("visavis.train.losses.CELLS", 3 * 12)
+    vectors, targets = unit(7, 0), unit(12, 1)
     found, expected = (
-        contrastive_loss(queries, targets, Contrast(True, 9.0), scale=20, excluded=excluded)
-        for excluded in (rows, matrix)
+        contrastive_loss(vectors, targets, Contrast(True, 9.0), scale=20, excluded=excluded)
+        for excluded in (rule, matrix)
     )
     assert found == expected
-    assert asked[:3] == [slice(0, 3), slice(3, 6), slice(6, 7)]
 
 
 @pytest.mark.parity

@@ -21,7 +21,7 @@ from tests.fakes import picture, tiny_model
 from tests.train.training import TinyRun
 from visavis.errors import TrainError
 from visavis.inputs import Image, Prompt, Video
-from visavis.processing.anyres import AnyresConfig
+from visavis.processing.config import AnyresConfig
 from visavis.processing.image_processor import pixels_of
 from visavis.train.feature_store import FeatureStore, key_of
 
@@ -77,7 +77,7 @@ def test_losses_are_those_without_a_store(objective: str, tmp_path: Path) -> Non
         run = TinyRun()
         assert run.model.processor is not None
         if folder is not None:
-            run.batcher.features = FeatureStore(folder, run.vlm, run.model.processor)
+            run.loader.features = FeatureStore(folder, run.vlm, run.model.processor)
         task = run.generative() if objective == "generative" else run.contrastive()
         lines = run.train(task, tmp_path / f"run-{len(losses)}", steps=3)
         losses.append([line["loss"][objective] for line in lines])
@@ -137,7 +137,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.train.test_features import open_store, png, read
+from tests.train.test_feature_store import open_store, png, read
 store = open_store(Path({folder!r}))
 read(store, [png(0)])
 store.put(["half"], read(store, [png(1)]).half().numpy())

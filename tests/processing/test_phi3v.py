@@ -13,8 +13,8 @@ from PIL import Image
 from tests.fakes import picture
 from visavis.errors import InputError
 from visavis.model.image_tokens import count_phi3v_tokens
-from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.phi3v import Phi3VConfig, phi3v_grid, phi3v_views
+from visavis.processing.config import ImageProcessorConfig, Phi3VConfig
+from visavis.processing.phi3v import Phi3VProcessor
 
 SIDE = 28
 SIZES = [(64, 48), (48, 64), (28, 28), (100, 33), (33, 100), (5, 2), (3, 70), (112, 28), (1, 1)]
@@ -64,11 +64,11 @@ def reference(image: Image.Image, config: ImageProcessorConfig) -> torch.Tensor:
 @pytest.mark.parametrize("size", SIZES)
 def test_views_are_the_published_ones(size: tuple[int, int], num_crops: int) -> None:
     image, config = picture(1, size), processor(num_crops)
-    views, shape = phi3v_views(image, config)
+    views, shape = Phi3VProcessor(config).pixels(image)
     theirs = reference(image, config).numpy()
     assert views.dtype == np.float32 and views.shape == theirs.shape
     assert np.abs(views - theirs).max() < 1e-5
-    assert shape == phi3v_grid(size, config)
+    assert shape == Phi3VProcessor(config).grid(size)
     assert shape.views == len(views) and shape.rows * shape.columns <= num_crops
 
 
@@ -85,7 +85,7 @@ def test_views_are_the_published_ones(size: tuple[int, int], num_crops: int) -> 
 def test_published_numbers(
     size: tuple[int, int], num_crops: int, grid: tuple[int, int], tokens: int
 ) -> None:
-    shape = phi3v_grid(size, processor(num_crops, 336))
+    shape = Phi3VProcessor(processor(num_crops, 336)).grid(size)
     rows, columns = grid
     assert tokens == (rows * columns + 1) * 144 + 1 + (rows + 1) * 12
     assert (shape.rows, shape.columns) == grid
@@ -93,8 +93,8 @@ def test_published_numbers(
 
 
 def test_extreme_pictures_have_a_line_of_tiles() -> None:
-    assert phi3v_grid((65535, 1), processor(16)).columns == 16
-    views, shape = phi3v_views(picture(1, (1, 3000)), processor(4))
+    assert Phi3VProcessor(processor(16)).grid((65535, 1)).columns == 16
+    views, shape = Phi3VProcessor(processor(4)).pixels(picture(1, (1, 3000)))
     assert (shape.rows, shape.columns) == (4, 1) and np.isfinite(views).all()
 
 

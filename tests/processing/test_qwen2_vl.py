@@ -15,16 +15,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 
 from visavis.errors import ImageError, InputError
-from visavis.processing.images import ImageProcessorConfig
-from visavis.processing.qwen2_vl import SIZES as SIZES_OF
-from visavis.processing.qwen2_vl import (
-    Qwen2VLConfig,
-    image_patches,
-    image_shape,
-    resized,
-    video_patches,
-    video_shape,
-)
+from visavis.processing.config import QWEN2_VL_SIZES as SIZES_OF
+from visavis.processing.config import ImageProcessorConfig, Qwen2VLConfig
+from visavis.processing.qwen2_vl import Qwen2VLProcessor, resized
 
 CLIP: dict[str, Any] = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -50,13 +43,12 @@ def test_pictures_equal_transformers(size: tuple[int, int], bounds: tuple[int, i
     peer = Qwen2VLImageProcessorPil(size={"shortest_edge": least, "longest_edge": most})
     theirs = peer(images=[noise(size)], return_tensors="np")
     config = processor(min_pixels=least, max_pixels=most)
-    ours, shape = image_patches(noise(size), config)
+    ours, shape = Qwen2VLProcessor(config).pixels(noise(size))
     assert (1, shape.rows, shape.columns) == tuple(theirs["image_grid_thw"][0])
     assert ours.dtype == np.float32 and ours.shape == theirs["pixel_values"].shape
     one_level = 1 / 255 / max(CLIP["std"])
     assert abs(ours - theirs["pixel_values"]).max() < one_level / 1000
-    assert config.patches is not None
-    assert image_shape(size, config.patches) == shape
+    assert Qwen2VLProcessor(config).grid(size) == shape
 
 
 def test_sizes_equal_transformers() -> None:
@@ -80,7 +72,10 @@ def test_published_sizes() -> None:
     """Of VLM2Vec: a square of 1344 pixels, 2304 tokens; at most 1280 tokens, also a frame."""
     base = Qwen2VLConfig(max_pixels=12845056, video_max_pixels=602112)
     first = replace(base, **SIZES_OF["vlm2vec-v1"])
-    assert image_shape((10, 4000), first).rows == image_shape((10, 4000), first).columns == 96
+    grid = Qwen2VLProcessor(ImageProcessorConfig(28, "patches", **CLIP, patches=first)).grid(
+        (10, 4000)
+    )
+    assert grid.rows == grid.columns == 96
     second = replace(base, **SIZES_OF["vlm2vec-v2"])
     for video in (False, True):
         width, height = resized((4000, 3000), second, video)
@@ -91,23 +86,22 @@ def test_a_video_is_pairs_of_frames() -> None:
     """Each pair equals the picture's patches with its second frame replaced; odd ends repeat."""
     config = processor()
     frames = [noise((64, 60), seed) for seed in range(3)]
-    ours, shape = video_patches(frames, config)
+    ours, shape = Qwen2VLProcessor(config).video_pixels(frames)
     assert (shape.frames, shape.rows, shape.columns, shape.video) == (2, 4, 4, True)
-    singles = [image_patches(frame, config)[0].reshape(16, 3, 2, -1) for frame in frames]
+    singles = [Qwen2VLProcessor(config).pixels(frame)[0].reshape(16, 3, 2, -1) for frame in frames]
     first, second = ours.reshape(2, 16, 3, 2, -1)
     assert np.array_equal(first[:, :, 0], singles[0][:, :, 0])
     assert np.array_equal(first[:, :, 1], singles[1][:, :, 0])
     assert np.array_equal(second, singles[2])
-    assert config.patches is not None
-    assert video_shape(3, (64, 60), config.patches) == shape
+    assert Qwen2VLProcessor(config).video_grid(3, (64, 60)) == shape
 
 
 def test_a_videos_frames_have_bounds_of_their_own() -> None:
     config = processor(video_min_pixels=784, video_max_pixels=3136)
     frames = [noise((640, 480)), noise((320, 250))]  # the first says what size
-    _, shape = video_patches(frames, config)
+    _, shape = Qwen2VLProcessor(config).video_pixels(frames)
     assert (shape.rows, shape.columns) == (2, 4)
-    assert image_patches(frames[0], config)[1].rows == 34
+    assert Qwen2VLProcessor(config).pixels(frames[0])[1].rows == 34
 
 
 def test_settings() -> None:

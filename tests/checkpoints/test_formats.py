@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from tests.gguf_files import write_gguf
-from visavis.checkpoints.detect import KINDS, detect
-from visavis.checkpoints.inspect import OPENERS
-from visavis.checkpoints.load import LOADERS
+from visavis.checkpoints.formats import FORMATS, TARGETS, detect
 from visavis.errors import CheckpointError
 
 
@@ -84,8 +82,13 @@ def test_gguf_files(tmp_path: Path) -> None:
     assert detect(tmp_path).kind == "gguf"
 
 
-def test_every_kind_loads_and_can_be_inspected() -> None:
-    assert KINDS.keys() == OPENERS.keys() == {*LOADERS, "adapter"}
+def test_every_format_has_its_own_name() -> None:
+    for name in ("kind", "title"):
+        assert len({getattr(one, name) for one in FORMATS}) == len(FORMATS)
+    types = [kind for one in FORMATS for kind in one.model_types]
+    assert len(types) == len(set(types))
+    expected = {"native", "transformers", "llava", "tinyllava", "gguf", "sentence-transformers"}
+    assert TARGETS.keys() == expected
 
 
 def refusal(path: Path) -> str:

@@ -28,7 +28,7 @@ from visavis.model.config import (
     TowerConfig,
 )
 from visavis.model.vlm import VLM
-from visavis.processing.anyres import AnyresConfig
+from visavis.processing.config import AnyresConfig
 
 GRIDS = ((32, 64), (64, 32), (64, 64))
 SPATIAL = ImageLayoutConfig("spatial", unpad=True, newline=True)
@@ -63,7 +63,7 @@ def test_llava_1_6_both_ways(composed: Checkpoint, tmp_path: Path) -> None:
     old = {"v.image_newline": "model.image_newline"}  # in llama.cpp's first files
     foreign = rewrite(mmproj, tmp_path / "foreign.gguf", {VISION: None}, old)
     picture = pil.fromarray(np.random.default_rng(1).integers(0, 256, (40, 90, 3), np.uint8))
-    expected = Model(loaded).embed([picture])
+    expected = Model.of(loaded).embed([picture])
     for file in (mmproj, foreign):
         again = load(model, vision_tower=file, precision="f32", device="cpu")
         assert again.vlm.config.merge == SPATIAL and again.processor.tiles.grids == GRIDS

@@ -23,11 +23,10 @@ from visavis.model.config import (
     VLMConfig,
 )
 from visavis.model.image_input import ImageGrid
-from visavis.model.image_tokens import count_tokens
-from visavis.processing import anyres
-from visavis.processing.anyres import AnyresConfig, best_grid, image_shape, image_views
-from visavis.processing.image_processor import depends_on_image_count, grid_of, pixels_of
-from visavis.processing.images import ImageProcessorConfig
+from visavis.model.image_tokens import count_tokens, tokens_per_view
+from visavis.processing.anyres import AnyresProcessor, best_grid
+from visavis.processing.config import AnyresConfig, ImageProcessorConfig
+from visavis.processing.image_processor import grid_of, image_processor, pixels_of
 
 HALF = (0.5, 0.5, 0.5)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -79,7 +78,7 @@ def test_canvases_and_token_counts_of_published_models(size, next_, onevision, l
     for (config, vlm), (width, height, tokens) in zip(
         PUBLISHED, (next_, onevision, llave), strict=True
     ):
-        shape = image_shape(size, config, alone=True)
+        shape = AnyresProcessor(config).grid(size)
         side = config.size
         assert shape == ImageGrid(rows=height // side, columns=width // side, size=size)
         assert count_tokens(vlm, shape) == tokens
@@ -95,13 +94,13 @@ def test_every_size_has_tokens(size, published, axes):
     config, vlm = published
     assert config.tiles is not None
     config = replace(config, tiles=replace(config.tiles, axes=axes))
-    shape = image_shape(size, config, alone=True)
+    shape = AnyresProcessor(config).grid(size)
     assert (shape.columns * config.size, shape.rows * config.size) in {
         grid[:: 1 if axes == "wh" else -1] for grid in config.tiles.grids
     }
-    assert count_tokens(vlm, shape) >= vlm.tokens_per_image
+    assert count_tokens(vlm, shape) >= tokens_per_view(vlm)
     if min(size) >= 50:  # a thinner picture may be all padding between two rows of patches
-        assert count_tokens(vlm, shape) > vlm.tokens_per_image
+        assert count_tokens(vlm, shape) > tokens_per_view(vlm)
         low, high = {24: (676, 2928), 27: (784, 8765)}[vlm.tower.grid]
         assert low <= count_tokens(vlm, shape) <= high
 
@@ -194,7 +193,7 @@ def test_views_equal_llava_next_of_transformers(size):
         image_grid_pinpoints=[list(grid) for grid in config.tiles.grids],
     )
     theirs = peer(scene(*size), return_tensors="np")
-    ours, shape = image_views(scene(*size), config, alone=True)
+    ours, shape = AnyresProcessor(config).pixels(scene(*size), True)
     assert_same_views(ours, theirs["pixel_values"][0], config)
     assert shape.size == tuple(theirs["image_sizes"][0])[::-1]
 
@@ -210,10 +209,10 @@ def test_views_equal_llava_onevision_of_transformers(size):
         image_mean=HALF,
         image_std=HALF,
     )
-    ours, _ = image_views(scene(*size), config, alone=True)
+    ours, _ = AnyresProcessor(config).pixels(scene(*size), True)
     theirs = peer(scene(*size), return_tensors="np")["pixel_values"][0]
     assert_same_views(ours, theirs, config)
-    ours, shape = image_views(scene(*size), config, alone=False)
+    ours, shape = AnyresProcessor(config).pixels(scene(*size), False)
     theirs = peer([[scene(*size), scene(9, 9)]], return_tensors="np")["pixel_values"][0]
     assert_same_views(ours, theirs, config)
     assert shape == ImageGrid(size=size)
@@ -237,7 +236,7 @@ def test_views_equal_the_original_written_out(size, pairs):
         for left in range(0, width, 48):
             views.append(canvas.crop((left, top, left + 48, top + 48)))
     expected = np.stack([np.asarray(view) for view in views]).transpose(0, 3, 1, 2) / 127.5 - 1
-    ours, shape = image_views(picture, config, alone=True)
+    ours, shape = AnyresProcessor(config).pixels(picture, True)
     assert np.abs(ours - expected).max() < 1e-6
     assert shape.views == len(views)
 
@@ -255,12 +254,12 @@ def test_header_and_pixels_give_the_same_shape(size, axes, multi_image, alone):
     views, shape = pixels_of(image, config, alone)
     assert shape == grid_of(image, config, alone)
     assert views.shape == (shape.views, 3, 16, 16)
-    assert depends_on_image_count(config) == (multi_image == "pad")
+    assert image_processor(config).depends_on_image_count == (multi_image == "pad")
 
 
 @pytest.mark.parametrize("size", [(65_535, 1), (1, 65_535)])
 def test_extreme_shapes_stay_small(size):
-    views, shape = image_views(pil.new("RGB", size, RED), NEXT, alone=True)
+    views, shape = AnyresProcessor(NEXT).pixels(pil.new("RGB", size, RED), True)
     assert views.shape == (1 + shape.rows * shape.columns, 3, 336, 336)
 
 
@@ -303,4 +302,4 @@ def test_wrong_dicts():
     with pytest.raises(InputError, match="only with 'squash'"):
         ImageProcessorConfig.from_dict({**values, "resize": "pad"})
     with pytest.raises(InputError, match="grids"):
-        anyres.AnyresConfig.from_dict({"grids": "(1x1),...,(6x6)"})
+        AnyresConfig.from_dict({"grids": "(1x1),...,(6x6)"})

@@ -43,14 +43,14 @@ def guessing(model: Model) -> Model:
     for block in (*decoder.blocks, decoder):
         for name in ("qkv", "out", "up", "down") if block is not decoder else ("head",):
             setattr(block, name, RowByRow(getattr(block, name).weight))
-    assert isinstance(decoder, Decoder) and Engine(model.vlm).guesses
+    assert isinstance(decoder, Decoder) and Engine(model.vlm, model.image_encoder).guesses
     return model
 
 
 def answer(model: Model, text: str, guess: bool, **settings: object) -> tuple[list[int], int]:
     """Return an answer's tokens and how many passes they took."""
     sequence = model.ask(Prompt.of(text), **settings).sequence  # type: ignore[arg-type]
-    engine = Engine(model.vlm)
+    engine = Engine(model.vlm, model.image_encoder)
     engine.guesses = guess
     steps = sum(1 for _ in engine.run([sequence]))
     assert sequence.cache is None

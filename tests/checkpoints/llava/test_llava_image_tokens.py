@@ -128,7 +128,7 @@ def test_an_answer_ends_at_text_where_no_token_ends_it(checkpoint: Path) -> None
         ids = model.tokenizer.encode(words, add_special_tokens=False).ids
         said = iter([*ids, *model.specials.eot_ids])
         answer.sequence.sample = lambda scores: next(said)
-        grown = Engine(model.vlm).run([answer.sequence])
+        grown = Engine(model.vlm, model.image_encoder).run([answer.sequence])
         return [piece for _ in grown if (piece := answer.update())], answer.reply
 
     pieces, reply = say("A #1 cat.###Human: no")

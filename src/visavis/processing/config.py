@@ -1,0 +1,305 @@
+"""The configs of image processors, one class per sizing rule; saved with the weights.
+
+    ImageProcessorConfig   square: squashed, cropped or padded to one square view (resize.py)
+      tiles: AnyresConfig    LLaVA 1.6: a view of the whole and tiles of it (anyres.py)
+      hd: Phi3VConfig        Phi-3.5-vision: a canvas of whole tiles (phi3v.py)
+      patches: Qwen2VLConfig Qwen2-VL: patches at any resolution (qwen2_vl.py)
+      video: VideoConfig     which frames of a video are taken (video.py)
+
+They describe sizes and switches and check them; they open and resize nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+from visavis.errors import InputError
+from visavis.utils import suggest
+
+Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd"]
+Resample: TypeAlias = Literal["bicubic", "bilinear"]
+
+
+@dataclass(frozen=True)
+class AnyresConfig:
+    """Which canvases a picture may be laid on.
+
+    Args:
+        grids: sides of each canvas in pixels, multiples of the tile, in the checkpoint's order.
+        axes: whether these pairs are (width, height), as the original code reads them, or
+            (height, width), as transformers does. Where several canvases are equally good the
+            first is taken, so the two choose differently for many small pictures.
+        multi_image: what becomes of a picture that is not its prompt's only one: tiled as well,
+            or padded to a square of the mean colour and seen whole only.
+        square: side of the square that every picture is squashed to first; 0: none.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    axes: Literal["wh", "hw"] = "wh"
+    multi_image: Literal["tile", "pad"] = "tile"
+    square: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.grids or not all(
+            len(grid) == 2 and all(type(side) is int and side > 0 for side in grid)
+            for grid in self.grids
+        ):
+            problems.append(f"grids are {self.grids!r}, expected pairs of positive ints")
+        if self.axes not in ("wh", "hw"):
+            problems.append(f"axes is {self.axes!r}, expected wh or hw")
+        if self.multi_image not in ("tile", "pad"):
+            problems.append(f"multi_image is {self.multi_image!r}, expected tile or pad")
+        if type(self.square) is not int or self.square < 0:
+            problems.append(f"square is {self.square!r}, expected 0 or a positive int")
+        if problems:
+            raise InputError(f"tiles config: {'; '.join(problems)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AnyresConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"tiles config: unknown key {key!r}; {suggest(key, names)}")
+        grids = values.get("grids", ())
+        listed = isinstance(grids, (list, tuple)) and all(
+            isinstance(g, (list, tuple)) for g in grids
+        )
+        return cls(**{**values, "grids": tuple(map(tuple, grids)) if listed else grids})
+
+
+@dataclass(frozen=True)
+class Phi3VConfig:
+    """How many tiles a picture becomes at most; published: 4 for several pictures, 16 for one."""
+
+    num_crops: int = 16
+
+    def __post_init__(self) -> None:
+        number = self.num_crops
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise InputError(f"num_crops is {number!r}, expected a whole number of at least 1")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Phi3VConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"hd config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Qwen2VLConfig:
+    """How pictures become patches.
+
+    Args:
+        patch: side of a patch in pixels.
+        merge: side of the square of patches that become one token.
+        temporal: frames in a patch.
+        min_pixels, max_pixels: bounds of a picture's area after resizing.
+        video_min_pixels, video_max_pixels: the same of each frame; 0: as a picture's.
+        extreme: what becomes of a picture more than 200 times as long as wide: an error, or a
+            square, as VLM2Vec does, which squashes pictures with a side below one token too.
+        square: side of the square that every picture is squashed to first; 0: none.
+    """
+
+    patch: int = 14
+    merge: int = 2
+    temporal: int = 2
+    min_pixels: int = 3136
+    max_pixels: int = 1003520
+    video_min_pixels: int = 0
+    video_max_pixels: int = 0
+    extreme: Literal["refuse", "square"] = "refuse"
+    square: int = 0
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("patch", "merge", "temporal", "min_pixels", "max_pixels"), 1)
+        counts |= dict.fromkeys(("video_min_pixels", "video_max_pixels", "square"), 0)
+        problems = []
+        for name, least in counts.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                problems.append(f"{name} is {value!r}, expected a whole number from {least} on")
+        if self.extreme not in ("refuse", "square"):
+            problems.append(f"extreme is {self.extreme!r}, expected refuse or square")
+        if problems:
+            raise InputError(f"patches config: {'; '.join(problems)}")
+        for least, most in (self.bounds(video=False), self.bounds(video=True)):
+            if least > most:
+                raise InputError(
+                    f"patches config: at least {least} and at most {most} pixels, expected room "
+                    "between the two"
+                )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Qwen2VLConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"patches config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+    @property
+    def factor(self) -> int:
+        """Side in pixels of what becomes one token."""
+        return self.patch * self.merge
+
+    def bounds(self, video: bool) -> tuple[int, int]:
+        """Return the smallest and largest area of a picture or of a video's frame."""
+        least, most = (self.video_min_pixels, self.video_max_pixels) if video else (0, 0)
+        return least or self.min_pixels, most or self.max_pixels
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Which frames of a video a model is shown; saved with the weights.
+
+    Args:
+        frames: how many, spread evenly from the first to the last.
+        fps: instead, how many for each second, evenly spread `max_frames` if those are more.
+        max_frames: the most there can be, also of those that a prompt asks for.
+    """
+
+    frames: int = 32
+    fps: float | None = None
+    max_frames: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "max_frames"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"video config: {name} is {value!r}, expected a positive int")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise InputError(f"video config: fps is {self.fps!r}, expected a number above 0")
+        if self.frames > self.max_frames:
+            raise InputError(
+                f"video config: {self.frames} frames, expected at most max_frames={self.max_frames}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VideoConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"video config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ImageProcessorConfig:
+    """How a vision tower wants its pictures; saved with the weights."""
+
+    size: int  # pixels, side of the square the tower sees; with patches, of what makes one token
+    # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
+    # size, see qwen2_vl.py | hd: tiles, see phi3v.py
+    resize: Resize
+    mean: tuple[float, float, float]  # RGB, of values in 0..1
+    std: tuple[float, float, float]
+    resample: Resample = "bicubic"
+    crop_fraction: float = 1.0  # crop only: shortest edge becomes floor(size / crop_fraction)
+    patches: Qwen2VLConfig | None = None
+    hd: Phi3VConfig | None = None
+    tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see anyres.py
+    video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            problems.append(f"size is {self.size!r}, expected a positive int")
+        for name, value, known in (
+            ("resize", self.resize, get_args(Resize)),
+            ("resample", self.resample, get_args(Resample)),
+        ):
+            if value not in known:
+                problems.append(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or (name == "std" and not all(v > 0 for v in values)):
+                problems.append(f"{name} is {values!r}, expected three numbers (std above 0)")
+        if not 0 < self.crop_fraction <= 1:
+            problems.append(f"crop_fraction is {self.crop_fraction}, expected above 0, at most 1")
+        elif self.crop_fraction != 1 and self.resize != "crop":
+            problems.append(f"crop_fraction has no effect with resize={self.resize!r}")
+        if (self.resize == "patches") != (self.patches is not None):
+            problems.append(f"resize={self.resize!r}, but patches are {self.patches}")
+        elif self.patches is not None and self.size != self.patches.factor:
+            problems.append(f"size is {self.size}, but a token {self.patches.factor} pixels")
+        if (self.resize == "hd") != (self.hd is not None):
+            problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
+        if self.tiles is not None and self.resize != "squash":
+            problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
+        elif (
+            self.tiles is not None
+            and not problems
+            and any(side % self.size for grid in self.tiles.grids for side in grid)
+        ):
+            problems.append(f"sides of tiles.grids are not all multiples of size {self.size}")
+        if problems:
+            raise InputError(f"image processor config: {'; '.join(problems)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, without the parts that it has not."""
+        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        if self.tiles is not None:
+            values["tiles"]["grids"] = [list(grid) for grid in self.tiles.grids]
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessorConfig:
+        """Return the config that `to_dict` wrote; unknown and missing keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(
+                    f"image processor config: unknown key {key!r}; {suggest(key, names)}"
+                )
+        missing = [name for name in ("size", "resize", "mean", "std") if name not in values]
+        if missing:
+            raise InputError(f"image processor config: {', '.join(missing)} missing")
+        tuples: dict[str, Any] = {n: tuple(map(float, values[n])) for n in ("mean", "std")}
+        patches = values.get("patches")
+        if patches is not None:
+            tuples["patches"] = Qwen2VLConfig.from_dict(patches)
+        if values.get("hd") is not None:
+            tuples["hd"] = Phi3VConfig.from_dict(values["hd"])
+        if values.get("tiles") is not None:
+            tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
+        if values.get("video") is not None:
+            tuples["video"] = VideoConfig.from_dict(values["video"])
+        return cls(**{**values, **tuples})
+
+
+# How published embedding models size images and videos, by the name of their profile, where the
+# config of their base model has other numbers.
+ANYRES_SQUARES = {"vlm2vec-v1": 1344}
+PHI3V_CROPS = {"vlm2vec-v1": 4}
+VLM2VEC_FRAMES = 8
+_AS_PICTURES = {"video_min_pixels": 0, "video_max_pixels": 0}
+QWEN2_VL_SIZES: dict[str, dict[str, Any]] = {
+    "vlm2vec-v1": {"square": 1344, **_AS_PICTURES},
+    "vlm2vec-v2": {
+        "min_pixels": 4 * 28 * 28,
+        "max_pixels": 1280 * 28 * 28,
+        "extreme": "square",
+        **_AS_PICTURES,
+    },
+}
+
+
+def sized_as(config: ImageProcessorConfig, profile: str) -> ImageProcessorConfig:
+    """Return a config that sizes images and videos as the models of a profile were trained."""
+    if config.patches and profile in QWEN2_VL_SIZES:
+        sizes = replace(config.patches, **QWEN2_VL_SIZES[profile])
+        config = replace(config, patches=sizes, video=VideoConfig(frames=VLM2VEC_FRAMES))
+    if config.tiles and profile in ANYRES_SQUARES:
+        config = replace(config, tiles=replace(config.tiles, square=ANYRES_SQUARES[profile]))
+    if config.hd and profile in PHI3V_CROPS:
+        config = replace(config, hd=Phi3VConfig(PHI3V_CROPS[profile]))
+    return config
