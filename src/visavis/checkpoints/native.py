@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import UnionType
@@ -136,8 +136,9 @@ def read_settings(
 
 def _check_types(part: Any, key: str = "config") -> None:
     """Refuse a value, such as null, of another type than its field of a config has."""
-    for name, hint in get_type_hints(type(part)).items():
-        value, where = getattr(part, name), f"{key}.{name}"
+    hints = get_type_hints(type(part))
+    for name in (field.name for field in fields(part)):
+        value, hint, where = getattr(part, name), hints[name], f"{key}.{name}"
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if is_dataclass(value):
             _check_types(value, where)
