@@ -53,7 +53,6 @@ TO_REWRITE = {
     "processing",
     "serve",
     "train",
-    "utils",
 }
 
 

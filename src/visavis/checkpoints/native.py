@@ -19,10 +19,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Self, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import save_file
@@ -115,6 +116,7 @@ def read_settings(
     try:
         _check_numbers(data["config"])
         config = vlm_config_from_dict(data["config"])
+        _check_types(config)
         blank(config, torch.float32)
         if not 0 < (share := config.decoder.rope_fraction) <= 1:
             raise ValueError(f"rope_fraction is {share}, expected above 0 and at most 1")
@@ -130,6 +132,24 @@ def read_settings(
             f"{folder / CONFIG_NAME} does not describe a model that this version knows "
             f"({type(error).__name__}: {error}). Upgrade visavis, or copy the folder again."
         ) from error
+
+
+def _check_types(part: Any, key: str = "config") -> None:
+    """Refuse a value, such as null, of another type than its field of a config has."""
+    hints = get_type_hints(type(part))
+    for name in (field.name for field in fields(part)):
+        value, hint, where = getattr(part, name), hints[name], f"{key}.{name}"
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if is_dataclass(value):
+            _check_types(value, where)
+        else:
+            choices = [choice for kind in kinds for choice in get_args(kind)]  # of a Literal
+            allowed = {get_origin(kind) or kind for kind in kinds}
+            allowed |= ({int} if float in kinds else set()) | (
+                {list} if tuple in allowed else set()
+            )
+            if type(value) not in allowed and value not in choices:
+                raise ValueError(f"{where} is {value!r}, expected {hint}")
 
 
 def _check_numbers(value: Any, key: str = "config") -> None:

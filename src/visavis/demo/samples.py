@@ -105,7 +105,7 @@ def copy_samples(folder: Path, samples: Sequence[Sample] = SAMPLES) -> list[Path
 
 def credits_table(samples: Sequence[Sample] = SAMPLES) -> str:
     """Return authors and licences of the images as a Markdown table."""
-    lines = ["| picture | file | made by | licence |", "|---|---|---|---|"]
+    lines = ["| image | file | made by | licence |", "|---|---|---|---|"]
     for sample in samples:
         file = f"{PACKAGES[sample.module]}: `{sample.file}`"
         lines.append(f"| {sample.name} | {file} | {sample.credit} | {sample.licence} |")
