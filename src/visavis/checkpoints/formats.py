@@ -23,8 +23,9 @@ from visavis.checkpoints.gguf.load import GGUFFormat, MmprojFormat
 from visavis.checkpoints.gguf.reader import MAGIC as GGUF_MAGIC
 from visavis.checkpoints.llava.load import LlavaFirstStageFormat, LlavaFormat
 from visavis.checkpoints.native import CONFIG_NAME as NATIVE
-from visavis.checkpoints.native import NativeFormat, SentenceTransformersFormat
+from visavis.checkpoints.native import NativeFormat
 from visavis.checkpoints.phi3v import Phi3VFormat
+from visavis.checkpoints.sentence_transformers import SentenceTransformersFormat
 from visavis.checkpoints.tensor_files import StoredTensor
 from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (

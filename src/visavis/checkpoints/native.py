@@ -76,7 +76,6 @@ CONFIG_NAME = "visavis.json"
 PACKED = re.compile(r"(decoder\..+\.weight)\.(\d+\.codes|\d+\.scales|low|high)")
 MAX_NUMBER = 2**27
 MAX_LAYERS = 1000
-MODULE = "visavis.interop.sentence_transformers.VisavisModule"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -259,38 +258,6 @@ class NativeFormat(CheckpointFormat):
         whole = [match[1] if (match := PACKED.fullmatch(name)) else name for name in self.tensors]
         problems = [f"missing {name}" for name in expected if name not in whole]
         return problems + [f"unexpected {name}" for name in whole if name not in expected]
-
-
-class SentenceTransformersFormat(NativeFormat):
-    """visavis' own folder with the files by which sentence-transformers opens it."""
-
-    title = "sentence-transformers"
-    target = "sentence-transformers"
-    usage = (
-        "from sentence_transformers import SentenceTransformer\n\n"
-        'model = SentenceTransformer("{folder}", trust_remote_code=True)  # runs visavis itself\n'
-        'vectors = model.encode(["a cat", {{"image": "cat.jpg"}}])\n'
-    )
-    peer = "sentence_transformers"
-    library = "sentence-transformers"
-
-    @classmethod
-    def save(
-        cls, checkpoint: Checkpoint, folder: Path, *, kind: str = "", progress: bool = False
-    ) -> Written:
-        settings: dict[str, Any] = {
-            "model_type": "SentenceTransformer",
-            "prompts": {},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        }
-        modules = [{"idx": 0, "name": "0", "path": "", "type": MODULE}]
-        files = [
-            write_json(folder / "modules.json", modules),
-            write_json(folder / "config_sentence_transformers.json", settings),
-        ]
-        written = write_native(checkpoint, folder, progress=progress)
-        return Written([*files, *written.files], written.lost)
 
 
 def bundled_state(

@@ -19,7 +19,7 @@ from sentence_transformers.base.modules import InputModule
 from visavis.api import Model
 from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.load import load_checkpoint
-from visavis.checkpoints.native import SentenceTransformersFormat
+from visavis.checkpoints.sentence_transformers import SentenceTransformersFormat
 from visavis.inputs import Image
 
 
