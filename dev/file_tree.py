@@ -37,7 +37,8 @@ def rows(folder: Path, depth: int) -> Iterator[str]:
 def main() -> None:
     tree = "\n".join(["src/visavis/", *rows(REPOSITORY / "src" / "visavis", 1)])
     page = PAGE.read_text(encoding="utf-8")
-    page = re.sub(r"```\nsrc/visavis/\n.*?\n```", lambda _: f"```\n{tree}\n```", page, flags=re.S)
+    block = re.compile(r"```\nsrc/visavis/\n.*?\n```", re.DOTALL)
+    page = block.sub(lambda _: f"```\n{tree}\n```", page)
     PAGE.write_text(page, encoding="utf-8")
 
 

@@ -228,7 +228,7 @@ def test_file_is_short_and_opens_with_a_docstring(path: Path) -> None:
     assert num_lines < MAX_LINES, f"{num_lines} lines: is there a second concept inside?"
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring, "state in a docstring what the file is"
-    assert text.startswith('"""') or text.startswith('r"""'), "the docstring comes first"
+    assert text.startswith(('"""', 'r"""')), "the docstring comes first"
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])

@@ -99,7 +99,8 @@ def test_help_texts() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_headings(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    fenced = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+    text = fenced.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     assert headings
     wrong = {heading: words for heading in headings if (words := old_words(heading))}

@@ -178,7 +178,9 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise InputError(f"message role is {self.role!r}, expected one of {', '.join(ROLES)}")
-        parts = (self.parts,) if isinstance(self.parts, (str, Text, *_VISUALS)) else self.parts
+        parts: Any = self.parts  # as passed, checked here
+        if isinstance(parts, (str, Text, *_VISUALS)):
+            parts = (parts,)
         expected = "Text, Image, Video or Document"
         if not isinstance(parts, Sequence) or isinstance(parts, bytes):
             raise InputError(
@@ -198,7 +200,9 @@ class Prompt:
     messages: tuple[Message, ...]
 
     def __post_init__(self) -> None:
-        messages = (self.messages,) if isinstance(self.messages, Message) else self.messages
+        messages: Any = self.messages  # as passed, checked here
+        if isinstance(messages, Message):
+            messages = (messages,)
         if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
             raise InputError(
                 f"messages are {type_name(messages)}, expected a tuple of Message; "

@@ -272,7 +272,7 @@ def test_turn_ends_are_special_even_if_the_file_does_not_say_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"model": "unigram"}, "of kind 'unigram', expected one of gpt2, llama"),
         ({"model": None}, "of kind ''"),

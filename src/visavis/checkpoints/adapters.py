@@ -69,7 +69,8 @@ class LowRank:
         if self.magnitude is None:
             return whole
         lengths = whole.norm(dim=1)
-        return whole * (self.magnitude().float().flatten() / lengths)[:, None]
+        scaled: Tensor = whole * (self.magnitude().float().flatten() / lengths)[:, None]
+        return scaled
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,10 @@ def chat_pairs(
     A group never asks for what an earlier answer of it gives away more than needed: order is
     random, so each question also comes first, where only the picture can answer it.
     """
-    groups = []
     questions = list(record.questions)
     draw.shuffle(questions)
-    for start in range(0, len(questions), questions_per_example):
-        groups.append(questions[start : start + questions_per_example])
+    starts = range(0, len(questions), questions_per_example)
+    groups = [questions[start : start + questions_per_example] for start in starts]
     if record.label:
         groups.append([(draw.choice(ASK_SHORT), record.label)])
     elif record.caption:

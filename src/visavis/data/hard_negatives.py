@@ -111,7 +111,8 @@ class Mining:
         if self.absolute_margin is not None:
             limit = min(limit, positive - self.absolute_margin)
         least = -np.inf if self.min_score is None else self.min_score
-        return np.isfinite(scores) & (scores <= limit) & (scores >= least)
+        allowed: np.ndarray = np.isfinite(scores) & (scores <= limit) & (scores >= least)
+        return allowed
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -248,7 +249,7 @@ class Store:
         # Readers go on while somebody adds; only after the checks, because it marks the file.
         connection.execute("PRAGMA journal_mode = WAL")
 
-    def _all(self, query: str, *values: object) -> list[tuple]:
+    def _all(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         with self._guarded():
             return self._open().execute(query, values).fetchall()
 
@@ -285,7 +286,7 @@ class Store:
         return StoreError(f"cannot use the index {self.path} ({found}); {advice}")
 
 
-def _stored_item(row: tuple) -> StoredItem:
+def _stored_item(row: tuple[Any, ...]) -> StoredItem:
     item_id, source, content, is_file, text, preview = row
     return StoredItem(item_id, source, content, bool(is_file), text, preview)
 

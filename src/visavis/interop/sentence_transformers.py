@@ -28,7 +28,7 @@ class VisavisModule(InputModule):
     image is an image, as in sentence-transformers."""
 
     def __init__(self, loaded: Checkpoint) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.loaded = loaded
         self.vlm = loaded.vlm  # a submodule: moves and casts reach it
         self.model = Model.of(loaded)

@@ -76,7 +76,8 @@ def best_grid(size: tuple[int, int], tiles: AnyresConfig) -> tuple[int, int]:
 
     step = 1 if tiles.axes == "wh" else -1
     grids: list[Any] = [grid[::step] for grid in tiles.grids]
-    return min(grids, key=lost_and_wasted)
+    best: tuple[int, int] = min(grids, key=lost_and_wasted)
+    return best
 
 
 def fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

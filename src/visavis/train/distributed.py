@@ -99,7 +99,7 @@ class TrainModule(nn.Module):
         assert batch.labels is not None
         hidden = self.vlm(batch)[-1]  # [T, D]
         learned = (batch.labels != -100).nonzero()[:, 0]
-        total = hidden.sum() * 0.0  # stays connected when nothing here is learned
+        total: Tensor = hidden.sum() * 0.0  # stays connected when nothing here is learned
         for rows in learned.split(LOSS_BLOCK):
             logits = self.vlm.decoder.logits(hidden[rows])
             total = total + next_token_loss(logits, batch.labels[rows])

@@ -277,7 +277,7 @@ class QLoRALinear(nn.Module):
         return numbers.flatten(1)[:, : self.in_features].to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = _Product.apply(x, self)
+        product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias
 
 

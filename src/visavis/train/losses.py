@@ -75,7 +75,8 @@ class FalseNegatives:
 
 def numbered(keys: Tensor) -> Tensor:
     """Return numbers from 0 that are equal where rows of keys are, [M, K] -> int64 [M]."""
-    return torch.unique(keys, dim=0, return_inverse=True)[1]
+    groups: Tensor = torch.unique(keys, dim=0, return_inverse=True)[1]
+    return groups
 
 
 def _equal(rows: Tensor, columns: Tensor) -> Tensor:

@@ -289,12 +289,12 @@ class Recipe(_Strict):
                 known = suggest(one.path, TRAINING_SOURCES)
                 problems.append(f"data {name!r}: the data set {one.path!r} {why}: {known}")
         for stage in self.stages:
-            for source in sources_of(stage):
-                if source not in self.data:
-                    problems.append(
-                        f"stage {stage.name!r} names the source {source!r}, missing in `data`: "
-                        f"{suggest(source, self.data)}"
-                    )
+            problems += [
+                f"stage {stage.name!r} names the source {source!r}, missing in `data`: "
+                f"{suggest(source, self.data)}"
+                for source in sources_of(stage)
+                if source not in self.data
+            ]
             if not isinstance(stage, StepsStage):
                 if not self.feature_cache:
                     problems.append(f"stage {stage.name!r} needs `feature_cache: true`")

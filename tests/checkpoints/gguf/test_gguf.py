@@ -180,7 +180,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("content, message", BAD_FILES.values(), ids=BAD_FILES)
+@pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
 def test_bad_files_are_named(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)

@@ -99,7 +99,8 @@ def _inverse(scale: np.ndarray) -> np.ndarray:
 def _nibbles(codes: np.ndarray, run: int) -> np.ndarray:
     """Pack codes of 4 bits: of each 2 * run codes, the first half lies in the low nibbles."""
     pairs = codes.reshape(len(codes), -1, 2, run)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
+    packed: np.ndarray = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
+    return packed
 
 
 def _q8_0(blocks: np.ndarray) -> np.ndarray:
@@ -233,7 +234,8 @@ def _planes(fields: np.ndarray, width: int) -> np.ndarray:
     """Pack fields of `width` bits, 32 bytes for 256 / width: byte i holds fields i, i + 32, …"""
     runs = fields.reshape(len(fields), -1, 8 // width, 32)
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(runs << shifts, axis=2).reshape(len(fields), -1)
+    merged: np.ndarray = np.bitwise_or.reduce(runs << shifts, axis=2).reshape(len(fields), -1)
+    return merged
 
 
 def _search_symmetric(groups: np.ndarray, half: int) -> np.ndarray:
@@ -258,7 +260,8 @@ def _search_symmetric(groups: np.ndarray, half: int) -> np.ndarray:
             better = gain > best
             best = np.where(better, gain, best)
             scale = np.where(better, found, scale)
-    return scale
+    chosen: np.ndarray = scale
+    return chosen
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
