@@ -106,7 +106,8 @@ def prepared(array: np.ndarray) -> Tensor:
     image = Image.fromarray(array).convert("RGB")
     side = round(0.89 * min(image.size))  # 260 / (260 + 32) of the short side
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((260, 260), Image.BICUBIC)
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((260, 260), Image.Resampling.BICUBIC)
     return torch.from_numpy((np.asarray(image, np.float32) - 127) / 128).permute(2, 0, 1)[None]
 
 

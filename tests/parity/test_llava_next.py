@@ -39,7 +39,7 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "mistral, null window": lambda: {"text": MistralConfig(**LONG, sliding_window=None)},
     "qwen2, padded vocabulary": lambda: {"text": Qwen2Config(**LONG | {"vocab_size": 320})},
     "llama 3, siglip": lambda: {
-        "text": LlamaConfig(**LONG, rope_theta=500000.0),
+        "text": LlamaConfig(**LONG, rope_theta=500000.0),  # type: ignore[call-arg]
         "vision": SiglipVisionConfig(**VISION, vision_use_head=False),
         "select": "full",
     },

@@ -22,7 +22,7 @@ from visavis.errors import ImageError
 from visavis.inputs import Image
 from visavis.processing import images
 from visavis.processing.images import content_hash, decode_image, image_size
-from visavis.processing.media import find_images
+from visavis.processing.media import FORMATS, find_images
 
 GREEN, BLUE = (0, 255, 0), (0, 0, 255)
 
@@ -77,7 +77,7 @@ def test_animations_give_their_first_frame(kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     with pil.open(io.BytesIO(data)) as opened:
-        assert opened.n_frames == 3
+        assert opened.n_frames == 3  # type: ignore[attr-defined]
     assert decode_image(data).getpixel((4, 4)) == RED
 
 
@@ -337,7 +337,7 @@ def test_damaged_pictures_decode_or_are_an_image_error(seed, data):
 # ---- sizes from headers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted(images.FORMATS))
+@pytest.mark.parametrize("kind", sorted(FORMATS))
 def test_the_header_gives_the_size_of_the_decoded_picture(kind):
     data = encoded(scene(64, 48), kind)
     for source in (data, scene(64, 48), np.asarray(scene(64, 48))):

@@ -19,13 +19,13 @@ from tests.texts import FRAGMENTS, texts
 from visavis.checkpoints.gguf.reader import open_gguf
 from visavis.errors import CheckpointError
 from visavis.processing.tokenizer import (
-    PRE_TOKENIZERS,
     SpecialTokens,
     build_tokenizer,
     encode,
     load_tokenizer,
     special_tokens,
 )
+from visavis.processing.tokenizer_conversion import PRE_TOKENIZERS
 
 NUM_TEXTS = 1500
 # Any text that UTF-8 can hold, with the pieces that tokenizers trip over.

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from visavis.train.distributed import gather_rows, world_size
 from visavis.train.gradcache import cached_backward, token_chunks
@@ -81,7 +82,7 @@ def test_two_processes_are_one_with_the_joined_batch(tmp_path: Path) -> None:
     model = build()
     whole = loss_of(model(data(7)))
     whole.backward()
-    multiprocessing.spawn(one_process, (tmp_path / "store", tmp_path), nprocs=2)
+    spawn(one_process, (tmp_path / "store", tmp_path), nprocs=2)
     for number in range(2):
         loss, found = torch.load(tmp_path / f"{number}.pt")
         torch.testing.assert_close(loss, whole.detach(), atol=1e-6, rtol=0)

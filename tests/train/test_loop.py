@@ -281,7 +281,7 @@ def test_time_spent_waiting_for_data_is_said(
     meter.add([Part("generative", 2.0, 30, waited=0.5), Part("contrastive", 1.0, 12, waited=2.0)])
     assert meter.take()["stall"] == pytest.approx(0.25, abs=0.01)
     run, ticks = TinyRun(), count()
-    monkeypatch.setattr(data_loader.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("visavis.train.data_loader.time.perf_counter", lambda: float(next(ticks)))
     task = JointTask([run.generative(micro_tokens=60), run.contrastive(chunk_tokens=60)])
     parts = task.step(run.trainee, Processes(run.accelerator, run.trainee, run.groups))
     assert all(part.waited > 1 for part in parts)  # at the start, and for each chunk

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from tests.train.training import TinyRun, chats
 from visavis.errors import TrainError
@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("fsdp", "ddp"):
         run = TinyRun()
         run.train(joint(run, small=False), folder / f"{kind}-on", stop_after=2, **SETTINGS)
-    multiprocessing.spawn(one_process, (folder / "store", folder), nprocs=2)
+    spawn(one_process, (folder / "store", folder), nprocs=2)
     return folder
 
 

@@ -19,13 +19,13 @@ from visavis.processing.chat_formats import CHAT_FORMATS
 from visavis.processing.chat_template import ChatTemplate, encode_chat, encode_turns
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import (
-    PRE_TOKENIZERS,
     SpecialTokens,
     build_tokenizer,
     encode,
     load_tokenizer,
     special_tokens,
 )
+from visavis.processing.tokenizer_conversion import PRE_TOKENIZERS
 
 CUTS: dict[str, tuple[Any, str]] = {  # as tokenizer.json files have them -> llama.cpp's name
     "GPT-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
