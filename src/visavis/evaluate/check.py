@@ -11,6 +11,7 @@ from visavis.errors import InputError, VisavisError
 from visavis.evaluate import ranking
 from visavis.evaluate.items import Item, MissingFilesError
 from visavis.evaluate.suite import Suite, Task
+from visavis.evaluate.vqa import readers as vqa_readers
 from visavis.processing.images import image_size
 from visavis.prompt import Image, Video
 
@@ -117,4 +118,11 @@ def _retrieval(task: Task, root: Path) -> tuple[int, list[str], list[Image], dic
     )
 
 
-READERS: dict[str, Reader] = {"retrieval": _retrieval}
+def _vqa(task: Task, root: Path) -> tuple[int, list[str], list[Image], dict[str, Any]]:
+    data = vqa_readers.read(task, root)
+    problems = [f"{problem.record}: {problem.message}" for problem in data.problems]
+    images = list(dict.fromkeys(image for q in data.questions for image in q.images))
+    return len(data.questions), problems, images, data.notes
+
+
+READERS: dict[str, Reader] = {"retrieval": _retrieval, "vqa": _vqa}

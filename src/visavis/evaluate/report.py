@@ -198,7 +198,10 @@ def _thumbnail(path: Path) -> str | None:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+    """Return a share in percent, and points (MME's sums) as they are."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if value <= 1 else f"{value:.1f}"
 
 
 def _number(value: float) -> str:

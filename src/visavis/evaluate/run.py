@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from visavis.errors import InputError, OutOfMemoryError, VisavisError
 from visavis.evaluate import ranking
+from visavis.evaluate.items import Problem
 from visavis.evaluate.leaderboard import leaderboard
 from visavis.evaluate.prompts import profile_name
 from visavis.evaluate.results import (
@@ -22,6 +23,8 @@ from visavis.evaluate.results import (
 )
 from visavis.evaluate.suite import Suite, Task, load_suite
 from visavis.evaluate.vectors import ALONE, Workers
+from visavis.evaluate.vqa import readers as vqa_readers
+from visavis.evaluate.vqa.run import judge_of, run_vqa
 
 if TYPE_CHECKING:
     from visavis.api import Model
@@ -95,7 +98,27 @@ def _retrieval(model: Model, task: Task, context: Context) -> TaskResult | None:
     )
 
 
-RUNNERS: dict[str, Runner] = {"retrieval": _retrieval}
+def _vqa(model: Model, task: Task, context: Context) -> TaskResult | None:
+    options = context.options
+    data = vqa_readers.read(task, context.root)
+    if options.max_records is not None and len(data.questions) > options.max_records:
+        left = len(data.questions) - options.max_records
+        del data.questions[options.max_records :]
+        reason = f"left out by max_records={options.max_records}"
+        data.problems.append(Problem(f"{left} questions", reason))
+    return run_vqa(
+        model,
+        data,
+        task,
+        compat=options.compat,
+        judge=judge_of(options.extra),
+        output=options.output,
+        workers=context.workers,
+        progress=context.progress,
+    )
+
+
+RUNNERS: dict[str, Runner] = {"retrieval": _retrieval, "vqa": _vqa}
 
 
 def evaluate(
