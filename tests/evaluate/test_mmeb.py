@@ -21,8 +21,8 @@ from visavis.evaluate.prompts import VERBATIM, embed_items, profile_name, with_p
 from visavis.evaluate.readers import beir, mmeb_image, mmeb_video
 from visavis.evaluate.run import Options, evaluate
 from visavis.evaluate.suite import load_suite
-from visavis.processing.profile import PROFILES
-from visavis.prompt import Prompt, Text
+from visavis.inputs import Prompt, Text
+from visavis.processing.prompt_encoder import PROFILES
 
 V1, V2 = load_suite("mmeb-v1"), load_suite("mmeb-v2")
 

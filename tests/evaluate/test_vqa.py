@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -277,7 +277,7 @@ def test_a_truncated_file_is_named(files: Path, tmp_path: Path) -> None:
 class Grader(BaseHTTPRequestHandler):
     """An OpenAI-compatible judge: full marks for odd questions, words instead of a number once."""
 
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -9,8 +9,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from visavis.cli.console import print_columns, print_json, say, show_progress
-from visavis.cli.options import JsonOption, Loading, loads_a_model
+from visavis.cli.common import (
+    JsonOption,
+    Loading,
+    loads_a_model,
+    print_columns,
+    print_json,
+    say,
+    show_progress,
+)
 from visavis.errors import InputError
 
 RUN = "run"
@@ -88,13 +95,18 @@ def run(
 
       visavis evaluate report runs/a runs/b --output report.html
     """
-    from visavis.evaluate.suite import load_suite
-
     if not suite:
         raise InputError("--suite is missing; `visavis evaluate suites` lists the suites")
     if data is None:
         raise InputError("--data is missing, expected the folder of the official files")
-    loaded_suite = load_suite(suite)
+    from visavis.evaluate.suite import load_suite
+
+    if suite == "local":
+        from visavis.evaluate.readers.local import discover
+
+        loaded_suite = discover(data.expanduser())
+    else:
+        loaded_suite = load_suite(suite)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if check:
         _check(loaded_suite, data.expanduser(), names, as_json)

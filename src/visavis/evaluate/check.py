@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from visavis.errors import InputError, VisavisError
-from visavis.evaluate import ranking
+from visavis.evaluate import retrieval
 from visavis.evaluate.items import Item, MissingFilesError
+from visavis.evaluate.questions import QUESTION_READERS, read_questions
 from visavis.evaluate.suite import Suite, Task
-from visavis.evaluate.vqa import readers as vqa_readers
+from visavis.inputs import Image, Video
 from visavis.processing.images import image_size
-from visavis.prompt import Image, Video
 
 CHECKED_IMAGES = 500  # of a task, evenly spread over all; each is opened
 
@@ -46,11 +46,11 @@ def check_suite(suite: Suite, root: Path, tasks: Iterable[str] = ()) -> list[Che
     Raises:
         InputError: `root` is no folder.
     """
-    if not root.is_dir():
+    if not root.is_dir() and suite.name != "local":
         raise InputError(f"{root} is no folder, expected the one that holds the files of a suite")
     wanted = list(tasks)
     chosen = suite.choose(wanted)
-    found = [_check(suite, task, root) for task in chosen]
+    found = [_check(task, root) for task in chosen]
     if not wanted:
         left = [task for task in suite.tasks.values() if task.status]
         found += [Checked(task.name, "not run", problems=[task.status]) for task in left]
@@ -77,9 +77,9 @@ def fetch_commands(suite: Suite, root: Path, checked: Iterable[Checked]) -> list
     return list(dict.fromkeys(commands))
 
 
-def _check(suite: Suite, task: Task, root: Path) -> Checked:
+def _check(task: Task, root: Path) -> Checked:
     try:
-        records, problems, images, notes = READERS[suite.kind](task, root)
+        records, problems, images, notes = READERS[task.reader](task, root)
     except MissingFilesError as error:
         return Checked(task.name, "missing", problems=[str(error)])
     except VisavisError as error:
@@ -108,7 +108,7 @@ def images_of(items: Iterable[Item]) -> list[Image]:
 
 
 def _retrieval(task: Task, root: Path) -> tuple[int, list[str], list[Image], dict[str, Any]]:
-    data = ranking.read_task(task, root, compat="corrected")
+    data = retrieval.read_task(task, root, compat="corrected")
     problems = [f"{problem.record}: {problem.message}" for problem in data.problems]
     return (
         len(data.queries),
@@ -119,10 +119,12 @@ def _retrieval(task: Task, root: Path) -> tuple[int, list[str], list[Image], dic
 
 
 def _vqa(task: Task, root: Path) -> tuple[int, list[str], list[Image], dict[str, Any]]:
-    data = vqa_readers.read(task, root)
+    data = read_questions(task, root)
     problems = [f"{problem.record}: {problem.message}" for problem in data.problems]
     images = list(dict.fromkeys(image for q in data.questions for image in q.images))
     return len(data.questions), problems, images, data.notes
 
 
-READERS: dict[str, Reader] = {"retrieval": _retrieval, "vqa": _vqa}
+READERS: dict[str, Reader] = dict.fromkeys(retrieval.READERS, _retrieval) | dict.fromkeys(
+    QUESTION_READERS, _vqa
+)

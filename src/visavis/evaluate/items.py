@@ -13,7 +13,7 @@ import numpy as np
 
 from visavis.errors import InputError
 from visavis.evaluate.metrics import Relevant
-from visavis.prompt import Image, Stored, Video
+from visavis.inputs import Image, Stored, Video
 
 VISUAL = "<|visual|>"  # where the image or video stands in `Item.verbatim`
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from visavis.evaluate.items import VISUAL, Item
-from visavis.processing.profile import PROFILES, PromptProfile
-from visavis.prompt import Message, Part, Prompt, Text
+from visavis.inputs import Message, Part, Prompt, Text
+from visavis.processing.prompt_encoder import PROFILES, PromptConfig
 
 if TYPE_CHECKING:
     from visavis.api import Model
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 VERBATIM = ("vlm2vec-v1", "vlm2vec-v2", "llave")
 
 
-def profile_name(profile: PromptProfile) -> str:
+def profile_name(profile: PromptConfig) -> str:
     """Return the name of a profile, or "own" where the checkpoint brings one without a name."""
-    plain = PromptProfile().embedding_as(profile)
+    plain = PromptConfig().embedding_as(profile)
     for name, known in PROFILES.items():
-        if PromptProfile().embedding_as(known) == plain:
+        if PromptConfig().embedding_as(known) == plain:
             return name
     return "own"
 
 
-def with_profile(model: Model, profile: PromptProfile) -> Model:
+def with_profile(model: Model, profile: PromptConfig) -> Model:
     """Return the same weights with another prompt profile."""
     other = copy.copy(model)
     other.profile = profile
@@ -50,13 +50,18 @@ def model_key(model: Model) -> str:
 
 def embed_items(model: Model, items: Sequence[Item]) -> np.ndarray:
     """Return one unit vector per item, float32 [N, D]."""
-    if profile_name(model.profile) in VERBATIM:
-        bare = with_profile(model, replace(model.profile, embed_image_end=""))
-        return bare.embed([verbatim_prompt(item) for item in items])
     vectors = np.empty((len(items), model.embedding_dim), np.float32)
+    takes_verbatim = profile_name(model.profile) in VERBATIM
     by_instruction: dict[str, list[int]] = defaultdict(list)
+    verbatim: list[int] = []
     for number, item in enumerate(items):
-        by_instruction[item.instruction].append(number)
+        if takes_verbatim and item.verbatim:
+            verbatim.append(number)
+        else:
+            by_instruction[item.instruction].append(number)
+    if verbatim:
+        bare = with_profile(model, replace(model.profile, embed_image_end=""))
+        vectors[verbatim] = bare.embed([verbatim_prompt(items[number]) for number in verbatim])
     for instruction, numbers in by_instruction.items():
         prompts = [plain_prompt(items[number], instruction) for number in numbers]
         vectors[numbers] = model.embed(prompts, instruction=instruction or None)

@@ -17,7 +17,7 @@ import numpy as np
 from visavis.errors import InputError, VisavisError
 from visavis.evaluate.metrics import Comparison, compare
 from visavis.evaluate.results import read_json
-from visavis.files import write_atomically
+from visavis.utils import write_atomically
 
 SHOWN_FAILURES = 6  # of each task
 THUMBNAIL = 160

@@ -15,7 +15,7 @@ import numpy as np
 from visavis.errors import InputError
 from visavis.evaluate.metrics import interval
 from visavis.evaluate.suite import Suite, Task
-from visavis.files import write_atomically
+from visavis.utils import write_atomically
 
 if TYPE_CHECKING:
     from visavis.api import Model

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visavis.errors import InputError, OutOfMemoryError, VisavisError
-from visavis.evaluate import ranking
+from visavis.evaluate import retrieval
 from visavis.evaluate.items import Problem
 from visavis.evaluate.leaderboard import leaderboard
 from visavis.evaluate.prompts import profile_name
+from visavis.evaluate.questions import QUESTION_READERS, read_questions
+from visavis.evaluate.readers import local
 from visavis.evaluate.results import (
     TaskResult,
     describe_model,
@@ -23,7 +25,6 @@ from visavis.evaluate.results import (
 )
 from visavis.evaluate.suite import Suite, Task, load_suite
 from visavis.evaluate.vectors import ALONE, Workers
-from visavis.evaluate.vqa import readers as vqa_readers
 from visavis.evaluate.vqa.run import judge_of, run_vqa
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ Runner = Callable[["Model", Task, Context], "TaskResult | None"]
 
 def _retrieval(model: Model, task: Task, context: Context) -> TaskResult | None:
     options = context.options
-    data = ranking.read_task(task, context.root, compat=options.compat, frames=options.frames)
-    ranking.limit(data, options.max_records)
-    return ranking.run_retrieval(
+    data = retrieval.read_task(task, context.root, compat=options.compat, frames=options.frames)
+    retrieval.limit(data, options.max_records)
+    return retrieval.run_retrieval(
         model,
         data,
         task,
@@ -100,7 +101,7 @@ def _retrieval(model: Model, task: Task, context: Context) -> TaskResult | None:
 
 def _vqa(model: Model, task: Task, context: Context) -> TaskResult | None:
     options = context.options
-    data = vqa_readers.read(task, context.root)
+    data = read_questions(task, context.root)
     if options.max_records is not None and len(data.questions) > options.max_records:
         left = len(data.questions) - options.max_records
         del data.questions[options.max_records :]
@@ -118,7 +119,10 @@ def _vqa(model: Model, task: Task, context: Context) -> TaskResult | None:
     )
 
 
-RUNNERS: dict[str, Runner] = {"retrieval": _retrieval, "vqa": _vqa}
+RUNNERS: dict[str, Runner] = {
+    **dict.fromkeys(retrieval.READERS, _retrieval),
+    **dict.fromkeys(QUESTION_READERS, _vqa),
+}
 
 
 def evaluate(
@@ -147,9 +151,9 @@ def evaluate(
         UnknownNameError: no such suite or task.
         InputError: `data` is no folder, or an option is wrong.
     """
-    suite = load_suite(suite) if isinstance(suite, str) else suite
     root = Path(data).expanduser()
-    if not root.is_dir():
+    suite = find_suite(suite, root) if isinstance(suite, str) else suite
+    if not root.is_dir() and suite.name != "local":
         raise InputError(f"{root} is no folder, expected the one that holds the files of a suite")
     chosen = suite.choose(tasks)
     workers = _workers(options)
@@ -160,7 +164,7 @@ def evaluate(
         context = Context(root, options, workers, progress)
         begun = time.perf_counter()
         try:
-            result = RUNNERS[suite.kind](model, task, context)
+            result = RUNNERS[task.reader](model, task, context)
         except OutOfMemoryError:
             raise
         except VisavisError as error:
@@ -192,6 +196,16 @@ def evaluate(
             document = leaderboard(suite, results, found["model"])
             write_json(options.output / "leaderboard.json", document)
     return found
+
+
+def find_suite(name: str, root: Path) -> Suite:
+    """Return a suite by name; that of own data has the tasks that `root` holds.
+
+    Raises:
+        UnknownNameError: no such suite.
+        InputError: `root` holds no data of a known shape.
+    """
+    return local.discover(root) if name == "local" else load_suite(name)
 
 
 def _workers(options: Options) -> Workers:

@@ -1,7 +1,6 @@
 """The registry of suites: one YAML file a suite in `suites/`, one entry a task.
 
     suite: mmeb-v1
-    kind: retrieval
     defaults: {reader: mmeb-image, metric: "hit@1"}
     averages: {IND: {domain: IND}}
     tasks:
@@ -22,7 +21,7 @@ from typing import Any
 import yaml
 
 from visavis.errors import InputError
-from visavis.registry import lookup
+from visavis.utils import lookup
 
 OWN = ("local",)  # suites that read the user's own data and have no entries
 
@@ -63,14 +62,12 @@ class Suite:
     """A set of tasks that are reported together.
 
     Args:
-        kind: "retrieval", "vqa", "video", "nano", "pairs" or "local".
         averages: for each average which tasks it covers, by their group, modality or domain; an
             empty selection is all tasks. Each is the unweighted mean of its tasks.
         fetch: commands that bring the official files.
     """
 
     name: str
-    kind: str
     title: str
     tasks: Mapping[str, Task]
     averages: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -118,7 +115,7 @@ def load_suite(name: str) -> Suite:
 @cache
 def _read(name: str) -> Suite:
     if name in OWN:
-        return Suite(name, "local", "The user's own data", {})
+        return Suite(name, "The user's own data: folders, CSV, JSON lines and parquet", {})
     text = resources.files(__package__).joinpath("suites", f"{name}.yaml").read_text("utf-8")
     found = yaml.safe_load(text)
     tasks: dict[str, Task] = {}
@@ -129,7 +126,6 @@ def _read(name: str) -> Suite:
         tasks[key] = _task(key, defaults | (entry or {}))
     return Suite(
         name,
-        found["kind"],
         found["title"],
         tasks,
         found.get("averages", {}),

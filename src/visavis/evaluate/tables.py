@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from visavis.data.formats.rows import open_rows
+from visavis.data.readers import open_rows
 from visavis.errors import InputError, VisavisError
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")

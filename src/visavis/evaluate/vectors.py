@@ -21,7 +21,7 @@ import numpy as np
 from visavis.errors import InputError, OutOfMemoryError, VisavisError
 from visavis.evaluate.items import Item
 from visavis.evaluate.prompts import embed_items, model_key
-from visavis.files import write_atomically
+from visavis.utils import write_atomically
 
 if TYPE_CHECKING:
     from visavis.api import Model

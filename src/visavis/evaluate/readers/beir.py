@@ -18,7 +18,7 @@ from visavis.evaluate.items import VISUAL, Item, MissingFilesError, Problem, Ret
 from visavis.evaluate.metrics import Relevant
 from visavis.evaluate.suite import Task
 from visavis.evaluate.tables import SUFFIXES, iterate_rows
-from visavis.prompt import Image, Stored
+from visavis.inputs import Image, Stored
 
 HOMES = ("", "visdoc-tasks", "visdoc-tasks/data", "visdoc_tasks/data", "data")
 IMAGE_HOMES = ("visdoc-tasks", "visdoc-tasks/images", "visdoc_tasks/images", "images", "")
@@ -86,7 +86,7 @@ def read(task: Task, root: Path, *, compat: str = "corrected") -> RetrievalData:
             data.problems.append(Problem(f"corpus {name}", "this id stands twice in the corpus"))
             continue
         image, in_corpus = _page(name, row.get("image"), homes, task)
-        text = str(row.get("text") or "")
+        text = " ".join(str(row[part]) for part in ("title", "text") if row.get(part))
         if image is None and not text:
             broken[name] = "its image is neither in the corpus file nor in a folder of images"
             data.problems.append(Problem(f"corpus {name}", broken[name]))
@@ -118,7 +118,8 @@ def _queries(
     instruction = task.get("query", "")
     known: set[str] = set()
     for row in iterate_rows(files):
-        name, text = str(_value(row, "query-id", "query_id", "_id")), _value(row, "query", "text")
+        name = str(_value(row, "query-id", "query_id", "_id"))
+        text = str(row.get("query") or row.get("text") or "")
         if name in known:
             data.problems.append(Problem(f"query {name}", "this id stands twice in the queries"))
             continue
@@ -132,7 +133,12 @@ def _queries(
                 reason = f"its page {lost[0]} is {state}"
             data.problems.append(Problem(f"query {name}", reason))
             continue
-        data.queries.append(Item(text, (), instruction, f"{instruction} {text}".strip()))
+        visuals = (Image(row["image"]),) if isinstance(row.get("image"), Stored) else ()
+        if not text and not visuals:
+            data.problems.append(Problem(f"query {name}", "has neither text nor image"))
+            continue
+        written = "" if visuals else f"{instruction} {text}".strip()
+        data.queries.append(Item(text, visuals, instruction, written))
         data.query_ids.append(name)
         data.relevant.append(Relevant.of({numbers[page]: g for page, g in wanted.items()}))
     for name in sorted(set(grades) - known):

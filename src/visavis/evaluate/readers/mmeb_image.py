@@ -29,7 +29,7 @@ from visavis.evaluate.items import (
 from visavis.evaluate.metrics import Relevant
 from visavis.evaluate.suite import Task
 from visavis.evaluate.tables import find_first, iterate_rows
-from visavis.prompt import Image
+from visavis.inputs import Image
 
 TOKEN = "<|image_1|>"
 ANNOTATIONS = (

@@ -28,7 +28,7 @@ from visavis.evaluate.items import (
 from visavis.evaluate.metrics import Relevant
 from visavis.evaluate.suite import Task
 from visavis.evaluate.tables import find_first, iterate_rows
-from visavis.prompt import Image, Video
+from visavis.inputs import Image, Video
 
 FRAMES = 8
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")

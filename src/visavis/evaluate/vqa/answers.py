@@ -172,8 +172,8 @@ _NUMBER_FORMS = (
 def mmmu_open(answer: str, truths: Sequence[str], rules: Rules = "corrected") -> bool:
     """Return whether an answer to an open question of MMMU is right.
 
-    Looks at what follows words such as "is" and "therefore", and at numbers. The official rule finds
-    a true answer inside other words ("cat" in "catalogue"); the corrected one compares words.
+    Looks at what follows words such as "is" and "therefore", and at numbers. The official rule
+    finds a true answer inside other words ("cat" in "catalogue"); the corrected one compares words.
     """
     wanted = [value for truth in truths for value in _mmmu_values(truth)]
     for value in {v for part in _mmmu_parts(answer) for v in _mmmu_values(part)}:

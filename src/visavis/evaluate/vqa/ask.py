@@ -13,7 +13,7 @@ from visavis.errors import InputError, OutOfMemoryError, VisavisError
 from visavis.evaluate.prompts import model_key
 from visavis.evaluate.vectors import ALONE, Workers
 from visavis.evaluate.vqa.data import Question
-from visavis.prompt import Prompt
+from visavis.inputs import Prompt
 
 if TYPE_CHECKING:
     from visavis.api import Model

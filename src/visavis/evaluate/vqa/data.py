@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visavis.evaluate.items import Item, Problem
-from visavis.prompt import Image
+from visavis.inputs import Image
 
 
 @dataclass(frozen=True)

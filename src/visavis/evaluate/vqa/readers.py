@@ -15,11 +15,12 @@ from typing import Any
 
 from visavis.errors import InputError
 from visavis.evaluate.items import MissingFilesError, Problem
+from visavis.evaluate.readers import records
 from visavis.evaluate.readers.mmeb_image import ImageFinder
 from visavis.evaluate.suite import Task
 from visavis.evaluate.tables import find_first, iterate_rows
 from visavis.evaluate.vqa.data import Question, VqaData
-from visavis.prompt import Image
+from visavis.inputs import Image
 
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CN = "请直接回答选项字母。"
@@ -34,7 +35,11 @@ def read(task: Task, root: Path) -> VqaData:
         MissingFilesError: the question file or the labels are not there.
         InputError: they are damaged.
     """
-    data = READERS[task.reader](task, root)
+    return unique(READERS[task.reader](task, root))
+
+
+def unique(data: VqaData) -> VqaData:
+    """Return questions without those whose id an earlier one has; they become problems."""
     seen: set[str] = set()
     kept = []
     for question in data.questions:
@@ -387,6 +392,39 @@ def mmmu(task: Task, root: Path) -> VqaData:
     return _each(data, locate(task, root), make)
 
 
+def _spread(task: Task, total: int) -> list[int]:
+    """Return which of `total` records are used: at most `max_records`, evenly spread."""
+    limit = task.get("max_records", total)
+    return [int(i * total / limit) for i in range(limit)] if limit < total else list(range(total))
+
+
+def records_questions(task: Task, root: Path) -> VqaData:
+    """Questions of one of nano's data sets, with short answers."""
+    found, sources = records.load(task, root)
+    asked = [(r, q, a) for r in found for q, a in r.questions]
+    data = VqaData(sources=sources)
+    for number in _spread(task, len(asked)):
+        record, question, answer = asked[number]
+        images = (Image(record.image),)
+        data.questions.append(
+            Question(f"{record.key}#{number}", question, images, {"answer": answer})
+        )
+    return data
+
+
+def records_chat(task: Task, root: Path) -> VqaData:
+    """Images of one of nano's data sets, asked for what they show."""
+    found, sources = records.load(task, root)
+    data = VqaData(sources=sources)
+    for number in _spread(task, len(found)):
+        record = found[number]
+        truth = {"answer": record.label, "group": record.group}
+        data.questions.append(
+            Question(record.key, task.get("question"), (Image(record.image),), truth)
+        )
+    return data
+
+
 READERS: dict[str, Callable[[Task, Path], VqaData]] = {
     "plain": plain,
     "gqa": gqa,
@@ -397,4 +435,6 @@ READERS: dict[str, Callable[[Task, Path], VqaData]] = {
     "mmbench": mmbench,
     "seed": seed,
     "mmmu": mmmu,
+    "records-questions": records_questions,
+    "records-chat": records_chat,
 }

@@ -134,7 +134,9 @@ def _judged(
     if judge is None:
         result.info["judge"] = "none; the answers are for MM-Vet's own evaluator"
         return answered(questions, answers, "corrected")
-    values, parsed, capabilities = [], [], {}
+    values: list[float] = []
+    parsed: list[str] = []
+    capabilities: dict[str, list[float]] = {}
     for question in questions:
         label = question.truth.get("label")
         if not label:

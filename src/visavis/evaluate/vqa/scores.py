@@ -250,6 +250,58 @@ def mmmu(questions: Sequence[Question], answers: Answers, rules: Rules) -> Outco
     return Outcome(scores, {"accuracy": np.array(values)}, parsed)
 
 
+def exact(questions: Sequence[Question], answers: Answers, rules: Rules) -> Outcome:
+    """Exact match without case and full stop; also over yes/no questions and the others apart."""
+    parsed = [parse.plain(answers[q.id]) for q in questions]
+    truths = [parse.plain(q.truth["answer"]) for q in questions]
+    values = [float(p == truth) for p, truth in zip(parsed, truths, strict=True)]
+    polar = [truth in ("yes", "no", "true", "false") for truth in truths]
+    scores = {"accuracy": _mean(values)}
+    for name, wanted in (("yes/no", True), ("other", False)):
+        some = [v for v, is_polar in zip(values, polar, strict=True) if is_polar == wanted]
+        scores |= {f"accuracy {name}": _mean(some)} if some else {}
+    return Outcome(scores, {"accuracy": np.array(values)}, parsed)
+
+
+def names(questions: Sequence[Question], answers: Answers, rules: Rules) -> Outcome:
+    """Answers that hold the class's name as words ("a pineapple" is no apple), or its group's."""
+    parsed = [parse.plain(answers[q.id]) for q in questions]
+    found = {
+        metric: np.array([float(parse.has_words(answers[q.id], q.truth[key])) for q in questions])
+        for metric, key in (("names_class", "answer"), ("names_group", "group"))
+    }
+    return Outcome({k: float(v.mean()) for k, v in found.items()}, found, parsed)
+
+
+def choice(questions: Sequence[Question], answers: Answers, rules: Rules) -> Outcome:
+    """Multiple choice: the letter, or the text of an option and no other's."""
+    parsed = []
+    for question in questions:
+        options = question.truth["options"]
+        found = parse.letter(answers[question.id], question.truth["letters"])
+        said = [
+            i for i, option in enumerate(options) if parse.has_words(answers[question.id], option)
+        ]
+        if not found and len(said) == 1:
+            found = question.truth["letters"][said[0]]
+        parsed.append(found)
+    values = [float(p == q.truth["answer"]) for p, q in zip(parsed, questions, strict=True)]
+    return Outcome({"accuracy": _mean(values)}, {"accuracy": np.array(values)}, parsed)
+
+
+def short(questions: Sequence[Question], answers: Answers, rules: Rules) -> Outcome:
+    """Short answers: exact match after VQA's normalisation with any of the right ones; `has_words`
+    counts answers that hold a right one as words."""
+    parsed = [parse.normalise(answers[q.id]) for q in questions]
+    exactly, holding = [], []
+    for found, question in zip(parsed, questions, strict=True):
+        truths = question.truth["answers"]
+        exactly.append(float(found in {parse.normalise(truth) for truth in truths}))
+        holding.append(float(any(parse.has_words(answers[question.id], t) for t in truths)))
+    values = {"accuracy": np.array(exactly), "has_words": np.array(holding)}
+    return Outcome({k: float(v.mean()) for k, v in values.items()}, values, parsed)
+
+
 SCORERS: dict[str, Scorer] = {
     "answered": answered,
     "gqa": gqa,
@@ -260,4 +312,8 @@ SCORERS: dict[str, Scorer] = {
     "mmbench": mmbench,
     "seed": seed,
     "mmmu": mmmu,
+    "exact": exact,
+    "names": names,
+    "choice": choice,
+    "short": short,
 }

@@ -11,7 +11,7 @@ from visavis.errors import InputError
 from visavis.evaluate.tables import iterate_rows
 from visavis.evaluate.vqa.answers import normalise
 from visavis.evaluate.vqa.data import VqaData
-from visavis.files import write_atomically
+from visavis.utils import write_atomically
 
 MMBENCH_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 MMBENCH_PLACE = 6  # of the column `prediction`
