@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visavis.errors import InputError, VisavisError
-from visavis.evaluate import retrieval
+from visavis.evaluate import pairs, retrieval, video_retrieval
 from visavis.evaluate.items import Item, MissingFilesError
 from visavis.evaluate.questions import QUESTION_READERS, read_questions
 from visavis.evaluate.suite import Suite, Task
@@ -125,6 +125,20 @@ def _vqa(task: Task, root: Path) -> tuple[int, list[str], list[Image], dict[str,
     return len(data.questions), problems, images, data.notes
 
 
-READERS: dict[str, Reader] = dict.fromkeys(retrieval.READERS, _retrieval) | dict.fromkeys(
-    QUESTION_READERS, _vqa
-)
+def _video(task: Task, root: Path) -> tuple[int, list[str], list[Image], dict[str, Any]]:
+    data = video_retrieval.read(task, root)
+    problems = [f"{problem.record}: {problem.message}" for problem in data.problems]
+    return len(data.captions), problems, images_of(data.videos), {"videos": len(data.videos)}
+
+
+def _pair(task: Task, root: Path) -> tuple[int, list[str], list[Image], dict[str, Any]]:
+    first, second, _ = pairs.read(task, root)
+    return 1, [], images_of([first, second]), {}
+
+
+READERS: dict[str, Reader] = {
+    "video-retrieval": _video,
+    "pair": _pair,
+    **dict.fromkeys(retrieval.READERS, _retrieval),
+    **dict.fromkeys(QUESTION_READERS, _vqa),
+}

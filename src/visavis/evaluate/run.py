@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visavis.errors import InputError, OutOfMemoryError, VisavisError
-from visavis.evaluate import retrieval
+from visavis.evaluate import retrieval, video_retrieval
 from visavis.evaluate.items import Problem
 from visavis.evaluate.leaderboard import leaderboard
+from visavis.evaluate.pairs import run_pair
 from visavis.evaluate.prompts import profile_name
 from visavis.evaluate.questions import QUESTION_READERS, read_questions
 from visavis.evaluate.readers import local
@@ -119,7 +120,26 @@ def _vqa(model: Model, task: Task, context: Context) -> TaskResult | None:
     )
 
 
+def _video(model: Model, task: Task, context: Context) -> TaskResult | None:
+    data = video_retrieval.read(task, context.root, frames=context.options.frames)
+    return video_retrieval.run_video_retrieval(
+        model,
+        data,
+        task,
+        compat=context.options.compat,
+        folder=context.vectors,
+        workers=context.workers,
+        progress=context.progress,
+    )
+
+
+def _pair(model: Model, task: Task, context: Context) -> TaskResult | None:
+    return run_pair(model, task, context.root) if not context.workers.rank else None
+
+
 RUNNERS: dict[str, Runner] = {
+    "video-retrieval": _video,
+    "pair": _pair,
     **dict.fromkeys(retrieval.READERS, _retrieval),
     **dict.fromkeys(QUESTION_READERS, _vqa),
 }
