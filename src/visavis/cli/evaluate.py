@@ -76,6 +76,15 @@ def run(
     max_records: Annotated[
         int | None, typer.Option(min=1, help="Only the first records of each task, to try out.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="OpenAI-compatible address of a judge for MM-Vet; its key is read from "
+            "VISAVIS_JUDGE_KEY.",
+        ),
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's model.")] = "gpt-4",
     check: Annotated[
         bool, typer.Option("--check", help="Only check the files; no model is loaded.")
     ] = False,
@@ -116,7 +125,8 @@ def run(
     from visavis.evaluate.run import Options
     from visavis.evaluate.run import evaluate as run_suite
 
-    options = Options(output, ties, compat, frames, max_records)
+    extra = {"judge": judge, "judge_model": judge_model}
+    options = Options(output, ties, compat, frames, max_records, extra)
     loaded_suite.choose(names)
     loaded = loading.load(model)
     with _Bar(show_progress()) as bar:
@@ -129,6 +139,8 @@ def run(
             report=bar.task,
             progress=bar.advance,
         )
+    if not found:  # another process prints
+        return
     if as_json:
         print_json(found)
     else:
@@ -215,6 +227,24 @@ def compare(
     print_columns(rows)
 
 
+@evaluate.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Whose answers, as MMBench.")],
+    table: Annotated[Path, typer.Option(help="The dataset's .tsv in VLMEvalKit's LMUData folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .xlsx or .tsv to write.")],
+) -> None:
+    """Write a run's answers as a prediction file that VLMEvalKit scores.
+
+    [bold]Examples[/bold]
+
+      visavis evaluate export runs/a MMBench --table MMBench_DEV_EN.tsv -o a_MMBench_DEV_EN.xlsx
+    """
+    from visavis.evaluate.vlmevalkit import export_answers
+
+    typer.echo(f"{output}: {export_answers(run, task, table, output)} answers")
+
+
 def _check(suite: Any, root: Path, names: list[str], as_json: bool) -> None:
     from visavis.evaluate.check import check_suite, fetch_commands
 
@@ -258,7 +288,7 @@ def _print(found: dict[str, Any]) -> None:
             )
         )
     print_columns(rows)
-    if found["averages"]:
+    if any(value is not None for value in found["averages"].values()):
         typer.echo("")
         print_columns(
             [("average", "score")] + [(n, _number(v)) for n, v in found["averages"].items()]

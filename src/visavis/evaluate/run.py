@@ -157,6 +157,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run a suite and return its summary: scores, intervals, averages and what is incomplete.
 
+    Started by a launcher (`accelerate launch -m visavis evaluate …`), the processes share the work,
+    and those after the first return an empty summary.
+
     A task that fails is named in `incomplete` with the reason, and the others are run. With an
     output folder, each task's result is written as soon as it is there, and vectors and answers
     of an earlier run with the same model and data are used again.
@@ -188,15 +191,15 @@ def evaluate(
         except OutOfMemoryError:
             raise
         except VisavisError as error:
-            if workers.count > 1:
-                workers.wait()
             result = TaskResult(task.metric, problems=[{"record": "", "message": str(error)}])
         if result is None:
             continue
         result.info["seconds in all"] = round(time.perf_counter() - begun, 2)
         results[task.name] = result
-        if options.output and not workers.rank:
+        if options.output:
             write_task(options.output, suite.name, task.name, result)
+    if workers.rank:  # the first process has the results
+        return {}
     found = summary(
         suite,
         results,
@@ -210,7 +213,7 @@ def evaluate(
         },
         chosen=chosen,
     )
-    if options.output and not workers.rank:
+    if options.output:
         write_json(options.output / "results.json", found)
         if suite.name.startswith("mmeb-"):
             document = leaderboard(suite, results, found["model"])
@@ -232,9 +235,16 @@ def _workers(options: Options) -> Workers:
     """Return this process's share, where a launcher started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ALONE
-    from accelerate import PartialState
-
-    state = PartialState()
     if options.output is None:
         raise InputError("a run of several processes needs --output, where they share vectors")
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise InputError(
+            "several processes share a run through the package accelerate, which is not installed; "
+            "`pip install 'visavis[evaluate]'`, or start one process"
+        ) from error
+    import torch
+
+    state = PartialState(cpu=not torch.cuda.is_available())
     return Workers(state.process_index, state.num_processes, state.wait_for_everyone)
