@@ -252,3 +252,33 @@ def write_pages(root: Path, number: int = 6) -> Path:
         qrels += [{"query-id": 1, "corpus-id": ids[2], "score": 2}]
         write_parquet(folder / "qrels/test-00000.parquet", qrels)
     return root
+
+
+# --- MMEB-V3, text --------------------------------------------------------------------------------
+
+
+def write_texts(root: Path, number: int = 5) -> Path:
+    """Write the 53 text tasks of MMEB-V3, each in the format and with the fields of its family."""
+    for task in load_suite("mmeb-v3").tasks.values():
+        if task.reader != "text" or task.status:
+            continue
+        gold = task.get("qrels") is None  # BRIGHT
+        documents, queries, qrels = [], [], []
+        for i in range(number):
+            names = {"id": f"d{i}", "content": f"document {i}"} if gold else {"_id": f"d{i}"}
+            documents.append(
+                names if gold else names | {"title": f"title {i}", "text": f"body {i}"}
+            )
+            row = {"id": str(i), "query": f"query {i}", "gold_ids": [f"d{i}"]}
+            if not gold:
+                row = {"_id": f"q{i}", "text": f"query {i}"}
+            if task.get("instruction_field"):
+                row |= {"instruction_og": f"og {i}", "instruction_changed": f"changed {i}"}
+            queries.append(row)
+            qrels.append({"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1})
+        for part, rows in (("corpus", documents), ("queries", queries), ("qrels", qrels)):
+            name = task.get(part)
+            if name:
+                write = write_parquet if name.endswith(".parquet") else write_jsonl
+                write(root / name, rows)
+    return root

@@ -14,11 +14,12 @@ import pytest
 
 from tests.evaluate import official_files as files
 from tests.fakes import tiny_model
+from visavis.errors import InputError
 from visavis.evaluate.check import check_suite, fetch_commands
 from visavis.evaluate.items import VISUAL
 from visavis.evaluate.leaderboard import read_leaderboard
 from visavis.evaluate.prompts import VERBATIM, embed_items, profile_name, with_profile
-from visavis.evaluate.readers import beir, mmeb_image, mmeb_video
+from visavis.evaluate.readers import beir, mmeb_image, mmeb_video, text
 from visavis.evaluate.run import Options, evaluate
 from visavis.evaluate.suite import load_suite
 from visavis.inputs import Prompt, Text
@@ -83,6 +84,28 @@ def test_all_of_mmeb_v2_runs(v2: Path, tmp_path: Path) -> None:
     assert "ViDoSeek-page-fixed" in board["metrics"]["visdoc"]
     scores = read_leaderboard(tmp_path / "leaderboard.json", V2)
     assert scores == {n: t[t["headline"]] for n, t in found["tasks"].items()}
+
+
+def test_the_text_tasks_of_mmeb_v3_run(tmp_path: Path) -> None:
+    suite = load_suite("mmeb-v3")
+    assert len(suite.tasks) == 190 and len(suite.selected("text")) == 53
+    files.write_texts(tmp_path)
+    names = [task.name for task in suite.selected("text")]
+    found = evaluate(tiny_model(), suite, tmp_path, tasks=names)
+    assert found["incomplete"] == [] and found["averages"]["text"] is not None
+    assert found["averages"]["all"] is None  # audio and others are not run
+    query = text.read(suite.tasks["Audience-v1"], tmp_path).queries[0]
+    assert query.verbatim == "changed 0 query 0" and query.instruction == "changed 0"
+    document = text.read(suite.tasks["NanoNQ"], tmp_path).candidates[0]
+    assert document.verbatim == "title 0\nbody 0"
+
+
+def test_tasks_that_are_not_run_say_why(tmp_path: Path) -> None:
+    suite = load_suite("mmeb-v3")
+    with pytest.raises(InputError, match="ESC-50 of mmeb-v3 is not run: needs a model that hears"):
+        suite.choose(["ESC-50"])
+    listed = [one for one in check_suite(suite, tmp_path) if one.status == "not run"]
+    assert len(listed) == 190 - 78 - 53
 
 
 def test_the_three_layouts_hold_the_same_task(v1: Path, v2: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from visavis.errors import InputError
 from visavis.evaluate.items import Problem, RetrievalData, data_fingerprint
-from visavis.evaluate.readers import beir, local, mmeb_image, mmeb_video, records
+from visavis.evaluate.readers import beir, local, mmeb_image, mmeb_video, records, text
 from visavis.evaluate.results import TaskResult
 from visavis.evaluate.scoring import Scored, score
 from visavis.evaluate.suite import Task
@@ -23,6 +23,7 @@ READERS: dict[str, Callable[..., RetrievalData]] = {
     "mmeb-video": mmeb_video.read,
     "beir": beir.read,
     "records": records.read,
+    "text": text.read,
     "local-beir": local.read_retrieval,
 } | dict.fromkeys(local.READERS, local.read_retrieval)
 
