@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from visavis.errors import InputError
+from visavis.errors import InputError, VisavisError
 from visavis.evaluate.metrics import Relevant
 from visavis.inputs import Image, Stored, Video
+from visavis.processing.images import decode_image
 
+THUMBNAIL = 160  # pixels of the longer side
+SHOWN_FAILURES = 6  # of each task, in reports
 VISUAL = "<|visual|>"  # where the image or video stands in `Item.verbatim`
 
 
@@ -113,6 +118,31 @@ class CandidateSet:
             self.items.append(item)
             self.ids.append(name)
         return self.numbers[key]
+
+
+def thumbnails(visuals: Iterable[Image | Video]) -> list[str]:
+    """Return small JPEG copies, as data: URIs, of images that lie in no file of their own."""
+    found = []
+    for visual in visuals:
+        if isinstance(visual, Image) and not isinstance(visual.source, Path):
+            try:
+                found.append(thumbnail(visual))
+            except VisavisError:
+                continue
+    return found
+
+
+def thumbnail(image: Image | Path) -> str:
+    """Return a small JPEG copy as a data: URI.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    copy = decode_image(image)
+    copy.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    copy.save(buffer, "JPEG", quality=75)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def data_fingerprint(sources: Iterable[Path]) -> str:

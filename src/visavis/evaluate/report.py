@@ -3,8 +3,6 @@ galleries of failures, and the paired difference of two runs."""
 
 from __future__ import annotations
 
-import base64
-import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from visavis.errors import InputError, VisavisError
+from visavis.evaluate.items import SHOWN_FAILURES, thumbnail
 from visavis.evaluate.metrics import Comparison, compare
 from visavis.evaluate.results import read_json
 from visavis.utils import write_atomically
-
-SHOWN_FAILURES = 6  # of each task
-THUMBNAIL = 160
 
 
 @dataclass
@@ -159,12 +155,11 @@ def _failures(run: Run, name: str, images: bool) -> list[dict[str, Any]]:
 
 def _gallery(sample: dict[str, Any], images: bool) -> dict[str, Any]:
     def shown(entry: dict[str, Any]) -> dict[str, Any]:
-        paths = entry.get("images", []) if images else []
         return {
             "text": str(entry.get("text", ""))[:300],
             "id": str(entry.get("id", ""))[-60:],
             "score": entry.get("score"),
-            "images": [data for path in paths[:2] if (data := _thumbnail(Path(path)))],
+            "images": _copies(entry) if images else [],
         }
 
     top = [shown(entry) for entry in sample.get("top", [])]
@@ -183,18 +178,15 @@ def _gallery(sample: dict[str, Any], images: bool) -> dict[str, Any]:
     }
 
 
-def _thumbnail(path: Path) -> str | None:
-    """Return a small copy as a data: URI, or None where the file is no longer there."""
-    from visavis.processing.images import decode_image
-
-    try:
-        image = decode_image(path)
-    except VisavisError:
-        return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _copies(entry: dict[str, Any]) -> list[str]:
+    """Return small copies of an entry's images; files that are no longer there have none."""
+    found = list(entry.get("thumbnails", []))
+    for name in entry.get("images", [])[:2] if not found else ():
+        try:
+            found.append(thumbnail(Path(name)))
+        except VisavisError:
+            continue
+    return found
 
 
 def _percent(value: float | None) -> str:

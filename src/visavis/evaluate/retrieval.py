@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visavis.errors import InputError
-from visavis.evaluate.items import Problem, RetrievalData, data_fingerprint
+from visavis.evaluate.items import (
+    SHOWN_FAILURES,
+    Item,
+    Problem,
+    RetrievalData,
+    data_fingerprint,
+    thumbnails,
+)
 from visavis.evaluate.readers import beir, local, mmeb_image, mmeb_video, records, text
 from visavis.evaluate.results import TaskResult
 from visavis.evaluate.scoring import Scored, score
@@ -111,19 +118,23 @@ def _fill(result: TaskResult, data: RetrievalData, found: Scored) -> None:
         {"record": f"query {data.query_ids[number]}", "message": reason}
         for number, reason in found.problems.items()
     ]
+    failures = 0
     for number, ranks, (names, scores) in zip(found.numbers, found.ranks, found.top, strict=True):
         relevant = data.relevant[number]
+        failures += ranks.ranks[0] > 1
+        small = bool(ranks.ranks[0] > 1 and failures <= SHOWN_FAILURES)
         result.samples.append(
             {
                 "id": data.query_ids[number],
-                "query": data.queries[number].describe(),
+                "query": _described(data.queries[number], small),
                 "ranks": [int(rank) for rank in ranks.ranks[:10]],
                 "tied": ranks.tied,
                 "truth": [
-                    _shown(data, int(candidate)) for candidate in relevant.candidates[:SHOWN_TRUTH]
+                    _shown(data, int(candidate), small)
+                    for candidate in relevant.candidates[:SHOWN_TRUTH]
                 ],
                 "top": [
-                    _shown(data, int(name)) | {"score": round(float(value), 5)}
+                    _shown(data, int(name), small) | {"score": round(float(value), 5)}
                     for name, value in zip(names, scores, strict=True)
                 ],
             }
@@ -133,9 +144,16 @@ def _fill(result: TaskResult, data: RetrievalData, found: Scored) -> None:
 SHOWN_TRUTH = 3
 
 
-def _shown(data: RetrievalData, number: int) -> dict[str, Any]:
+def _shown(data: RetrievalData, number: int, small: bool) -> dict[str, Any]:
     name = data.candidate_ids[number] if data.candidate_ids else str(number)
-    return {"id": name, **data.candidates[number].describe()}
+    return {"id": name, **_described(data.candidates[number], small)}
+
+
+def _described(item: Item, small: bool) -> dict[str, Any]:
+    """Return what an item is, with small copies of images that lie in no file of their own."""
+    found = item.describe()
+    copies = thumbnails(item.visuals) if small else []
+    return found | ({"thumbnails": copies} if copies else {})
 
 
 def limit(data: RetrievalData, number: int | None) -> None:

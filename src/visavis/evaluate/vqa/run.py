@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from visavis.evaluate.items import data_fingerprint
+from visavis.evaluate.items import SHOWN_FAILURES, data_fingerprint, thumbnails
 from visavis.evaluate.results import TaskResult
 from visavis.evaluate.suite import Task
 from visavis.evaluate.vectors import ALONE, Workers
@@ -107,12 +107,16 @@ def _fill(
         result.ids = list(dict.fromkeys(question.truth["index"] for question in known))
         result.n, result.info["questions asked"] = len(result.ids), len(questions)
     parsed = outcome.parsed or [""] * len(questions)
-    for question, found in zip(questions, parsed, strict=True):
+    failures = 0
+    for number, (question, found) in enumerate(zip(questions, parsed, strict=True)):
+        values = result.values.get(result.headline, ())
+        wrong = number < len(values) and values[number] < 1
+        failures += wrong
         truth = {k: v for k, v in question.truth.items() if k != "row"}
         result.samples.append(
             {
                 "id": question.id,
-                "query": _shown(question),
+                "query": _shown(question, small=wrong and failures <= SHOWN_FAILURES),
                 "answer": answers[question.id],
                 "parsed": found,
                 "expected": truth.get("answer", truth.get("answers", truth.get("label"))),
@@ -120,9 +124,11 @@ def _fill(
         )
 
 
-def _shown(question: Question) -> dict[str, Any]:
+def _shown(question: Question, *, small: bool) -> dict[str, Any]:
     paths = [str(i.source) for i in question.images if isinstance(i.source, Path)]
-    return {"text": question.text, "images": paths}
+    copies = thumbnails(question.images) if small else []
+    found: dict[str, Any] = {"text": question.text, "images": paths}
+    return found | ({"thumbnails": copies} if copies else {})
 
 
 def _judged(
