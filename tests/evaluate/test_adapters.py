@@ -63,7 +63,7 @@ def test_vidore_runs_in_mteb_from_a_folder(tmp_path: Path, monkeypatch: pytest.M
 def test_batches_of_mteb_become_items() -> None:
     image = photos()["coffee"]
     prompts = prompts_of({"text": ["a", "", "c"], "image": [image, image, [image, image]]})
-    assert [len(prompt.images) for prompt in prompts] == [1, 1, 2]
+    assert [len(prompt.visuals) for prompt in prompts] == [1, 1, 2]
     assert [prompt.text for prompt in prompts] == ["a", "", "c"]
     clip = np.zeros((3, 3, 8, 8), np.uint8)  # frames, channels, height, width
     (video,) = prompts_of({"video": [SimpleNamespace(frames=clip)]})
