@@ -16,6 +16,7 @@ from visavis.cli.bench import bench, doctor, fetch
 from visavis.cli.chat import chat
 from visavis.cli.common import (
     CONVERT,
+    EVALUATE,
     MACHINE,
     SEARCH,
     TRAIN,
@@ -29,6 +30,7 @@ from visavis.cli.convert import convert
 from visavis.cli.data import data
 from visavis.cli.demo import demo
 from visavis.cli.embed import embed
+from visavis.cli.evaluate import evaluate
 from visavis.cli.index import index
 from visavis.cli.inspect import inspect
 from visavis.cli.mine import mine
@@ -52,6 +54,7 @@ app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN)(compose)
 app.add_typer(data, rich_help_panel=TRAIN)
 app.command(rich_help_panel=TRAIN)(mine)
+app.add_typer(evaluate, rich_help_panel=EVALUATE)
 app.command(rich_help_panel=CONVERT)(convert)
 app.command(rich_help_panel=CONVERT)(inspect)
 app.command(rich_help_panel=MACHINE)(fetch)

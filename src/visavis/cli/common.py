@@ -197,7 +197,8 @@ class Loading:
         typer.Option(
             "--profile",
             metavar="NAME",
-            help="Embedding profile if the checkpoint has none: llave, vlm2vec-v1 or vlm2vec-v2.",
+            help="Embedding profile if the checkpoint has none: llave, vlm2vec-v1, vlm2vec-v2, "
+            "gme, e5-v or plain.",
             rich_help_panel=PANEL,
         ),
     ] = ""

@@ -60,7 +60,12 @@ class PromptConfig:
         video_times: whose sentence on a video's length and its frames' times stands after each
             video in chat; empty: nobody's.
         embed_prefix, embed_suffix: text around an item that is embedded.
-        embed_image_end: text after each of its images.
+        embed_image_start, embed_image_end: text around each of its images and videos.
+        text_form, visual_form, visual_text_form: the whole of an item of text, of images or videos,
+            and of both, with {instruction}, {visual} and {text}; where they are given they stand
+            in the place of `embed_prefix`, `embed_suffix` and `instruction_form`. What they leave
+            out, such as an instruction, the model is not given.
+        default_instruction: the {instruction} of these forms where none is given.
         pooling: `head` is the trained embedding head, `last` the final hidden state of the last
             token, `mean` the mean of final hidden states; all are L2-normalised.
         instruction_form: how an instruction and a text are joined; both fields must occur.
@@ -75,7 +80,12 @@ class PromptConfig:
     video_times: Literal["", "llava-video"] = ""
     embed_prefix: str = ""
     embed_suffix: str = ""
+    embed_image_start: str = ""
     embed_image_end: str = ""
+    text_form: str = ""
+    visual_form: str = ""
+    visual_text_form: str = ""
+    default_instruction: str = ""
     pooling: Literal["head", "last", "mean"] = "last"
     instruction_form: str = "{instruction}\n{text}"
     embed_positions: Literal["grid", "flat"] = "grid"
@@ -86,6 +96,17 @@ class PromptConfig:
         form = f"{before}{{text}}{after}" if text else f"{before.rstrip()}{after}"
         return form.format(instruction=instruction, text=text)
 
+    def around(self, has_visuals: bool, has_text: bool, instruction: str) -> tuple[str, str, str]:
+        """Return what the forms write before the first part of an item, between its visuals and
+        its text, and after the last part."""
+        form = self.text_form
+        if has_visuals:
+            form = self.visual_text_form if has_text else self.visual_form
+        before, _, after = form.partition("{visual}" if has_visuals else "{text}")
+        between, _, end = after.partition("{text}") if has_visuals and has_text else ("", "", after)
+        instruction = instruction or self.default_instruction
+        return before.replace("{instruction}", instruction), between, end
+
     def embedding_as(self, other: PromptConfig) -> PromptConfig:
         """Return a profile that chats as this one and embeds as another."""
         kept = {name: getattr(self, name) for name in CHAT_FIELDS}
@@ -95,6 +116,14 @@ class PromptConfig:
         return dataclasses.asdict(self)
 
 
+_GME = (
+    "<|im_start|>system\n{{instruction}}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n<|endoftext|>"
+)
+_E5V = (
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n \n"
+)
 PROFILES = {  # how published models embed, where their files do not say
     # LLaVE: the answer is a newline, and the newline after its end is what is pooled.
     "llave": PromptConfig(
@@ -117,6 +146,25 @@ PROFILES = {  # how published models embed, where their files do not say
         instruction_form="{instruction} {text}",
         embed_positions="flat",
     ),
+    # GME: the instruction is the system's message.
+    "gme": PromptConfig(
+        embed_image_start="<|vision_start|>",
+        embed_image_end="<|vision_end|>",
+        text_form=_GME.format("{text}"),
+        visual_form=_GME.format("{visual}"),
+        visual_text_form=_GME.format("{visual}{text}"),
+        default_instruction="You are a helpful assistant.",
+    ),
+    # E5-V: each kind of item is summed up in one word; instructions are not given.
+    "e5-v": PromptConfig(
+        text_form=_E5V.format("{text}\nSummary above sentence in one word: "),
+        visual_form=_E5V.format("{visual}\nSummary above image in one word: "),
+        visual_text_form=_E5V.format(
+            "{visual}\n{text}\nSummary above image and text in one word: "
+        ),
+    ),
+    # Nothing around an item; its instruction in a line of its own.
+    "plain": PromptConfig(),
 }
 
 
@@ -222,21 +270,42 @@ class PromptEncoder:
             InputError, ContextLengthError: see `chat`.
         """
         profile = self.profile
-        prompt = self.instructed(prompt, instruction)
+        prefix, between, suffix = profile.embed_prefix, "", profile.embed_suffix
+        if profile.text_form:
+            text, visuals = prompt.text, prompt.visuals
+            self._check_plain(instruction or "")
+            parts = [*visuals, Text(text)] if text else [*visuals]
+            prefix, between, suffix = profile.around(bool(visuals), bool(text), instruction or "")
+            prompt = Prompt.of(parts)
+        else:
+            prompt = self.instructed(prompt, instruction)
         images = self._references(prompt)
         encoded = encode_plain(
             prompt,
             self.tokenizer,
             self.specials,
-            prefix=profile.embed_prefix,
-            suffix=profile.embed_suffix,
-            image_start=profile.image_start,
-            image_end=profile.image_end + profile.embed_image_end,
+            prefix=prefix,
+            suffix=suffix,
+            image_start=profile.image_start + profile.embed_image_start,
+            image_end=profile.image_end + profile.embed_image_end + between,
             **self._settings(images),
         )
         if profile.embed_positions == "grid":
             self._place(encoded, images)
         return self._prepared(encoded, images)
+
+    def _check_plain(self, instruction: str) -> None:
+        """Refuse an instruction that would be read as special tokens, where it stands among them.
+
+        Raises:
+            InputError: it holds the text of one.
+        """
+        for token in self.tokenizer.get_added_tokens_decoder().values():
+            if token.special and token.content in instruction:
+                raise InputError(
+                    f"the instruction holds {token.content!r}, which {self.name} reads as a mark "
+                    "of its prompt format; write the instruction without it"
+                )
 
     def _prepared(self, encoded: Encoded, images: tuple[ImageReference, ...]) -> PreparedPrompt:
         return PreparedPrompt(**vars(self.checked(encoded)), images=images)

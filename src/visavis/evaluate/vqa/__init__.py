@@ -1,0 +1,1 @@
+"""Visual question answering: official files, prompts, answer parsers, scores, submission files."""
