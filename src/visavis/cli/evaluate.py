@@ -254,8 +254,9 @@ def _check(suite: Any, root: Path, names: list[str], as_json: bool) -> None:
         print_json({"tasks": [vars(one) for one in found], "commands": commands})
     else:
         rows = [("task", "status", "records", "first problem")]
-        for one in found:
-            rows.append((one.task, one.status, str(one.records), (one.problems or [""])[0]))
+        rows += [
+            (one.task, one.status, str(one.records), (one.problems or [""])[0]) for one in found
+        ]
         print_columns(rows)
         if commands:
             typer.echo("\nTo fetch what is missing:")

@@ -27,7 +27,7 @@ def manifest() -> ModelManifest:
     return ModelManifest(model_id="visavis", simple_class_path=f"{__name__}.Visavis")
 
 
-class Visavis(lmms):
+class Visavis(lmms):  # type: ignore[misc]
     """A visavis model that answers lmms-eval's requests.
 
     Args:

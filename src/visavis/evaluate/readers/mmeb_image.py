@@ -174,7 +174,7 @@ class Strings:
         texts, paths = row.get("tgt_text"), row.get("tgt_img_path")
         if not isinstance(texts, list) or not texts:
             raise InputError("its list of candidates tgt_text is empty, expected the right one")
-        paths = paths if paths else [""] * len(texts)
+        paths = paths or [""] * len(texts)
         if len(paths) != len(texts):
             raise InputError(f"it has {len(texts)} tgt_text and {len(paths)} tgt_img_path")
         return [text or "" for text in texts], [path or "" for path in paths]
