@@ -1,4 +1,7 @@
-"""Weights that stay integers: GGUF's types, any checkpoint in int8 and int4, our own folders."""
+"""Weights that stay integers: GGUF's types, any checkpoint in int8 and int4, our own folders.
+
+As PyTorch's kernels take them; what the compiled kernels take is in test_native_packing.py.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,9 @@ from visavis.processing.collate import pack
 
 ADDED = {"Q2_K": 0.06, "Q3_K": 0.002, "Q6_K": 0.15}  # to the squared error of the type itself
 LETTERS = [*(chr(code) for code in range(33, 127)), "ab", "Ġ"]
+
+
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visavis.model.native_rows import NativeProduct, NativeRows, blocks_of
+
 GROUP = 32
 ROWS = 64  # packed rows start at multiples of this: whole blocks of the kernel, on any processor
 TILE = 1 << 20  # weights that are floating-point at a time: they stay in the processor's cache
@@ -215,6 +217,40 @@ class QuantizedRows(nn.Module):
             yield tile.view(inside, -1)[:, : self.num_rows - first * size]
 
 
+Rows = QuantizedRows | NativeRows
+REGROUPED = {"Q2_K": (4, 32), "Q3_K": (8, 64), "Q6_K": (8, 64)}  # groups of 16: bits, group
+
+
+def fill_rows(rows: Rows, start: int, groups: Groups) -> None:
+    """Set rows from `start`, a multiple of 64."""
+    if isinstance(rows, QuantizedRows):
+        rows.fill(start, groups)
+        return
+    blocks = blocks_of(groups.codes, *groups.affine(), groups.bits)
+    rows.fill(start, blocks.data_ptr(), blocks.shape[1], len(blocks))
+
+
+def is_finite(rows: Rows) -> bool:
+    """Return whether all scales are numbers."""
+    return rows.finite if isinstance(rows, NativeRows) else bool(rows.scales.isfinite().all())
+
+
+def groups_of(rows: Rows, numbers: Tensor) -> Groups:
+    """Return some rows by their numbers, int64 [n]. Those of the kernels keep their codes, but for
+    types of groups of 16, whose values are rounded anew."""
+    if isinstance(rows, QuantizedRows):
+        return rows.groups(numbers)
+    if rows.kind in REGROUPED:
+        return quantize(rows.values(numbers), *REGROUPED[rows.kind])
+    codes, scale, minimum = (part for part in rows.codes(numbers))
+    scale, minimum = scale[:, ::2], minimum[:, ::2]
+    if rows.kind in ("Q8_0", "A8"):  # signed
+        return Groups.of(codes ^ 128, scale, minimum - 128 * scale, 8)
+    if rows.kind in ("Q5_0", "Q5_1", "Q5_K"):  # the middle of 8 bits is 136
+        return Groups.of(codes + 120, scale, minimum - 120 * scale, 8)
+    return Groups.of(codes, scale, minimum, 4)
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer of packed rows.
 
@@ -233,7 +269,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(
         self,
-        rows: Sequence[QuantizedRows],
+        rows: Sequence[Rows],
         *,
         dtype: torch.dtype = torch.bfloat16,
         result: torch.dtype | None = None,
@@ -257,8 +293,18 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, kept, persistent=False)
 
     @property
-    def parts(self) -> list[QuantizedRows]:
-        return [part for part in self.rows if isinstance(part, QuantizedRows)]
+    def parts(self) -> list[Rows]:
+        return [part for part in self.rows if isinstance(part, Rows)]
+
+    @property
+    def native_parts(self) -> list[NativeRows]:
+        """The parts, where they are all packed for the compiled kernels; else nothing."""
+        parts = [part for part in self.rows if isinstance(part, NativeRows)]
+        return parts if len(parts) == len(self.rows) else []
+
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def num_weights(self) -> int:
@@ -269,7 +315,7 @@ class QuantizedLinear(nn.Module):
         """Bytes read by the product with one token."""
         read = [self.low, self.high]
         for part in self.parts:
-            read += [part.digits, part.scales]
+            read += [part.digits, part.scales] if isinstance(part, QuantizedRows) else [part.data]
         return sum(tensor.nbytes for tensor in read if tensor is not None)
 
     @property
@@ -290,7 +336,7 @@ class QuantizedLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:  # `dtype` [T, in] -> `result` [T, out]
-        if decoding():
+        if decoding() or (self.native_parts and not (torch.is_grad_enabled() and x.requires_grad)):
             return self.product()(x)
         if self.dense is not None:
             return F.linear(x, self.dense, self.bias).to(self.result)
@@ -307,7 +353,11 @@ class QuantizedLinear(nn.Module):
     def product(self) -> Product:
         """Return the packed product as a function, with the weights bound."""
         assert self.low is None or self.result == self.dtype
-        products = [part.product(self.result) for part in self.parts]
+        if native := self.native_parts:
+            multiply, result = NativeProduct(native, self.bias, self.low_rank), self.result
+            return lambda x: multiply(x).to(result)
+        parts = [part for part in self.rows if isinstance(part, QuantizedRows)]
+        products = [part.product(self.result) for part in parts]
         product = products[0] if len(products) == 1 else _side_by_side(products)
         if self.dtype != torch.bfloat16:
             product = _after(product, Tensor.bfloat16)
@@ -321,7 +371,7 @@ class QuantizedEmbedding(QuantizedLinear):
 
     def forward(self, ids: Tensor) -> Tensor:  # int64 [T] -> float32 [T, D]
         (rows,) = self.parts
-        return rows.groups(ids).values()
+        return rows.values(ids) if isinstance(rows, NativeRows) else rows.groups(ids).values()
 
 
 def _side_by_side(products: Sequence[Product]) -> Product:
