@@ -45,10 +45,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The compiled kernels are switched off: PyTorch's operations do everything."""
     monkeypatch.setenv(library.VARIABLE, "0")
-    library.native.cache_clear()
+    library.find.cache_clear()
     yield
     monkeypatch.undo()
-    library.native.cache_clear()
+    library.find.cache_clear()
 
 
 @pytest.fixture(scope="session")

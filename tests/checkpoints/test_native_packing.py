@@ -95,7 +95,7 @@ def test_one_switch_turns_them_off(
     off = visavis.load(path, device="cpu")
     assert off.vlm.decoder.compiled is None
     monkeypatch.setenv(library.VARIABLE, "portable")
-    library.native.cache_clear()
+    library.find.cache_clear()
     on = visavis.load(path, device="cpu", precision="int4")
     assert on.vlm.decoder.compiled is not None
     assert on.fingerprint != off.fingerprint or not torch.equal(logits(on), logits(off))
@@ -103,11 +103,11 @@ def test_one_switch_turns_them_off(
     foreign = "avx2" if platform.machine() in ("arm64", "aarch64") else "neon"
     for wrong in ("fast", foreign):
         monkeypatch.setenv(library.VARIABLE, wrong)
-        library.native.cache_clear()
+        library.find.cache_clear()
         with pytest.raises(InputError, match=f"VISAVIS_NATIVE='{wrong}'"):
             native()
     monkeypatch.setenv(library.VARIABLE, "1")
-    library.native.cache_clear()
+    library.find.cache_clear()
     restored = native()
     assert restored is not None
     restored.vv_set_level(None)

@@ -289,6 +289,19 @@ def test_towers_and_connectors_stay(tmp_path: Path) -> None:
     assert model.embed([picture(1)]).shape == (1, 16)
 
 
+def test_a_pytorch_without_the_private_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files stay floating-point; integers that are asked for are refused, with what to do."""
+    monkeypatch.setattr(quantize, "has_kernel", lambda: False)
+    path = write_model(tmp_path / "model.gguf", "Q8_0")
+    model = visavis.load(path, device="cpu")
+    assert packed_of(model) == {}
+    assert_near(logits(model), logits(visavis.load(path, precision="f32")))
+    with pytest.raises(InputError, match="'int8' needs the compiled kernels.*visavis doctor"):
+        visavis.load(path, precision="int8", device="cpu")
+
+
 def test_integers_have_no_product_on_other_devices() -> None:
     config = VLMConfig(decoder=tiny_config())
     with pytest.raises(InputError, match="'int4' on cuda, expected cpu"):

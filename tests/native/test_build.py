@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from visavis.native import build
+from visavis.native import build, library
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "src"
@@ -102,6 +102,28 @@ def test_a_compiler_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_names_are_the_loaders() -> None:
-    from visavis.native import library
-
+    header = (build.SOURCES / "api.h").read_text()
     assert build.FILE_NAME == library.FILE_NAME
+    assert f"#define VV_INTERFACE {library.INTERFACE}\n" in header
+    for name, number in library.FORMATS.items():
+        assert f"VV_{name} = {number}," in header
+
+
+def found_with(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, str]:
+    monkeypatch.setattr(library, "library_path", lambda: path)
+    library.find.cache_clear()
+    try:
+        return library.find()
+    finally:
+        monkeypatch.undo()
+        library.find.cache_clear()
+
+
+def test_a_library_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing, damaged, or of other sources: PyTorch's operations are used, doctor says why."""
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    assert found_with(tmp_path / "none.so", monkeypatch)[1].startswith("not compiled")
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(b"no library")
+    found, reason = found_with(damaged, monkeypatch)
+    assert found is None and "damaged.so cannot be loaded" in reason

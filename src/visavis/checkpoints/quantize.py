@@ -40,6 +40,7 @@ from visavis.model.quantized_linear import (
     QuantizedRows,
     Rows,
     fill_rows,
+    has_kernel,
     quantize,
 )
 from visavis.model.vlm import VLM
@@ -84,7 +85,7 @@ class Quantizer:
             where: the file or folder, for messages.
 
         Raises:
-            InputError: integers on a device that has no product for them.
+            InputError: integers on a device, or with a PyTorch, that has no product for them.
         """
         self.config, self.device, self.where = config, device, where
         self.dtype = auto_dtype(precision, device)
@@ -94,10 +95,17 @@ class Quantizer:
                 f"precision {precision!r} on {device}, expected cpu: packed weights have no "
                 "product elsewhere yet. Use precision='bf16', or device='cpu'."
             )
-        # Elsewhere PyTorch's packed product is a hundred times slower than the dense one.
-        fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
         kernels = native() if device == "cpu" else None
-        fast = fast or (kernels is not None and kernels.vv_level() != b"portable")
+        if kernels is not None:
+            fast = kernels.vv_level() != b"portable"
+        else:  # elsewhere PyTorch's packed product is a hundred times slower than the dense one
+            fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and has_kernel()
+        if self.bits and kernels is None and not has_kernel():
+            raise InputError(
+                f"precision {precision!r} needs the compiled kernels, which are missing or switched "
+                f"off, or PyTorch's int4 kernel, which PyTorch {torch.__version__} lacks. Run "
+                "`visavis doctor`, or use precision='bf16' or 'f32'."
+            )
         self.packs = bool(self.bits) or (precision == "auto" and device == "cpu" and fast)
         self.native = self.packs and kernels is not None
         self.rows: dict[str, list[Rows]] = {}

@@ -25,8 +25,6 @@ GROUP = 32
 ROWS = 64  # packed rows start at multiples of this: whole blocks of the kernel, on any processor
 TILE = 1 << 20  # weights that are floating-point at a time: they stay in the processor's cache
 _regime = threading.local()
-_pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-_multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 Product = Callable[[Tensor], Tensor]
 
@@ -108,7 +106,7 @@ def kernel_layout() -> tuple[int, bool]:
     A block is [in, rows / 2] bytes. Found by packing row numbers and looking where they are.
     """
     numbers = torch.arange(ROWS).repeat_interleave(GROUP).view(ROWS, GROUP)
-    digits = [_pack((part & 15).int(), 1).flatten().long() for part in (numbers, numbers >> 4)]
+    digits = [_pack(part & 15).flatten().long() for part in (numbers, numbers >> 4)]
     halves = ((digits[0] & 15) + 16 * (digits[1] & 15), (digits[0] >> 4) + 16 * (digits[1] >> 4))
     found = torch.stack(halves)  # [2, bytes]: the rows whose digits a byte holds
     for rows in (64, 32):
@@ -122,6 +120,26 @@ def kernel_layout() -> tuple[int, bool]:
         f"PyTorch {torch.__version__} packs 4-bit weights in an order that is not known here; use "
         "precision='bf16' or 'f32', or another version of PyTorch."
     )
+
+
+def _pack(codes: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    return packed
+
+
+@cache
+def has_kernel() -> bool:
+    """Return whether this PyTorch has the product of packed 4-bit weights, and it is right.
+
+    The operators are private: they may go, or lay weights out anew. So one product is tried.
+    """
+    weight, x = torch.linspace(-1, 1, 64 * 64).sin().view(64, 64), torch.linspace(-1, 1, 64)
+    groups = quantize(weight, 4)
+    try:
+        found = QuantizedRows.of(groups).product(torch.float32)(x.bfloat16()[None])[0]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    return bool((found - groups.values() @ x).abs().max() < 0.1)
 
 
 class QuantizedRows(nn.Module):
@@ -154,7 +172,7 @@ class QuantizedRows(nn.Module):
         at = slice(start, start + len(codes))
         parts = (codes,) if self.bits == 4 else (codes >> 4, codes & 15)
         for digit, part in zip(self.digits, parts, strict=True):
-            digit[at] = _pack(part.int(), 1).view_as(digit[at])
+            digit[at] = _pack(part).view_as(digit[at])
         self.scales[:, start : start + count] = groups.scales.transpose(0, 1)
 
     def groups(self, numbers: Tensor) -> Groups:
@@ -171,7 +189,8 @@ class QuantizedRows(nn.Module):
 
     def product(self, dtype: torch.dtype) -> Product:
         """Return the packed product, bfloat16 [T, in] -> `dtype` [T, rows], with weights bound."""
-        count, scales, group, multiply = self.num_rows, self.scales, self.group, _multiply
+        count, scales, group = self.num_rows, self.scales, self.group
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         high, low = self.digits[0], self.digits[-1]
 
         def four(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 from visavis.errors import InputError
 
 VARIABLE = "VISAVIS_NATIVE"
+INTERFACE = 1  # VV_INTERFACE
 LEVELS = ("avx512", "avx2", "neon", "portable")
 FILE_NAME = {"win32": "visavis_native.dll", "darwin": "libvisavis_native.dylib"}.get(
     sys.platform, "libvisavis_native.so"
@@ -123,6 +124,7 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     many = (c_void_p, c_int64, c_void_p, c_int32)
     for name, result, arguments in (
+        ("vv_interface", c_int, ()),
         ("vv_set_level", c_int, (c_char_p,)),
         ("vv_level", c_char_p, ()),
         ("vv_packed_bytes", c_int64, (c_int32, c_int64, c_int64)),
@@ -150,30 +152,44 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 @cache
-def native() -> ctypes.CDLL | None:
-    """Return the compiled library; None where it is missing or switched off.
+def find() -> tuple[ctypes.CDLL | None, str]:
+    """Return the compiled library, or None and why there is none.
 
     Raises:
         InputError: VISAVIS_NATIVE names no kernels, or ones that this processor does not run.
     """
     wanted = os.environ.get(VARIABLE, "1").strip().lower()
-    if wanted in ("0", "off", "no", "false"):
-        return None
+    if wanted == "0":
+        return None, f"switched off by {VARIABLE}=0"
     if wanted not in ("", "1", *LEVELS):
         raise InputError(
             f"{VARIABLE}={wanted!r}, expected 0, 1 or one of {', '.join(LEVELS)}; unset it to use "
             "the fastest kernels of this processor."
         )
+    path = library_path()
+    if not path.is_file():
+        return None, "not compiled: no C++ compiler was found when visavis was installed"
     try:
-        library = load(library_path())
-    except OSError:
-        return None
+        library = load(path)
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} cannot be loaded ({error})"
+    if library.vv_interface() != INTERFACE:
+        return None, f"{path.name} was compiled from another version of visavis"
     if wanted in LEVELS and library.vv_set_level(wanted.encode()):
         raise InputError(
             f"{VARIABLE}={wanted!r}, but this processor does not run these kernels; it runs "
             f"{library.vv_level().decode()}. Unset the variable."
         )
-    return library
+    return library, ""
+
+
+def native() -> ctypes.CDLL | None:
+    """Return the compiled library; None where it is missing or switched off.
+
+    Raises:
+        InputError: see `find`.
+    """
+    return find()[0]
 
 
 def check(error: int) -> None:

@@ -12,6 +12,11 @@
 #define VV_API extern "C" __attribute__((visibility("default")))
 #endif
 
+// Changes with every change of this file: a library that was compiled from another one is not used.
+#define VV_INTERFACE 1
+
+VV_API int vv_interface(void);
+
 enum vv_error {
     VV_OK = 0,
     VV_BAD_FORMAT = 1,     // a format that is not one of vv_format

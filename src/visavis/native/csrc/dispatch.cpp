@@ -82,4 +82,6 @@ VV_API int vv_set_level(const char *name) {
     return 1;
 }
 
+VV_API int vv_interface(void) { return VV_INTERFACE; }
+
 VV_API const char *vv_level(void) { return vv::kernels().name; }
