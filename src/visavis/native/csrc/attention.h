@@ -13,26 +13,30 @@
 namespace vv {
 namespace {
 
-// scores[r][s] = queries[r] . keys[s] for s from `start` to `end`.
+// scores[r][s] = queries[r] . keys[s] for s from `start` to `end`, and up to 3 past it of no use.
 template <bool BF16, int R>
 void score(const float *queries, const Attention &a, int64_t start, int64_t end, float *scores,
            int64_t stride) {
     const int64_t dim = a.head_dim, bytes = dim * (BF16 ? 2 : 4);
-    for (int64_t s = start; s < end; ++s) {
-        const char *key = (const char *)a.keys + s * bytes;
-        vf acc[R] = {};
+    for (int64_t s = start; s < end; s += 4) {
+        const char *keys[4];  // past the end the last one again
+        for (int64_t j = 0; j < 4; ++j)
+            keys[j] = (const char *)a.keys + (s + j < end ? s + j : end - 1) * bytes;
+        vf acc[R][4] = {};
         int64_t i = 0;
-        for (; i + LANES <= dim; i += LANES) {
-            const vf values = load_weights<BF16>(key, i, LANES);
-            for (int r = 0; r < R; ++r)
-                acc[r] = fma(load<vf>(queries + r * dim + i), values, acc[r]);
-        }
-        if (i < dim) {
-            const vf values = load_weights<BF16>(key, i, dim - i);
-            for (int r = 0; r < R; ++r)
-                acc[r] = fma(load_some(queries + r * dim + i, dim - i), values, acc[r]);
-        }
-        for (int r = 0; r < R; ++r) scores[r * stride + s] = sum(acc[r]);
+        for (; i + LANES <= dim; i += LANES)
+            for (int j = 0; j < 4; ++j) {
+                const vf values = load_weights<BF16>(keys[j], i, LANES);
+                for (int r = 0; r < R; ++r)
+                    acc[r][j] = fma(load<vf>(queries + r * dim + i), values, acc[r][j]);
+            }
+        if (i < dim)
+            for (int j = 0; j < 4; ++j) {
+                const vf values = load_weights<BF16>(keys[j], i, dim - i);
+                for (int r = 0; r < R; ++r)
+                    acc[r][j] = fma(load_some(queries + r * dim + i, dim - i), values, acc[r][j]);
+            }
+        for (int r = 0; r < R; ++r) sum4(acc[r], scores + r * stride + s);
     }
 }
 
@@ -79,11 +83,14 @@ inline float softmax(float *scores, int64_t count) {
     for (; i < count; ++i) largest = scores[i] > largest ? scores[i] : largest;
     for (int j = 0; j < LANES; ++j) largest = most[j] > largest ? most[j] : largest;
     vf total{};
-    for (i = 0; i < count; i += LANES) {
-        const int64_t now = count - i < LANES ? count - i : LANES;
-        const vf value = exponential(load_some(scores + i, now) - largest);
-        store_some(scores + i, value, now);
-        total += load_some(scores + i, now);  // zeros past the end
+    for (i = 0; i + LANES <= count; i += LANES) {
+        const vf value = exponential(load<vf>(scores + i) - largest);
+        store(scores + i, value);
+        total += value;
+    }
+    if (i < count) {
+        store_some(scores + i, exponential(load_some(scores + i, count - i) - largest), count - i);
+        total += load_some(scores + i, count - i);  // zeros past the end
     }
     return 1.0f / sum(total);
 }

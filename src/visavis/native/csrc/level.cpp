@@ -20,16 +20,20 @@ void quantize(const float *x, int64_t cols, int8_t *codes, Group *groups) {
         }
         float lane[LANES], largest = 0;
         store(lane, most);
-        for (float one : lane) largest = one > largest ? one : largest;
+        for (int half = LANES / 2; half; half /= 2)
+            for (int i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+        largest = lane[0];
         const bool finite = sum(wrong) == 0.0f, zero = !finite || largest < 1e-30f;
         const float scale = !finite ? NAN : zero ? 0.0f : largest / 127.0f;
         const float inverse = zero ? 0.0f : 127.0f / largest;
-        int32_t sums[2] = {};
+        vi added[2] = {};
         for (int i = 0; i < GROUP; i += LANES) {
             const vi code = zero ? vi{} : (vi)(load<vf>(x + i) * inverse + shift) - 0x4b400000;
             store(codes + i, __builtin_convertvector(code, quarter_vc));
-            for (int j = 0; j < LANES; ++j) sums[i / 16] += code[j];
+            added[i / 16] += code;
         }
+        // As floats they are exact: at most 16 * 127.
+        const int32_t sums[2] = {(int32_t)sum(floats(added[0])), (int32_t)sum(floats(added[1]))};
         Group &group = groups[g];
         group.scale = scale;
         group.sum = sums[0] + sums[1];
@@ -50,13 +54,13 @@ void norm(const float *x, const vv_norm &norm, int64_t width, bool layer, float 
         mean = sum(total + load_some(x + whole, rest)) / (float)width;
     }
     vf squares{};
-    for (int64_t i = 0; i < width; i += LANES) {
-        const int64_t count = width - i < LANES ? width - i : LANES;
-        float centred[LANES] = {};
-        for (int64_t j = 0; j < count; ++j) centred[j] = x[i + j] - mean;
-        const vf value = load<vf>(centred);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const vf value = load<vf>(x + i) - mean;
         squares = fma(value, value, squares);
     }
+    float centred[LANES] = {};
+    for (int64_t i = 0; i < rest; ++i) centred[i] = x[whole + i] - mean;
+    squares = fma(load<vf>(centred), load<vf>(centred), squares);
     const float scale = 1.0f / sqrtf(sum(squares) / (float)width + eps);
     for (int64_t i = 0; i < width; ++i) out[i] = (x[i] - mean) * scale * norm.weight[i];
     if (norm.bias)
@@ -104,12 +108,15 @@ inline vf activated(vf x, int32_t kind) {
 }
 
 void activate(float *gate, const float *up, int64_t count, int32_t kind) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t now = count - i < LANES ? count - i : LANES;
-        vf value = activated(load_some(gate + i, now), kind);
-        if (up) value *= load_some(up + i, now);
-        store_some(gate + i, value, now);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const vf value = activated(load<vf>(gate + i), kind);
+        store(gate + i, up ? value * load<vf>(up + i) : value);
     }
+    if (i == count) return;
+    vf value = activated(load_some(gate + i, count - i), kind);
+    if (up) value *= load_some(up + i, count - i);
+    store_some(gate + i, value, count - i);
 }
 
 }  // namespace

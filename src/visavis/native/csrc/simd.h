@@ -66,14 +66,6 @@ inline vf from_i8(const uint8_t *at) {
 inline vf pick(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 inline vf larger(vf a, vf b) { return pick(a < b, b, a); }  // a where a is NaN
 
-inline float fold(vf x) {  // the sum of all lanes, neighbours of half a vector apart first
-    float lane[LANES];
-    store(lane, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
-}
-
 // acc + the sums of four products each, of 16 columns: four vectors of codes and 16 integers.
 // Codes are below 2^BITS, or signed with 8 bits; BIAS was then added to each code.
 #if VV_LEVEL == VV_AVX512
@@ -83,12 +75,13 @@ inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)
 inline vf from_f16(const uint16_t *at) {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 }
-inline float sum(vf x) {
-    const __m256 a = _mm512_castps512_ps256((__m512)x);
-    const __m256 b = _mm512_extractf32x8_ps((__m512)x, 1), c = _mm256_add_ps(a, b);
-    const __m128 d = _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
-    const __m128 e = _mm_add_ps(d, _mm_movehl_ps(d, d));
-    return _mm_cvtss_f32(_mm_add_ss(e, _mm_movehdup_ps(e)));
+inline void sum4(const vf *x, float *out) {
+    const __m512 a = (__m512)x[0], b = (__m512)x[1], c = (__m512)x[2], d = (__m512)x[3];
+    const __m512 s = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 t = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 u = _mm512_add_ps(_mm512_shuffle_ps(s, t, 0x44), _mm512_shuffle_ps(s, t, 0xee));
+    const __m256 v = _mm256_add_ps(_mm512_castps512_ps256(u), _mm512_extractf32x8_ps(u, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
 }
 template <int BITS>
 inline vi dot16(vi acc, const vb *w, const int8_t *x) {
@@ -106,11 +99,10 @@ inline vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)
 inline vf from_f16(const uint16_t *at) {
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
 }
-inline float sum(vf x) {
-    const __m256 c = (__m256)x;
-    const __m128 d = _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
-    const __m128 e = _mm_add_ps(d, _mm_movehl_ps(d, d));
-    return _mm_cvtss_f32(_mm_add_ss(e, _mm_movehdup_ps(e)));
+inline void sum4(const vf *x, float *out) {
+    const __m256 s = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]);
+    const __m256 t = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]), u = _mm256_hadd_ps(s, t);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
 }
 template <int BITS>
 inline vi dot16(vi acc, const vb *w, const int8_t *x) {
@@ -141,7 +133,10 @@ inline vf fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x
 inline vf from_f16(const uint16_t *at) {
     return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(at)));
 }
-inline float sum(vf x) { return fold(x); }
+inline void sum4(const vf *x, float *out) {
+    const float32x4_t s = vpaddq_f32((float32x4_t)x[0], (float32x4_t)x[1]);
+    vst1q_f32(out, vpaddq_f32(s, vpaddq_f32((float32x4_t)x[2], (float32x4_t)x[3])));
+}
 template <int BITS>
 inline vi dot16(vi acc, const vb *w, const int8_t *x) {
     for (int j = 0; j < 4; ++j) {
@@ -174,7 +169,9 @@ inline vf from_f16(const uint16_t *at) {
     for (int i = 0; i < LANES; ++i) found[i] = from_f16(at[i]);
     return found;
 }
-inline float sum(vf x) { return fold(x); }
+inline void sum4(const vf *x, float *out) {
+    for (int i = 0; i < 4; ++i) out[i] = (x[i][0] + x[i][1]) + (x[i][2] + x[i][3]);
+}
 template <int BITS>
 inline vi dot16(vi acc, const vb *w, const int8_t *x) {
     for (int j = 0; j < 4; ++j)
@@ -189,6 +186,14 @@ inline vi dot16(vi acc, const vb *w, const int8_t *x) {
     return acc;
 }
 #endif
+
+// The sum of all lanes: in the order of sum4, the sums of four vectors.
+inline float sum(vf x) {
+    const vf four[4] = {x, x, x, x};
+    float out[4];
+    sum4(four, out);
+    return out[0];
+}
 
 // The first `count` numbers (at most LANES), zeros after them.
 inline vf load_some(const float *at, int64_t count) {

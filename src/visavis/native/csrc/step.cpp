@@ -184,14 +184,16 @@ struct Product {
             high.rows = rows;
             k.product(high, 0, {x.middle, nullptr, nullptr, rank}, c, now, more);
         }
+        if (rank)
+            for (int64_t i = 0; i < now * ROWS; ++i) out[i] += more[i];
         for (int64_t r = 0; r < now; ++r) {
-            float *to = y + (c + r) * stride + at;
-            for (int64_t i = 0; i < rows; ++i) {
-                float value = out[r * ROWS + i];
-                if (rank) value += more[r * ROWS + i];
-                if (linear.bias) value += linear.bias[at + i];
-                to[i] = add ? to[i] + value : value;
-            }
+            float *to = y + (c + r) * stride + at, *from = out + r * ROWS;
+            if (linear.bias)
+                for (int64_t i = 0; i < rows; ++i) from[i] += linear.bias[at + i];
+            if (add)
+                for (int64_t i = 0; i < rows; ++i) to[i] += from[i];
+            else
+                memcpy(to, from, sizeof(float) * (size_t)rows);
         }
     }
 };
