@@ -51,7 +51,7 @@ inline void store(void *at, V value) {
     memcpy(at, &value, sizeof value);
 }
 
-inline vf all(float value) { return vf{} + value; }
+inline vf all(float value) { return value - vf{}; }  // 0 + value would be an addition
 inline vi all(int32_t value) { return vi{} + value; }
 inline vf floats(vi x) { return __builtin_convertvector(x, vf); }
 inline vf from_bf16(const uint16_t *at) {
