@@ -102,7 +102,7 @@ class Quantizer:
             fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and has_kernel()
         if self.bits and kernels is None and not has_kernel():
             raise InputError(
-                f"precision {precision!r} needs the compiled kernels, which are missing or switched "
+                f"precision {precision!r} needs the compiled kernels, which are missing or turned "
                 f"off, or PyTorch's int4 kernel, which PyTorch {torch.__version__} lacks. Run "
                 "`visavis doctor`, or use precision='bf16' or 'f32'."
             )
