@@ -296,13 +296,11 @@ def bundled_state(
         if name in own:
             continue
         if pair:
-            as_stored = pack_blocks(packing, file, name, stored)
-            if as_stored is None or packing.keeps_dense:
+            state[name] = torch.empty(packing.expected[name].shape, device="meta")
+            if pack_blocks(packing, file, name, stored) is None or packing.keeps_dense:
                 one = {name: torch.from_numpy(dequantized(file, name, stored))}
                 merge(one, pair, scale, folder)
                 state[name] = packing.cast(name, one[name])
-            else:
-                state[name] = torch.empty(packing.expected[name].shape, device="meta")
             merged |= pair.keys()
         else:
             state[name] = take_blocks(packing, file, name, stored)
