@@ -51,10 +51,9 @@ void packed_rows(const uint8_t *block, int64_t cols, const int8_t *x, const Grou
     vf acc[M][PARTS] = {}, super[PARTS] = {}, super_low[PARTS] = {};
     const int64_t ahead = F::block(cols);
     for (int64_t g = 0; g < num; ++g, scales += F::SCALES, codes += F::CODES) {
-        if (M <= 2) {  // few sums a byte: have the next block brought meanwhile
-            for (int64_t at = 0; at < F::CODES; at += 64) __builtin_prefetch(codes + ahead + at);
-            __builtin_prefetch(scales + ahead);
-        }
+        // Have the next block brought meanwhile.
+        for (int64_t at = 0; at < F::CODES; at += 64) __builtin_prefetch(codes + ahead + at);
+        __builtin_prefetch(scales + ahead);
         for (int p = 0; p < PARTS; ++p) {
             if (F::K && g % (SUPER / GROUP) == 0) {
                 const uint16_t *at = (const uint16_t *)(block + g * GROUP / SUPER * F::SUPERS);
