@@ -12,6 +12,9 @@ OMP_NUM_THREADS ?= 1
 # As many tests at a time as there are cores; WORKERS=0 for one process and readable prints.
 WORKERS ?= auto
 
+# An install compiles them, where there is a compiler.
+KERNELS = hatch_build.py $(wildcard src/visavis/native/build.py src/visavis/native/csrc/*)
+
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN = $(VENV)/bin
 
@@ -62,11 +65,11 @@ $(VENV)/.torch:
 	$(PIP) install --quiet "$(TORCH)"
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(PIP) install --quiet --editable ".[demo,index,serve]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(PIP) install --quiet --editable ".[dev]"
 	@touch $@ $(VENV)/.demo
 

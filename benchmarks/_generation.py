@@ -79,6 +79,38 @@ def compare(
         report.add(what, interleaved(measured, runs), unit, ratios=ratios)
 
 
+def compare_ways(
+    report: Report, model: str, *, what: str, prompt_tokens: int, new_tokens: int, answers: int
+) -> None:
+    """Add rows for ways of decoding one GGUF file, beside llama.cpp: greedy and sampled without
+    prompt lookup, and `answers` at a time."""
+    runs = report.options.runs
+    with engines("_generators.py", ["visavis", "llama.cpp"], report.options) as both:
+        both[0].ask("load", model=model)
+        both[1].ask("load", model=model, slots=answers)
+        prompts = [
+            both[0].ask("prompt", tokens=prompt_tokens, number=number) for number in range(runs)
+        ]
+
+        def one(engine: Engine, sampled: bool) -> Callable[[int], float]:
+            settings = {"new_tokens": new_tokens, "guess": False, "sampled": sampled}
+            return lambda run: (
+                (new_tokens - 1) / engine.ask("run", **prompts[run], **settings)["decode_s"]
+            )
+
+        def some(engine: Engine) -> Callable[[int], float]:
+            settings = {"new_tokens": new_tokens, "answers": answers}
+            return lambda run: engine.ask("several", ids=prompts[run]["ids"], **settings)["rate"]
+
+        for way, measured, ratio in (
+            ("greedy, no guessing", {e.name: one(e, False) for e in both}, 1.75),
+            ("sampled, no guessing", {e.name: one(e, True) for e in both}, 1.75),
+            (f"{answers} answers at a time, in all", {e.name: some(e) for e in both}, 1),
+        ):
+            rates = interleaved(measured, runs)
+            report.add(f"{what}, {way}", rates, "tokens/s", ratios={"llama.cpp": ratio})
+
+
 def _measured(
     engine: Engine, prompts: list[dict[str, Any]], new_tokens: int, value: Value
 ) -> Callable[[int], float]:

@@ -59,12 +59,24 @@ class Visavis:
     def _count(self, text: str) -> int:
         return len(self.model.trace(text).token_ids)
 
-    def run(self, text: str, ids: list[int], new_tokens: int) -> dict[str, Any]:
+    def run(
+        self,
+        text: str,
+        ids: list[int],
+        new_tokens: int,
+        *,
+        guess: bool = True,
+        sampled: bool = False,
+    ) -> dict[str, Any]:
+        """Answer once: with or without prompt lookup, greedy or sampled at temperature 1."""
         from visavis.generate.engine import Engine
         from visavis.inputs import Prompt
 
-        answer = self.model.ask(Prompt.of(text), max_new_tokens=new_tokens)
-        for _ in Engine(self.model.vlm, self.model.image_encoder).run([answer.sequence]):
+        settings = {"temperature": 1.0, "seed": 0} if sampled else {}
+        answer = self.model.ask(Prompt.of(text), max_new_tokens=new_tokens, **settings)
+        engine = Engine(self.model.vlm, self.model.image_encoder)
+        engine.guesses = engine.guesses and guess
+        for _ in engine.run([answer.sequence]):
             answer.update()
         reply = answer.reply
         assert reply.usage.prompt_tokens == len(ids)
@@ -75,19 +87,40 @@ class Visavis:
             "ids": answer.sequence.tokens,
         }
 
+    def several(self, ids: list[int], new_tokens: int, answers: int) -> dict[str, Any]:
+        """Let some greedy answers to one prompt grow together; return their tokens per second."""
+        from visavis.generate.engine import Engine, GeneratedSequence
+        from visavis.processing.chat_template import Encoded
+        from visavis.processing.collate import pack
+
+        engine = Engine(self.model.vlm, self.model.image_encoder, max_sequences=answers)
+        sequences = []
+        for number in range(answers):
+            batch = pack([Encoded([*ids[:-1], ids[number]], [], [False] * len(ids))])
+            choose = lambda scores: int(scores.argmax())  # noqa: E731
+            sequences.append(GeneratedSequence(batch, choose, new_tokens, frozenset()))
+            engine.add(sequences[-1])
+        while engine.waiting:
+            engine.step()
+        before, start = sum(len(one.tokens) for one in sequences), time.perf_counter()
+        while engine.busy:
+            engine.step()
+        seconds = time.perf_counter() - start
+        return {"rate": (sum(len(one.tokens) for one in sequences) - before) / seconds}
+
 
 class LlamaCpp:
     """The xllamacpp wheel's server on the loopback device; times are those it takes itself."""
 
-    def load(self, model: str) -> dict[str, Any]:
+    def load(self, model: str, slots: int = 1) -> dict[str, Any]:
         import xllamacpp
 
         parameters = xllamacpp.CommonParams()
         parameters.model.path = model
         parameters.hostnames = ["127.0.0.1"]
         parameters.port = 0
-        parameters.n_ctx = 2048
-        parameters.n_parallel = 1
+        parameters.n_ctx = 2048 * slots
+        parameters.n_parallel = slots
         parameters.cpuparams.n_threads = THREADS
         parameters.cpuparams_batch.n_threads = THREADS
         parameters.verbosity = 0
@@ -95,11 +128,20 @@ class LlamaCpp:
         self.address = self.server.listening_address.removeprefix("http://")
         return {}
 
-    def run(self, text: str, ids: list[int], new_tokens: int) -> dict[str, Any]:
+    def run(
+        self,
+        text: str,
+        ids: list[int],
+        new_tokens: int,
+        *,
+        guess: bool = False,
+        sampled: bool = False,
+    ) -> dict[str, Any]:
+        assert not guess
         request = {
             "prompt": ids,
             "n_predict": new_tokens,
-            "temperature": 0,
+            "temperature": 1.0 if sampled else 0,
             "samplers": ["temperature"],  # nothing before the choice of the best token
             "cache_prompt": False,
             "ignore_eos": True,
@@ -118,6 +160,17 @@ class LlamaCpp:
             "decode_s": timings["predicted_ms"] / 1000,
             "ids": answer["tokens"],
         }
+
+    def several(self, ids: list[int], new_tokens: int, answers: int) -> dict[str, Any]:
+        """Ask for some answers at a time; the reading of prompts does not count."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(answers) as pool:
+            prompts = [[*ids[:-1], ids[number]] for number in range(answers)]
+            done = list(pool.map(lambda prompt: self.run("", prompt, new_tokens), prompts))
+        seconds = time.perf_counter() - start - max(one["prefill_s"] for one in done)
+        return {"rate": answers * (new_tokens - 1) / seconds}
 
 
 class Transformers:

@@ -1,9 +1,10 @@
-"""Tokens per second of an answer: one sequence, greedy.
+"""Tokens per second of an answer: greedy and sampled, guessing and not, one and eight at a time.
 
     python benchmarks/decode.py [--threads N] [--runs N] [--json FILE] [--quick] [--model MODEL]
 
-Measures SmolLM2 from its 4-bit GGUF file, then MODEL, then files of random weights as large as
-Llama 3.2's 1B, where the memory's speed counts. Counts the tokens after the first: reading the
+Measures SmolLM2 from its 4-bit GGUF file, greedy with prompt lookup; then without it, greedy and
+sampled, and eight answers at a time, where llama.cpp has eight slots; then MODEL, then files of
+random weights as large as Llama 3.2's 1B, where the memory's speed counts. Counts the tokens after the first: reading the
 prompt is prefill.py's.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from _generation import compare
+from _generation import compare, compare_ways
 from _harness import Report, parse_options
 from _shapes import write_random
 
@@ -41,6 +42,14 @@ def main() -> int:
             unit="tokens/s",
             ratios=peers,
         )
+    compare_ways(
+        report,
+        gguf,
+        what=f"SmolLM2-135M Q4_1 GGUF, {new_tokens} tokens after {PROMPT_TOKENS}",
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=new_tokens,
+        answers=8,
+    )
     shape, new_tokens = ("0.1B", 16) if options.quick else ("1B", 64)
     for kind in ("Q8_0", "Q4_K_M"):
         with tempfile.TemporaryDirectory() as folder:

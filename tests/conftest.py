@@ -7,12 +7,14 @@ runs then do not fight) and no hub access. Knows nothing of models; fakes live i
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from visavis.checkpoints import bundled
+from visavis.native import library
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,6 +39,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("VISAVIS_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The compiled kernels are switched off: PyTorch's operations do everything."""
+    monkeypatch.setenv(library.VARIABLE, "0")
+    library.find.cache_clear()
+    yield
+    monkeypatch.undo()
+    library.find.cache_clear()
 
 
 @pytest.fixture(scope="session")

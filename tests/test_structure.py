@@ -40,7 +40,7 @@ MAX_LINES = 500
 # A part imports only from parts of its own row or of rows above it. CONTRIBUTING.md and
 # docs/architecture.md state the same lines.
 DIRECTIONS = """\
-errors, memory, utils, inputs
+errors, memory, utils, inputs, native
   <- model
   <- processing
   <- generate, checkpoints

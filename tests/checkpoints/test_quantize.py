@@ -1,4 +1,7 @@
-"""Weights that stay integers: GGUF's types, any checkpoint in int8 and int4, our own folders."""
+"""Weights that stay integers: GGUF's types, any checkpoint in int8 and int4, our own folders.
+
+As PyTorch's kernels take them; what the compiled kernels take is in test_native_packing.py.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +25,27 @@ from visavis.checkpoints import quantize
 from visavis.checkpoints.gguf.decoder import StoredPart, gguf_state
 from visavis.checkpoints.gguf.dequantize import BY_NAME, dequantize
 from visavis.checkpoints.gguf.reader import open_gguf
-from visavis.checkpoints.gguf.repack import CODES, REGROUPED, groups_of, packed_as
+from visavis.checkpoints.gguf.repack import CODES, groups_of, packed_as
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.native import write_native
 from visavis.checkpoints.quantize import Quantizer, unpack_linears
 from visavis.convert.conversion import convert
 from visavis.errors import CheckpointError, CheckpointWarning, InputError
 from visavis.model.config import VLMConfig
-from visavis.model.quantized_linear import QuantizedEmbedding, QuantizedLinear, packed_kernels
+from visavis.model.quantized_linear import (
+    REGROUPED,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    packed_kernels,
+)
 from visavis.processing.chat_template import Encoded
 from visavis.processing.collate import pack
 
 ADDED = {"Q2_K": 0.06, "Q3_K": 0.002, "Q6_K": 0.15}  # to the squared error of the type itself
 LETTERS = [*(chr(code) for code in range(33, 127)), "ab", "Ġ"]
+
+
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
 @pytest.fixture
@@ -281,6 +292,19 @@ def test_towers_and_connectors_stay(tmp_path: Path) -> None:
     others = [m for name, m in model.vlm.named_modules() if not name.startswith("decoder")]
     assert not any(isinstance(module, QuantizedLinear) for module in others)
     assert model.embed([picture(1)]).shape == (1, 16)
+
+
+def test_a_pytorch_without_the_private_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files stay floating-point; integers that are asked for are refused, with what to do."""
+    monkeypatch.setattr(quantize, "has_kernel", lambda: False)
+    path = write_model(tmp_path / "model.gguf", "Q8_0")
+    model = visavis.load(path, device="cpu")
+    assert packed_of(model) == {}
+    assert_near(logits(model), logits(visavis.load(path, precision="f32")))
+    with pytest.raises(InputError, match="'int8' needs the compiled kernels.*visavis doctor"):
+        visavis.load(path, precision="int8", device="cpu")
 
 
 def test_integers_have_no_product_on_other_devices() -> None:

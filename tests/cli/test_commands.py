@@ -142,6 +142,7 @@ def test_doctor_reports_and_finds_a_broken_torchvision(
     assert result.exit_code == (1 if whole["problems"] else 0)
     assert whole["versions"]["visavis"] == visavis.__version__
     assert whole["machine"]["usable cores"] >= 1
+    assert whole["compiled kernels"]["in use"]
     broken = tmp_path / "site" / "torchvision"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
@@ -150,6 +151,13 @@ def test_doctor_reports_and_finds_a_broken_torchvision(
     found = run("doctor")
     assert found.exit_code == 1
     assert "operator nms does not exist" in found.stdout
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_doctor_reports_missing_kernels(run: Run) -> None:
+    kernels = json.loads(run("doctor", "--json").stdout)["compiled kernels"]
+    assert kernels["in use"] == "none: switched off by VISAVIS_NATIVE=0"
+    assert "twice as long" in kernels["cost"] and "install GCC or Clang" in kernels["remedy"]
 
 
 def leaf_commands() -> dict[str, Any]:

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from visavis.model import quantized_linear
 from visavis.model.quantized_linear import (
     Groups,
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedRows,
     _by_fours,
+    has_kernel,
+    kernel_layout,
     packed_kernels,
     quantize,
 )
@@ -184,3 +187,21 @@ def test_a_row_of_a_low_rank_product_does_not_depend_on_the_others(width: int) -
         for start, end in ((0, 6), (0, 4), (3, 5), (1, 4)):
             assert torch.equal(_by_fours(x[start:end], down), alone[start:end])
     torch.testing.assert_close(alone, x @ down)
+
+
+def test_a_pytorch_without_the_private_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go, or lay weights out in another order: neither is an error by itself."""
+    assert has_kernel()
+    for replacement in (
+        lambda codes: torch.ops.aten._no_such_operator(codes),
+        lambda codes: torch.zeros(len(codes), codes.shape[1] // 2, dtype=torch.uint8),
+    ):
+        monkeypatch.setattr(quantized_linear, "_pack", replacement)
+        kernel_layout.cache_clear()
+        has_kernel.cache_clear()
+        try:
+            assert not has_kernel()
+        finally:
+            monkeypatch.undo()
+            kernel_layout.cache_clear()
+            has_kernel.cache_clear()

@@ -56,7 +56,7 @@ from visavis.checkpoints.tensor_files import StoredTensor, TensorFiles, read_ten
 from visavis.errors import CheckpointError
 from visavis.model.config import Qwen2VLTowerConfig, VLMConfig, to_dict, vlm_config_from_dict
 from visavis.model.image_tokens import tokens_per_view
-from visavis.model.quantized_linear import GROUP, Groups, QuantizedLinear, quantize
+from visavis.model.quantized_linear import GROUP, Groups, QuantizedLinear, groups_of, quantize
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
@@ -283,10 +283,11 @@ def bundled_state(
         if name in own:
             continue
         if pair:
-            one = {name: torch.from_numpy(dequantized(file, name, stored))}
-            merge(one, pair, scale, folder)
-            state[name] = packing.cast(name, one[name])
-            pack_blocks(packing, file, name, stored)
+            state[name] = torch.empty(packing.expected[name].shape, device="meta")
+            if pack_blocks(packing, file, name, stored) is None or packing.keeps_dense:
+                one = {name: torch.from_numpy(dequantized(file, name, stored))}
+                merge(one, pair, scale, folder)
+                state[name] = packing.cast(name, one[name])
             merged |= pair.keys()
         else:
             state[name] = take_blocks(packing, file, name, stored)
@@ -431,7 +432,7 @@ def stored_state(vlm: VLM) -> dict[str, Tensor]:
         weight = f"{'decoder.embed' if tied and name == 'decoder.head' else name}.weight"
         state.pop(weight, None)
         for number, part in enumerate(module.parts):
-            codes, scales, bits = part.groups(torch.arange(part.num_rows))
+            codes, scales, bits = groups_of(part, torch.arange(part.num_rows))
             even, odd = codes[:, ::2], codes[:, 1::2]
             state[f"{weight}.{number}.codes"] = even | odd << 4 if bits == 4 else codes
             state[f"{weight}.{number}.scales"] = scales.contiguous()

@@ -14,10 +14,11 @@ the integers are held, and while it is read one matrix more. Knows no layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ from visavis.memory import give_back
 from visavis.model.config import VLMConfig
 from visavis.model.decoder import Decoder
 from visavis.model.layers import Embedding, Linear
+from visavis.model.native_decoder import NativeDecoder, can_run
+from visavis.model.native_rows import OWN, NativeRows
 from visavis.model.quantized_linear import (
     GROUP,
     ROWS,
@@ -35,9 +38,13 @@ from visavis.model.quantized_linear import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedRows,
+    Rows,
+    fill_rows,
+    has_kernel,
     quantize,
 )
 from visavis.model.vlm import VLM
+from visavis.native.library import native
 
 MAX_DENSE_WEIGHTS = 1 << 28  # 512 MB in bfloat16
 CHUNK = 1 << 19  # weights that are made integers at a time, by each of the threads
@@ -53,12 +60,16 @@ class WeightPart(NamedTuple):
 
     Attributes:
         cut: the first row and the one past the last -> these rows.
+        kind, blocks: a GGUF type that the rows are stored in, and as `cut` their blocks, several
+            arrays of uint8 [n, bytes] below one another.
     """
 
     num_rows: int
     bits: int
     group: int
     cut: Callable[[int, int], Groups]
+    kind: str = ""
+    blocks: Callable[[int, int], Iterator[np.ndarray]] | None = None
 
 
 class Quantizer:
@@ -74,7 +85,7 @@ class Quantizer:
             where: the file or folder, for messages.
 
         Raises:
-            InputError: integers on a device that has no product for them.
+            InputError: integers on a device, or with a PyTorch, that has no product for them.
         """
         self.config, self.device, self.where = config, device, where
         self.dtype = auto_dtype(precision, device)
@@ -84,10 +95,20 @@ class Quantizer:
                 f"precision {precision!r} on {device}, expected cpu: packed weights have no "
                 "product elsewhere yet. Use precision='bf16', or device='cpu'."
             )
-        # Elsewhere PyTorch's packed product is a hundred times slower than the dense one.
-        fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        kernels = native() if device == "cpu" else None
+        if kernels is not None:
+            fast = kernels.vv_level() != b"portable"
+        else:  # elsewhere PyTorch's packed product is a hundred times slower than the dense one
+            fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and has_kernel()
+        if self.bits and kernels is None and not has_kernel():
+            raise InputError(
+                f"precision {precision!r} needs the compiled kernels, which are missing or turned "
+                f"off, or PyTorch's int4 kernel, which PyTorch {torch.__version__} lacks. Run "
+                "`visavis doctor`, or use precision='bf16' or 'f32'."
+            )
         self.packs = bool(self.bits) or (precision == "auto" and device == "cpu" and fast)
-        self.rows: dict[str, list[QuantizedRows]] = {}
+        self.native = self.packs and kernels is not None
+        self.rows: dict[str, list[Rows]] = {}
         self.threads = ThreadPoolExecutor(max_workers=THREADS)
         self.expected = blank(config, self.dtype).state_dict()
         matrices = {
@@ -97,7 +118,8 @@ class Quantizer:
         }
         if config.decoder.tied_head:
             del matrices[HEAD]
-        self.keeps_dense = sum(matrices.values()) <= MAX_DENSE_WEIGHTS
+        small = sum(matrices.values()) <= MAX_DENSE_WEIGHTS
+        self.keeps_dense = small and not self.native
         if self.keeps_dense and not config.decoder.tied_head:
             del matrices[EMBED]  # no product reads it
         self.matrices = set(matrices)
@@ -106,7 +128,7 @@ class Quantizer:
     def regime(self) -> str:
         """What vectors depend on: the type that dense products come in, and of what."""
         packed = self.packs and not self.keeps_dense
-        return f"{self.dtype}{', packed' if packed else ''}"
+        return f"{self.dtype}{', packed' if packed else ''}{', native' if self.native else ''}"
 
     def bits_of(self, name: str, shape: tuple[int, ...], stored: int | None = None) -> int | None:
         """Return the bits that a tensor of ours is to be packed in; None: it is not.
@@ -146,14 +168,26 @@ class Quantizer:
         found = self.rows[name] = []
         step = max(1, CHUNK // (ROWS * in_features)) * ROWS
         for part in parts:
-            rows = QuantizedRows(part.num_rows, in_features, part.bits, part.group)
+            rows = self._empty(part, in_features)
             found.append(rows)
 
-            def fill(start: int, part: WeightPart = part, rows: QuantizedRows = rows) -> None:
-                rows.fill(start, part.cut(start, min(start + step, part.num_rows)))
+            def fill(start: int, part: WeightPart = part, rows: Rows = rows) -> None:
+                end = min(start + step, part.num_rows)
+                if part.blocks is None or not isinstance(rows, NativeRows):
+                    fill_rows(rows, start, part.cut(start, end))
+                    return
+                for blocks in part.blocks(start, end):
+                    at, stride = blocks.ctypes.data, blocks.strides[0]
+                    rows.fill(start, at, stride, len(blocks))
+                    start += len(blocks)
 
             list(self.threads.map(fill, range(0, part.num_rows, step)))
         return torch.empty(sum(p.num_rows for p in found), in_features, device="meta")
+
+    def _empty(self, part: WeightPart, in_features: int) -> Rows:
+        if not self.native:
+            return QuantizedRows(part.num_rows, in_features, part.bits, part.group)
+        return NativeRows(part.num_rows, in_features, part.kind or OWN[part.bits])
 
     def build(self, state: dict[str, Tensor], low_rank: LowRank | None = None) -> VLM:
         """Return the model.
@@ -170,6 +204,8 @@ class Quantizer:
             path = name.removeprefix("decoder.").removesuffix(".weight")
             self._put(vlm.decoder, path, rows, (low_rank or {}).get(f"decoder.{path}"))
         self.threads.shutdown()
+        if self.native and can_run(vlm.decoder):
+            vlm.decoder.compiled = NativeDecoder(vlm.decoder)
         if self.rows and not self.keeps_dense:
             give_back()  # what was needed on the way, 30 MB or more
         return vlm
@@ -178,7 +214,7 @@ class Quantizer:
         self,
         decoder: Decoder,
         path: str,
-        rows: list[QuantizedRows],
+        rows: list[Rows],
         low_rank: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Put packed rows in the place of a linear, or of the embeddings and the head they are."""
@@ -208,6 +244,7 @@ class Quantizer:
 
 def unpack_linears(decoder: Decoder) -> None:
     """Replace packed linears by plain ones, which can be trained and adapted."""
+    decoder.compiled = None
     for path, module in list(decoder.named_modules()):
         if not isinstance(module, QuantizedLinear):
             continue

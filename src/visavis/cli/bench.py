@@ -112,6 +112,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "versions": _versions(problems),
         "machine": _machine(),
         "torch": _torch(problems),
+        "compiled kernels": _kernels(),
         "cache": _cache(problems),
     }
     _check_torchvision(problems)
@@ -178,6 +179,23 @@ def _torch(problems: list[str]) -> dict[str, Any]:
         "processor level": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "precision auto means": str(auto_dtype("auto", device)).removeprefix("torch."),
+    }
+
+
+def _kernels() -> dict[str, str]:
+    """What quantised models on the CPU are computed with."""
+    from visavis.native.library import VARIABLE, find
+
+    library, reason = find()
+    if library is not None:
+        level = library.vv_level().decode()
+        return {"in use": level, "switch": f"{VARIABLE}=0 turns them off, see the documentation"}
+    return {
+        "in use": f"none: {reason}",
+        "cost": "answers of quantised models (GGUF, int8, int4, nano) take about twice as long, "
+        "and small ones about twice the memory",
+        "remedy": "install GCC or Clang and reinstall visavis: pip install --force-reinstall "
+        f"--no-deps visavis; unset {VARIABLE}",
     }
 
 

@@ -331,6 +331,9 @@ class Engine:
             paged = [cache for cache in caches if isinstance(cache, PagedCache)]
             return self.static(decoder, paged, tokens, places)
         device = decoder.norm.weight.device
+        if decoder.compiled is not None:
+            x = decoder.embed_tokens(torch.tensor(tokens))
+            return decoder.compiled.scores(x, torch.tensor(places), caches)
         with packed_kernels():
             layout = SequenceLayout((1,) * len(sequences), caches)
             x = decoder.embed_tokens(torch.tensor(tokens, device=device))

@@ -28,6 +28,8 @@ Multiply = Callable[[Tensor], Tensor]
 
 def can_flatten(decoder: Decoder) -> bool:
     """Return whether `FusedDecodeStep` computes this decoder."""
+    if decoder.compiled is not None:
+        return True
     config = decoder.config
     plain = config.norm == "rms" and not config.norm_offset and not config.qk_norm and config.gated
     simple = not (config.parallel_block or config.sliding_window)
@@ -41,6 +43,8 @@ def is_row_by_row(decoder: Decoder) -> bool:
     Quantised products are. Dense products sum in another order for one row than for several, as do
     low-rank pairs in float32.
     """
+    if decoder.compiled is not None:
+        return True
     linears = [(block.qkv, block.out, block.up, block.down) for block in decoder.blocks]
     every = (decoder.head, *chain.from_iterable(linears))
     return can_flatten(decoder) and all(
@@ -59,6 +63,8 @@ class FusedDecodeStep:
     def __init__(self, decoder: Decoder, cache: KVCache, position_offset: int = 0) -> None:
         assert can_flatten(decoder)
         self.decoder, self.cache, self.position_offset = decoder, cache, position_offset
+        if decoder.compiled is not None:
+            return
         self.layers = [_Layer(block, decoder.config, i) for i, block in enumerate(decoder.blocks)]
         self.head = multiply(decoder.head)
 
@@ -73,7 +79,10 @@ class FusedDecodeStep:
         cache.reserve(past + count)
         x = decoder.embed_tokens(torch.tensor(tokens))  # [n, D]
         first = past + self.position_offset
-        cos, sin = decoder.rope(torch.arange(first, first + count), decoder.dtype)
+        positions = torch.arange(first, first + count)
+        if decoder.compiled is not None:
+            return decoder.compiled.scores(x, positions, (cache,))
+        cos, sin = decoder.rope(positions, decoder.dtype)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = layer(x, cos, sin, keys, values, past)
         cache.advance(count)

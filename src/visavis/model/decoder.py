@@ -6,7 +6,8 @@ stream is float32 for any data type of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from visavis.model.attention import SequenceLayout, attend
 from visavis.model.config import DecoderConfig
 from visavis.model.layers import Embedding, Linear
+from visavis.model.paged_kv_cache import Cache
 from visavis.model.quantized_linear import QuantizedEmbedding, decoding
 from visavis.model.rope import Rope, rotate
 
@@ -106,6 +108,29 @@ class Block(nn.Module):
         return self.down(hidden)
 
 
+class CompiledDecoder(Protocol):
+    """What computes a decoder's forward pass in place of its modules, see `native_decoder.py`."""
+
+    def takes(self, x: Tensor, layout: SequenceLayout) -> bool:
+        """Return whether it computes this pass."""
+        ...
+
+    def forward(
+        self, x: Tensor, positions: Tensor, layout: SequenceLayout, layers: Collection[int]
+    ) -> dict[int, Tensor]:
+        """Do what `Decoder.forward` does."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Do what `Decoder.logits` does."""
+        ...
+
+    def scores(self, x: Tensor, positions: Tensor, caches: Sequence[Cache]) -> Tensor:
+        """Extend caches by the tokens x [T, D], all by equally many; return the scores of what
+        follows each token, float32 [T, vocab]."""
+        ...
+
+
 class Decoder(nn.Module):
     """Token embeddings, blocks, final norm and head."""
 
@@ -113,6 +138,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # in training: activations of blocks again on the way back
+        self.compiled: CompiledDecoder | None = None
         self.rope = Rope(config)
         self.embed: Embedding | QuantizedEmbedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
@@ -147,6 +173,8 @@ class Decoder(nn.Module):
         Layer 0 is `x` itself, n the output of block n; `num_layers` (or -1) is the output of
         the last block after the final norm. Blocks past the highest named layer do not run.
         """
+        if self.compiled is not None and self.compiled.takes(x, layout):
+            return self.compiled.forward(x, positions, layout, layers)
         last = self.config.num_layers
         wanted = {layer: layer % (last + 1) for layer in layers}
         found = {0: x}
@@ -166,4 +194,6 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token scores, float32 [T, vocab], of normed hidden states [T, D]."""
+        if self.compiled is not None and not (torch.is_grad_enabled() and hidden.requires_grad):
+            return self.compiled.logits(hidden)
         return self.head(hidden.to(self.dtype)).float()

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visavis.model.native_rows import NativeProduct, NativeRows, blocks_of
+
 GROUP = 32
 ROWS = 64  # packed rows start at multiples of this: whole blocks of the kernel, on any processor
 TILE = 1 << 20  # weights that are floating-point at a time: they stay in the processor's cache
 _regime = threading.local()
-_pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-_multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 Product = Callable[[Tensor], Tensor]
 
@@ -106,7 +106,7 @@ def kernel_layout() -> tuple[int, bool]:
     A block is [in, rows / 2] bytes. Found by packing row numbers and looking where they are.
     """
     numbers = torch.arange(ROWS).repeat_interleave(GROUP).view(ROWS, GROUP)
-    digits = [_pack((part & 15).int(), 1).flatten().long() for part in (numbers, numbers >> 4)]
+    digits = [_pack(part & 15).flatten().long() for part in (numbers, numbers >> 4)]
     halves = ((digits[0] & 15) + 16 * (digits[1] & 15), (digits[0] >> 4) + 16 * (digits[1] >> 4))
     found = torch.stack(halves)  # [2, bytes]: the rows whose digits a byte holds
     for rows in (64, 32):
@@ -120,6 +120,26 @@ def kernel_layout() -> tuple[int, bool]:
         f"PyTorch {torch.__version__} packs 4-bit weights in an order that is not known here; use "
         "precision='bf16' or 'f32', or another version of PyTorch."
     )
+
+
+def _pack(codes: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    return packed
+
+
+@cache
+def has_kernel() -> bool:
+    """Return whether this PyTorch has the product of packed 4-bit weights, and it is right.
+
+    The operators are private: they may go, or lay weights out anew. So one product is tried.
+    """
+    weight, x = torch.linspace(-1, 1, 64 * 64).sin().view(64, 64), torch.linspace(-1, 1, 64)
+    groups = quantize(weight, 4)
+    try:
+        found = QuantizedRows.of(groups).product(torch.float32)(x.bfloat16()[None])[0]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    return bool((found - groups.values() @ x).abs().max() < 0.1)
 
 
 class QuantizedRows(nn.Module):
@@ -152,7 +172,7 @@ class QuantizedRows(nn.Module):
         at = slice(start, start + len(codes))
         parts = (codes,) if self.bits == 4 else (codes >> 4, codes & 15)
         for digit, part in zip(self.digits, parts, strict=True):
-            digit[at] = _pack(part.int(), 1).view_as(digit[at])
+            digit[at] = _pack(part).view_as(digit[at])
         self.scales[:, start : start + count] = groups.scales.transpose(0, 1)
 
     def groups(self, numbers: Tensor) -> Groups:
@@ -169,7 +189,8 @@ class QuantizedRows(nn.Module):
 
     def product(self, dtype: torch.dtype) -> Product:
         """Return the packed product, bfloat16 [T, in] -> `dtype` [T, rows], with weights bound."""
-        count, scales, group, multiply = self.num_rows, self.scales, self.group, _multiply
+        count, scales, group = self.num_rows, self.scales, self.group
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         high, low = self.digits[0], self.digits[-1]
 
         def four(x: Tensor) -> Tensor:
@@ -215,6 +236,40 @@ class QuantizedRows(nn.Module):
             yield tile.view(inside, -1)[:, : self.num_rows - first * size]
 
 
+Rows = QuantizedRows | NativeRows
+REGROUPED = {"Q2_K": (4, 32), "Q3_K": (8, 64), "Q6_K": (8, 64)}  # groups of 16: bits, group
+
+
+def fill_rows(rows: Rows, start: int, groups: Groups) -> None:
+    """Set rows from `start`, a multiple of 64."""
+    if isinstance(rows, QuantizedRows):
+        rows.fill(start, groups)
+        return
+    blocks = blocks_of(groups.codes, *groups.affine(), groups.bits)
+    rows.fill(start, blocks.data_ptr(), blocks.shape[1], len(blocks))
+
+
+def is_finite(rows: Rows) -> bool:
+    """Return whether all scales are numbers."""
+    return rows.finite if isinstance(rows, NativeRows) else bool(rows.scales.isfinite().all())
+
+
+def groups_of(rows: Rows, numbers: Tensor) -> Groups:
+    """Return some rows by their numbers, int64 [n]. Those of the kernels keep their codes, but for
+    types of groups of 16, whose values are rounded anew."""
+    if isinstance(rows, QuantizedRows):
+        return rows.groups(numbers)
+    if rows.kind in REGROUPED:
+        return quantize(rows.values(numbers), *REGROUPED[rows.kind])
+    codes, scale, minimum = (part for part in rows.codes(numbers))
+    scale, minimum = scale[:, ::2], minimum[:, ::2]
+    if rows.kind in ("Q8_0", "A8"):  # signed
+        return Groups.of(codes ^ 128, scale, minimum - 128 * scale, 8)
+    if rows.kind in ("Q5_0", "Q5_1", "Q5_K"):  # the middle of 8 bits is 136
+        return Groups.of(codes + 120, scale, minimum - 120 * scale, 8)
+    return Groups.of(codes, scale, minimum, 4)
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer of packed rows.
 
@@ -233,7 +288,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(
         self,
-        rows: Sequence[QuantizedRows],
+        rows: Sequence[Rows],
         *,
         dtype: torch.dtype = torch.bfloat16,
         result: torch.dtype | None = None,
@@ -257,8 +312,18 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, kept, persistent=False)
 
     @property
-    def parts(self) -> list[QuantizedRows]:
-        return [part for part in self.rows if isinstance(part, QuantizedRows)]
+    def parts(self) -> list[Rows]:
+        return [part for part in self.rows if isinstance(part, Rows)]
+
+    @property
+    def native_parts(self) -> list[NativeRows]:
+        """The parts, where they are all packed for the compiled kernels; else nothing."""
+        parts = [part for part in self.rows if isinstance(part, NativeRows)]
+        return parts if len(parts) == len(self.rows) else []
+
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def num_weights(self) -> int:
@@ -269,7 +334,7 @@ class QuantizedLinear(nn.Module):
         """Bytes read by the product with one token."""
         read = [self.low, self.high]
         for part in self.parts:
-            read += [part.digits, part.scales]
+            read += [part.digits, part.scales] if isinstance(part, QuantizedRows) else [part.data]
         return sum(tensor.nbytes for tensor in read if tensor is not None)
 
     @property
@@ -290,7 +355,7 @@ class QuantizedLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:  # `dtype` [T, in] -> `result` [T, out]
-        if decoding():
+        if decoding() or (self.native_parts and not (torch.is_grad_enabled() and x.requires_grad)):
             return self.product()(x)
         if self.dense is not None:
             return F.linear(x, self.dense, self.bias).to(self.result)
@@ -307,7 +372,11 @@ class QuantizedLinear(nn.Module):
     def product(self) -> Product:
         """Return the packed product as a function, with the weights bound."""
         assert self.low is None or self.result == self.dtype
-        products = [part.product(self.result) for part in self.parts]
+        if native := self.native_parts:
+            multiply, result = NativeProduct(native, self.bias, self.low_rank), self.result
+            return lambda x: multiply(x).to(result)
+        parts = [part for part in self.rows if isinstance(part, QuantizedRows)]
+        products = [part.product(self.result) for part in parts]
         product = products[0] if len(products) == 1 else _side_by_side(products)
         if self.dtype != torch.bfloat16:
             product = _after(product, Tensor.bfloat16)
@@ -321,7 +390,7 @@ class QuantizedEmbedding(QuantizedLinear):
 
     def forward(self, ids: Tensor) -> Tensor:  # int64 [T] -> float32 [T, D]
         (rows,) = self.parts
-        return rows.groups(ids).values()
+        return rows.values(ids) if isinstance(rows, NativeRows) else rows.groups(ids).values()
 
 
 def _side_by_side(products: Sequence[Product]) -> Product:

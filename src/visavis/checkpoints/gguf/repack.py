@@ -14,7 +14,7 @@ blocks; which tensors are packed, `packing.py` says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -27,7 +27,8 @@ from visavis.checkpoints.gguf.decoder import StoredPart, dequantized
 from visavis.checkpoints.gguf.reader import GGUFFile
 from visavis.checkpoints.quantize import Quantizer, WeightPart
 from visavis.checkpoints.tensor_files import warn_not_finite
-from visavis.model.quantized_linear import GROUP, Groups, quantize
+from visavis.model.native_rows import can_pack
+from visavis.model.quantized_linear import GROUP, REGROUPED, Groups, is_finite, quantize
 
 CODES = {  # bits that packed rows need, and what is added to codes: their middle is 8, or 136
     "Q4_0": (4, 8),
@@ -38,7 +39,6 @@ CODES = {  # bits that packed rows need, and what is added to codes: their middl
     "Q5_K": (8, 120),
     "Q8_0": (8, 128),
 }
-REGROUPED = {"Q2_K": (4, 32), "Q3_K": (8, 64), "Q6_K": (8, 64)}  # bits, and numbers to a group
 
 
 def packed_as(type: str) -> tuple[int, int] | None:
@@ -85,12 +85,18 @@ def pack_blocks(
         if form is None or bits is None:
             return None
         wanted.append(form if form[0] == bits else (bits, GROUP))
-    parts = []
-    for (bits, group), run in groupby(zip(wanted, stored, strict=True), key=itemgetter(0)):
+    # As the file has them, where the kernels read its type and no fewer bits are asked for.
+    kinds = [
+        part.type if packing.native and form == mine and can_pack(part.type, shape[1]) else ""
+        for part, form, mine in zip(stored, wanted, own, strict=True)
+    ]
+    parts, keys = [], zip(wanted, kinds, strict=True)
+    for ((bits, group), kind), run in groupby(zip(keys, stored, strict=True), key=itemgetter(0)):
         below = [part for _, part in run]
-        parts.append(WeightPart(_shape(below)[0], bits, group, partial(_cut, below, bits, group)))
+        cut, blocks = partial(_cut, below, bits, group), partial(_blocks, below) if kind else None
+        parts.append(WeightPart(_shape(below)[0], bits, group, cut, kind, blocks))
     packing.pack(name, shape[1], parts)
-    if not all(rows.scales.isfinite().all() for rows in packing.rows[name]):
+    if not all(is_finite(rows) for rows in packing.rows[name]):
         warn_not_finite(name, str(file.path))
     return wanted == own
 
@@ -99,6 +105,11 @@ def _cut(parts: list[StoredPart], bits: int, group: int, start: int, end: int) -
     found = [groups_of(part, bits, group) for part in rows_between(parts, start, end)]
     codes, scales, _ = zip(*found, strict=True)
     return Groups(torch.cat(codes), torch.cat(scales), bits)
+
+
+def _blocks(parts: list[StoredPart], start: int, end: int) -> Iterator[np.ndarray]:
+    for part in rows_between(parts, start, end):
+        yield part.raw if part.raw.strides[1] == 1 else np.ascontiguousarray(part.raw)
 
 
 def rows_between(parts: Sequence[StoredPart], start: int, end: int) -> list[StoredPart]:
