@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import visavis
-from tests.checkpoints.test_packing import assert_near, logits, write_model
+from tests.checkpoints.test_quantize import assert_near, logits, write_model
 from tests.checkpoints.transformers_files import save_qwen2
 from visavis.checkpoints.gguf.decoder import decoder_state
 from visavis.checkpoints.gguf.reader import open_gguf
