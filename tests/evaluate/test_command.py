@@ -71,9 +71,11 @@ def test_a_run_prints_json_and_writes_its_files(
 def test_an_incomplete_run_exits_1_and_says_why(
     data: Path, models: list[str], tmp_path: Path
 ) -> None:
-    found = run(models[0], "-s", "mmeb-v1", "-d", tmp_path, "-t", "VOC2007")
+    found = run(models[0], "-s", "mmeb-v1", "--data", tmp_path, "--tasks", "VOC2007")
     assert found.exit_code == 1 and "incomplete: VOC2007" in found.output
-    table = run(models[0], "-s", "mmeb-v1", "-d", data, "-t", "VOC2007", "--max-records", "2")
+    table = run(
+        models[0], "-s", "mmeb-v1", "--data", data, "--tasks", "VOC2007", "--max-records", "2"
+    )
     assert table.exit_code == 1 and "left out by max_records=2" in table.output
 
 
@@ -126,8 +128,8 @@ def visavis(*words: str | Path, world: int = 1) -> list[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(data: Path, models: list[str], tmp_path: Path) -> None:
-    words = (models[0], "-s", "mmeb-v1", "-d", data, "-t", "CIRR,VOC2007,EDIS", "--json")
-    words += ("--precision", "f32", "--device", "cpu")
+    words = (models[0], "-s", "mmeb-v1", "--data", data, "--tasks", "CIRR,VOC2007,EDIS", "--json")
+    words = (*words, "--precision", "f32", "--device", "cpu")  # type: ignore[assignment]
     (one,) = visavis(*words, "-o", tmp_path / "one")
     alone = json.loads(one.communicate(timeout=300)[0])
     together = visavis(*words, "-o", tmp_path / "two", world=2)
@@ -142,7 +144,7 @@ def test_two_processes_give_what_one_gives(data: Path, models: list[str], tmp_pa
 
 @pytest.mark.slow
 def test_a_killed_run_resumes(data: Path, models: list[str], tmp_path: Path) -> None:
-    words = (models[0], "-s", "mmeb-v1", "-d", data, "-o", tmp_path / "run", "--json")
+    words = (models[0], "-s", "mmeb-v1", "--data", data, "-o", tmp_path / "run", "--json")
     (killed,) = visavis(*words)
     vectors = tmp_path / "run/vectors"
     deadline = time.monotonic() + 120

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,7 +25,7 @@ from visavis.evaluate.metrics import (
 )
 
 
-def naive(scores: np.ndarray, grades: dict[int, float], ties: str) -> list[int]:
+def naive(scores: np.ndarray, grades: Mapping[int, float], ties: str) -> list[int]:
     """Return the relevant candidates' ranks by sorting everything."""
 
     def key(number: int) -> tuple[float, ...]:

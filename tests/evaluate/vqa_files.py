@@ -105,8 +105,19 @@ def mme(root: Path) -> None:
 
 
 def mmbench(root: Path) -> None:
-    names = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image")
-    names += ("source", "l2-category", "comment", "split")
+    names: tuple[str, ...] = (
+        "index",
+        "question",
+        "hint",
+        "A",
+        "B",
+        "C",
+        "D",
+        "answer",
+        "category",
+        "image",
+    )
+    names = (*names, "source", "l2-category", "comment", "split")
     for language, path in (
         ("en", "mmbench/mmbench_dev_20230712"),
         ("cn", "mmbench_cn/mmbench_dev_cn_20231003"),

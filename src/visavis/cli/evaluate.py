@@ -45,17 +45,17 @@ def about() -> None:
 @loads_a_model
 def run(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="A bundled name, a folder, a .gguf or hub id.")
+        str, typer.Argument(metavar="MODEL", help="A bundled name, a folder, a .gguf or hub id.")
     ] = "",
     suite: Annotated[
         str, typer.Option("--suite", "-s", help="The suite; `visavis evaluate suites` lists them.")
     ] = "",
     data: Annotated[
         Path | None,
-        typer.Option("--data", "-d", help="The folder of the official files, in any layout."),
+        typer.Option("--data", help="The folder of the official files, in any layout."),
     ] = None,
     tasks: Annotated[
-        str, typer.Option("--tasks", "-t", help="Only these tasks, separated by commas.")
+        str, typer.Option("--tasks", help="Only these tasks, separated by commas.")
     ] = "",
     output: Annotated[
         Path | None,
@@ -98,11 +98,11 @@ def run(
 
     [bold]Examples[/bold]
 
-      visavis evaluate VLM2Vec/VLM2Vec-V2.0 --suite mmeb-v2 --data DIR --output runs/v2
+      visavis evaluate run nano --suite nano --data DATA --output runs/nano
 
-      visavis evaluate --suite mmeb-v1 --data DIR --check
+      visavis evaluate nano --suite local --data photos.csv
 
-      visavis evaluate report runs/a runs/b --output report.html
+      visavis evaluate --suite mmeb-v1 --data DATA --check
     """
     if not suite:
         raise InputError("--suite is missing; `visavis evaluate suites` lists the suites")
@@ -137,6 +137,7 @@ def run(
             tasks=names,
             options=options,
             report=bar.task,
+            expect=bar.expect,
             progress=bar.advance,
         )
     if not found:  # another process prints
@@ -151,7 +152,16 @@ def run(
 
 @evaluate.command()
 def suites(as_json: JsonOption = False) -> None:
-    """List the suites and their tasks."""
+    """List the suites and their tasks.
+
+    Tasks in brackets are listed and not run; --json gives the reason for each.
+
+    [bold]Examples[/bold]
+
+      visavis evaluate suites
+
+      visavis evaluate suites --json
+    """
     from visavis.evaluate.suite import load_suite, suite_names
 
     found = [load_suite(name) for name in suite_names()]
@@ -173,21 +183,31 @@ def suites(as_json: JsonOption = False) -> None:
 
 @evaluate.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of finished runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path(
         "report.html"
     ),
     images: Annotated[bool, typer.Option(help="Show images in the galleries of failures.")] = True,
+    as_json: JsonOption = False,
 ) -> None:
-    """Write one HTML page of runs; of two runs it shows the paired difference.
+    """Write one HTML page of runs.
+
+    It has tables beside published scores, bars with 95 % intervals, timings and galleries of
+    failures; for two runs also the paired difference.
 
     [bold]Examples[/bold]
 
       visavis evaluate report runs/nano --output nano.html
+
+      visavis evaluate report runs/before runs/after --no-images
     """
     from visavis.evaluate.report import write_report
 
-    typer.echo(str(write_report(runs, output, images=images)))
+    written = write_report(runs, output, images=images)
+    if as_json:
+        print_json({"output": str(written), "runs": [str(run) for run in runs]})
+    else:
+        typer.echo(str(written))
 
 
 @evaluate.command()
@@ -204,6 +224,8 @@ def compare(
     [bold]Examples[/bold]
 
       visavis evaluate compare runs/before runs/after
+
+      visavis evaluate compare runs/before runs/after --json
     """
     from visavis.evaluate.report import compare_runs, read_run
 
@@ -233,16 +255,25 @@ def export(
     task: Annotated[str, typer.Argument(metavar="TASK", help="Whose answers, as MMBench.")],
     table: Annotated[Path, typer.Option(help="The dataset's .tsv in VLMEvalKit's LMUData folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .xlsx or .tsv to write.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Write a run's answers as a prediction file that VLMEvalKit scores.
 
+    The file has the columns of the dataset's table without images, and a column `prediction`.
+
     [bold]Examples[/bold]
 
-      visavis evaluate export runs/a MMBench --table MMBench_DEV_EN.tsv -o a_MMBench_DEV_EN.xlsx
+      visavis evaluate export runs/a MMBench --table MMBench_DEV_EN.tsv --output a_MMBench.xlsx
+
+      visavis evaluate export runs/a POPE --table POPE.tsv --output a_POPE.tsv --json
     """
     from visavis.evaluate.vlmevalkit import export_answers
 
-    typer.echo(f"{output}: {export_answers(run, task, table, output)} answers")
+    number = export_answers(run, task, table, output)
+    if as_json:
+        print_json({"output": str(output), "answers": number})
+    else:
+        typer.echo(f"{output}: {number} answers")
 
 
 def _check(suite: Any, root: Path, names: list[str], as_json: bool) -> None:
@@ -306,7 +337,7 @@ def _number(value: float | None) -> str:
 
 
 class _Bar:
-    """A progress bar on stderr: the task, items done, time taken."""
+    """Progress on stderr: tasks and items of the task, each with the time taken and left."""
 
     def __init__(self, show: bool) -> None:
         self.show = show
@@ -344,7 +375,12 @@ class _Bar:
         """Show that a task begins."""
         if self.show:
             self.bar.update(self.all, total=total, completed=number - 1)
-            self.bar.update(self.items, description=name)
+            self.bar.update(self.items, description=name, total=None, completed=0)
+
+    def expect(self, number: int) -> None:
+        """Show how many items a task has."""
+        if self.show:
+            self.bar.update(self.items, total=number, completed=0)
 
     def advance(self, number: int) -> None:
         """Show that more items are done."""

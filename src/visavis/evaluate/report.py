@@ -137,7 +137,8 @@ def _row(run: Run, name: str) -> dict[str, Any] | None:
         "problems": shown.get("problems", 0),
         "official": shown.get("official", {}).get(metric),
         "ties": (shown["info"].get("ties") or {}).get("queries", 0),
-        "seconds": shown["info"].get("seconds in all"),
+        "seconds": shown["info"].get("seconds in all", "–"),
+        "stages": ", ".join(f"{k} {v} s" for k, v in shown["info"].get("seconds", {}).items()),
     }
 
 

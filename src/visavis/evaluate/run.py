@@ -75,6 +75,7 @@ class Context:
     options: Options
     workers: Workers
     progress: Callable[[int], None]
+    expect: Callable[[int], None]
 
     @property
     def vectors(self) -> Path | None:
@@ -89,6 +90,7 @@ def _retrieval(model: Model, task: Task, context: Context) -> TaskResult | None:
     options = context.options
     data = retrieval.read_task(task, context.root, compat=options.compat, frames=options.frames)
     retrieval.limit(data, options.max_records)
+    context.expect(len(data.queries) + len(data.candidates))
     return retrieval.run_retrieval(
         model,
         data,
@@ -108,6 +110,7 @@ def _vqa(model: Model, task: Task, context: Context) -> TaskResult | None:
         del data.questions[options.max_records :]
         reason = f"left out by max_records={options.max_records}"
         data.problems.append(Problem(f"{left} questions", reason))
+    context.expect(len(data.questions))
     return run_vqa(
         model,
         data,
@@ -122,6 +125,7 @@ def _vqa(model: Model, task: Task, context: Context) -> TaskResult | None:
 
 def _video(model: Model, task: Task, context: Context) -> TaskResult | None:
     data = video_retrieval.read(task, context.root, frames=context.options.frames)
+    context.expect(len(data.captions) + len(data.videos))
     return video_retrieval.run_video_retrieval(
         model,
         data,
@@ -153,6 +157,7 @@ def evaluate(
     tasks: Iterable[str] = (),
     options: Options = DEFAULTS,
     report: Callable[[str, int, int], None] = lambda name, number, total: None,
+    expect: Callable[[int], None] = lambda items: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Run a suite and return its summary: scores, intervals, averages and what is incomplete.
@@ -168,7 +173,8 @@ def evaluate(
         data: the folder of the official files.
         tasks: names of the tasks to run; empty: all.
         report: is told each task's name, number and how many there are.
-        progress: is told how many more items or questions are done.
+        expect: is told how many items or questions a task has, once it has been read.
+        progress: is told how many more of them are done.
 
     Raises:
         UnknownNameError: no such suite or task.
@@ -184,7 +190,7 @@ def evaluate(
     started = time.perf_counter()
     for number, task in enumerate(chosen, 1):
         report(task.name, number, len(chosen))
-        context = Context(root, options, workers, progress)
+        context = Context(root, options, workers, progress, expect)
         begun = time.perf_counter()
         try:
             result = RUNNERS[task.reader](model, task, context)
