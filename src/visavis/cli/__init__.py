@@ -34,6 +34,7 @@ from visavis.cli.evaluate import evaluate
 from visavis.cli.index import index
 from visavis.cli.inspect import inspect
 from visavis.cli.mine import mine
+from visavis.cli.serve import serve
 from visavis.cli.train import train
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.command(rich_help_panel=USE)(demo)
 app.command(rich_help_panel=USE)(chat)
 app.command(rich_help_panel=USE)(embed)
+app.command(rich_help_panel=USE)(serve)
 app.add_typer(index, rich_help_panel=SEARCH)
 app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN)(compose)
