@@ -2,9 +2,9 @@
 
     exception ──► as_api_error ──► ApiError ──► body_of(error, dialect)
 
-The message of an `InputError` is about what the client sent and is passed on. The messages of all
-other exceptions may hold paths of this machine: they go to the log, and the client is told what kind
-of thing failed.
+The message of an `InputError` is about what the client sent and is passed on. The messages of
+other exceptions may hold paths of this machine: they go to the log, and the client is told what
+kind of thing failed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from visavis.errors import ImageError, InputError, OutOfMemoryError, VisavisErro
 
 Dialect: TypeAlias = Literal["openai", "cohere", "jina", "ollama", "page"]
 MAX_SHOWN = 5  # errors of one request body that a message lists
+MAX_EXAMINED = 500  # errors that are sorted by field
 MAX_MESSAGE = 2000  # characters
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class ApiError(Exception):
         code: a short name of the error for programs.
         param: the field of the request it is about.
         retry_after: seconds after which the same request may succeed.
+        closes: whether the connection ends with it, because the rest of the body is not read.
     """
 
     def __init__(
@@ -54,14 +56,17 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_after: int | None = None,
+        closes: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.message = status, message[:MAX_MESSAGE]
         self.code, self.param, self.retry_after = code, param, retry_after
+        self.closes = closes
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        found = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        return {**found, "connection": "close"} if self.closes else found
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -124,7 +129,7 @@ def _invalid(error: ValidationError) -> ApiError:
     """
     found = error.errors(include_url=False, include_input=False, include_context=False)
     fields: dict[str, dict[str, list[Any]]] = {}
-    for one in found:
+    for one in found[:MAX_EXAMINED]:
         location = one["loc"]
         field = str(location[0]) if location else ""
         branch = next((step for step in location[1:] if _is_branch(step)), "")
@@ -140,7 +145,8 @@ def _invalid(error: ValidationError) -> ApiError:
     lines = [
         f"{where}: {' or '.join(texts)}" if where else texts[0] for where, texts in told.items()
     ]
-    more = f" (and {len(lines) - MAX_SHOWN} more)" if len(lines) > MAX_SHOWN else ""
+    others = len(lines) - MAX_SHOWN + max(0, len(found) - MAX_EXAMINED)
+    more = f" (and {others} more)" if len(lines) > MAX_SHOWN else ""
     param = next(iter(told), None) or None
     return ApiError(400, "; ".join(lines[:MAX_SHOWN]) + more, code="invalid_value", param=param)
 

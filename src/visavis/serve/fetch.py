@@ -1,9 +1,9 @@
 """Fetches images from URLs of allowed hosts, and from nothing else.
 
 The address that a host name resolves to is checked and then connected to, so that a second answer
-of the name server changes nothing (DNS rebinding). Private, loopback, link-local and other addresses
-that are not of the public internet are refused, in every spelling, because addresses are compared and
-not their texts. Each redirect is checked like the first URL.
+of the name server changes nothing (DNS rebinding). Private, loopback, link-local and other
+addresses that are not of the public internet are refused, in every spelling, because addresses are
+compared and not their texts. Each redirect is checked like the first URL.
 """
 
 from __future__ import annotations

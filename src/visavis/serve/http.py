@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -27,7 +27,8 @@ from visavis.serve.errors import ApiError, as_api_error
 from visavis.serve.guard import send_error, send_json
 from visavis.serve.service import Service
 
-LARGE_BODY = 256 * 2**10  # bytes; larger bodies are parsed beside the event loop
+LARGE_BODY = 64 * 2**10  # bytes; larger bodies are parsed beside the event loop
+MAX_KEYS = 50_000  # of a body: each may be wrong, and what is wrong is listed
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,7 @@ class EndpointApp:
         async def send_noted(message: Any) -> None:
             nonlocal started
             started = True
-            async with asyncio.timeout(limits.send_seconds):
-                await send(message)
+            await send(message)
 
         try:
             body = await read_body(scope, receive, limits)
@@ -114,8 +114,8 @@ class EndpointApp:
         except (ClientGone, OSError):
             return
         except Exception as error:
-            if started:  # the stream has told its error, or the client reads too slowly
-                raise ClientGone from None
+            if started:  # uvicorn logs it and closes the connection
+                raise
             await send_error(scope, send_noted, as_api_error(error))
 
     async def _respond(self, scope: Scope, body: bytes, send: Send) -> None:
@@ -222,13 +222,14 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     try:
         async with asyncio.timeout(limits.body_seconds):
             received, more = 0, True
-            while more:
-                if max(size, received) > limits.body_bytes:
+            while more or size > limits.body_bytes:
+                if size > limits.body_bytes:
                     raise ApiError(
                         413,
                         f"a body of more than {limits.body_bytes / 2**20:g} MiB; send fewer or "
                         "smaller images",
                         code="body_too_large",
+                        closes=True,
                     )
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -236,11 +237,10 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
                 chunks.append(message.get("body", b""))
                 received += len(chunks[-1])
                 more = message.get("more_body", False)
-            if received > limits.body_bytes:
-                raise ApiError(413, "the body is too large", code="body_too_large")
+                size = max(size, received)
     except TimeoutError:
         slow = f"the body took more than {limits.body_seconds:g} s to arrive"
-        raise ApiError(408, slow, code="slow_body") from None
+        raise ApiError(408, slow, code="slow_body", closes=True) from None
     return b"".join(chunks)
 
 
@@ -248,8 +248,7 @@ def parser(model: type[BaseModel], body: bytes) -> Callable[[], BaseModel]:
     """Return a function that makes a request model of a JSON body.
 
     Raises (when called):
-        ApiError: the body is not JSON (400).
-        pydantic.ValidationError: it is not what the model describes.
+        ApiError: the body is not JSON, or not what the model describes (400).
     """
 
     def parse() -> BaseModel:
@@ -261,9 +260,26 @@ def parser(model: type[BaseModel], body: bytes) -> Callable[[], BaseModel]:
         if not isinstance(value, dict):
             kind = type(value).__name__
             raise ApiError(400, f"the body is a JSON {kind}, not an object", code="invalid_json")
-        return model.model_validate(value)
+        if count_keys(value) > MAX_KEYS:
+            message = f"the body holds more than {MAX_KEYS} keys and lists"
+            raise ApiError(400, message, code="invalid_value")
+        try:
+            return model.model_validate(value)
+        except ValidationError as error:
+            raise as_api_error(error) from None
 
     return parse
+
+
+def count_keys(value: Any) -> int:
+    """Return how many keys and lists a JSON value holds; stops counting above MAX_KEYS."""
+    count, left = 0, [value]
+    while left and count <= MAX_KEYS:
+        one = left.pop()
+        inside = one.values() if isinstance(one, dict) else one
+        count += len(one) if isinstance(one, dict) else 1
+        left += [each for each in inside if isinstance(each, dict | list)]
+    return count
 
 
 async def send_stream(send: Send, stream: Stream) -> None:

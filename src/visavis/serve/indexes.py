@@ -44,7 +44,7 @@ class ScheduledModel:
 
 
 class Indexes:
-    """Indexes by name, opened on first use. Their methods block: call them beside the event loop."""
+    """Indexes by name, opened on first use; methods block, so they run beside the event loop."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = paths

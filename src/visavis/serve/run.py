@@ -43,7 +43,7 @@ def make_server(config: ServerConfig, **more: Any) -> Server:
     limits = config.limits
     settings = uvicorn.Config(
         app,
-        http=protocol_with(limits.header_seconds, limits.connections),
+        http=protocol_with(limits.header_seconds, limits.send_seconds, limits.connections),
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
         log_config=None,

@@ -5,12 +5,12 @@
     embeddings    ──► waiting inputs become one batch ────────────┘
 
 Continuous batching: an answer enters and leaves between two steps. Dynamic batching: a batch takes
-what waits at that moment, from the requests in turn, so that a request of one input is not behind one
-of two thousand. Nothing waits for a batch to fill.
+what waits at that moment, from the requests in turn, so that a request of one input is not behind
+one of two thousand. Nothing waits for a batch to fill.
 
-Fairness: while both kinds have work, the next unit goes to the kind that has had less of the model's
-time since both had work, so each gets half of it; a batch then has at most SHARED_BATCH_TOKENS
-tokens, so that an answer's next token waits for one small batch at most.
+Fairness: while both kinds have work, the next unit goes to the kind that has had less of the
+model's time since both had work, so each gets half of it; a batch then has at most
+SHARED_BATCH_TOKENS tokens, so that an answer's next token waits for one small batch at most.
 """
 
 from __future__ import annotations

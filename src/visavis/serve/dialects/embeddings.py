@@ -34,12 +34,20 @@ async def openai(call: Call) -> BaseModel:
         inputs = _inputs(body)
     side = side_of(body.input_type, body.task)
     found = await call.service.embed(
-        body.model, inputs, instruction=body.instruction, side=side, dim=body.dimensions
+        body.model,
+        inputs,
+        instruction=body.instruction,
+        side=side,
+        dim=body.dimensions or body.output_dimension,
     )
     kind: Any = body.embedding_type
     kind = kind[0] if isinstance(kind, list) else kind
-    kind = body.encoding_format or kind or "float"
-    rows = await call.service.prepare(lambda: encode(found.vectors, kind))
+    dtype = body.output_dtype or "float"
+    if body.encoding_format == "base64" and dtype != "float":  # of Voyage's client
+        rows = await call.service.prepare(lambda: base64_rows(quantize(found.vectors, dtype)))
+    else:
+        kind = body.encoding_format or kind or dtype
+        rows = await call.service.prepare(lambda: encode(found.vectors, kind))
     return schemas.EmbeddingsResponse.model_construct(
         data=_numbered(rows),
         model=found.name,

@@ -24,6 +24,7 @@ from visavis.serve.schemas.base import (
 from visavis.serve.schemas.openai import ChatMessage
 
 Encoding = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
+VoyageDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
 Dimensions = Annotated[
     int | None,
     Field(ge=1, le=2**31, description="Keep the first numbers of each vector, normalised again."),
@@ -85,6 +86,11 @@ class EmbeddingsRequest(Request):
     embedding_type: (
         Encoding | Annotated[list[Encoding], Field(min_length=1, max_length=1)] | None
     ) = Field(None, description="Jina's name of `encoding_format`.")
+    output_dtype: VoyageDtype | None = Field(
+        None, description="Voyage's; with encoding_format base64, of the bytes."
+    )
+    output_dimension: Dimensions = Field(None, description="Voyage's name of `dimensions`.")
+    truncation: bool | None = Field(None, description="Voyage's; nothing is truncated.")
     normalized: Literal[True] | None = Field(None, description="Vectors are unit vectors.")
     modality: Literal["text", "image", "video"] | None = Field(
         None, description="Infinity's: what the strings in `input` are."
@@ -228,9 +234,6 @@ class VoyageInput(Request):
     """One input of text, images and videos."""
 
     content: Annotated[list[VoyagePart], Field(min_length=1, max_length=MAX_PARTS)]
-
-
-VoyageDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
 
 
 class VoyageRequest(Request):
