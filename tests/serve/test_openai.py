@@ -13,10 +13,10 @@ import openai
 import pytest
 
 from tests.fakes import picture, tiny_model
-from tests.processing.test_documents import pdf
+from tests.processing.test_documents import pdf_bytes
 from tests.processing.test_video import encode
 from tests.serve.serving import base64_of, data_uri, serving
-from visavis.prompt import Document, Video
+from visavis.inputs import Document, Video
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_videos_and_documents(client: openai.OpenAI, tmp_path: Path) -> None:
     pytest.importorskip("av")
     pytest.importorskip("pypdfium2")
     clip = encode(tmp_path / "clip.mp4", num=12).read_bytes()
-    paper = pdf(2)
+    paper = pdf_bytes(2)
     parts = {
         "video": {
             "type": "video_url",

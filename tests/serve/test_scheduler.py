@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fakes import tiny_model
-from visavis.errors import InputError
-from visavis.prompt import Prompt
+from tests.fakes import picture, tiny_model
+from visavis.errors import ImageError, InputError
+from visavis.inputs import Image, Prompt
 from visavis.serve.config import make_config
 from visavis.serve.errors import ApiError
 from visavis.serve.metrics import Metrics
@@ -223,6 +223,21 @@ def test_a_listener_that_fails_ends_its_own_answer(model: ServedModel) -> None:
     first, second = model.submit_answers(answers(model, "Go", "Come"), [broken, lambda piece: None])
     assert isinstance(first.exception(30), OSError)
     assert second.result(30).text == tiny_model().chat("Come", max_new_tokens=24).text
+
+
+def test_each_answer_has_its_own_error(model: ServedModel) -> None:
+    expected = tiny_model().chat("Go", max_new_tokens=24).text
+    damaged = picture(3).tobytes()[:100]
+    good = answers(model, "Go", "Go")
+    bad = model.prepare_answer(Prompt.chat("see", [Image(damaged)]), {}, None)[0]
+    biased = answers(model, "hi", logit_bias={10**6: 1.0})[0]
+    every = [*good, bad, biased]
+    go_on = paused(model)
+    futures = model.submit_answers(every, [lambda piece: None] * 4)
+    go_on.set()
+    assert [one.result(60).text for one in futures[:2]] == [expected] * 2
+    assert isinstance(futures[2].exception(60), ImageError)
+    assert isinstance(futures[3].exception(60), InputError)
 
 
 def test_closing_fails_what_is_unfinished() -> None:

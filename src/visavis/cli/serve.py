@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from visavis.cli.console import say
-from visavis.cli.options import Loading, loads_a_model
+from visavis.cli.common import Loading, loads_a_model, say
 from visavis.errors import InputError
 
 

@@ -15,7 +15,7 @@ from visavis.index import AddReport, Index
 from visavis.index import Hit as FoundHit
 from visavis.index.items import preview, title, visual_of
 from visavis.index.store import StoredItem
-from visavis.prompt import Image, Prompt, Text, Visual
+from visavis.inputs import Image, Prompt, Text, Visual
 from visavis.serve.errors import ApiError
 
 if TYPE_CHECKING:

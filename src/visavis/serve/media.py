@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from visavis.errors import InputError
+from visavis.inputs import Document, Image, Message, Part, Prompt, Role, Text, Video, Visual
 from visavis.processing.images import image_size
-from visavis.prompt import Document, Image, Message, Part, Prompt, Role, Text, Video, Visual
 from visavis.serve.config import Limits
 from visavis.serve.errors import ApiError
 from visavis.serve.fetch import Fetcher

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visavis.embed.encoder import cut, embed_batch, kept_dim
 from visavis.errors import VisavisError
 from visavis.generate.engine import Engine
+from visavis.inputs import Prompt
 from visavis.memory import give_back
-from visavis.processing.documents import expand
-from visavis.prompt import Prompt
+from visavis.model.pooling import cut, embed_batch, kept_dim
+from visavis.processing.pdf import expand
 from visavis.serve.config import ServerConfig
 from visavis.serve.errors import ApiError
 from visavis.serve.metrics import Metrics
@@ -36,8 +36,8 @@ from visavis.serve.scheduler import ChatJob, EmbedJob, Scheduler
 
 if TYPE_CHECKING:
     from visavis.api import Model
-    from visavis.generate.answer import Answer, AnswerSettings, Reply
-    from visavis.processing.templates import Encoded
+    from visavis.generate.streaming import Answer, AnswerSettings, Reply
+    from visavis.processing.chat_template import Encoded
 
 log = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class GrowingAnswer(Protocol):
-    """An answer that an engine can grow (`visavis.generate.answer.Answer`)."""
+    """An answer that an engine can grow (`visavis.generate.streaming.Answer`)."""
 
     sequence: Any
     reply: Any

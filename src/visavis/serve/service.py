@@ -25,7 +25,7 @@ from visavis.serve.metrics import Metrics
 from visavis.serve.models import ModelPool, Recorder, ServedModel, TokenScore
 
 if TYPE_CHECKING:
-    from visavis.generate.answer import Answer, AnswerSettings, Reply
+    from visavis.generate.streaming import Answer, AnswerSettings, Reply
 
 Result = TypeVar("Result")
 INDEX_THREADS = 4

@@ -26,7 +26,7 @@ from visavis.serve.schemas.base import TextError
 from visavis.serve.service import Chat
 
 if TYPE_CHECKING:
-    from visavis.generate.answer import Reply
+    from visavis.generate.streaming import Reply
 
 NDJSON = "application/x-ndjson"
 _DURATION = re.compile(r"(-?[0-9.]+)(ms|h|m|s)")

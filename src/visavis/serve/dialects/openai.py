@@ -19,7 +19,7 @@ from visavis.serve.schemas.base import OpenAIError
 from visavis.serve.service import Chat, Piecewise
 
 if TYPE_CHECKING:
-    from visavis.generate.answer import Reply
+    from visavis.generate.streaming import Reply
 
 SSE = "text/event-stream; charset=utf-8"
 ANY_JSON = {"type": "object"}

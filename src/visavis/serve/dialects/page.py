@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, Response
 from visavis.errors import InputError
 from visavis.index import Index
 from visavis.index.items import visual_of
-from visavis.prompt import Text, Visual
+from visavis.inputs import Text, Visual
 from visavis.serve.dialects.openai import SSE
 from visavis.serve.dialects.search import image, with_index
 from visavis.serve.errors import as_api_error

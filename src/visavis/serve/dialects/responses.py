@@ -19,7 +19,7 @@ from visavis.serve.schemas.base import OpenAIError, TextPart
 from visavis.serve.service import Chat
 
 if TYPE_CHECKING:
-    from visavis.generate.answer import Reply
+    from visavis.generate.streaming import Reply
 
 
 def _turns(body: schemas.ResponsesRequest) -> list[Turn]:
