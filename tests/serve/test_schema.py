@@ -72,7 +72,8 @@ def test_what_schemathesis_sends(address: str) -> None:
     number = 0
     for result in schema.get_all_operations():
         operation = result.ok()
-        for mode in schemathesis.GenerationMode:
+        modes = list(schemathesis.GenerationMode)
+        for mode in modes if operation.body else modes[:1]:  # there is no wrong GET without fields
             cases = operation.as_strategy(generation_mode=mode)
 
             @settings(
@@ -93,5 +94,5 @@ def test_what_schemathesis_sends(address: str) -> None:
 
             send()
     assert number > 1000, counted
-    assert counted.get(200, 0) > 50, counted
+    assert counted.get(200, 0) > 100, counted
     assert not any(status >= 500 for status in counted), counted

@@ -48,7 +48,7 @@ class Indexes:
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = paths
-        self._image = lru_cache(maxsize=KEPT_IMAGES)(_encoded)
+        self._image = lru_cache(maxsize=KEPT_IMAGES)(encoded_image)
         self._opened: dict[str, Index] = {}
 
     def resolve(self, name: str | None) -> str:
@@ -144,7 +144,13 @@ def described(item: StoredItem, where: str) -> dict[str, Any]:
     }
 
 
-def _encoded(item: StoredItem, size: int) -> bytes:
+def encoded_image(item: StoredItem, size: int) -> bytes:
+    """Return a JPEG of an item, `size` pixels on its longer side.
+
+    Raises:
+        ApiError: the item is a text (404).
+        ImageError: its file is gone or no longer readable.
+    """
     found = preview(item, size)
     if isinstance(found, str):
         raise ApiError(404, f"item {item.id} has no image", code="no_image")
