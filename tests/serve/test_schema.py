@@ -87,6 +87,12 @@ def test_what_schemathesis_sends(address: str) -> None:
             @given(cases)
             def send(case: Any) -> None:
                 nonlocal number
+                if mode is modes[0]:  # most random names are a 404 and no more
+                    known = {"index": "photos", "model": "tiny", "item": 1}
+                    for name in case.path_parameters or {}:
+                        case.path_parameters[name] = known[name]
+                    if isinstance(case.body, dict):
+                        case.body |= {one: known[one] for one in known if one in case.body}
                 response = case.call(base_url=address, timeout=60)
                 counted[response.status_code] = counted.get(response.status_code, 0) + 1
                 number += 1
