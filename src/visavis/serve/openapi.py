@@ -75,7 +75,7 @@ def _operation(one: Endpoint, names: dict[Any, Any]) -> dict[str, Any]:
         "application/json": {"schema": names[one.response, "serialization"]}
     }
     if one.streams:
-        content[one.streams] = {"schema": {"type": "string"}}
+        content[one.streams] = {}  # OpenAPI 3.1 cannot describe the form of events
     error = {"application/json": {"schema": names[one.error, "serialization"]}}
     operation: dict[str, Any] = {
         "summary": one.summary,
