@@ -2,16 +2,24 @@
 
     python benchmarks/serve.py [--threads N] [--runs N] [--json FILE] [--quick]
 
-The model is SmolLM2-135M from its Q4_1 GGUF file. Over the engine: as many chat answers at a time
-as the server grows, 2,048 texts in one request, and one text in each of 256 requests of 32 clients.
-Against llama.cpp: 1, 8 and 32 clients, chat tokens and embedded texts per second; both servers have
-as many slots as there are clients. The clients run on the same cores as the servers.
+The model is SmolLM2-135M from its Q4_1 GGUF file.
+
+- Over the engine: as many chat answers at a time as the server grows, 2,048 texts in one request,
+  and one text in each of 256 requests of 32 clients.
+- One answer beside a flood of embeddings, against the same answer alone.
+- Against llama.cpp: 1, 8 and 32 clients, chat tokens and embedded texts per second; both servers
+  have as many slots as there are clients.
+
+The clients run on the same cores as the servers.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +38,7 @@ def main() -> int:
     report = Report(options, "Server")
     model = str(resolve("smollm2-135m"))
     over_the_engine(report, options, model)
+    beside_a_flood(report, options, model)
     for clients in CLIENTS:
         against_llama_cpp(report, options, model, clients)
     return report.finish()
@@ -99,6 +108,43 @@ def over_the_engine(report: Report, options: Options, model: str) -> None:
             f"embeddings, one text in each of {single} requests of 32 clients",
             interleaved({OURS: flood, "bare engine": embed_as_many}, options.runs),
             "texts/s",
+        )
+
+
+def beside_a_flood(report: Report, options: Options, model: str) -> None:
+    """Measure one answer alone, and while 32 clients embed as fast as they can."""
+    new_tokens = 16 if options.quick else 128
+    with engines("_servers.py", [OURS], options) as (ours,):
+        address = ours.ask("load", model=model, slots=SLOTS)["address"]
+        served_chat(address, 1, prompts(99, 1, 10), 4)
+
+        def alone(number: int) -> float:
+            return served_chat(address, 1, prompts(number, 1, 30), new_tokens)[0]
+
+        def flooded(number: int) -> float:
+            stop = threading.Event()
+
+            def bodies() -> Iterator[tuple[str, Any]]:
+                for index in itertools.count():
+                    if stop.is_set():
+                        return
+                    yield "/v1/embeddings", {"input": prompts(1000 + index, 8, 10)}
+
+            flood = threading.Thread(
+                target=requests_at_once, args=(address, 32, bodies(), lambda answer: None)
+            )
+            flood.start()
+            time.sleep(1)
+            rate = alone(number)
+            stop.set()
+            flood.join()
+            return rate
+
+        report.add(
+            f"one answer of {new_tokens} tokens beside a flood of embeddings",
+            interleaved({OURS: flooded, "without the flood": alone}, options.runs),
+            "tokens/s",
+            ratios={"without the flood": 0.4},
         )
 
 

@@ -121,6 +121,7 @@ def test_malformed_bodies(client: httpx.Client, name: str) -> None:
         {"input": "x", "dimensions": 0},
         {"input": "x", "dimensions": 2**40},
         {"input": "x", "model": "m" * 300},
+        {"input": "x" * 3_000_000},
     ],
 )
 def test_too_many_of_anything(client: httpx.Client, body: dict[str, Any]) -> None:

@@ -150,3 +150,19 @@ def test_a_model_is_loaded_on_first_use_and_unloaded_when_idle() -> None:
         client.embed("b", "again")
         assert loads == ["1", "0", "1"]
         assert server.service.pool.entries["b"].users == 0
+
+
+def test_who_leaves_while_a_model_loads_does_not_keep_others_from_it() -> None:
+    loads: list[str] = []
+
+    def load(source: str, **options: Any) -> Model:
+        loads.append(source)
+        time.sleep(0.6)
+        return tiny_model()
+
+    with serving({"models": {"a": "0"}}, models={}, load=load) as (address, _):
+        with client_of(address) as http, pytest.raises(httpx.TimeoutException):
+            http.post("/api/embed", json={"model": "a", "input": "x"}, timeout=0.2)
+        client = ollama.Client(host=address, trust_env=False)
+        assert len(client.embed("a", "x").embeddings) == 1
+        assert loads == ["0"]

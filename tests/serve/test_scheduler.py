@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tests.fakes import picture, tiny_model
+import visavis
+from tests.fakes import picture, tiny_model, write_tiny_checkpoint
 from visavis.errors import ImageError, InputError
 from visavis.inputs import Image, Prompt
 from visavis.serve.config import make_config
@@ -176,6 +180,24 @@ def test_settling_what_was_cancelled_harms_nobody(model: ServedModel) -> None:
     model.scheduler.embed = embed
     assert model.scheduler.thread.is_alive()
     assert model.submit_inputs(prepared(model, "still there")).result(30).shape == (1, 16)
+
+
+def test_a_vector_that_is_not_finite_is_an_error(model: ServedModel) -> None:
+    """The weights are those of a model of its own, with one infinite number."""
+    with tempfile.TemporaryDirectory() as folder:
+        broken = visavis.load(write_tiny_checkpoint(Path(folder)), precision="f32", device="cpu")
+    token = broken.tokenizer.token_to_id("b")
+    with torch.no_grad():
+        broken.vlm.decoder.embed.weight[token] = torch.inf
+    config = make_config({"models": {"tiny": "tiny"}})
+    opened = ServedModel("tiny", broken, config, Metrics())
+    go_on = paused(opened)
+    futures = [opened.submit_inputs(prepared(opened, text)) for text in ("aaa", "abc")]
+    go_on.set()
+    assert futures[0].result(30).shape == (1, 16)
+    with pytest.raises(visavis.VisavisError, match="not finite"):
+        futures[1].result(30)
+    opened.close()
 
 
 class Panic(BaseException):

@@ -31,6 +31,7 @@ class Limits(_Settings):
     Args:
         body_bytes: of a request body.
         images: images, videos and pages of a document of one chat request or one embedded input.
+        text_chars: characters of one prompt or embedded input, counted before it is tokenized.
         image_pixels: of one image, read from its header before it is decoded.
         request_pixels: of all images of a request.
         new_tokens: of an answer; also what an answer has at most when the request names nothing.
@@ -46,6 +47,7 @@ class Limits(_Settings):
 
     body_bytes: Positive = 64 * 2**20
     images: Positive = 64
+    text_chars: Positive = 2_000_000
     image_pixels: Positive = 64_000_000
     request_pixels: Positive = 1_000_000_000
     new_tokens: Positive = 4096

@@ -40,6 +40,7 @@ SECURITY_HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
 )
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # for probes that have no key
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger("visavis.serve.access")
 
@@ -154,13 +155,14 @@ class Guard:
         ]
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        # The route's pattern, never a path that a client made up: labels stay few.
+        # The route's pattern and known methods, never what a client made up: labels stay few.
         route = scope["state"].get("route", "other")
-        self.metrics.requests.labels(route, scope["method"], str(status)).inc()
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self.metrics.requests.labels(route, method, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         log.info(
             "%s %s %d",
-            scope["method"],
+            method,
             route,
             status,
             extra={

@@ -75,6 +75,14 @@ class Reader:
                 f"{self.limits.images}",
                 code="too_many_images",
             )
+        texts = (piece.value for _, pieces in turns for piece in pieces if piece.kind == "text")
+        chars = sum(len(text) for text in texts if isinstance(text, str))
+        if chars > self.limits.text_chars:
+            raise ApiError(
+                413,
+                f"a text of {chars} characters, expected at most {self.limits.text_chars}",
+                code="text_too_long",
+            )
         messages = [Message(role, tuple(map(self._part, pieces))) for role, pieces in turns]
         return Prompt(tuple(messages))
 

@@ -157,7 +157,10 @@ class ServedModel:
 
     def _embed(self, inputs: Sequence[PreparedInput]) -> np.ndarray:
         batch = self.model._batch([(one.prompt, one.encoded) for one in inputs])
-        return embed_batch(self.model.vlm, batch, self.model.profile.pooling).cpu().numpy()
+        vectors = embed_batch(self.model.vlm, batch, self.model.profile.pooling).cpu().numpy()
+        if not np.isfinite(vectors).all():  # of several inputs the scheduler finds the one
+            raise VisavisError(f"{self.name} gives an input a vector that is not finite")
+        return vectors
 
     def close(self) -> None:
         """Stop the thread; unfinished work fails."""
@@ -174,6 +177,7 @@ class Entry:
     last_used: float = 0.0  # of time.monotonic
     keep_seconds: float | None = None  # as a request said; None: as the configuration says
     modified: float = 0.0  # seconds since 1970, of the model's file or folder
+    loading: asyncio.Task[None] | None = None
 
 
 class ModelPool:
@@ -196,7 +200,6 @@ class ModelPool:
             name: Entry(source, modified=_modified(source))
             for name, source in config.models.items()
         }
-        self.locks = {name: asyncio.Lock() for name in self.entries}
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self.lock = threading.Lock()
         for name, model in (loaded or {}).items():
@@ -241,9 +244,10 @@ class ModelPool:
         entry.users += 1
         try:
             if entry.served is None:
-                async with self.locks[name]:
-                    if entry.served is None:
-                        await self._load(name)
+                if entry.loading is None:
+                    entry.loading = asyncio.create_task(self._load(name))
+                # Who leaves while it loads does not keep others from it.
+                await asyncio.shield(entry.loading)
             assert entry.served is not None
             if keep_seconds is not None:
                 entry.keep_seconds = keep_seconds
@@ -253,11 +257,11 @@ class ModelPool:
             entry.last_used = time.monotonic()
 
     async def _load(self, name: str) -> None:
-        loop, source = asyncio.get_running_loop(), self.entries[name].source
+        loop, entry = asyncio.get_running_loop(), self.entries[name]
         started = time.perf_counter()
         try:
-            model = await asyncio.shield(
-                loop.run_in_executor(self.executor, lambda: self.load(source, **self.config.load))
+            model = await loop.run_in_executor(
+                self.executor, lambda: self.load(entry.source, **self.config.load)
             )
         except (VisavisError, OSError, MemoryError) as error:
             log.error("the model %s cannot be loaded: %s", name, error)
@@ -266,6 +270,8 @@ class ModelPool:
                 f"the model {name} cannot be loaded; see the log of the server",
                 code="model_unavailable",
             ) from None
+        finally:
+            entry.loading = None
         self._serve(name, model)
         log.info("loaded %s in %.1f s", name, time.perf_counter() - started)
 
@@ -290,10 +296,7 @@ class ModelPool:
                 continue
             if not served.scheduler.idle:
                 continue
-            async with self.locks[name]:
-                if entry.users:
-                    continue
-                entry.served, entry.keep_seconds = None, None
+            entry.served, entry.keep_seconds = None, None
             self.metrics.loaded.labels(name).set(0)
             await asyncio.get_running_loop().run_in_executor(self.executor, served.close)
             del served

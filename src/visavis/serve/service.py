@@ -6,6 +6,7 @@ dialect ──► Service.chat / embed ──► Reader (limits) ──► Serve
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -245,10 +246,14 @@ class Service:
                 is_query = number < num_queries
                 return (instruction or known.get("query")) if is_query else known.get("document")
 
+            left = threading.Event()  # the client: the rest need not be prepared
+
             def prepare() -> list[Any]:
                 served.check_dim(dim)
-                prepared = []
+                prepared: list[Any] = []
                 for number, pieces in enumerate(inputs):
+                    if left.is_set():
+                        return prepared
                     try:
                         prompt = reader.item(pieces)
                         prepared.append(served.prepare_input(prompt, instruction_of(number)))
@@ -259,7 +264,10 @@ class Service:
                         raise ApiError(error.status, message, code=error.code) from None
                 return prepared
 
-            prepared = await self.prepare(prepare)
+            try:
+                prepared = await self.prepare(prepare)
+            finally:
+                left.set()
             future = served.submit_inputs(prepared)
             try:
                 vectors = await asyncio.wrap_future(future)
