@@ -20,6 +20,8 @@ from PIL import Image
 
 from tests.fakes import picture, tiny_model
 from tests.serve.serving import base64_of, client_of, data_uri, png, serving
+from visavis.errors import OutOfMemoryError
+from visavis.inputs import Prompt
 from visavis.serve.run import Server
 
 LIMITS = {
@@ -101,7 +103,13 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("name", BODIES)
+SLOW_BODIES = ("many unknown keys", "more keys than are counted")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=pytest.mark.slow) if one in SLOW_BODIES else one for one in BODIES],
+)
 def test_malformed_bodies(client: httpx.Client, name: str) -> None:
     for path in PATHS:
         response = client.post(path, content=BODIES[name])
@@ -267,6 +275,7 @@ def test_a_flood_of_headers(client: httpx.Client, address: str) -> None:
             pass  # closed before all was sent
 
 
+@pytest.mark.slow
 def test_too_many_connections_are_refused_and_others_served(address: str) -> None:
     with client_of(address) as client:
         client.get("/healthz")  # its connection is open
@@ -328,7 +337,10 @@ LONG = {"messages": [{"role": "user", "content": "Go"}], "max_tokens": 450}
 REFUSED = {"messages": [{"role": "user", "content": "long " * 300}], "max_tokens": 4}
 
 
-@pytest.mark.parametrize("after", [0.0, 0.002, 0.01, 0.05, 0.2])
+@pytest.mark.parametrize(
+    "after",
+    [0.0, 0.01, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.002, 0.05, 0.2))],
+)
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -367,6 +379,7 @@ def test_a_client_that_closes_its_half_gets_no_more(
     until_idle(server)
 
 
+@pytest.mark.slow
 def test_others_are_answered_rightly_while_many_misbehave(
     running: tuple[str, Server],
 ) -> None:
@@ -407,6 +420,7 @@ def test_others_are_answered_rightly_while_many_misbehave(
     until_idle(server)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_let_go(
     client: httpx.Client, running: tuple[str, Server]
 ) -> None:
@@ -439,15 +453,14 @@ def test_a_request_that_takes_too_long_is_stopped() -> None:
 
 
 def test_out_of_memory_in_one_request(running: tuple[str, Server]) -> None:
-    from visavis.errors import OutOfMemoryError
-
     address, server = running
     served = server.service.pool.entries["tiny"].served
     assert served is not None
     embed = served.scheduler.embed
+    huge = served.model.prepare(Prompt.of("huge")).token_ids
 
     def short_of_memory(inputs: Any) -> Any:
-        if any(one.prompt.text == "huge" for one in inputs):
+        if any(one.token_ids == huge for one in inputs):
             raise OutOfMemoryError("memory ran out at /some/path")
         return embed(inputs)
 

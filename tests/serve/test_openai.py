@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.fakes import picture, tiny_model
-from tests.processing.test_documents import pdf_bytes
+from tests.processing.test_pdf import pdf_bytes
 from tests.processing.test_video import encode
 from tests.serve.serving import base64_of, data_uri, serving
 from visavis.inputs import Document, Video

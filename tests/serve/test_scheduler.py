@@ -15,6 +15,7 @@ import torch
 
 import visavis
 from tests.fakes import picture, tiny_model, write_tiny_checkpoint
+from tests.serve.serving import png
 from visavis.errors import ImageError, InputError
 from visavis.inputs import Image, Prompt
 from visavis.serve.config import make_config
@@ -37,12 +38,12 @@ def model() -> Iterator[ServedModel]:
 
 
 def prepared(model: ServedModel, *texts: str) -> list[Any]:
-    return [model.prepare_input(Prompt.of(text), None) for text in texts]
+    return [model.model.prepare(Prompt.of(text)) for text in texts]
 
 
 def answers(model: ServedModel, *texts: str, **settings: Any) -> list[Any]:
     settings = {"max_new_tokens": 24, **settings}
-    return [model.prepare_answer(Prompt.of(text), settings, None)[0] for text in texts]  # type: ignore[arg-type]
+    return [model.prepare_answer(Prompt.of(text), settings, None)[0] for text in texts]
 
 
 def paused(model: ServedModel) -> threading.Event:
@@ -171,7 +172,7 @@ def test_settling_what_was_cancelled_harms_nobody(model: ServedModel) -> None:
     go_on = paused(model)
     for text in ("a", "b"):
         inputs = prepared(model, text)
-        jobs.append(Failing(inputs, [one.num_tokens for one in inputs]))
+        jobs.append(Failing(inputs, [len(one.token_ids) for one in inputs]))
         model.scheduler.embeddings(jobs[-1])
     cancelled = model.scheduler.work(lambda: cancelled.cancel() and 1 / 0)
     go_on.set()
@@ -208,10 +209,10 @@ class Panic(BaseException):
 def test_an_error_of_one_input_fails_its_request_only(
     model: ServedModel, error: BaseException
 ) -> None:
-    embed = model.scheduler.embed
+    embed, bad = model.scheduler.embed, prepared(model, "bad")[0].token_ids
 
     def failing(inputs: Sequence[Any]) -> np.ndarray:
-        if any(one.prompt.text == "bad" for one in inputs):
+        if any(one.token_ids == bad for one in inputs):
             raise error
         return embed(inputs)
 
@@ -249,7 +250,7 @@ def test_a_listener_that_fails_ends_its_own_answer(model: ServedModel) -> None:
 
 def test_each_answer_has_its_own_error(model: ServedModel) -> None:
     expected = tiny_model().chat("Go", max_new_tokens=24).text
-    damaged = picture(3).tobytes()[:100]
+    damaged = png(picture(3))[:-40]
     good = answers(model, "Go", "Go")
     bad = model.prepare_answer(Prompt.chat("see", [Image(damaged)]), {}, None)[0]
     biased = answers(model, "hi", logit_bias={10**6: 1.0})[0]

@@ -39,7 +39,7 @@ class ScheduledModel:
 
     def embed(self, items: Sequence[Any]) -> np.ndarray:
         """Return one unit vector per item, float32 [N, D]; waits for them."""
-        prepared = [self.served.prepare_input(Prompt.of(item), None) for item in items]
+        prepared = [self.served.model.prepare(Prompt.of(item)) for item in items]
         return self.served.submit_inputs(prepared).result()
 
 

@@ -11,24 +11,22 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from visavis.errors import VisavisError
-from visavis.generate.engine import Engine
 from visavis.inputs import Prompt
 from visavis.memory import give_back
-from visavis.model.pooling import cut, embed_batch, kept_dim
-from visavis.processing.pdf import expand
+from visavis.model.pooling import cut, kept_dim
 from visavis.serve.config import ServerConfig
 from visavis.serve.errors import ApiError
 from visavis.serve.metrics import Metrics
@@ -36,26 +34,10 @@ from visavis.serve.scheduler import ChatJob, EmbedJob, Scheduler
 
 if TYPE_CHECKING:
     from visavis.api import Model
-    from visavis.generate.streaming import Answer, AnswerSettings, Reply
-    from visavis.processing.chat_template import Encoded
+    from visavis.generate.streaming import Answer, Reply
+    from visavis.processing.prompt_encoder import PreparedPrompt
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PreparedInput:
-    """An input that is ready to be embedded."""
-
-    prompt: Prompt
-    encoded: Encoded
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.encoded.token_ids)
-
-    @property
-    def num_text_tokens(self) -> int:
-        return self.num_tokens - sum(count for _, count in self.encoded.image_slots)
 
 
 @dataclass(frozen=True)
@@ -94,7 +76,7 @@ class ServedModel:
         limits = config.limits
         self.scheduler = Scheduler(
             name,
-            Engine(model.vlm, max_sequences=config.max_sequences, prefixes=model.prefixes),
+            model.engine(config.max_sequences),
             self._embed,
             metrics,
             waiting_chats=limits.waiting_chats,
@@ -116,13 +98,8 @@ class ServedModel:
     def on_gpu(self) -> bool:
         return self.model.device.type != "cpu"
 
-    def prepare_input(self, prompt: Prompt, instruction: str | None) -> PreparedInput:
-        """Return an input that is ready to be embedded; called from any thread."""
-        prompt = expand(prompt)
-        return PreparedInput(prompt, self.model.encoder.item(prompt, instruction))
-
     def prepare_answer(
-        self, prompt: Prompt, settings: AnswerSettings, top_logprobs: int | None
+        self, prompt: Prompt, settings: Mapping[str, Any], top_logprobs: int | None
     ) -> tuple[Answer, Recorder | None]:
         """Return an answer that has not begun; called from any thread."""
         answer = self.model.ask(prompt, **settings)
@@ -140,9 +117,10 @@ class ServedModel:
         self.scheduler.chat(jobs)
         return [job.future for job in jobs]
 
-    def submit_inputs(self, inputs: Sequence[PreparedInput]) -> Future[np.ndarray]:
-        """Let inputs wait for their batch; the future ends with vectors, float32 [N, D]."""
-        job = EmbedJob(inputs, [one.num_tokens for one in inputs])
+    def submit_inputs(self, inputs: Sequence[PreparedPrompt]) -> Future[np.ndarray]:
+        """Let inputs (`Model.prepare`) wait for their batch; the future ends with their vectors,
+        float32 [N, D]."""
+        job = EmbedJob(inputs, [len(one.token_ids) for one in inputs])
         self.scheduler.embeddings(job)
         return job.future
 
@@ -155,9 +133,8 @@ class ServedModel:
         dim = kept_dim(dim, self.model.embedding_dim)
         return cut(torch.from_numpy(vectors), dim).numpy()
 
-    def _embed(self, inputs: Sequence[PreparedInput]) -> np.ndarray:
-        batch = self.model._batch([(one.prompt, one.encoded) for one in inputs])
-        vectors = embed_batch(self.model.vlm, batch, self.model.profile.pooling).cpu().numpy()
+    def _embed(self, inputs: Sequence[PreparedPrompt]) -> np.ndarray:
+        vectors = self.model.embed_prepared(inputs)
         if not np.isfinite(vectors).all():  # of several inputs the scheduler finds the one
             raise VisavisError(f"{self.name} gives an input a vector that is not finite")
         return vectors

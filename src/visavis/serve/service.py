@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from visavis.serve.metrics import Metrics
 from visavis.serve.models import ModelPool, Recorder, ServedModel, TokenScore
 
 if TYPE_CHECKING:
-    from visavis.generate.streaming import Answer, AnswerSettings, Reply
+    from visavis.generate.streaming import Answer, Reply
 
 Result = TypeVar("Result")
 INDEX_THREADS = 4
@@ -159,7 +159,7 @@ class Service:
         self,
         name: str | None,
         turns: Sequence[Turn],
-        settings: AnswerSettings,
+        settings: Mapping[str, Any],
         *,
         n: int = 1,
         top_logprobs: int | None = None,
@@ -176,7 +176,7 @@ class Service:
         """
         self.check_open()
         limit = self.config.limits.new_tokens
-        asked = settings.setdefault("max_new_tokens", limit)
+        asked = settings.get("max_new_tokens", limit)
         if asked > limit:
             raise ApiError(
                 400,
@@ -191,7 +191,7 @@ class Service:
                 prompt = self.reader().prompt(turns)
                 answers = []
                 for number in range(n):
-                    own = settings.copy()
+                    own = {**settings, "max_new_tokens": asked}
                     if (seed := own.get("seed")) is not None:
                         own["seed"] = seed + number
                     answers.append(served.prepare_answer(prompt, own, top_logprobs))
@@ -256,7 +256,7 @@ class Service:
                         return prepared
                     try:
                         prompt = reader.item(pieces)
-                        prepared.append(served.prepare_input(prompt, instruction_of(number)))
+                        prepared.append(served.model.prepare(prompt, instruction_of(number)))
                     except InputError as error:
                         raise type(error)(f"input {number}: {error}") from None
                     except ApiError as error:
@@ -273,13 +273,13 @@ class Service:
                 vectors = await asyncio.wrap_future(future)
             finally:
                 future.cancel()
-            num_tokens = sum(one.num_tokens for one in prepared)
+            num_tokens = sum(len(one.token_ids) for one in prepared)
             self.metrics.prompt_tokens.labels(served.name, "embed").inc(num_tokens)
             return Embedded(
                 served.name,
                 served.cut(vectors, dim),
                 num_tokens,
-                sum(one.num_text_tokens for one in prepared),
+                num_tokens - sum(count for one in prepared for _, count in one.image_slots),
                 reader.cost,
             )
 

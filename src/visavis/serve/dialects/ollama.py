@@ -128,7 +128,7 @@ async def _answer(
             call.service.chat(
                 body.model,
                 turns,
-                _settings(body.options, body.format),  # type: ignore[arg-type]
+                _settings(body.options, body.format),
                 top_logprobs=(body.top_logprobs or 0) if scored else None,
                 keep_seconds=keep,
             )

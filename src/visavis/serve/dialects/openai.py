@@ -77,7 +77,7 @@ async def complete(call: Call) -> BaseModel | Stream:
             call.service.chat(
                 body.model,
                 turns,
-                settings_of(body),  # type: ignore[arg-type]
+                settings_of(body),
                 n=body.n or 1,
                 top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             )
@@ -135,7 +135,7 @@ async def _events(call: Call, chat: Chat) -> AsyncIterator[str]:
         scored = body.logprobs and piece.scores
         return schemas.ChunkChoice(
             index=piece.index,
-            delta=schemas.Delta(**delta),  # type: ignore[arg-type]
+            delta=schemas.Delta.model_validate(delta),
             finish_reason=_reason(piece.reply) if piece.reply else None,
             logprobs=logprobs_of(chat, piece.scores) if scored else None,
         )

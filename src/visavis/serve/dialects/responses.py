@@ -61,9 +61,7 @@ async def respond(call: Call) -> BaseModel | Stream:
         schema=schema_of(form.type, form.schema_) if form else None,
     )
     async with AsyncExitStack() as stack:
-        chat = await stack.enter_async_context(
-            call.service.chat(body.model, turns, settings)  # type: ignore[arg-type]
-        )
+        chat = await stack.enter_async_context(call.service.chat(body.model, turns, settings))
         if body.stream:
             return Stream(_events(call, chat), SSE, stack.pop_all())
         reply = None
