@@ -80,7 +80,7 @@ def requests_at_once(
     requests: Iterator[tuple[str, Any]],
     check: Callable[[Answer], None],
 ) -> float:
-    """Let clients send all requests, each its next one when it has an answer; return the seconds."""
+    """Let clients send all requests, each one at a time; return the seconds it took."""
 
     async def client(connection: Connection) -> None:
         for path, data in requests:

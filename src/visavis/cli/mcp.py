@@ -14,10 +14,12 @@ from visavis.errors import InputError
 
 @loads_a_model
 def mcp(
-    index: Annotated[Path, typer.Argument(help="The index to search; made by the first folder.")],
+    index: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Index file; created by add_folder.")
+    ],
     folder: Annotated[
         list[Path],
-        typer.Option("--folder", help="Folder that may be read and added; several times."),
+        typer.Option("--folder", metavar="DIR", help="Folder that may be read; repeatable."),
     ] = [],  # noqa: B006  # typer copies it
     model: ModelOption = "nano",
     *,

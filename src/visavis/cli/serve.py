@@ -32,40 +32,48 @@ def _named(values: list[str], what: str) -> dict[str, str]:
 def serve(
     model: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Models to serve, as MODEL or NAME=MODEL."),
+        typer.Argument(metavar="MODEL", help="Model to serve, MODEL or NAME=MODEL; repeatable."),
     ] = None,
     more: Annotated[
-        list[str], typer.Option("--model", "-m", help="Another way to name models: NAME=MODEL.")
+        list[str], typer.Option("--model", "-m", metavar="MODEL", help="The same as an option.")
     ] = [],  # noqa: B006  # typer copies it
     index: Annotated[
-        list[str], typer.Option("--index", help="Index to search, as FILE or NAME=FILE.")
+        list[str],
+        typer.Option("--index", metavar="FILE", help="Index, FILE or NAME=FILE; repeatable."),
     ] = [],  # noqa: B006
     config: Annotated[
-        Path | None, typer.Option("--config", help="YAML file of settings; options go before it.")
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="YAML settings; options override it."),
     ] = None,
     host: Annotated[
-        str | None, typer.Option(help="Address to listen on (127.0.0.1); others need an API key.")
+        str | None,
+        typer.Option(metavar="HOST", help="Address (127.0.0.1); others need an API key."),
     ] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port (8484).")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, metavar="PORT", help="Port (8484).")
+    ] = None,
     allow_url: Annotated[
-        list[str], typer.Option("--allow-url", help="Host that images may be fetched from.")
+        list[str],
+        typer.Option("--allow-url", metavar="HOST", help="Host to fetch images from; repeatable."),
     ] = [],  # noqa: B006
     allow_host: Annotated[
-        list[str], typer.Option("--allow-host", help="Name of this server in Host headers.")
+        list[str],
+        typer.Option("--allow-host", metavar="HOST", help="Name of this server; repeatable."),
     ] = [],  # noqa: B006
     allow_origin: Annotated[
-        list[str], typer.Option("--allow-origin", help="Web site whose scripts may call (CORS).")
+        list[str],
+        typer.Option("--allow-origin", metavar="URL", help="Web site for CORS; repeatable."),
     ] = [],  # noqa: B006
     log_format: Annotated[
-        str | None, typer.Option("--log-format", help="Log lines on stderr: text or json.")
+        str | None,
+        typer.Option("--log-format", metavar="text|json", help="Format of the log on stderr."),
     ] = None,
     *,
     loading: Loading,
 ) -> None:
     """Serve models behind the APIs of OpenAI, Ollama, Cohere, Jina, Voyage and vLLM.
 
-    Models are loaded when they are first used. The environment variable VISAVIS_API_KEY sets a key
-    that clients must send; docs/serving.md lists all settings and a block for each client.
+    Models are loaded on first use. The environment variable VISAVIS_API_KEY sets an API key.
 
     [bold]Examples[/bold]
 
