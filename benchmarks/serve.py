@@ -4,8 +4,8 @@
 
 The model is SmolLM2-135M from its Q4_1 GGUF file.
 
-- Over the engine: as many chat answers at a time as the server grows, 2,048 texts in one request,
-  and one text in each of 256 requests of 32 clients.
+- Over the engine: as many chat answers at a time as the server grows, 512 texts in one request,
+  and one text in each of 128 requests of 32 clients.
 - One answer beside a flood of embeddings, against the same answer alone.
 - Against llama.cpp: 1, 8 and 32 clients, chat tokens and embedded texts per second; both servers
   have as many slots as there are clients.
@@ -51,8 +51,8 @@ def prompts(number: int, count: int, words: int) -> list[str]:
 
 
 def over_the_engine(report: Report, options: Options, model: str) -> None:
-    new_tokens, count = (8, 4) if options.quick else (64, 32)
-    num_texts = 64 if options.quick else 2048
+    new_tokens, count = (8, 4) if options.quick else (32, 32)
+    num_texts = 64 if options.quick else 512
     with engines("_servers.py", [OURS, "bare engine"], options) as (ours, bare):
         address = ours.ask("load", model=model, slots=SLOTS)["address"]
         bare.ask("load", model=model, slots=SLOTS)
@@ -94,7 +94,7 @@ def over_the_engine(report: Report, options: Options, model: str) -> None:
             "texts/s",
             ratios={"bare engine": 0.90},
         )
-        single = num_texts // 8
+        single = num_texts // 4
 
         def flood(number: int) -> float:
             texts = prompts(number, single, 10)
@@ -113,7 +113,7 @@ def over_the_engine(report: Report, options: Options, model: str) -> None:
 
 def beside_a_flood(report: Report, options: Options, model: str) -> None:
     """Measure one answer alone, and while 32 clients embed as fast as they can."""
-    new_tokens = 16 if options.quick else 128
+    new_tokens = 16 if options.quick else 64
     with engines("_servers.py", [OURS], options) as (ours,):
         address = ours.ask("load", model=model, slots=SLOTS)["address"]
         served_chat(address, 1, prompts(99, 1, 10), 4)
@@ -150,8 +150,8 @@ def beside_a_flood(report: Report, options: Options, model: str) -> None:
 
 def against_llama_cpp(report: Report, options: Options, model: str, clients: int) -> None:
     count = 2 * clients if clients > 1 else 4
-    new_tokens = 8 if options.quick else 64
-    num_texts = 32 if options.quick else 256
+    new_tokens = 8 if options.quick else 32
+    num_texts = 32 if options.quick else 128
     names = [OURS, "llama.cpp"]
     with engines("_servers.py", names, options) as found:
         addresses = [one.ask("load", model=model, slots=clients)["address"] for one in found]
