@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _harness import OURS, RESULTS, Engine, machine, usable_cores, versions
+from _harness import FOLDER, OURS, Engine, machine, usable_cores, versions
 from _http_load import Connection
 from _inputs import text
 
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--threads", type=int, default=len(usable_cores()))
-    parser.add_argument("--json", type=Path, default=RESULTS / "serve_load.json")
+    parser.add_argument("--json", type=Path, default=FOLDER / "serve_load.json")
     options = parser.parse_args()
     server = Engine("_servers.py", OURS, options.threads)
     try:
