@@ -18,7 +18,7 @@ from _harness import FOLDER, OURS, RESULTS, markdown, number
 PAGE = FOLDER.parent / "docs" / "performance.md"
 README = FOLDER.parent / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-ORDER = ("decode", "prefill", "picture", "embed", "train", "gradcache", "load", "cuda")
+ORDER = ("decode", "prefill", "picture", "embed", "train", "gradcache", "load", "serve", "cuda")
 PEERS = ("llama.cpp", "transformers")
 GGUF = "SmolLM2-135M Q4_1 GGUF"
 SUMMARY = (  # of the README: benchmark, start of the row's `what`, label

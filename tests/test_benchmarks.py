@@ -29,6 +29,7 @@ ENGINES = {
     "gradcache": {"visavis", "sentence-transformers"},
     "load": {"visavis", "llama.cpp", "transformers"},
     "picture": {"visavis", "visavis, first question"},
+    "serve": {"visavis", "bare engine", "without the flood", "llama.cpp"},
 }
 
 

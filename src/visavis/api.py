@@ -7,7 +7,7 @@ checkpoint layout, template or network of its own; index, server and command lin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -329,21 +329,39 @@ class Model(Checkpoint):
         if isinstance(items, np.ndarray) and items.ndim in (2, 3):
             listed = [items]
         hasher = ContentHasher()
-        prompts = [self._identified(Prompt.of(item), hasher) for item in listed]
-        prepared = [self.encoder.item(prompt, instruction) for prompt in prompts]
-        vectors = np.empty((len(prompts), dim), np.float32)
+        prepared = [self.prepare(Prompt.of(item), instruction, hasher) for item in listed]
+        vectors = np.empty((len(prepared), dim), np.float32)
         lengths = [len(one.token_ids) for one in prepared]
         groups = list(batches(lengths, batch_tokens))
         for group in track(groups, "embedding", weights=[len(g) for g in groups], show=progress):
-            batch = self.image_encoder.pack([prepared[i] for i in group])
-            with enough_memory(
-                f"embedding {len(group)} items of {batch.num_tokens} tokens, "
-                f"{len(batch.image_counts)} images",
-                f"Lower batch_tokens (it is {batch_tokens}), or shorten what is long.",
-            ):
-                found = embed_batch(self.vlm, batch, self.profile.pooling)
-                vectors[group] = cut(found, dim).cpu().numpy()
+            found = self.embed_prepared([prepared[i] for i in group])
+            vectors[group] = cut(torch.from_numpy(found), dim).numpy()
         return vectors
+
+    def prepare(
+        self, prompt: Prompt, instruction: str | None = None, hasher: ContentHasher | None = None
+    ) -> PreparedPrompt:
+        """Return an item that `embed_prepared` takes; for servers, which batch items of their own.
+
+        Raises:
+            InputError, ImageError, ContextLengthError: see `embed`.
+        """
+        return self.encoder.item(self._identified(prompt, hasher), instruction)
+
+    def embed_prepared(self, prepared: Sequence[PreparedPrompt]) -> np.ndarray:
+        """Return one unit vector per prepared item, float32 [N, D], computed in one batch.
+
+        Raises:
+            ImageError: an image cannot be read.
+            OutOfMemoryError: the batch does not fit.
+        """
+        batch = self.image_encoder.pack(prepared)
+        with enough_memory(
+            f"embedding {len(prepared)} items of {batch.num_tokens} tokens, "
+            f"{len(batch.image_counts)} images",
+            "Use a smaller batch (batch_tokens), or shorten what is long.",
+        ):
+            return embed_batch(self.vlm, batch, self.profile.pooling).cpu().numpy()
 
     def trace(self, prompt: Any) -> Trace:
         """Return token ids, image slots, hidden states and logits of one prompt.

@@ -4,10 +4,8 @@ else and leaves no memory behind."""
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from visavis.api import Model
 from visavis.errors import ContextLengthError, ImageError, InputError, OutOfMemoryError
 from visavis.generate.engine import Engine, GeneratedSequence
 from visavis.generate.prefix_cache import PrefixCache
-from visavis.generate.scheduler import BatchScheduler
 from visavis.inputs import Prompt
 from visavis.memory import enough_memory
 from visavis.processing.chat_template import Encoded
@@ -222,34 +219,3 @@ def test_a_reader_that_fails_leaves_the_model_sound() -> None:
     with pytest.raises(OSError, match="closed"):
         list(read())
     assert model.chat("go on", max_new_tokens=12).text == whole
-
-
-def test_a_desk_tells_each_its_own_errors() -> None:
-    model = tiny_model()
-    expected = model.chat("go on", max_new_tokens=12).text
-    desk = BatchScheduler(
-        model.ask, Engine(model.vlm, model.image_encoder, prefixes=model.prefixes)
-    )
-    started = threading.Event()
-
-    def tell(piece: str) -> None:
-        raise OSError("the socket is closed")
-
-    try:
-        desk.work(started.wait)  # all are asked before any is answered
-        good: list[Future[Any]] = [
-            desk.answer(Prompt.chat("go on"), lambda piece: None, max_new_tokens=12)
-            for _ in range(2)
-        ]
-        broken = picture(3).tobytes()[:100]
-        bad = desk.answer(Prompt.chat("see", [visavis.Image(broken)]), print, max_new_tokens=12)
-        deaf = desk.answer(Prompt.chat("hello"), tell, max_new_tokens=12)
-        biased = desk.answer(Prompt.chat("hi"), print, max_new_tokens=12, logit_bias={10**6: 1.0})
-        started.set()
-        assert [one.result(60).text for one in good] == [expected] * 2
-        assert isinstance(bad.exception(60), visavis.VisavisError)
-        assert isinstance(biased.exception(60), InputError)
-        assert isinstance(deaf.exception(60), OSError)
-        assert desk.answer(Prompt.chat("go on"), print, max_new_tokens=12).result(60).text
-    finally:
-        desk.close()

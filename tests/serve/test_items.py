@@ -16,6 +16,7 @@ from tests.processing.test_pdf import RED, pdf_bytes
 from tests.processing.test_video import encode
 from visavis import Index
 from visavis.serve.app import create_app
+from visavis.serve.config import make_config
 
 pytest.importorskip("av")
 pytest.importorskip("pypdfium2")
@@ -26,17 +27,19 @@ def test_a_video_and_a_page(tmp_path: Path) -> None:
     (tmp_path / "paper.pdf").write_bytes(pdf_bytes(2))
     with Index(tmp_path / "test.idx", tiny_model()) as index:
         index.add([clip, tmp_path / "paper.pdf"])
-        client = TestClient(create_app(tiny_model(), index), base_url="http://127.0.0.1")
-        items = client.get("/api/info").json()["items"]
+        config = make_config({"models": {"tiny": "tiny"}, "indexes": {"default": index.path}})
+        app = create_app(config, models={"tiny": tiny_model()})
+        client = TestClient(app, base_url="http://127.0.0.1")
+        items = client.get("/page/info").json()["items"]
         names = ["clip.mp4", "paper.pdf, page 1", "paper.pdf, page 2"]
         assert [item["name"] for item in items] == names
         for item, size in zip(items, ((64, 48), (80, 40), (80, 40)), strict=True):
-            shown = picture_of(client, f"{item['picture']}&size=80")
+            shown = picture_of(client, f"{item['image']}&size=80")
             assert shown.size == size
-            hits = client.post("/api/search", data={"like": item["id"]}).json()["hits"]
+            hits = client.post("/page/search", data={"like": item["id"]}).json()["hits"]
             assert hits[0]["id"] == item["id"]
             assert hits[0]["score"] == pytest.approx(1, abs=1e-4)
-        red = picture_of(client, f"{items[2]['picture']}&size=80").getpixel((8, 20))
+        red = picture_of(client, f"{items[2]['image']}&size=80").getpixel((8, 20))
         assert isinstance(red, tuple) and max(abs(a - b) for a, b in zip(red, RED, strict=True)) < 9
         tokens = [asked_about(client, item["id"])["tokens"] for item in items]
         assert all(tokens)
@@ -50,7 +53,7 @@ def picture_of(client: TestClient, address: str) -> Image.Image:
 
 def asked_about(client: TestClient, number: int) -> dict[str, Any]:
     messages = json.dumps([{"role": "user", "text": "What is it?"}])
-    response = client.post("/api/chat", data={"messages": messages, "like": number})
+    response = client.post("/page/chat", data={"messages": messages, "like": number})
     events = [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
     done: dict[str, Any] = json.loads(events[-1])
     return done

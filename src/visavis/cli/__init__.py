@@ -33,7 +33,9 @@ from visavis.cli.embed import embed
 from visavis.cli.evaluate import evaluate
 from visavis.cli.index import index
 from visavis.cli.inspect import inspect
+from visavis.cli.mcp import mcp
 from visavis.cli.mine import mine
+from visavis.cli.serve import serve
 from visavis.cli.train import train
 
 app = typer.Typer(
@@ -49,7 +51,9 @@ app = typer.Typer(
 app.command(rich_help_panel=USE)(demo)
 app.command(rich_help_panel=USE)(chat)
 app.command(rich_help_panel=USE)(embed)
+app.command(rich_help_panel=USE)(serve)
 app.add_typer(index, rich_help_panel=SEARCH)
+app.command(rich_help_panel=SEARCH)(mcp)
 app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN)(compose)
 app.add_typer(data, rich_help_panel=TRAIN)

@@ -56,9 +56,9 @@ function tile(item) {
   const button = element("button", "hit");
   button.type = "button";
   const frame = element("span", "frame");
-  if (item.picture) {
+  if (item.image) {
     const picture = element("img");
-    picture.src = `${item.picture}&size=400`;
+    picture.src = `${item.image}&size=400`;
     picture.alt = ""; // the name stands below it
     picture.loading = "lazy";
     picture.decoding = "async";
@@ -123,7 +123,7 @@ async function search({ like } = {}) {
   $("hits").classList.add("waiting");
   try {
     const options = { method: "POST", body: form, signal: running.signal };
-    const { hits } = await (await request("/api/search", options)).json();
+    const { hits } = await (await request("/page/search", options)).json();
     const meant = element("b", "", like ? `similar to ${like.name}` : searchedFor(text));
     if (hits.length) say("Nearest first: ", meant);
     else say("Nothing found for ", meant, ". The index is empty: add pictures with “visavis index add”.");
@@ -181,15 +181,15 @@ function openPanel(subject, opener) {
   const { item } = subject;
   const name = item?.name ?? subject.name;
   $("panel-name").textContent = name;
-  $("panel-picture").hidden = item ? !item.picture : false;
-  if (item?.picture) $("panel-picture").src = `${item.picture}&size=1200`;
+  $("panel-picture").hidden = item ? !item.image : false;
+  if (item?.image) $("panel-picture").src = `${item.image}&size=1200`;
   else if (!item) $("panel-picture").src = subject.url;
   $("panel-picture").alt = name;
   $("panel-source").textContent = item?.source ?? "Only in this browser; not in the index.";
-  $("panel-similar").hidden = !item?.picture;
+  $("panel-similar").hidden = !item?.image;
   $("log").replaceChildren();
   $("proposals").hidden = false;
-  $("chat").hidden = Boolean(item && !item.picture);
+  $("chat").hidden = Boolean(item && !item.image);
   $("proposals").hidden = $("chat").hidden;
   $("panel").hidden = false;
   $("panel-body").scrollTop = 0;
@@ -241,7 +241,7 @@ async function ask(question) {
   let text = "";
   try {
     const options = { method: "POST", body: form, signal: running.signal };
-    for await (const event of events(await request("/api/chat", options))) {
+    for await (const event of events(await request("/page/chat", options))) {
       if (event.error) throw new Error(event.error);
       if (event.piece) {
         text += event.piece;
@@ -357,7 +357,7 @@ async function start() {
   showSkeletons();
   say("Loading…");
   try {
-    const info = await (await request("/api/info")).json();
+    const info = await (await request("/page/info")).json();
     const count = info.num_items === 1 ? "1 picture" : `${info.num_items} pictures`;
     const shown = info.items.length < info.num_items ? `, here the first ${info.items.length}` : "";
     if (info.num_items) say(`${count} in the index${shown}.`);

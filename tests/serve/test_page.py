@@ -1,25 +1,24 @@
-"""The page's server on a real loopback socket, with a real tiny model."""
+"""The web page's requests to a real server on a loopback socket, with a real tiny model."""
 
 from __future__ import annotations
 
 import io
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from PIL import Image
 
 from tests.fakes import picture, tiny_model, write_pictures
+from tests.serve.serving import data_uri, png, serving
 from visavis import Index
 from visavis.errors import InputError
 from visavis.serve import listen, require_web_packages
-from visavis.serve.app import MAX_BODY_BYTES, create_app
+from visavis.serve.config import Limits
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +36,9 @@ def index(folder: Path) -> Iterator[Index]:
 
 @pytest.fixture(scope="module")
 def address(index: Index) -> Iterator[str]:
-    app = create_app(tiny_model(), index, examples=["a cat"])
-    listening = listen(0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    settings = {"indexes": {"default": index.path}}
+    with serving(settings, examples=["a cat"]) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +47,13 @@ def client(address: str) -> Iterator[httpx.Client]:
         yield opened
 
 
-def png(image: Image.Image) -> bytes:
-    encoded = io.BytesIO()
-    image.save(encoded, "PNG")
-    return encoded.getvalue()
-
-
 def upload(content: bytes, name: str = "upload.png") -> dict[str, Any]:
     return {"image": (name, content, "image/png")}
 
 
 def ask(client: httpx.Client, messages: Any, **fields: Any) -> list[dict[str, Any]]:
     data = {"messages": json.dumps(messages), **fields.pop("data", {})}
-    with client.stream("POST", "/api/chat", data=data, **fields) as response:
+    with client.stream("POST", "/page/chat", data=data, **fields) as response:
         assert response.status_code == 200, response.read()
         assert response.headers["content-type"].startswith("text/event-stream")
         text = "".join(response.iter_text())
@@ -89,29 +75,29 @@ def test_the_page_and_what_it_needs(client: httpx.Client) -> None:
 
 
 def test_info_lists_the_first_items(client: httpx.Client) -> None:
-    info = client.get("/api/info").json()
+    info = client.get("/page/info").json()
     assert (info["model"], info["num_items"], info["examples"]) == ("tiny", 7, ["a cat"])
     assert info["items"][0]["name"] == "picture-000.png"
     words = next(item for item in info["items"] if item["text"])
-    assert words["picture"] is None
+    assert words["image"] is None
 
 
 def test_search_by_words(client: httpx.Client, index: Index) -> None:
-    hits = client.post("/api/search", data={"text": "some words", "k": "3"}).json()["hits"]
+    hits = client.post("/page/search", data={"text": "some words", "k": "3"}).json()["hits"]
     expected = index.search("some words", k=3)
     assert [hit["source"] for hit in hits] == [hit.source for hit in expected]
     assert [hit["score"] for hit in hits] == pytest.approx([h.score for h in expected], abs=1e-4)
 
 
 def test_search_by_an_uploaded_picture(client: httpx.Client) -> None:
-    response = client.post("/api/search", files=upload(png(picture(3))))
+    response = client.post("/page/search", files=upload(png(picture(3))))
     best = response.json()["hits"][0]
     assert best["name"] == "picture-003.png"
     assert best["score"] == pytest.approx(1, abs=1e-4)
 
 
 def test_search_by_picture_and_words(client: httpx.Client, index: Index) -> None:
-    response = client.post("/api/search", files=upload(png(picture(3))), data={"text": "at night"})
+    response = client.post("/page/search", files=upload(png(picture(3))), data={"text": "at night"})
     expected = index.search({"image": picture(3), "text": "at night"})
     assert response.json()["hits"][0]["source"] == expected[0].source
     assert response.json()["hits"][0]["score"] == pytest.approx(expected[0].score, abs=1e-4)
@@ -119,32 +105,32 @@ def test_search_by_picture_and_words(client: httpx.Client, index: Index) -> None
 
 @pytest.mark.parametrize("name", ["picture-002.png", "item "])
 def test_search_like_an_item(client: httpx.Client, name: str) -> None:
-    items = client.get("/api/info").json()["items"]
+    items = client.get("/page/info").json()["items"]
     item = next(item for item in items if item["name"].startswith(name))
-    hits = client.post("/api/search", data={"like": str(item["id"])}).json()["hits"]
+    hits = client.post("/page/search", data={"like": str(item["id"])}).json()["hits"]
     assert hits[0]["id"] == item["id"]
 
 
 def test_pictures_by_number(client: httpx.Client) -> None:
-    items = client.get("/api/info").json()["items"]
+    items = client.get("/page/info").json()["items"]
     for item in items:
-        if item["picture"] is None:
+        if item["image"] is None:
             continue
-        response = client.get(item["picture"] + "&size=64")
+        response = client.get(item["image"] + "&size=64")
         assert response.headers["content-type"] == "image/jpeg"
         assert max(Image.open(io.BytesIO(response.content)).size) <= 64
-    words = next(item for item in items if item["picture"] is None)
-    assert client.get(f"/api/items/{words['id']}/picture").status_code == 404
-    assert client.get("/api/items/99999/picture").status_code == 404
-    assert client.get(f"/api/items/{2**70}/picture").status_code == 404
+    words = next(item for item in items if item["image"] is None)
+    assert client.get(f"/page/items/{words['id']}/image").status_code == 404
+    assert client.get("/page/items/99999/image").status_code == 404
+    assert client.get(f"/page/items/{2**70}/image").status_code == 404
     for size in ("0", "100000", "x"):
-        assert client.get(f"/api/items/1/picture?size={size}").status_code == 400
+        assert client.get(f"/page/items/1/image?size={size}").status_code == 400
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "/api/items/..%2f..%2fetc%2fpasswd/picture",
+        "/page/items/..%2f..%2fetc%2fpasswd/image",
         "/static/..%2fapp.py",
         "/static/../app.py",
         "/static/%2e%2e/%2e%2e/api.py",
@@ -166,22 +152,16 @@ def test_chat_streams_pieces(client: httpx.Client) -> None:
 
 
 def test_chat_keeps_the_picture_in_the_first_turn(client: httpx.Client) -> None:
-    number = client.get("/api/info").json()["items"][2]["id"]
+    number = client.get("/page/info").json()["items"][2]["id"]
     turns = [*question("What?"), {"role": "assistant", "text": "A thing."}, *question("And why?")]
     events = ask(client, turns, data={"like": str(number)})
-    first = [{"type": "image_url", "image_url": {"url": _data_uri(picture(2))}}]
+    first = [{"type": "image_url", "image_url": {"url": data_uri(picture(2))}}]
     history = [
         {"role": "user", "content": [*first, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": "A thing."},
     ]
     expected = tiny_model().chat("And why?", history=history)
     assert "".join(event.get("piece", "") for event in events) == expected.text
-
-
-def _data_uri(image: Image.Image) -> str:
-    import base64
-
-    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
 
 
 def test_chat_without_a_picture(client: httpx.Client) -> None:
@@ -191,9 +171,9 @@ def test_chat_without_a_picture(client: httpx.Client) -> None:
 
 def test_a_client_that_leaves_frees_the_model(client: httpx.Client) -> None:
     for _ in range(3):
-        with client.stream("POST", "/api/chat", data={"messages": json.dumps(question())}) as r:
+        with client.stream("POST", "/page/chat", data={"messages": json.dumps(question())}) as r:
             next(r.iter_text())
-    assert client.post("/api/search", data={"text": "x"}).status_code == 200
+    assert client.post("/page/search", data={"text": "x"}).status_code == 200
 
 
 def test_requests_at_once_all_get_their_own_answer(address: str) -> None:
@@ -201,7 +181,7 @@ def test_requests_at_once_all_get_their_own_answer(address: str) -> None:
 
     def search(seed: int) -> None:
         response = httpx.post(
-            f"{address}/api/search", files=upload(png(picture(seed))), timeout=60, trust_env=False
+            f"{address}/page/search", files=upload(png(picture(seed))), timeout=60, trust_env=False
         )
         found[seed] = response.json()["hits"][0]["name"]
 
@@ -216,19 +196,19 @@ def test_requests_at_once_all_get_their_own_answer(address: str) -> None:
 @pytest.mark.parametrize(
     ("path", "fields", "status"),
     [
-        ("/api/search", {}, 400),
-        ("/api/search", {"data": {"text": "  "}}, 400),
-        ("/api/search", {"data": {"text": "x", "k": "many"}}, 400),
-        ("/api/search", {"data": {"text": "x", "k": "0"}}, 400),
-        ("/api/search", {"data": {"like": "12345"}}, 404),
-        ("/api/search", {"files": {"text": ("t.png", b"x", "image/png")}}, 400),
-        ("/api/search", {"files": upload(b"no picture")}, 415),
-        ("/api/search", {"files": upload(b"")}, 415),
-        ("/api/chat", {"data": {"messages": "no json"}}, 400),
-        ("/api/chat", {"data": {"messages": "[]"}}, 400),
-        ("/api/chat", {"data": {"messages": '{"role": "user"}'}}, 400),
-        ("/api/chat", {"data": {"messages": '[{"role": "robot", "text": "x"}]'}}, 400),
-        ("/api/chat", {"data": {"messages": '[{"role": "assistant", "text": "x"}]'}}, 400),
+        ("/page/search", {}, 400),
+        ("/page/search", {"data": {"text": "  "}}, 400),
+        ("/page/search", {"data": {"text": "x", "k": "many"}}, 400),
+        ("/page/search", {"data": {"text": "x", "k": "0"}}, 400),
+        ("/page/search", {"data": {"like": "12345"}}, 404),
+        ("/page/search", {"files": {"text": ("t.png", b"x", "image/png")}}, 400),
+        ("/page/search", {"files": upload(b"no picture")}, 415),
+        ("/page/search", {"files": upload(b"")}, 415),
+        ("/page/chat", {"data": {"messages": "no json"}}, 400),
+        ("/page/chat", {"data": {"messages": "[]"}}, 400),
+        ("/page/chat", {"data": {"messages": '{"role": "user"}'}}, 400),
+        ("/page/chat", {"data": {"messages": '[{"role": "robot", "text": "x"}]'}}, 400),
+        ("/page/chat", {"data": {"messages": '[{"role": "assistant", "text": "x"}]'}}, 400),
     ],
 )
 def test_bad_requests(client: httpx.Client, path: str, fields: dict[str, Any], status: int) -> None:
@@ -237,18 +217,25 @@ def test_bad_requests(client: httpx.Client, path: str, fields: dict[str, Any], s
     assert response.json()["error"]
 
 
-def test_an_unreadable_picture_in_a_chat_is_an_event(client: httpx.Client) -> None:
-    (event,) = ask(client, question(), files=upload(b"no picture"))
-    assert "not a picture" in event["error"]
+def test_a_question_that_cannot_be_answered_has_a_status(client: httpx.Client) -> None:
+    data = {"messages": json.dumps(question())}
+    unreadable = client.post("/page/chat", data=data, files=upload(b"no picture"))
+    assert unreadable.status_code == 415
+    assert "not a picture" in unreadable.json()["error"]
+    long = client.post("/page/chat", data={"messages": json.dumps(question("long " * 300))})
+    assert long.status_code == 400
+    assert "tokens" in long.json()["error"]
 
 
-def test_a_question_that_is_too_long_is_an_event(client: httpx.Client) -> None:
-    (event,) = ask(client, question("long " * 300))
-    assert "tokens" in event["error"]
+def test_a_damaged_picture_in_a_chat_is_an_event(client: httpx.Client) -> None:
+    (event,) = ask(client, question(), files=upload(png(picture(1))[:-40]))
+    assert "image" in event["error"] or "picture" in event["error"]
 
 
 def test_too_large_an_upload(client: httpx.Client) -> None:
-    assert client.post("/api/search", files=upload(bytes(MAX_BODY_BYTES + 1))).status_code == 413
+    assert (
+        client.post("/page/search", files=upload(bytes(Limits().body_bytes + 1))).status_code == 413
+    )
 
 
 def test_too_large_an_upload_that_does_not_say_so(client: httpx.Client) -> None:
@@ -259,28 +246,28 @@ def test_too_large_an_upload_that_does_not_say_so(client: httpx.Client) -> None:
 
     def body() -> Iterator[bytes]:
         yield head
-        for _ in range(MAX_BODY_BYTES // 2**20 + 1):
+        for _ in range(Limits().body_bytes // 2**20 + 1):
             yield bytes(2**20)
 
     headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
-    response = client.post("/api/search", content=body(), headers=headers)
+    response = client.post("/page/search", content=body(), headers=headers)
     assert response.status_code == 413
 
 
 def test_a_picture_with_too_many_pixels(client: httpx.Client) -> None:
     huge = png(Image.new("1", (12_000, 9_000)))
     assert len(huge) < 100_000
-    response = client.post("/api/search", files=upload(huge))
+    response = client.post("/page/search", files=upload(huge))
     assert response.status_code == 415
     assert "megapixels" in response.json()["error"]
 
 
 def test_other_sites_are_refused(client: httpx.Client) -> None:
     fields = {"data": {"text": "x"}}
-    evil = client.post("/api/search", headers={"origin": "https://evil.example"}, **fields)
+    evil = client.post("/page/search", headers={"origin": "https://evil.example"}, **fields)
     assert evil.status_code == 403
-    assert client.get("/api/info", headers={"host": "evil.example"}).status_code == 400
-    own = client.post("/api/search", headers={"origin": str(client.base_url)}, **fields)
+    assert client.get("/page/info", headers={"host": "evil.example"}).status_code == 400
+    own = client.post("/page/search", headers={"origin": str(client.base_url)}, **fields)
     assert own.status_code == 200
 
 

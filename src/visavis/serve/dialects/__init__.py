@@ -1,0 +1,1 @@
+"""One file for each API: what its requests mean, and how its responses look."""

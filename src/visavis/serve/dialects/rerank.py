@@ -1,0 +1,120 @@
+"""Reranking (Jina's and Cohere's shape) and scoring (vLLM's), by the cosine of embeddings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from visavis.errors import InputError
+from visavis.serve.dialects.pieces import pieces_of
+from visavis.serve.http import Call, Endpoint
+from visavis.serve.media import Piece
+from visavis.serve.schemas import rerank as schemas
+from visavis.serve.schemas.base import DetailError, MessageError, OpenAIError
+
+
+async def rerank(call: Call) -> BaseModel:
+    """Order documents (texts, images or both) by their relevance to a query."""
+    body: schemas.RerankRequest = call.body
+    inputs = [_pieces(body.query), *map(_pieces, body.documents)]
+    found = await call.service.embed(
+        body.model, inputs, instruction=body.instruction, num_queries=1
+    )
+    similarities = found.vectors[1:] @ found.vectors[0]  # [N]
+    order = np.argsort(-similarities, kind="stable")[: body.top_n]
+    results = [
+        schemas.RerankResult(
+            index=int(index),
+            relevance_score=_relevance(similarities[index]),
+            document=_shown(body.documents[index]) if body.return_documents else None,
+        )
+        for index in order
+    ]
+    units = {"search_units": 1, "input_tokens": found.num_tokens}
+    return schemas.RerankResponse(
+        id=call.request_id,
+        model=found.name,
+        results=results,
+        usage=schemas.RerankUsage(total_tokens=found.num_tokens, prompt_tokens=found.num_tokens),
+        meta=schemas.RerankMeta(api_version={"version": "2"}, billed_units=units),
+    )
+
+
+async def score(call: Call) -> BaseModel:
+    """Return the cosine of texts and images, one against many or pair by pair."""
+    body: schemas.ScoreRequest = call.body
+    first: Any = _listed(body.text_1 if body.text_1 is not None else body.queries)
+    second: Any = _listed(body.text_2 if body.text_2 is not None else body.documents)
+    if len(first) != 1 and len(first) != len(second):
+        raise InputError(
+            f"text_1 has {len(first)} entries and text_2 {len(second)}; expected one, or as many"
+        )
+    inputs = [*map(_pieces, first), *map(_pieces, second)]
+    found = await call.service.embed(
+        body.model, inputs, instruction=body.instruction, num_queries=len(first)
+    )
+    ours, theirs = found.vectors[: len(first)], found.vectors[len(first) :]
+    data = [
+        schemas.Score(index=index, score=float(cosine))
+        for index, cosine in enumerate(np.sum(ours * theirs, axis=1))
+    ]
+    return schemas.ScoreResponse(
+        id=call.request_id,
+        created=int(time.time()),
+        model=found.name,
+        data=data,
+        usage=schemas.ScoreUsage(prompt_tokens=found.num_tokens, total_tokens=found.num_tokens),
+    )
+
+
+def _pieces(item: str | schemas.RerankItem) -> list[Piece]:
+    if isinstance(item, str):
+        return [Piece("text", item)]
+    if item.content is not None:
+        return pieces_of(item.content)
+    image = [Piece("image", item.image)] if item.image is not None else []
+    text = [Piece("text", item.text)] if item.text is not None else []
+    return [*image, *text]
+
+
+def _listed(side: Any) -> Sequence[Any]:
+    return side if isinstance(side, list) else [side]
+
+
+def _relevance(cosine: float) -> float:
+    return min(1.0, max(0.0, (1 + float(cosine)) / 2))
+
+
+def _shown(document: str | schemas.RerankItem) -> dict[str, Any]:
+    if isinstance(document, str):
+        return {"text": document}
+    return document.model_dump(exclude_none=True)
+
+
+ENDPOINTS = [
+    *(
+        Endpoint(
+            "POST",
+            path,
+            rerank,
+            schemas.RerankResponse,
+            error,
+            request=schemas.RerankRequest,
+            tag="Rerank",
+        )
+        for path, error in (("/v1/rerank", DetailError), ("/v2/rerank", MessageError))
+    ),
+    Endpoint(
+        "POST",
+        "/v1/score",
+        score,
+        schemas.ScoreResponse,
+        OpenAIError,
+        request=schemas.ScoreRequest,
+        tag="Rerank",
+    ),
+]

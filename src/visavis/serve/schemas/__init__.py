@@ -1,0 +1,1 @@
+"""Request and response bodies of every API that the server speaks, as pydantic models."""
