@@ -14,15 +14,25 @@ from tests.train.made_data import make_data
 from visavis.api import load
 from visavis.checkpoints.formats import detect
 from visavis.checkpoints.inspect import model_parts
+from visavis.checkpoints.native import write_native
 from visavis.data.sources import open_data_source
+from visavis.processing.prompt_encoder import PromptConfig
 from visavis.train import cost_model
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import TrainModule
 from visavis.train.dry_run import plan
 from visavis.train.param_groups import trainable_groups
 from visavis.train.recipe import Recipe, StepsStage
+from visavis.train.runner import run_recipe
 
 SHAPES = {"format": "shapes", "path": "train"}
+SHORT = {
+    "kind": "steps",
+    "name": "short",
+    "steps": 2,
+    "generative": {"sources": {"talk": {}}, "batch": 4},
+    "train": {"connector": 1e-3},
+}
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -247,3 +257,32 @@ def test_a_model_without_weights_is_planned_and_noted(tmp_path: Path) -> None:
     made = plan(recipe(model={"base": str(folder)}), tmp_path, flops=1e12)
     assert made.problems == [] and made.stages[0].memory
     assert any("planned from its settings" in note for note in made.notes)
+
+
+OWN_TEMPLATES = {  # of the language model -> the problem that a plan reports
+    "": "brings no chat template",
+    "{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}": "",
+    "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}": (
+        "the model's own chat template does not show which tokens belong to the answer"
+    ),
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}": (
+        "it leaves the answer out"
+    ),
+}
+
+
+@pytest.mark.parametrize("jinja", OWN_TEMPLATES)
+def test_a_template_without_a_loss_mask_is_named(jinja: str, tmp_path: Path) -> None:
+    model = load("tiny-random", precision="f32")
+    model.profile = PromptConfig(jinja=jinja)
+    (tmp_path / "model").mkdir()
+    write_native(model, tmp_path / "model")
+    problem = OWN_TEMPLATES[jinja]
+    base = {"base": str(tmp_path / "model")}
+    made = plan(recipe(model=base), tmp_path)
+    assert any(problem in one for one in made.problems) == bool(made.problems) == bool(problem)
+    named = plan(recipe(model={**base, "chat_template": "chatml-bare"}), tmp_path)
+    assert named.problems == []
+    if not problem:
+        run_recipe(recipe(model=base, stages=[SHORT]), tmp_path, tmp_path / "out")
+        assert (tmp_path / "out" / "model").is_dir()

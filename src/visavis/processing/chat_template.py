@@ -1,28 +1,32 @@
-"""From turns to token ids: chat templates, image placeholders, loss masks.
+"""From messages to token ids: chat templates, image placeholders, loss masks.
 
-Two kinds of template: a checkpoint's own jinja source, rendered in a sandbox, and turn templates,
-data in `chat_formats.py` that also say which tokens are learned. What people type never becomes a
-special token, whatever it looks like.
+A checkpoint's own jinja template is rendered in a sandbox; the named formats are data, in
+`chat_formats.py`. Text that a user types never becomes a special token.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from visavis.errors import CheckpointError, InputError
 from visavis.inputs import Image, Message, Prompt, Text, Video
+from visavis.processing.answer_mask import answer_mask, turn_ends
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat
+from visavis.processing.jinja_extensions import (
+    GENERATION_MARKS,
+    Generation,
+    raise_exception,
+    to_json,
+)
 from visavis.processing.tokenizer import SpecialTokens, encode, encode_spans
 
 if TYPE_CHECKING:
@@ -39,7 +43,6 @@ _TEMPLATE_FAILURES = (
     RecursionError,
 )
 
-
 _Placeholders = tuple[int, int]  # token id of an image or video, and how many it becomes
 
 
@@ -49,7 +52,7 @@ class Encoded:
 
     Attributes:
         image_slots: (start, length) of each image's placeholders, in the order of the images.
-        loss_mask: which tokens are learned from; all False where a template cannot say.
+        loss_mask: which tokens are learned; all False with the generation prompt of jinja.
         positions: for M-RoPE, int64 [3, T] (see `mrope.py`); None: 0, 1, 2, …
     """
 
@@ -88,10 +91,10 @@ class ChatTemplate:
                 "prompt profile, or use it for embedding only"
             )
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
+        environment.filters["tojson"] = to_json
+        environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
@@ -103,8 +106,16 @@ class ChatTemplate:
             ) from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
-    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        marks: tuple[str, str] = ("", ""),
+    ) -> str:
         """Return the messages as one text, special tokens as their texts.
+
+        Args:
+            marks: texts written before and after each `{% generation %}` block.
 
         Raises:
             InputError: the template refuses these messages, for example two user turns in a row.
@@ -114,6 +125,7 @@ class ChatTemplate:
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
+                **{GENERATION_MARKS: marks},
             )
         except _TEMPLATE_FAILURES as error:
             roles = ", ".join(str(message["role"]) for message in messages)
@@ -128,13 +140,17 @@ class ChatTemplate:
         Templates of vision-language checkpoints do, and write `image_text` for an image; others
         take one text. Found by trying, because nothing in a checkpoint says so.
         """
-        content = [{"type": "image"}, {"type": "text", "text": "probe"}]
+        text = {"type": "text", "text": "probe"}
         try:
-            rendered = self.render([{"role": "user", "content": content}])
+            plain, rendered = (
+                self.render([{"role": "user", "content": content}])
+                for content in ([text], [{"type": "image"}, text])
+            )
         except InputError:
             return False
         as_written = "'type'" in rendered  # the list itself, printed
-        return rendered.count(image_text) == 1 and "probe" in rendered and not as_written
+        counts = (plain.count(image_text), rendered.count(image_text))
+        return counts == (0, 1) and "probe" in rendered and not as_written
 
 
 def encode_chat(
@@ -150,15 +166,16 @@ def encode_chat(
 ) -> Encoded:
     """Encode turns with a jinja template; the ids are those of the whole rendered text.
 
-    Nothing is marked as learned: a jinja template does not say who wrote what. A template that
-    writes image placeholders itself is given parts, and bos is put in front if the model wants
-    one, as the processors of such checkpoints do.
+    A template that writes image placeholders itself is given parts, and bos is put in front if the
+    model wants one, as the processors of such checkpoints do.
 
     Args:
-        tokens_per_image: how many placeholders each image of the prompt becomes, in order.
+        tokens_per_image: number of placeholders of each image of the prompt, in order.
+        add_generation_prompt: write the start of an answer, and compute no loss mask.
 
     Raises:
-        InputError: numbers of images differ, or the template refuses the messages.
+        InputError: numbers of images differ, the template refuses the messages, or it does not
+            show which tokens belong to an answer.
     """
     visuals = _placeholders(prompt, image_token_id, video_token_id, tokens_per_image)
     marks = _Marks(prompt, specials)
@@ -171,8 +188,12 @@ def encode_chat(
         for m in prompt.messages
     ]
     rendered = template.render(messages, add_generation_prompt)
+    learned: list[bool] = []
+    if not add_generation_prompt and any(one["role"] == "assistant" for one in messages):
+        ends = turn_ends(tokenizer, specials)
+        learned = answer_mask(template.render, messages, ends, marks.around_answers)
     encoded = Encoded()
-    marks.encode(encoded, rendered, tokenizer, specials, visuals)
+    marks.encode(encoded, rendered, tokenizer, specials, visuals, learned)
     if takes_parts:
         encoded = _expand(encoded, specials, visuals)
     return _all_images(encoded, visuals)
@@ -303,6 +324,7 @@ class _Marks:
             number += 1
         self.opening, self.closing = f"\U000f0000{number}:", "\U000f0001"
         self.pattern = re.compile(f"{self.opening}(i|s)([0-9]+){self.closing}")
+        self.around_answers = (f"{self.opening}a{self.closing}", f"{self.opening}e{self.closing}")
         self.texts: list[str] = []  # special texts that were typed
         self.num_images = 0
 
@@ -435,9 +457,9 @@ def _expand(flat: Encoded, specials: SpecialTokens, visuals: Sequence[_Placehold
         encoded.add([bos])
     kinds = [token_id for token_id, _ in visuals]
     waiting = {kind: iter([i for i, one in enumerate(kinds) if one == kind]) for kind in kinds}
-    for token_id in flat.token_ids:
+    for token_id, learned in zip(flat.token_ids, flat.loss_mask, strict=True):
         if token_id not in waiting:
-            encoded.add([token_id])
+            encoded.add([token_id], learned)
         elif (index := next(waiting[token_id], None)) is not None:
             encoded.add_image(*visuals[index])
             placed.append(index)
@@ -476,21 +498,3 @@ def _misplaced(expected: int, found: int) -> NoReturn:
         f"{expected} were expected; it probably leaves out a message's content, such as a system "
         "message's: put the images into user messages"
     )
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's words; rendered as they are."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own attribute
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 from torch import nn
 
@@ -126,13 +127,18 @@ class Survey:
 
 
 def survey(
-    samples: Sequence[Sample], kind: type[Sample], reader: Reader, negatives: int | None = None
+    samples: Sequence[Sample],
+    kind: type[Sample],
+    reader: Reader,
+    negatives: int | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> Survey:
     """Look at some samples of a source, at even distances.
 
     Args:
-        kind: what they should be.
-        negatives: at most so many of each are taken.
+        kind: the class that they are expected to have.
+        negatives: number of each sample's negatives that are read, at most.
+        check: raises a VisavisError for a sample that cannot be trained on.
     """
     found = Survey(len(samples))
     lengths = []
@@ -149,6 +155,8 @@ def survey(
             break
         try:
             length = _length(sample, reader, negatives)
+            if check is not None:
+                check(sample)
         except VisavisError as error:
             found.problems.append(f"the sample {sample.id!r} cannot be used: {error}")
             continue

@@ -69,12 +69,7 @@ class DataLoader:
         """
         chat = partial(self.encoder.chat, add_generation_prompt=False, cut=self.cut)
         encoded = self._encoded(sample.id, chat, sample.prompt)
-        if not any(encoded.loss_mask[1:]):
-            raise TrainError(
-                f"nothing would be learned of {sample.id!r}: none of its "
-                f"{len(encoded.token_ids)} tokens is an answer's. Its assistant turns are empty or "
-                "missing; leave the record out or correct it."
-            )
+        check_learned(sample.id, encoded)
         return encoded
 
     def item(self, id: str, prompt: Prompt, instruction: str | None = None) -> PreparedPrompt:
@@ -172,6 +167,20 @@ class DataLoader:
         """Return the seconds that were counted, and start over."""
         waited, self.waited = self.waited, 0.0
         return waited
+
+
+def check_learned(id: str, encoded: PreparedPrompt) -> None:
+    """Refuse a conversation without a learned token.
+
+    Raises:
+        TrainError: the loss mask leaves out all tokens; the message names the conversation.
+    """
+    if not any(encoded.loss_mask[1:]):
+        raise TrainError(
+            f"nothing would be learned of {id!r}: none of its {len(encoded.token_ids)} tokens is "
+            "an answer's. Its assistant turns are missing or were cut off, or the chat template "
+            "leaves them out; leave the record out or correct it."
+        )
 
 
 def _seen(id: str, future: Future[ImageInput]) -> ImageInput:

@@ -9,8 +9,9 @@ The model is built in `skeleton.py`; the formulas are in `cost_model.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,23 @@ import torch
 
 from visavis.data.examples import ContrastiveExample, Conversation, Sample
 from visavis.data.sources import open_data_source
-from visavis.errors import TrainError, VisavisError
+from visavis.errors import ContextLengthError, TrainError, VisavisError
 from visavis.model.vlm import VLM
+from visavis.processing.prompt_encoder import PromptEncoder
 from visavis.train import cost_model
 from visavis.train.cost_model import Reader, Survey
+from visavis.train.data_loader import check_learned
 from visavis.train.metrics import peak_flops
 from visavis.train.param_groups import trainable_groups, trainable_table
 from visavis.train.recipe import AnyStage, Contrastive, Generative, Recipe, StepsStage, sources_of
-from visavis.train.skeleton import DTYPES, Findings, Outline, model_outline, skeleton
+from visavis.train.skeleton import (
+    DTYPES,
+    Findings,
+    Outline,
+    model_outline,
+    prompt_encoder,
+    skeleton,
+)
 
 REACHED = 0.4  # share of the speed of matrix products that training is taken to reach
 MAX_LISTED = 3  # problems of a source's samples
@@ -85,12 +95,15 @@ def plan(recipe: Recipe, data: Path, *, flops: float | None = None) -> Plan:
     """
     found = Findings()
     sources = _opened(recipe, data, found)
-    outline, words = model_outline(recipe.model, found)
-    reader = Reader(outline.config, outline.processor, words) if outline else None
+    outline = model_outline(recipe.model, found)
+    reader = None
+    if outline is not None:
+        words = outline.text.count if outline.text else None
+        reader = Reader(outline.config, outline.processor, words)
     vlm = skeleton(recipe, outline, found) if outline else None
     speed = flops or _reached(recipe, found)
     stages = [
-        _steps(recipe, stage, sources, reader, vlm, speed, found)
+        _steps(recipe, stage, sources, reader, outline, vlm, speed, found)
         if isinstance(stage, StepsStage)
         else _fitting(stage, sources, vlm, found)
         for stage in recipe.stages
@@ -227,6 +240,7 @@ def _steps(
     stage: StepsStage,
     sources: Sources,
     reader: Reader | None,
+    outline: Outline | None,
     vlm: VLM | None,
     speed: float,
     found: Findings,
@@ -234,10 +248,13 @@ def _steps(
     """Plan a stage of gradient steps."""
     planned = StagePlan(stage.name, stage.kind)
     objectives = []
+    chat_format = stage.chat_template or recipe.model.chat_template
+    encoder = prompt_encoder(outline, chat_format) if outline is not None else None
+    chat = None if encoder is None else partial(_check_chat, encoder)
     for part in (stage.generative, stage.contrastive):
         if part is not None:
             surveys = {
-                name: _survey(stage, part, name, sources[name], reader, found)
+                name: _survey(stage, part, name, sources[name], reader, chat, found)
                 for name in part.sources
                 if name in sources
             }
@@ -275,6 +292,7 @@ def _survey(
     name: str,
     samples: Sequence[Sample],
     reader: Reader | None,
+    chat: Callable[[Conversation], None] | None,
     found: Findings,
 ) -> Survey:
     """Look at a few samples of a source; note what is wrong with them."""
@@ -283,7 +301,11 @@ def _survey(
     chats = isinstance(part, Generative)
     negatives = part.negatives if isinstance(part, Contrastive) else None
     survey = cost_model.survey(
-        samples, Conversation if chats else ContrastiveExample, reader, negatives
+        samples,
+        Conversation if chats else ContrastiveExample,
+        reader,
+        negatives,
+        check=chat if chats else None,
     )
     where, more = f"stage {stage.name!r}, {name!r}:", len(survey.problems) - MAX_LISTED
     found.problems += [f"{where} {one}" for one in survey.problems[:MAX_LISTED]]
@@ -301,6 +323,19 @@ def _survey(
         )
         (found.notes if reader.words is None else found.problems).append(text)
     return survey
+
+
+def _check_chat(encoder: PromptEncoder, sample: Conversation) -> None:
+    """Refuse a conversation of which nothing would be learned.
+
+    Raises:
+        VisavisError: its chat template refuses it, or marks no token as learned.
+    """
+    try:
+        encoded = encoder.chat(sample.prompt, add_generation_prompt=False)
+    except ContextLengthError:
+        return  # reported by length, with what the recipe allows
+    check_learned(sample.id, encoded)
 
 
 def _source(objective: _Objective, name: str, steps: int | None) -> SourcePlan:

@@ -1,4 +1,4 @@
-"""The model of a recipe on the meta device: shapes, image sizes, and its tokenizer.
+"""The model of a recipe on the meta device: shapes, image sizes, tokenizer and chat template.
 
 Settings decide: a folder's or GGUF file's own, or the config.json of a name on the hub. Where
 weights lie beside them, their headers are checked too. Problems are collected and not raised, so
@@ -7,14 +7,15 @@ that a dry run lists all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from visavis.checkpoints.checkpoint import blank
+from visavis.checkpoints.checkpoint_format import CheckpointFormat, DetectedFormat
 from visavis.checkpoints.compose import (
     EFFICIENTNET,
     composed_config,
@@ -25,26 +26,43 @@ from visavis.checkpoints.compose import (
 from visavis.checkpoints.formats import AdapterFormat, detect
 from visavis.checkpoints.load import find_settings
 from visavis.checkpoints.tensor_files import read_json
+from visavis.checkpoints.transformers.load import TransformersFormat, chat_template
 from visavis.errors import CheckpointError, FetchError, TrainError, VisavisError
 from visavis.model.config import VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig, sized_as
-from visavis.processing.tokenizer import load_tokenizer
+from visavis.processing.prompt_encoder import PromptConfig, PromptEncoder
+from visavis.processing.tokenizer import SpecialTokens, encode, load_tokenizer
 from visavis.train.lora import add_lora, quantize_decoder
 from visavis.train.recipe import ModelRecipe, Recipe, trains_whole
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 MAX_CHAIN = 8  # adapters on one another
-Words = Callable[[str], int]  # counts the tokens of a text
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A model's shapes, and how its images are prepared."""
+    """A model's shapes, how its images are prepared, and its text settings; None where the files
+    of the tokenizer are not on this machine."""
 
     config: VLMConfig
     processor: ImageProcessorConfig | None = None
+    text: TextSettings | None = None
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """A tokenizer with its special tokens, and the chat format that belongs to it; None where
+    settings alone do not tell."""
+
+    tokenizer: Tokenizer
+    specials: SpecialTokens
+    profile: PromptConfig | None
+
+    def count(self, text: str) -> int:
+        """Return the number of tokens of a text, without special tokens around it."""
+        return len(encode(self.tokenizer, self.specials, text))
 
 
 @dataclass
@@ -62,19 +80,19 @@ class Findings:
         self.problems.append(f"{where}: {error}{advice}")
 
 
-def model_outline(model: ModelRecipe, found: Findings) -> tuple[Outline | None, Words | None]:
-    """Return the model of a recipe, and what counts its words where the tokenizer is here."""
+def model_outline(model: ModelRecipe, found: Findings) -> Outline | None:
+    """Return the model of a recipe."""
     if model.base:
-        outline, words = _whole(model.base, "model.base", found)
+        outline = _whole(model.base, "model.base", found)
         if outline is None or outline.processor is None:
-            return outline, words
+            return outline
         processor = outline.processor
         if model.canvases:
             processor = tiled(processor, model.canvases)
         if model.profile:
             processor = sized_as(processor, model.profile)
-        return replace(outline, processor=processor), words
-    text, words = _whole(model.language_model, "model.language_model", found)
+        return replace(outline, processor=processor)
+    text = _whole(model.language_model, "model.language_model", found)
     tower = _tower(model, found)
     if model.connector_weights and not Path(model.connector_weights).is_dir():
         found.problems.append(
@@ -82,22 +100,45 @@ def model_outline(model: ModelRecipe, found: Findings) -> tuple[Outline | None, 
             "that another run left (its out/model), or leave it out for a new connector."
         )
     if text is None or tower is None:
-        return None, words
+        return None
     parts = model.composition()
     config = composed_config(parts, text.config.decoder, tower[0], image_token_id=0)
-    return Outline(config, composed_processor(parts, tower[1])), words
+    return Outline(config, composed_processor(parts, tower[1]), text.text)
 
 
-def _whole(name: str, where: str, found: Findings) -> tuple[Outline | None, Words | None]:
-    """Return a whole model, and what counts the tokens of a text where its tokenizer is there."""
+def prompt_encoder(outline: Outline, chat_format: str) -> PromptEncoder | None:
+    """Return the encoder of a model's prompts; None where its tokenizer or its chat format is not
+    on this machine.
+
+    Args:
+        chat_format: its name; empty: the model's own.
+    """
+    text = outline.text
+    profile = None if text is None else text.profile
+    if chat_format:
+        profile = replace(profile or PromptConfig(), chat_template=chat_format)
+    if text is None or profile is None:
+        return None
+    return PromptEncoder(
+        "the model of this recipe",
+        outline.config,
+        text.tokenizer,
+        text.specials,
+        profile,
+        outline.processor,
+    )
+
+
+def _whole(name: str, where: str, found: Findings) -> Outline | None:
+    """Return a whole model."""
     try:
         return _described(find_settings(name), found)
     except VisavisError as error:
         found.refused(where, error)
-        return None, None
+        return None
 
 
-def _described(path: Path, found: Findings) -> tuple[Outline, Words | None]:
+def _described(path: Path, found: Findings) -> Outline:
     """Return the outline of a checkpoint.
 
     Raises:
@@ -111,12 +152,11 @@ def _described(path: Path, found: Findings) -> tuple[Outline, Words | None]:
         path = _base_of(path)
     if not _has_weights(path):
         found.notes.append(f"{path} holds no weights: planned from its settings")
-        outline = Outline(*detected.format.read_config(path))
-        return outline, _counter(lambda: load_tokenizer(path)[0])
+        return Outline(*detected.format.read_config(path), _settings_alone(detected))
     opened = detected.open()
     if opened.config is None or opened.problems:
         raise CheckpointError("; ".join(opened.problems) or f"{path} is no whole model")
-    return Outline(opened.config, opened.processor), _counter(lambda: opened.tokenizer()[0])
+    return Outline(opened.config, opened.processor, _text_settings(opened))
 
 
 def _base_of(adapter: Path) -> Path:
@@ -129,13 +169,24 @@ def _has_weights(path: Path) -> bool:
     return path.is_file() or any(next(path.rglob(one), None) for one in WEIGHTS)
 
 
-def _counter(tokenizer: Callable[[], Any]) -> Words | None:
-    """Return what counts tokens; None where the tokenizer is not on this machine."""
+def _text_settings(opened: CheckpointFormat) -> TextSettings | None:
+    """Return the text settings of a checkpoint; None where its tokenizer is not on this machine."""
     try:
-        found = tokenizer()
+        tokenizer, specials = opened.tokenizer()
     except VisavisError:
         return None
-    return lambda text: len(found.encode(text, add_special_tokens=False).ids)
+    return TextSettings(tokenizer, specials, opened.prompt_config(tokenizer, specials))
+
+
+def _settings_alone(detected: DetectedFormat) -> TextSettings | None:
+    """Return the text settings of a folder without weights, if it has a tokenizer."""
+    try:
+        tokenizer, specials = load_tokenizer(detected.path)
+    except VisavisError:
+        return None
+    own = issubclass(detected.format, TransformersFormat)  # others' config.json decides
+    jinja = chat_template(detected.path) if own else ""
+    return TextSettings(tokenizer, specials, PromptConfig(jinja=jinja) if jinja else None)
 
 
 def _tower(model: ModelRecipe, found: Findings) -> Any:
