@@ -59,7 +59,7 @@ def test_nothing_is_made_before_the_first_put(tmp_path: Path) -> None:
 def test_one_bad_row_undoes_its_whole_batch(tmp_path: Path) -> None:
     store = Store(tmp_path / "a.idx")
     store.put([row(0)], META)
-    bad = IndexRow(None, "x", np.zeros(4, np.float32))  # type: ignore[arg-type]
+    bad = IndexRow("x", None, np.zeros(4, np.float32))  # type: ignore[arg-type]
     with pytest.raises(StoreError):
         store.put([row(1), row(2), bad], META)
     assert len(store) == 1

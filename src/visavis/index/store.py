@@ -138,7 +138,7 @@ class Store:
                     " text = excluded.text, preview = excluded.preview, vector = excluded.vector",
                     [
                         (
-                            row.source,
+                            _sql_name(row.source),
                             row.content,
                             row.stamp.size,
                             row.stamp.mtime_ns,
@@ -157,12 +157,15 @@ class Store:
         with self._guarded():
             connection = self._open()
             with connection:
-                connection.executemany("DELETE FROM items WHERE source = ?", zip(sources))
+                connection.executemany(
+                    "DELETE FROM items WHERE source = ?",
+                    [(_sql_name(source),) for source in sources],
+                )
             self._num_writes += 1
 
     def known(self, source: str) -> tuple[str, Stamp] | None:
         """Return content hash and stamp of a source, or None if it is not in the index."""
-        rows = self._all("SELECT content, size, mtime_ns FROM items WHERE source = ?", source)
+        rows = self._all("SELECT content, size, mtime_ns FROM items WHERE source = ?", _sql_name(source))
         return (rows[0][0], Stamp(rows[0][1], rows[0][2])) if rows else None
 
     def vector_of(self, content: str) -> np.ndarray | None:
@@ -182,7 +185,8 @@ class Store:
 
     def file_sources(self) -> list[str]:
         """Return the sources that are paths of files."""
-        return [row[0] for row in self._all("SELECT source FROM items WHERE is_file ORDER BY id")]
+        rows = self._all("SELECT source FROM items WHERE is_file ORDER BY id")
+        return [_name(row[0]) for row in rows]
 
     def __len__(self) -> int:
         return int(self._all("SELECT count(*) FROM items")[0][0]) if self.exists() else 0
@@ -201,7 +205,7 @@ class Store:
             )
         ids = np.array([row[0] for row in rows], np.int64)
         vectors = np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(len(rows), dim)
-        return ids, [row[1] for row in rows], vectors
+        return ids, [_name(row[1]) for row in rows], vectors
 
     # --- the connection ---------------------------------------------------------------------------
 
@@ -285,9 +289,22 @@ class Store:
         return StoreError(f"cannot use the index {self.path} ({found}); {advice}")
 
 
+def _sql_name(source: str) -> str | bytes:
+    """Return a source as it is stored: a file name that is not UTF-8 as bytes."""
+    try:
+        source.encode()
+    except UnicodeEncodeError:
+        return source.encode("utf-8", "surrogatepass")
+    return source
+
+
+def _name(stored: str | bytes) -> str:
+    return stored.decode("utf-8", "surrogatepass") if isinstance(stored, bytes) else stored
+
+
 def _stored_item(row: tuple) -> StoredItem:
     item_id, source, content, is_file, text, preview = row
-    return StoredItem(item_id, source, content, bool(is_file), text, preview)
+    return StoredItem(item_id, _name(source), content, bool(is_file), text, preview)
 
 
 def _describe(meta: dict[str, str]) -> str:
