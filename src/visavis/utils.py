@@ -7,6 +7,7 @@ import difflib
 import errno
 import io
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -221,6 +222,35 @@ def jpeg_preview(image: PILImage, size: int) -> bytes:
     encoded = io.BytesIO()
     small.save(encoded, "JPEG", quality=85)
     return encoded.getvalue()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON document.
+
+    Raises:
+        ValueError: it is not JSON, or nested more deeply than can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML document, of plain types.
+
+    Raises:
+        ValueError: it is not YAML, has a value that cannot be (a 99th month), or is nested more
+            deeply than can be read.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def type_name(value: Any) -> str:

@@ -274,7 +274,7 @@ def imagenet_classes(root: Path, split: str) -> Iterator[Record]:
     Training makes features for them from the tower's own classifier.
     """
     lines = (Path(__file__).parent / "imagenet_classes.tsv").read_text(encoding="utf-8")
-    for number, line in enumerate(lines.splitlines()):
+    for number, line in enumerate(lines.rstrip("\n").split("\n")):
         names, definition = line.split("\t")
         name = names.split(",")[0].strip()
         article = "an" if name[0].lower() in "aeiou" else "a"

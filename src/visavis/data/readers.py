@@ -30,16 +30,17 @@ KEPT_BYTES = 256 << 20  # of decoded columns of row groups, of all files togethe
 
 
 class Chunks:
-    """Decoded columns of row groups, least recently used ones dropped."""
+    """Decoded columns of row groups, least recently used ones dropped. Each opened file has its
+    own, as another one may have taken its path since."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
-        self.kept: OrderedDict[tuple[Path, int, str], Any] = OrderedDict()
+        self.kept: OrderedDict[tuple[Any, int, str], Any] = OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, file: Any, path: Path, group: int, column: str) -> Any:
+    def get(self, file: Any, group: int, column: str) -> Any:
         """Return a column of a row group, decoding it if it is not kept."""
-        key = (path, group, column)
+        key = (file, group, column)
         with self.lock:
             if key not in self.kept:
                 self.kept[key] = file.read_row_group(group, columns=[column]).column(0)
@@ -130,7 +131,7 @@ class Table:
             return self.table.column(column)[number]
         group = bisect_right(self.ends, number)
         start = self.ends[group - 1] if group else 0
-        return _CHUNKS.get(self.file, self.path, group, column)[number - start]
+        return _CHUNKS.get(self.file, group, column)[number - start]
 
     def _complete(self, number: int, column: str) -> bool:
         """Return whether a file says that no bytes are missing near a row; nothing is decoded."""
