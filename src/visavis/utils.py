@@ -224,6 +224,16 @@ def jpeg_preview(image: PILImage, size: int) -> bytes:
     return encoded.getvalue()
 
 
+def check_regular(path: Path) -> None:
+    """Refuse a device, pipe or socket: reading one may wait or go on for ever.
+
+    Raises:
+        OSError: it is one.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, "a device, pipe or socket, not a file", str(path))
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON document.
 

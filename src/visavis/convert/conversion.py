@@ -11,6 +11,7 @@ killed process leaves is removed by the next conversion to OUT. The classes of
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ def convert(
         else:
             with write_folder_atomically(out) as folder:
                 written = target.save(loaded, folder, kind=kind, progress=progress)
-                named = path.name if Path(source).expanduser().exists() else str(source)
+                named = path.name if os.path.exists(os.path.expanduser(source)) else str(source)
                 card = model_card(loaded, path, named, to, kind or precision, written.lost)
                 (folder / "README.md").write_text(card, encoding="utf-8")
                 for name in LICENCE_FILES:
@@ -181,12 +182,12 @@ def _check_place(out: Path, source: Path, *, force: bool, single: bool) -> None:
     if ours == theirs or ours in theirs.parents:
         raise InputError(f"OUT is {out}, which holds the model to convert; choose another place.")
     if single:
-        if out.exists() and not force:
+        if os.path.exists(out) and not force:
             raise InputError(f"{out} exists; replace it with --force, or choose another name.")
         return
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise InputError(f"{out} is a file, expected the name of a new folder.")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not os.path.isdir(out) or not any(out.iterdir()):
         return
     if not force:
         raise InputError(

@@ -7,6 +7,7 @@ duplicates, and examples that are both trained and tested on.
 
 from __future__ import annotations
 
+import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -299,7 +300,7 @@ def guess_format(path: Path) -> str:
     try:
         row = open_rows(find_files(str(path), Path()))[0]
     except (TrainError, IndexError):
-        if path.is_dir():
+        if os.path.isdir(path):
             return "images"
         raise
     signs = [

@@ -17,7 +17,7 @@ from typing import Any
 
 from visavis.errors import TrainError
 from visavis.inputs import Image, Stored, Video
-from visavis.utils import lookup
+from visavis.utils import lookup, parse_json
 
 ASK_SHORT = (
     "What is in this picture?",
@@ -171,7 +171,7 @@ def read_shards(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any], St
             parts[kind] = file
             if len(parts) == 2:
                 try:
-                    fields = json.loads(parts["json"].read())
+                    fields = parse_json(parts["json"].read())
                 except ValueError as error:
                     raise TrainError(
                         f"cannot read {path}: {key}.json is not JSON ({error}); the copy is "

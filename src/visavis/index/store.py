@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from visavis.errors import StoreError
+from visavis.utils import check_regular
 
 APPLICATION_ID = 0x56495341  # "VISA": tells our files from other SQLite databases
 FORMAT_VERSION = 1
@@ -93,6 +94,8 @@ class Store:
                 f"{path} is a folder, expected an index file; name a file, such as "
                 f"{path / 'pictures.idx'}"
             )
+        with self._guarded():
+            check_regular(path)
         can_write = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
         self._is_read_only = os.path.exists(path) and not can_write
         if os.path.exists(path):

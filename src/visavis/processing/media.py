@@ -183,8 +183,11 @@ def frame_files(source: Any) -> tuple[Any, ...]:
     return tuple(sorted(find_images(source), key=_natural))
 
 
+_DIGITS = frozenset("0123456789")
+
+
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
     return [
-        (piece.isdigit(), int(piece) if piece.isdigit() else 0, piece)
+        (piece[0] in _DIGITS, int(piece) if piece[0] in _DIGITS else 0, piece)
         for piece in re.findall(r"[0-9]+|[^0-9]+", str(path))
     ]

@@ -96,7 +96,12 @@ def read_messages(
     kinds = [kind for kind in KINDS if files[kind]]
     markers = KINDS if kinds == ["video"] else kinds  # many call videos <image>
     read = [_turn(turn, number, markers, options) for number, turn in enumerate(turns, 1)]
-    slots = [piece.kind for _, pieces in read for piece in pieces if _is_open(piece)]
+    slots = [
+        piece.kind
+        for _, pieces in read
+        for piece in pieces
+        if isinstance(piece, _Slot) and piece.value is None
+    ]
     found = {kind: iter(files[kind]) for kind in KINDS}
     counts = {kind: slots.count(kind) for kind in KINDS}
     if kinds == ["video"]:
@@ -113,15 +118,12 @@ def read_messages(
     def part(piece: Text | _Slot) -> Part:
         if isinstance(piece, Text):
             return piece
-        value = next(found[piece.kind]) if _is_open(piece) else piece.value
-        kind = "video" if kinds == ["video"] and _is_open(piece) else piece.kind
+        is_open = piece.value is None
+        value = next(found[piece.kind]) if is_open else piece.value
+        kind = "video" if kinds == ["video"] and is_open else piece.kind
         return place.image(value) if kind == "image" else place.video(value, options.frames)
 
     return tuple(Message(role, tuple(map(part, pieces))) for role, pieces in read)
-
-
-def _is_open(piece: Text | _Slot) -> bool:
-    return isinstance(piece, _Slot) and piece.value is None
 
 
 def _files(row: Row, kind: str) -> list[Any]:
