@@ -90,6 +90,28 @@ def test_embed_writes_a_file(run: Run, tiny: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(written, expected, atol=1e-6)
 
 
+def test_paths_of_items_start_at_their_file(run: Run, tiny: str, tmp_path: Path) -> None:
+    """Only a newline ends a line; other separators of Unicode are part of a text."""
+    write_pictures(tmp_path / "far" / "images", 2)
+    words = "one\u2028two\u2029three\x85four"
+    rows = [
+        {"image": "images/picture-000.png", "text": words},
+        {"image": ["images/picture-000.png", "../far/images/picture-001.png"]},
+        words,
+    ]
+    items = tmp_path / "far" / "items.jsonl"
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    items.write_text(lines, encoding="utf-8-sig")
+    found = run("embed", tiny, "--items", "far/items.jsonl", "--json")
+    assert found.exit_code == 0, found.output
+    whole = json.loads(found.stdout)
+    assert whole["items"] == rows
+    first, second = (tmp_path / "far" / "images" / f"picture-00{i}.png" for i in range(2))
+    wanted = [{"image": first, "text": words}, {"image": [first, second]}, words]
+    expected = visavis.load(tiny).embed(wanted)
+    np.testing.assert_allclose(np.array(whole["vectors"]), expected, atol=1e-5)
+
+
 def test_index_add_and_search(run: Run, tiny: str, tmp_path: Path) -> None:
     paths = write_pictures(tmp_path / "pictures", 4)
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")

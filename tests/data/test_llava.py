@@ -44,6 +44,59 @@ def test_pictures_stand_where_their_markers_do(tmp_path: Path) -> None:
     assert fifth == [["[a.png]"], ["A cat."]]
 
 
+def test_markers_are_text_where_a_row_has_no_such_files(tmp_path: Path) -> None:
+    rows = (
+        row("What does <image> mean in HTML?", "<image> is no tag; <video>\n is.", image=None),
+        row("<video> or <image>?", "Neither.", image="a.png"),
+        row("<image>\n<image>", "Two tags.", image=[], images=None, video=""),
+    )
+    first, second, third = read(tmp_path, *rows)
+    assert first == [["What does <image> mean in HTML?"], ["<image> is no tag; <video>\n is."]]
+    assert second == [["<video> or ", "[a.png]", "?"], ["Neither."]]
+    assert third == [["<image>\n<image>"], ["Two tags."]]
+    for mode in ("one", "all"):
+        assert read(tmp_path, rows[0], images_first=mode)[0] == first
+
+
+def test_messages_are_read_like_conversations(tmp_path: Path) -> None:
+    def chat(*contents: Any, **fields: Any) -> dict[str, Any]:
+        roles = ("user", "assistant") * len(contents)
+        turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        return {"id": "r", "messages": turns, **fields}
+
+    def image(**fields: Any) -> dict[str, Any]:
+        return {"type": "image", **fields}
+
+    def text(words: str) -> dict[str, str]:
+        return {"type": "text", "text": words}
+
+    rows = (
+        chat("<image>Who?", "A cat.", "And <image>?", "A dog.", images=["a.png", "b.png"]),
+        chat("<video>What happens?", "It rains.", videos=["clip.mp4"]),
+        chat([image(), text("Who?")], [text("A cat.")], images=["a.png"]),
+        chat([text("Is <image> a tag?"), image(image="a.png")], "No."),
+        chat("Hello", "Hi.", source="somewhere", images=None),
+        row("<image>\nWho?", "A cat.", images=["a.png"]),
+    )
+    assert read(tmp_path, *rows) == [
+        [["[a.png]", "Who?"], ["A cat."], ["And ", "[b.png]", "?"], ["A dog."]],
+        [["[clip.mp4]", "What happens?"], ["It rains."]],
+        [["[a.png]", "Who?"], ["A cat."]],
+        [["Is <image> a tag?", "[a.png]"], ["No."]],
+        [["Hello"], ["Hi."]],
+        [["[a.png]", "Who?"], ["A cat."]],
+    ]
+
+
+def test_only_a_newline_ends_a_json_line(tmp_path: Path) -> None:
+    words = "one\u2028two\u2029three\u0085four\x0cfive\x1csix"
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps(row(words, words), ensure_ascii=False) for _ in range(3)]
+    path.write_bytes("\r\n".join(lines).encode())
+    samples = chats(opened(tmp_path, "llava", "train.jsonl"))
+    assert [said(sample.prompt) for sample in samples] == [[[words], [words]]] * 3
+
+
 def test_markers_move_to_the_front_as_the_original_code_moves_them(tmp_path: Path) -> None:
     rows = (
         row("Who is it?\n<image>", "A.", image="a"),
@@ -100,7 +153,13 @@ def turns(*roles: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (row("<image>\nWho?", "A."), "it has 1 <image> in its text and 0 files"),
+        (row("Who?", "A.", images=["a"]), "it has 0 <image> in its text and 1 files"),
+        (row("<image>", "A.", image="a", images=["b"]), "both 'image' and 'images'"),
+        (row("hi", "A.", messages=[]), "both 'conversations' and 'messages'"),
+        ({"id": "r", "messages": []}, "its conversation is empty"),
+        ({"id": "r", "messages": [{"role": "tool", "content": "x"}]}, "its turn 1 is"),
+        ({"id": "r", "messages": [{"role": ["user"], "content": "x"}]}, "its turn 1 is"),
+        ({"id": "r", "messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of"),
         (row("Who?", "A.", image="a"), "it has 0 <image> in its text and 1 files"),
         (row("<image> <image>", "A.", image="a"), "it has 2 <image> in its text and 1 files"),
         (row("<video>", "A.", image="a"), "it has 0 <image> in its text and 1 files"),

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from tests.data.data_files import matches, opened, said, spec, write_lines, write_pictures
+from tests.data.data_files import (
+    matches,
+    opened,
+    picture_bytes,
+    said,
+    spec,
+    write_lines,
+    write_pictures,
+)
 from visavis.data.sources import open_data_source, source_fingerprint
 from visavis.errors import TrainError
 
@@ -43,6 +51,84 @@ def test_several_positives_are_samples_of_one_group(tmp_path: Path) -> None:
     assert [said(one.target)[0][0] for one in (first, second, third)] == ["one", "two", "three"]
     assert {one.group for one in (first, second, third)} == {"1"} and other.group == ""
     assert len(third.negatives) == 1
+
+
+@pytest.mark.parametrize("query", ["anchor", "query"])
+def test_columns_of_sentence_transformers(tmp_path: Path, query: str) -> None:
+    row = {query: "a cat", "positive": {"image": "a.png", "text": "seen"}, "negative": "a dog"}
+    row |= {"negative_10": "ten", "negative_2": {"image": "b.png"}, "negative_1": ["x", "y"]}
+    first, second = read(tmp_path, row, {query: {"image": "q.png"}, "positive": "a cat"})
+    assert said(first.query) == [["a cat"]] and said(first.target) == [["[a.png]", "seen"]]
+    found = [said(one)[0][0] for one in first.negatives]
+    assert found == ["a dog", "x", "y", "[b.png]", "ten"]
+    assert said(second.query) == [["[q.png]"]] and second.negatives == ()
+    assert first.group == "" and (first.id, second.id) == ("train:0", "train:1")
+
+
+def test_tables_with_columns_of_sentence_transformers(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    image = {"bytes": picture_bytes(3), "path": None}
+    rows = [{"anchor": "a cat", "positive": image, "negative": image, "negative_1": None}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    (sample,) = matches(opened(tmp_path, "pairs", "train.parquet"))
+    assert said(sample.target) == [["[Stored]"]]
+    assert [said(one) for one in sample.negatives] == [[["[Stored]"]]]
+
+
+def test_messages_of_ms_swift(tmp_path: Path) -> None:
+    def user(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    rows = (
+        {
+            "messages": user("<image>like this"),
+            "images": ["q.png"],
+            "positive_messages": [user("<image>seen"), user("<image><image>")],
+            "positive_images": [["a.png"], ["b.png", "c.png"]],
+            "negative_messages": [user("a dog"), user("<video>runs")],
+            "negative_videos": [[], ["clip.mp4"]],
+        },
+        {"messages": user("a cat"), "positive_messages": user("<image>"), "positive_images": "a"},
+    )
+    first, second, third = read(tmp_path, *rows)
+    assert said(first.query) == said(second.query) == [["[q.png]", "like this"]]
+    assert said(first.target) == [["[a.png]", "seen"]]
+    assert said(second.target) == [["[b.png]", "[c.png]"]]
+    assert [said(one) for one in first.negatives] == [[["a dog"]], [["[clip.mp4]", "runs"]]]
+    assert first.group == second.group == "train:0"
+    assert said(third.target) == [["[a]"]] and third.negatives == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "a", "positives": ["b"], "negativs": ["c"]}, "the key 'negativs', which is not"),
+        ({"anchor": "a", "positive": "b", "label": 1}, "the key 'label', which is not read"),
+        ({"anchor": "a", "query": "a", "positive": "b"}, "2 of 'anchor' and 'query'"),
+        ({"positive": "b"}, "0 of 'anchor' and 'query'"),
+        ({"messages": [], "positive_messages": []}, "0 'messages', expected one"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "'positive_messages' are empty"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "rejected_messages": []},
+            "the key 'rejected_messages'",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "positive_messages": [[{"role": "user", "content": "<image>"}]],
+                "positive_images": [["a"], ["b"]],
+            },
+            "1 'positive_messages' and 2 lists of 'positive_images'",
+        ),
+    ],
+)
+def test_what_is_wrong_with_columns_is_named(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainError, match=message):
+        read(tmp_path, row)
 
 
 def test_items_of_a_corpus_are_named_by_id(tmp_path: Path) -> None:

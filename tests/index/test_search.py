@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,118 @@ visavis.Index({str(tmp_path / "test.idx")!r}, model).add({str(tmp_path / "pictur
         report = index.add(tmp_path / "pictures")
         assert (report.unchanged, report.added) == (2 * BATCH_ITEMS, total - 2 * BATCH_ITEMS)
         assert len(index) == total
+
+
+def foreign_name(folder: Path, raw: bytes) -> Path:
+    """Write an image under a name of any bytes."""
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/" + raw))
+    picture(len(raw)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("raw", [b"caf\xe9.png", b"\xff\xfe.png", b"\x83\x5c\x83g.png"])
+def test_names_that_are_not_utf8_are_indexed_like_others(
+    tmp_path: Path, index: Index, raw: bytes
+) -> None:
+    folder = tmp_path / "images"
+    write_pictures(folder, 3)
+    path = foreign_name(folder, raw)
+    report = index.add(folder)
+    assert (report.added, report.failed) == (4, [])
+    assert index.search(path, k=1)[0].source == str(path)
+    assert isinstance(index.search(path, k=1)[0].preview(), Image.Image)
+    assert index.add(folder).unchanged == 4
+    picture(77, (50, 50)).save(path)
+    assert index.add(folder).changed == 1
+    path.unlink()
+    assert index.prune() == [str(path)]
+    assert len(index) == 3
+
+
+def test_folders_that_cannot_be_listed_are_reported_and_the_rest_added(
+    tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that disappears between being seen and being listed, as on a network drive."""
+    folder = tmp_path / "images"
+    write_pictures(folder / "a", 2)
+    write_pictures(folder / "gone", 2)
+    write_pictures(folder / "z", 2)
+    scandir = os.scandir
+
+    def vanishing(path: Any) -> Any:
+        if str(path).endswith("gone"):
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    report = index.add(folder)
+    assert report.added + report.unchanged == 4
+    ((source, reason),) = report.failed
+    assert source == str(folder / "gone")
+    assert "cannot be read (No such file" in reason
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="needs to be root")
+def test_folders_without_rights_are_reported_and_the_rest_added(tmp_path: Path) -> None:
+    """In a child process that is not root, as rights do not bind root."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are closed to others
+    try:
+        write_pictures(folder / "open", 2)
+        write_pictures(folder / "closed", 2)
+        (folder / "closed").chmod(0)
+        folder.chmod(0o755)
+        script = (
+            "import os, sys\n"
+            "from visavis.processing.media import scan_media\n"
+            "os.setuid(65534)\n"
+            "scan = scan_media(sys.argv[1])\n"
+            "assert [p.parent.name for p in scan.files] == ['open'] * 2, scan\n"
+            "((path, reason),) = scan.unreadable\n"
+            "assert path.name == 'closed' and 'Permission denied' in reason, scan\n"
+        )
+        child = subprocess.run([sys.executable, "-c", script, folder], capture_output=True)
+        assert child.returncode == 0, child.stderr
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_files_left_out_are_counted_by_suffix_and_reason(tmp_path: Path, index: Index) -> None:
+    folder = tmp_path / "images"
+    write_pictures(folder, 2)
+    for name in ("notes.txt", "b.txt", ".hidden.png", "Makefile", ".git/a.png", "c.TXT"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    (folder / "elsewhere").symlink_to(tmp_path)
+    (folder / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    report = index.add(folder)
+    assert report.added == 2
+    assert report.left_out == {
+        (".txt", "not a supported suffix"): 3,
+        ("", "not a supported suffix"): 1,
+        (".png", "hidden"): 1,
+        ("folder", "hidden"): 1,
+        ("folder", "a link to a folder"): 1,
+    }
+    reasons = {Path(source).name: reason for source, reason in report.failed}
+    assert "does not exist" in reasons["dangling.png"]
+    assert "device or pipe" in reasons["pipe.png"]
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".png", "b/" * 3000 + "c.png", "nul\0.png"])
+def test_names_that_no_file_can_have(tmp_path: Path, index: Index, name: str) -> None:
+    paths = write_pictures(tmp_path, 1)
+    for item in (tmp_path / name, {"image": str(tmp_path / name)}):
+        report = index.add([*paths, item])
+        assert report.added + report.unchanged == 1
+        assert len(report.failed) == 1
+
+
+def test_times_that_no_calendar_has(tmp_path: Path, index: Index) -> None:
+    (path,) = write_pictures(tmp_path, 1)
+    try:
+        os.utime(path, (0, 2**62 // 10**9 * 4))
+    except OSError:
+        pytest.skip("the file system refuses such times")
+    assert index.add(path).added == 1
+    assert index.add(path).unchanged == 1

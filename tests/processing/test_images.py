@@ -22,7 +22,7 @@ from visavis.errors import ImageError
 from visavis.inputs import Image
 from visavis.processing import images
 from visavis.processing.images import content_hash, decode_image, image_size
-from visavis.processing.media import FORMATS, find_images
+from visavis.processing.media import FORMATS, find_images, scan_media
 
 GREEN, BLUE = (0, 255, 0), (0, 0, 255)
 
@@ -423,7 +423,7 @@ def test_find_images(tmp_path):
         (tmp_path / name).touch()
     assert find_images(tmp_path) == expected
     others = [tmp_path / "f.pdf", tmp_path / "sub" / "e.MP4"]
-    assert find_images(tmp_path, with_others=True) == sorted([*expected, *others])
+    assert list(scan_media(tmp_path, with_others=True).files) == sorted([*expected, *others])
     named = [tmp_path / "notes.txt", tmp_path / "b.JPG"]
     assert find_images(named) == named  # named files are taken, in the order given
 

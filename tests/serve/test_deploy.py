@@ -141,7 +141,7 @@ async def load(address: str, expected: dict[str, Any], told: str) -> dict[str, i
             sending.append(asyncio.create_task(request(client, number)))
             await asyncio.sleep(0.01)
             if number == 200:
-                victim = sorted(pids)[0]
+                victim = min(pids)
                 os.kill(victim, signal.SIGKILL)
                 counted["killed"] += 1
         await asyncio.gather(*sending)

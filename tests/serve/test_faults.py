@@ -60,8 +60,7 @@ def client(address: str) -> Iterator[httpx.Client]:
 
 def connected(address: str) -> socket.socket:
     host, _, port = address.removeprefix("http://").partition(":")
-    opened = socket.create_connection((host, int(port)), timeout=20)
-    return opened
+    return socket.create_connection((host, int(port)), timeout=20)
 
 
 def everything(sock: socket.socket) -> bytes:
@@ -349,7 +348,7 @@ REFUSED = {"messages": [{"role": "user", "content": "long " * 300}], "max_tokens
         ("/v1/chat/completions", REFUSED),
         ("/v1/chat/completions", {**LONG, "n": 4}),
         ("/v1/embeddings", {"input": [f"text {n}" for n in range(2000)]}),
-        ("/api/chat", {"model": "tiny", **{"messages": LONG["messages"]}}),
+        ("/api/chat", {"model": "tiny", "messages": LONG["messages"]}),
     ],
 )
 def test_clients_that_leave_at_any_moment(

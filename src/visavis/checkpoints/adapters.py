@@ -11,6 +11,7 @@ that is read by name can be a base; knows none of them.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def _named_base(folder: Path) -> Path:
     """Return the base that an adapter names: a folder of this machine, or from the hub."""
     named = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
     places = [folder / str(named), Path(str(named))] if named else []
-    found = next((place for place in places if place.is_dir()), None)
+    found = next((place for place in places if os.path.isdir(place)), None)
     if found is not None:
         return found
     try:

@@ -35,7 +35,7 @@ from visavis.checkpoints.transformers.load import (
     TransformersFormat,
 )
 from visavis.errors import CheckpointError
-from visavis.utils import suggest
+from visavis.utils import check_regular, suggest
 
 MAX_LISTED = 8
 
@@ -155,11 +155,13 @@ def _check_file(path: Path) -> None:
         CheckpointError: the file cannot be read, or holds weights alone.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             start = file.read(8)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot read {path}: {error.strerror}; expected a .gguf file or a folder."
+            f"cannot read {path}: {getattr(error, 'strerror', error)}; expected a .gguf file or a "
+            "folder."
         ) from error
     if start[:4] != GGUF_MAGIC and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         raise CheckpointError(

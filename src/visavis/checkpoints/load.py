@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +63,7 @@ def find_settings(name_or_path: str | Path) -> Path:
 
 
 def _on_hub(name: str) -> hub.HubId | None:
-    return None if Path(name).expanduser().exists() else hub.parse(name)
+    return None if os.path.exists(os.path.expanduser(name)) else hub.parse(name)
 
 
 def _here(name: str) -> Path:
@@ -72,8 +73,8 @@ def _here(name: str) -> Path:
         from visavis.checkpoints import tiny_random
 
         return tiny_random.fetch()
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
         return path
     raise UnknownNameError(
         f"no model is named {name!r} and no such file or folder exists: {suggest(name, NAMES)} "

@@ -66,7 +66,7 @@ from visavis.processing.tokenizer import (
     load_tokenizer,
     special_tokens,
 )
-from visavis.utils import write_atomically
+from visavis.utils import parse_json, write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -86,8 +86,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read {path}: {error}. Expected the JSON that visavis writes beside its "
             "weights; the folder is incomplete or damaged, copy it again."

@@ -9,8 +9,8 @@ elsewhere.
 
 from __future__ import annotations
 
-import json
 import mmap
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from visavis.errors import CheckpointError, CheckpointWarning
+from visavis.utils import parse_json
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
 INDEX = ".index.json"
@@ -59,10 +60,10 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise ValueError(f"{size} bytes, expected at most {MAX_JSON_BYTES}")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"holds a {type(data).__name__}, expected an object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read {path}: {error}. The folder is incomplete or damaged; copy it again."
         ) from error
@@ -194,7 +195,7 @@ def _shards(index: Path) -> list[Path]:
             f"{index} names {outside[0]!r}, expected names of files beside it and no paths; such "
             "an index may be hostile: do not use this checkpoint."
         )
-    missing = [name for name in shards if not (index.parent / name).is_file()]
+    missing = [name for name in shards if not os.path.isfile(index.parent / name)]
     if missing or not shards:
         more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
         raise CheckpointError(
@@ -209,7 +210,7 @@ def _scan_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             size = path.stat().st_size - 8 - length
             for name, entry in header.items():
                 if name == "__metadata__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def compose(
         raise InputError(
             "base, lora and quantize are of training, expected language_model and vision_tower"
         )
-    if out.exists():
+    if os.path.exists(out):
         raise InputError(f"{out} exists, expected a name that is free; remove it, or name another")
     made = parts.compose(model.composition(), seed=seed)
     with write_folder_atomically(out) as temporary:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,9 @@ from visavis.cli.common import (
     visuals_of,
 )
 from visavis.errors import InputError
+from visavis.utils import parse_json
+
+_ADDRESS = re.compile(r"(?i)data:|[a-z][a-z0-9+.-]+://")
 
 
 @loads_a_model
@@ -38,7 +41,8 @@ def embed(
     items: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help='JSON lines such as {"image": "a.jpg", "text": "a cat"}.'
+            metavar="FILE",
+            help='JSON lines such as {"image": "a.jpg", "text": "a cat"}; paths start at the file.',
         ),
     ] = None,
     output: Annotated[
@@ -83,7 +87,7 @@ def embed(
     from visavis.utils import write_atomically
 
     named = [(text, text) for text in texts] + _named_visuals(images, videos, documents, whole)
-    named += [(item, item) for item in (_read_items(items) if items else [])]
+    named += _read_items(items) if items else []
     shown, wanted = [name for name, _ in named], [item for _, item in named]
     if not wanted:
         raise InputError(f"nothing to embed: --items {items} holds no lines")
@@ -127,24 +131,36 @@ def _named_visuals(
     return found
 
 
-def _read_items(path: Path) -> list[Any]:
-    """Read one item per line of a JSON lines file; errors name the line."""
+def _read_items(path: Path) -> list[tuple[Any, Any]]:
+    """Return the item of each line of a JSON lines file as it stands there, and with its paths
+    from the file's folder; errors name the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 is part of a text
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read --items {path}: {error}; expected JSON lines") from error
     items = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
+            item = parse_json(line)
+        except ValueError as error:
             raise InputError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(item, (str, dict)):
             raise InputError(
                 f"{path} line {number} holds a {type(item).__name__}, expected a text in quotes "
                 'or {"image": …, "text": …}'
             )
-        items.append(item)
+        found = item if isinstance(item, str) else {k: _from(path, k, v) for k, v in item.items()}
+        items.append((item, found))
     return items
+
+
+def _from(path: Path, key: str, value: Any) -> Any:
+    """Return the value of an item's key; paths start at the folder of the file."""
+    if isinstance(value, list):
+        return [_from(path, key, one) for one in value]
+    is_path = key in ("image", "video", "document") and isinstance(value, str) and value.strip()
+    if not is_path or value.startswith("~") or _ADDRESS.match(value):
+        return value
+    return str(path.parent / value)

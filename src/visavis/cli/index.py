@@ -62,6 +62,8 @@ def add(
     report = opened.add(paths, progress=show_progress())
     for _, reason in report.failed:
         say(f"skipped: {reason}")
+    for (suffix, reason), count in sorted(report.left_out.items()):
+        say(f"left out: {count} of suffix {suffix or 'none'} ({reason})")
     if as_json:
         print_json(
             {
@@ -71,6 +73,10 @@ def add(
                 "changed": report.changed,
                 "unchanged": report.unchanged,
                 "failed": [{"source": s, "reason": r} for s, r in report.failed],
+                "left_out": [
+                    {"suffix": suffix, "reason": reason, "files": count}
+                    for (suffix, reason), count in sorted(report.left_out.items())
+                ],
             }
         )
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -211,7 +212,7 @@ def mine(
         seed=seed,
         use_faiss=use_faiss,
     )
-    if out.is_dir():
+    if os.path.isdir(out):
         raise InputError(f"--output {out} is a folder, expected a path for a JSON lines file")
     samples = _recipe(data, source, root) if data.suffix in (".yaml", ".yml") else None
     samples = samples or _file(data, form, images)
@@ -290,7 +291,7 @@ def _file(path: Path, form: str, images: Path | None) -> Source:
     where = path.absolute()
     folder = "" if images is None else str(images.absolute())
     spec: Any = {"format": form, "path": str(where), "images": folder}
-    if not where.exists():  # the name of a data set, or of what is drawn
+    if not os.path.exists(where):  # the name of a data set, or of what is drawn
         spec["path"] = str(path)
     return open_data_source(SourceConfig(**spec), where.parent, name=path.name)
 

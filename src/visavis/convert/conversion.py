@@ -1,19 +1,20 @@
 """One conversion: load a checkpoint, write it beside its place, put it there whole.
 
-    IN ──load──► Loaded ──write──► OUT.tmp-… ──rename──► OUT
-                                       └─ README.md
+    IN ──load──► Checkpoint ──write──► .OUT.tmp0/OUT ──rename──► OUT
+                                           └─ README.md
 
-Until the rename nothing is at OUT; an error, a full disk and Ctrl-C leave nothing behind. The
-classes of `checkpoints/formats.py` write; `verify.py` checks the result.
+Until the rename OUT is as it was. An error, a full disk and Ctrl-C leave nothing behind; what a
+killed process leaves is removed by the next conversion to OUT. The classes of
+`checkpoints/formats.py` write; `verify.py` checks the result.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from visavis.checkpoints.adapters import adapter_chain
 from visavis.checkpoints.checkpoint import INTEGERS, Checkpoint
@@ -26,7 +27,7 @@ from visavis.checkpoints.native import CONFIG_NAME, read_config
 from visavis.checkpoints.tensor_files import read_headers, weight_files
 from visavis.convert.model_card import LICENCE_FILES, model_card
 from visavis.errors import CheckpointError, InputError
-from visavis.utils import lookup, write_folder_atomically
+from visavis.utils import lookup, temporary_folder, write_folder_atomically
 
 PRECISIONS = {"float32": "f32", "float64": "f32", "bfloat16": "bf16", "float16": "f16"}
 QUANTISED = "bf16"  # what weights that are stored in fewer bits become, if nothing else is asked
@@ -115,7 +116,7 @@ def convert(
         else:
             with write_folder_atomically(out) as folder:
                 written = target.save(loaded, folder, kind=kind, progress=progress)
-                named = path.name if Path(source).expanduser().exists() else str(source)
+                named = path.name if os.path.exists(os.path.expanduser(source)) else str(source)
                 card = model_card(loaded, path, named, to, kind or precision, written.lost)
                 (folder / "README.md").write_text(card, encoding="utf-8")
                 for name in LICENCE_FILES:
@@ -164,9 +165,8 @@ def _write_beside(
     target: type[CheckpointFormat], loaded: Checkpoint, out: Path, kind: str
 ) -> list[Path]:
     """Write a model that is single files, and put them into their folder one after the other."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.tmp-") as folder:
-        files = target.save(loaded, Path(folder) / out.name, kind=kind).files
+    with temporary_folder(out) as folder:
+        files = target.save(loaded, folder / out.name, kind=kind).files
         for file in reversed(files):  # the model itself comes last
             file.replace(out.parent / file.name)
     return [out.parent / file.name for file in files]
@@ -182,12 +182,12 @@ def _check_place(out: Path, source: Path, *, force: bool, single: bool) -> None:
     if ours == theirs or ours in theirs.parents:
         raise InputError(f"OUT is {out}, which holds the model to convert; choose another place.")
     if single:
-        if out.exists() and not force:
+        if os.path.exists(out) and not force:
             raise InputError(f"{out} exists; replace it with --force, or choose another name.")
         return
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise InputError(f"{out} is a file, expected the name of a new folder.")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not os.path.isdir(out) or not any(out.iterdir()):
         return
     if not force:
         raise InputError(

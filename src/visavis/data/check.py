@@ -7,6 +7,7 @@ duplicates, and examples that are both trained and tested on.
 
 from __future__ import annotations
 
+import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -299,22 +300,26 @@ def guess_format(path: Path) -> str:
     try:
         row = open_rows(find_files(str(path), Path()))[0]
     except (TrainError, IndexError):
-        if path.is_dir():
+        if os.path.isdir(path):
             return "images"
         raise
-    signs = {
-        "llava": {"conversations"},
-        "pairs": {"query", "positives"},
-        "mmeb": {"qry", "pos_text"},
-        "vidore": {"query", "answer", "image"},
-        "visrag": {"query", "source", "image"},
-        "scene-graph": {"predicate", "subject", "object"},
-    }
-    for name, keys in signs.items():
+    signs = [
+        ("llava", {"conversations"}),
+        ("pairs", {"query", "positives"}),
+        ("pairs", {"anchor", "positive"}),
+        ("pairs", {"query", "positive"}),
+        ("pairs", {"messages", "positive_messages"}),
+        ("llava", {"messages"}),
+        ("mmeb", {"qry", "pos_text"}),
+        ("vidore", {"query", "answer", "image"}),
+        ("visrag", {"query", "source", "image"}),
+        ("scene-graph", {"predicate", "subject", "object"}),
+    ]
+    for name, keys in signs:
         if keys <= row.keys():
             return name
     raise TrainError(
         f"{path} has records of {', '.join(row) or 'nothing'}; expected those of one of "
-        f"{', '.join(f'{name} ({chr(44).join(sorted(keys))})' for name, keys in signs.items())}. "
+        f"{', '.join(f'{name} ({chr(44).join(sorted(keys))})' for name, keys in signs)}. "
         "Name it with its format in a recipe."
     )

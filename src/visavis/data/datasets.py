@@ -17,7 +17,7 @@ from typing import Any
 
 from visavis.errors import TrainError
 from visavis.inputs import Image, Stored, Video
-from visavis.utils import lookup
+from visavis.utils import lookup, parse_json
 
 ASK_SHORT = (
     "What is in this picture?",
@@ -170,7 +170,7 @@ def read_shards(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any], St
             parts[kind] = file
             if len(parts) == 2:
                 try:
-                    fields = json.loads(parts["json"].read())
+                    fields = parse_json(parts["json"].read())
                 except ValueError as error:
                     raise TrainError(
                         f"cannot read {path}: {key}.json is not JSON ({error}); the copy is "
@@ -273,7 +273,7 @@ def imagenet_classes(root: Path, split: str) -> Iterator[Record]:
     Training makes features for them from the tower's own classifier.
     """
     lines = (Path(__file__).parent / "imagenet_classes.tsv").read_text(encoding="utf-8")
-    for number, line in enumerate(lines.splitlines()):
+    for number, line in enumerate(lines.rstrip("\n").split("\n")):
         names, definition = line.split("\t")
         name = names.split(",")[0].strip()
         article = "an" if name[0].lower() in "aeiou" else "a"

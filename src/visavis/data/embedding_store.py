@@ -91,7 +91,7 @@ class EmbeddingStore:
         for path in (self.data_path, self.keys_path):
             path.touch()
         text = self.keys_path.read_text(encoding="utf-8")
-        keys = text[: text.rfind("\n") + 1].splitlines()
+        keys = text.split("\n")[:-1]  # without the last one if it is cut off
         row_bytes = 4 * self.dim
         self.num_rows = min(len(keys), self.data_path.stat().st_size // row_bytes)
         os.truncate(self.data_path, self.num_rows * row_bytes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 import threading
 from array import array
@@ -25,21 +26,23 @@ from visavis.data.datasets import members, read_span
 from visavis.errors import TrainError
 from visavis.inputs import Stored
 from visavis.processing.media import SUFFIXES
+from visavis.utils import parse_json
 
 KEPT_BYTES = 256 << 20  # of decoded columns of row groups, of all files together
 
 
 class Chunks:
-    """Decoded columns of row groups, least recently used ones dropped."""
+    """Decoded columns of row groups, least recently used ones dropped. Each opened file has its
+    own, as another one may have taken its path since."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
-        self.kept: OrderedDict[tuple[Path, int, str], Any] = OrderedDict()
+        self.kept: OrderedDict[tuple[Any, int, str], Any] = OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, file: Any, path: Path, group: int, column: str) -> Any:
+    def get(self, file: Any, group: int, column: str) -> Any:
         """Return a column of a row group, decoding it if it is not kept."""
-        key = (path, group, column)
+        key = (file, group, column)
         with self.lock:
             if key not in self.kept:
                 self.kept[key] = file.read_row_group(group, columns=[column]).column(0)
@@ -130,7 +133,7 @@ class Table:
             return self.table.column(column)[number]
         group = bisect_right(self.ends, number)
         start = self.ends[group - 1] if group else 0
-        return _CHUNKS.get(self.file, self.path, group, column)[number - start]
+        return _CHUNKS.get(self.file, group, column)[number - start]
 
     def _complete(self, number: int, column: str) -> bool:
         """Return whether a file says that no bytes are missing near a row; nothing is decoded."""
@@ -198,10 +201,10 @@ def find_files(path: str, root: Path) -> list[Path]:
         TrainError: there are none.
     """
     whole = root / path
-    if whole.is_file():
+    if os.path.isfile(whole):
         return [whole]
-    found = whole.iterdir() if whole.is_dir() else map(Path, glob(str(whole), recursive=True))
-    files = sorted(file for file in found if file.suffix in DATA_SUFFIXES)
+    found = whole.iterdir() if os.path.isdir(whole) else map(Path, glob(str(whole), recursive=True))
+    files = sorted(f for f in found if f.suffix in DATA_SUFFIXES and os.path.isfile(f))
     if not path or not files:
         raise TrainError(
             f"{whole} is no file, and no folder or pattern of {' '.join(DATA_SUFFIXES)} files; "
@@ -273,7 +276,7 @@ class Json:
     def __getitem__(self, number: int) -> Row:
         start = self.starts[number]
         try:
-            row = json.loads(read_span(self.path, start, self.ends[number] - start))
+            row = parse_json(read_span(self.path, start, self.ends[number] - start))
         except ValueError as error:
             raise TrainError(
                 f"{self.where(number)} is not JSON ({error}); expected a list of objects or one "
@@ -318,6 +321,10 @@ def _list_spans(path: Path) -> Iterator[tuple[int, int]]:
                     return
                 try:
                     value, end = scan(text, at)
+                except RecursionError as error:
+                    raise TrainError(
+                        f"{path}: record {count + 1} is nested too deeply, expected a flat object."
+                    ) from error
                 except ValueError as error:  # not whole yet, or broken
                     if not chunk:
                         raise TrainError(
@@ -376,7 +383,7 @@ class Shard:
     def __getitem__(self, number: int) -> Row:
         key, text, visuals = self.entries[number]
         try:
-            fields = json.loads(text.read())
+            fields = parse_json(text.read())
         except ValueError as error:
             raise TrainError(f"{self.where(number)} is not JSON ({error}).") from error
         if not isinstance(fields, dict):

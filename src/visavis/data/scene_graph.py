@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from visavis.errors import InputError, TrainError
-from visavis.utils import write_atomically
+from visavis.utils import parse_json, write_atomically
 
 Box: TypeAlias = tuple[float, float, float, float]  # x1, y1, x2, y2, in pixels
 Pair: TypeAlias = tuple[Box, Box]
@@ -247,7 +247,7 @@ def read_labels(folder: Path) -> Labels:
     contents = {}
     for name in (VOCABULARY, NEIGHBORS, SAME_IMAGE):
         try:
-            contents[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            contents[name] = parse_json((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise TrainError(
                 f"cannot read {folder / name}: {error}; `visavis mine … --label-files {folder}` "

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from visavis.data.examples import ContrastiveExample, Sample
 from visavis.data.formats import FORMATS, Format
-from visavis.data.formats.retrieval import Mined
+from visavis.data.formats.retrieval import ROW, Mined
 from visavis.data.media_paths import Options, Place
 from visavis.data.readers import Row, file_content
 from visavis.errors import TrainError, VisavisError
@@ -121,7 +121,7 @@ class Source(Sequence[Sample]):
         """Return the record's id, or its number with the name of its file."""
         if row.get("id") not in (None, ""):
             return str(row["id"])
-        return f"{Path(self.spec.path).stem}:{number}"
+        return f"{Path(self.spec.path).stem}:{row.get(ROW, number)}"
 
     def _completed(self, sample: ContrastiveExample, id: str) -> ContrastiveExample:
         """Return a sample with what the recipe adds to it."""

@@ -76,8 +76,8 @@ def file_of(source: str) -> Path:
 def still_there(source: str, num_pages: dict[Path, int]) -> bool:
     """Return whether a file is there; with the page, where it is one. Fills in `num_pages`."""
     file, page = file_of(source), _PAGE.fullmatch(source)
-    if page is None or not file.is_file():
-        return file.is_file()
+    if page is None or not os.path.isfile(file):
+        return os.path.isfile(file)
     if file not in num_pages:
         with suppress(VisavisError):  # it is there, but cannot be read
             num_pages[file] = len(pages(Document(file)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from visavis.index.items import file_of, picture_of, preview, source_of, still_t
 from visavis.index.store import IndexRow, Stamp, Store, StoredItem
 from visavis.inputs import Document, Prompt, Text, Visual
 from visavis.processing.images import ContentHasher
-from visavis.processing.media import find_images
+from visavis.processing.media import MediaScan, scan_media
 from visavis.processing.pdf import pages
 from visavis.utils import jpeg_preview, track
 
@@ -53,12 +54,19 @@ class Hit:
 
 @dataclass
 class AddReport:
-    """Result of `add`: counts, and (source, reason) of each failed item."""
+    """Result of `add`.
+
+    Attributes:
+        added, changed, unchanged: numbers of items.
+        failed: (source, reason) of each item or folder that cannot be read.
+        left_out: (suffix, reason) → number of files in folders that were not tried.
+    """
 
     added: int = 0
     changed: int = 0
     unchanged: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -213,12 +221,14 @@ class Index:
         for item in items:
             is_path = isinstance(item, (str, Path))
             try:
-                files = find_images(item, with_others=True) if is_path else ()
+                scan = scan_media(item, with_others=True) if is_path else MediaScan()
                 found = [] if is_path else [_from_item(item, hasher)]
             except VisavisError as error:
                 report.failed.append((str(item) if is_path else type(item).__name__, str(error)))
                 continue
-            for file in files:
+            report.failed += [(str(folder), reason) for folder, reason in scan.unreadable]
+            report.left_out += scan.left_out
+            for file in scan.files:
                 # Absolute, so that the index works from any folder; links stay as they were named.
                 path = Path(os.path.abspath(file))
                 try:
@@ -331,9 +341,9 @@ def _stamp(entry: _IndexEntry) -> Stamp:
         return Stamp()
     try:
         status = os.stat(file_of(entry.source))
-    except OSError:  # it vanished since it was listed: reading it says so in better words
+    except (OSError, ValueError):  # it is gone or has no possible name: reading it says so
         return Stamp()
-    return Stamp(status.st_size, status.st_mtime_ns)
+    return Stamp(status.st_size, status.st_mtime_ns & 2**63 - 1)  # what SQLite can hold
 
 
 def _row(entry: _IndexEntry, content: str, stamp: Stamp, vector: np.ndarray) -> IndexRow:

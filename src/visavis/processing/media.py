@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,9 +58,9 @@ def open_media(source: Path | bytes | Stored, what: str = "image") -> BinaryIO:
         return io.BytesIO(source)
     name = name_of(source)
     try:
-        if source.is_dir():
+        if os.path.isdir(source):
             raise ImageError(f"{name} is a folder, expected one {noun}; name a file in it")
-        if source.exists() and not source.is_file():
+        if os.path.exists(source) and not os.path.isfile(source):
             raise ImageError(f"{name} is a device or pipe, expected a {noun} file")
         opened = source.open("rb")
     except FileNotFoundError:
@@ -78,60 +80,97 @@ def open_media(source: Path | bytes | Stored, what: str = "image") -> BinaryIO:
     return opened
 
 
-def find_images(
-    paths: str | Path | Iterable[str | Path], *, with_others: bool = False
-) -> list[Path]:
-    """Return the picture files under `paths`, without duplicates.
+@dataclass
+class MediaScan:
+    """Files below the paths that a user named.
 
-    Folders are searched recursively and in sorted order for the suffixes in FORMATS; hidden files
-    and folders (".…") are left out and links to folders are not followed. A file that is named
-    itself is taken whatever its suffix is.
+    Attributes:
+        files: those of a wanted kind, each once; folders are searched in sorted order.
+        unreadable: (folder, reason) of folders that cannot be listed.
+        left_out: (suffix, reason) → number of files; a link to a folder counts as one file.
+    """
+
+    files: dict[Path, None] = field(default_factory=dict)
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+def scan_media(path: str | Path, *, with_others: bool = False) -> MediaScan:
+    """Find the image files below a path, and count what is left out.
+
+    Folders are searched recursively for the suffixes in FORMATS; hidden files and folders (".…")
+    are left out and links to folders are not followed. A file that is named itself is taken
+    with any suffix.
 
     Args:
         with_others: look for videos and documents too.
+
+    Raises:
+        ImageError: the path does not exist, or is a folder without such a file.
+    """
+    path = Path(path).expanduser()
+    scan = MediaScan()
+    if os.path.isdir(path):
+        _walk(path, with_others, scan)
+    elif os.path.lexists(path):  # opening a dangling link says what it is
+        scan.files[path] = None
+    else:
+        raise ImageError(
+            f"{name_of(path)} does not exist, expected a picture or a folder of pictures; "
+            "check the spelling" + ("" if path.is_absolute() else f" (looked in {Path.cwd()})")
+        )
+    return scan
+
+
+def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Return the image files under `paths`, without duplicates, as `scan_media` finds them.
 
     Raises:
         ImageError: a path does not exist, or a folder cannot be read or holds no picture.
     """
     found: dict[Path, None] = {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        path = Path(path).expanduser()
-        if path.is_dir():
-            found.update(dict.fromkeys(_walk(path, with_others)))
-        elif path.exists():
-            found[path] = None
-        else:
-            raise ImageError(
-                f"{name_of(path)} does not exist, expected a picture or a folder of pictures; "
-                "check the spelling" + ("" if path.is_absolute() else f" (looked in {Path.cwd()})")
-            )
+        scan = scan_media(path)
+        for _, reason in scan.unreadable:
+            raise ImageError(reason)
+        found.update(scan.files)
     return list(found)
 
 
-def _walk(folder: Path, with_others: bool) -> list[Path]:
+def _walk(folder: Path, with_others: bool, scan: MediaScan) -> None:
     wanted = SUFFIXES | VIDEO_SUFFIXES | DOCUMENT_SUFFIXES if with_others else SUFFIXES
 
     def unreadable(error: OSError) -> None:
-        raise ImageError(
-            f"folder {error.filename!r} cannot be read ({error.strerror}); "
+        name = Path(os.fsdecode(error.filename))
+        reason = (
+            f"folder {name_of(name)} cannot be read ({error.strerror}); "
             "change its rights or name the folders you want one by one"
         )
+        scan.unreadable.append((name, reason))
 
-    pictures: list[Path] = []
-    others = 0
+    found: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=unreadable):
+        for name in folders:
+            if name.startswith("."):
+                scan.left_out["folder", "hidden"] += 1
+            elif os.path.islink(os.path.join(root, name)):
+                scan.left_out["folder", "a link to a folder"] += 1
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in wanted:
-                pictures.append(Path(root, name))
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                scan.left_out[suffix, "hidden"] += 1
+            elif suffix in wanted:
+                found.append(Path(root, name))
             else:
-                others += 1
-    if not pictures:
+                scan.left_out[suffix, "not a supported suffix"] += 1
+    if not found and not scan.unreadable:
         raise ImageError(
             f"folder {name_of(folder)} holds no pictures{', videos or PDFs' * with_others} "
-            f"({others} other files), expected some with the suffix {' '.join(sorted(wanted))}"
+            f"({scan.left_out.total()} other files), expected some with the suffix "
+            f"{' '.join(sorted(wanted))}"
         )
-    return sorted(pictures)
+    scan.files.update(dict.fromkeys(sorted(found)))
 
 
 def frame_files(source: Any) -> tuple[Any, ...]:
@@ -139,13 +178,16 @@ def frame_files(source: Any) -> tuple[Any, ...]:
     the numbers in their names (2 before 10); () for a video file."""
     if isinstance(source, tuple):
         return source
-    if not isinstance(source, Path) or not source.is_dir():
+    if not isinstance(source, Path) or not os.path.isdir(source):
         return ()
     return tuple(sorted(find_images(source), key=_natural))
 
 
+_DIGITS = frozenset("0123456789")
+
+
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
     return [
-        (piece.isdigit(), int(piece) if piece.isdigit() else 0, piece)
+        (piece[0] in _DIGITS, int(piece) if piece[0] in _DIGITS else 0, piece)
         for piece in re.findall(r"[0-9]+|[^0-9]+", str(path))
     ]

@@ -7,7 +7,6 @@ Reads no GGUF file itself (it is given the metadata dict) and knows nothing of t
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from tokenizers import (
 
 from visavis.errors import CheckpointError
 from visavis.processing.tokenizer_conversion import PRE_TOKENIZERS, read_sentencepiece
-from visavis.utils import suggest
+from visavis.utils import parse_json, suggest
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
@@ -369,7 +368,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; copy the folder again") from error
     return data if isinstance(data, dict) else {}

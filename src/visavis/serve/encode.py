@@ -23,8 +23,10 @@ def quantize(vectors: np.ndarray, kind: str) -> np.ndarray:
         return vectors.astype("<f4", copy=False)
     if kind in ("int8", "uint8"):
         largest = np.abs(vectors).max(axis=1, keepdims=True)
-        scaled = np.rint(vectors * (127 / np.maximum(largest, 1e-12))).astype(np.int8)
-        return scaled if kind == "int8" else (scaled.astype(np.int16) + 128).astype(np.uint8)
+        scaled: np.ndarray = np.rint(vectors * (127 / np.maximum(largest, 1e-12))).astype(np.int8)
+        if kind == "int8":
+            return scaled
+        return (scaled.astype(np.int16) + 128).astype(np.uint8)
     packed = np.packbits(vectors > 0, axis=-1)
     return packed if kind == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
 

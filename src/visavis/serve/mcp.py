@@ -114,8 +114,7 @@ class Library:
         found = index.search(query, limit, filter) if len(index) else []
         shown = [_described(hit) for hit in found]
         content: list[ContentBlock] = [TextContent(text=_listed(shown))]
-        for hit in found:
-            content.append(_link(hit.item))
+        content += [_link(hit.item) for hit in found]
         for hit in found[:MAX_THUMBNAILS]:
             thumbnail = self.thumbnail(hit.item)
             content += [thumbnail] if thumbnail else []

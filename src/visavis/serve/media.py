@@ -21,7 +21,9 @@ from visavis.serve.errors import ApiError
 from visavis.serve.fetch import Fetcher
 
 Kind: TypeAlias = Literal["text", "image", "video", "document"]
-_DATA_URI = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[\w.+\"-]*)*);base64,", re.I)
+_DATA_URI = re.compile(
+    r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[\w.+\"-]*)*);base64,", re.IGNORECASE
+)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _MEDIA_TYPES = {"image": "image/", "video": "video/", "document": "application/pdf"}
 

@@ -24,7 +24,7 @@ from visavis.train.distributed import Processes, share_of, whole
 from visavis.train.gradcache import RandomState
 from visavis.train.metrics import Meter
 from visavis.train.objectives import Task
-from visavis.utils import write_atomically
+from visavis.utils import remove_unfinished, write_atomically
 
 MOST_FREE = 5  # a state is so many times its trained tensors at most: moments, means, headroom
 
@@ -55,8 +55,8 @@ class Checkpoints:
         self.keep, self.identity = keep, identity
         self.newest = -1  # step of the last one that was written or read
         if processes.is_main:
-            for left in folder.glob(".step-*.pt.*"):  # by a run that was killed while it wrote
-                left.unlink()
+            for left in folder.glob(".step-*.pt.tmp*"):  # by a run that was killed while it wrote
+                remove_unfinished(left)
 
     def save(self, state: State) -> Path:
         """Write a checkpoint in one rename, and drop those that are too old.

@@ -192,10 +192,10 @@ class RunLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a log."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:  # cut off when the run was killed
+        except ValueError:  # cut off when the run was killed
             continue
     return lines
 

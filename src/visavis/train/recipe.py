@@ -7,11 +7,11 @@ A recipe names the model, the data sources, and the stages in order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from visavis.data.datasets import SOURCES, TRAINING_SOURCES
@@ -20,7 +20,7 @@ from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
 from visavis.processing.chat_formats import CHAT_FORMATS
 from visavis.processing.prompt_encoder import PROFILES
-from visavis.utils import suggest
+from visavis.utils import parse_yaml, suggest
 
 if TYPE_CHECKING:
     from visavis.checkpoints.compose import Composition
@@ -336,8 +336,8 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         TrainError: the file is not YAML or not a recipe; the message lists every problem.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise TrainError(f"cannot read the recipe {path}: {error}") from error
     for override in overrides:
         _override(data, override)
@@ -376,14 +376,14 @@ def _override(data: Any, override: str) -> None:
     """Set one value of a recipe's data, in place."""
     name, equals, text = override.partition("=")
     try:
-        value = yaml.safe_load(text)
-        *path, last = [int(key) if key.isdigit() else key for key in name.split(".")]
+        value = parse_yaml(text)
+        *path, last = [int(key) if re.fullmatch("[0-9]+", key) else key for key in name.split(".")]
         for key in path:
             data = data[key]
         if not equals or (isinstance(data, list) and not isinstance(last, int)):
             raise KeyError(last)
         data[last] = value
-    except (KeyError, IndexError, TypeError, yaml.YAMLError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise TrainError(
             f"{override!r} changes nothing of the recipe ({type(error).__name__}: {error}); "
             "expected name=value with names as in the file, such as stages.0.steps=10."

@@ -5,7 +5,6 @@ A model in several parts counts as one. Tokenizer and chat template are in the m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +36,7 @@ from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens, build_tokenizer, special_tokens
+from visavis.utils import parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -257,7 +257,7 @@ def _prompt_config(file: GGUFFile) -> PromptConfig:
     own = metadata.get(PROFILE)
     if isinstance(own, str):
         try:
-            return PromptConfig(**json.loads(own))
+            return PromptConfig(**parse_json(own))
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{file.path}: {PROFILE} cannot be read ({error}); the file is damaged or from a "

@@ -11,7 +11,6 @@ in mmproj_writer.py. Builds no model and knows no language model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
@@ -25,6 +24,7 @@ from visavis.checkpoints.tensor_files import warn_not_finite
 from visavis.errors import CheckpointError, InputError
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
 from visavis.processing.config import AnyresConfig, ImageProcessorConfig
+from visavis.utils import parse_json
 
 ARCHITECTURE = "clip"
 VISION = "visavis.vision"  # ours: how pictures are prepared and put together, to the last setting
@@ -255,7 +255,7 @@ def _check_tensors(file: GGUFFile, half: MmprojModel) -> None:
 def _is_cut(name: str, tower: ViTConfig) -> bool:
     """Return whether a tensor belongs to a block after the one whose output is taken."""
     parts = name.split(".")
-    return parts[:2] == ["v", "blk"] and parts[2].isdigit() and int(parts[2]) >= tower.num_layers
+    return parts[:2] == ["v", "blk"] and parts[2].isdecimal() and int(parts[2]) >= tower.num_layers
 
 
 def _preparation(keys: _Keys, tower: ViTConfig) -> tuple[ImageLayoutConfig, ImageProcessorConfig]:
@@ -267,7 +267,7 @@ def _preparation(keys: _Keys, tower: ViTConfig) -> tuple[ImageLayoutConfig, Imag
     own = keys.optional(VISION, str, "")
     try:
         if own:
-            data = json.loads(own)
+            data = parse_json(own)
             return ImageLayoutConfig(**data["merge"]), ImageProcessorConfig.from_dict(
                 data["processor"]
             )

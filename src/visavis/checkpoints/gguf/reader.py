@@ -22,6 +22,7 @@ import numpy as np
 
 from visavis.checkpoints.gguf import dequantize
 from visavis.errors import CheckpointError
+from visavis.utils import check_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -120,6 +121,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """
     path = Path(path)
     try:
+        check_regular(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < HEADER.size:
@@ -127,9 +129,12 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
                     f"{path}: {size} bytes, expected a GGUF file ({HEADER.size} or more); {DAMAGED}"
                 )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); expected a .gguf file; check the path"
+            f"{path}: cannot be read ({getattr(error, 'strerror', error)}); expected a .gguf "
+            "file; check the path"
         ) from error
     return _Reader(path, mapped).read()
 

@@ -10,6 +10,7 @@ else from the tower's folder, which may be fetched from the hub. Executes nothin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -366,7 +367,7 @@ def _tower_folder(folder: Path, data: Json, given: Path | None) -> Path | None:
             )
         return given
     places = [folder / "vision_tower", folder / str(data["mm_vision_tower"])]
-    return next((place for place in places if (place / CONFIG).is_file()), None)
+    return next((place for place in places if os.path.isfile(place / CONFIG)), None)
 
 
 def _fetched_tower(folder: Path, data: Json) -> Path | None:

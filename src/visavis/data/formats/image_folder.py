@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,7 +38,7 @@ class Folder:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise TrainError(f"{path} is no folder, expected one with a folder of pictures a class")
         self.path = path
         self.pictures = find_images(path)

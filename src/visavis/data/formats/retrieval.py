@@ -23,10 +23,11 @@ from typing import Any, Literal, TypeAlias
 import yaml
 
 from visavis.data.examples import ContrastiveExample
+from visavis.data.formats.llava import KINDS, LlavaOptions, read_messages
 from visavis.data.media_paths import Options, Place, field, listed
 from visavis.data.readers import Row, Rows, open_rows
 from visavis.errors import InputError, TrainError
-from visavis.inputs import Message, Part, Prompt, Text, Visual
+from visavis.inputs import Message, Part, Prompt, Stored, Text, Visual
 
 _TOKEN = re.compile(r"(?:<\|image_1\|>|<image>|<\|image_pad\|>|<video>)\n?")
 
@@ -157,6 +158,12 @@ def _prompt(*parts: Part) -> Prompt:
 Lookup: TypeAlias = Callable[[str], Row]
 
 _NOTES = ("score", "source")  # what an item says of itself, for people and for miners
+# Columns of sentence-transformers, and keys of ms-swift; the first of them says which it is.
+_COLUMNS = re.compile(r"anchor|query|positive|negative(_[0-9]{1,6})?")
+_SWIFT = re.compile(r"(positive_|negative_)?(messages|images|videos)")
+_OWN = ("query", "positives", "negatives")
+ROW, POSITIVE = "#row", "#positive"  # which of a file's rows and of its positives a sample is of
+_EVERY = ("id", "group", ROW, POSITIVE, *_NOTES)
 
 
 class PairOptions(Options):
@@ -170,13 +177,16 @@ class PairOptions(Options):
 
 
 class Spread:
-    """A row for each positive of each row, `positive` its number."""
+    """A row for each positive of each row, with the numbers of both."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
         self.numbers, self.positives = array("Q"), array("Q")
         for number in range(len(rows)):
-            found = rows[number].get("positives")
+            row = rows[number]
+            found = row.get("positives")
+            if "positive_messages" in row:
+                found = _conversations(row["positive_messages"])
             for positive in range(len(found) if isinstance(found, list) and found else 1):
                 self.numbers.append(number)
                 self.positives.append(positive)
@@ -185,14 +195,17 @@ class Spread:
         return len(self.numbers)
 
     def __getitem__(self, number: int) -> Row:
-        return {**self.rows[self.numbers[number]], "positive": self.positives[number]}
+        row = self.numbers[number]
+        return {**self.rows[row], ROW: row, POSITIVE: self.positives[number]}
 
     def where(self, number: int) -> str:
         return self.rows.where(self.numbers[number])
 
 
 class Pairs:
-    """Makes samples of rows.
+    """Makes samples of rows: our own {query, positives, negatives}, the columns of
+    sentence-transformers (anchor or query, positive, negative, negative_1, …) or those of ms-swift
+    (messages, positive_messages, negative_messages, each with images and videos).
 
     Raises:
         TrainError: the corpus cannot be read.
@@ -206,22 +219,96 @@ class Pairs:
         """Return the query of a row with one of its positives.
 
         Raises:
-            InputError: an item is missing, or of no kind that is known.
+            InputError: an item is missing, or of no kind that is known; a key is unknown.
         """
+        if "messages" in row:
+            query, positives, hard = self._swift(row)
+        elif "positive" in row:
+            query, positives, hard = self._columns(row)
+        else:
+            query, positives, hard = self._own(row)
+        id, number = row["id"], row[POSITIVE]
+        group = row.get("group") or (id if len(positives) > 1 else "")
+        return ContrastiveExample(
+            id if number == 0 else f"{id}#{number}", query, positives[number], hard, str(group)
+        )
+
+    def _own(self, row: Row) -> tuple[Prompt, list[Prompt], tuple[Prompt, ...]]:
+        _check_keys(row, re.compile("|".join(_OWN)), ", ".join(_OWN))
         positives = field(row, "positives", list, what="a list of items")
         if not positives:
             raise InputError("its 'positives' are empty, expected what the query should find")
         if "query" not in row:
             raise InputError(f"it has no 'query', expected an item; it has {', '.join(row)}")
-        id, number = row["id"], row["positive"]
-        group = row.get("group") or (id if len(positives) > 1 else "")
-        return ContrastiveExample(
-            id if number == 0 else f"{id}#{number}",
-            _pair_prompt(row["query"], self.place, self.find),
-            _pair_prompt(positives[number], self.place, self.find),
-            negatives(row, self.place, self.find),
-            group=str(group),
-        )
+        query, *found = self._items([row["query"], *positives])
+        return query, found, negatives(row, self.place, self.find)
+
+    def _columns(self, row: Row) -> tuple[Prompt, list[Prompt], tuple[Prompt, ...]]:
+        _check_keys(row, _COLUMNS, "anchor or query, positive, negative, negative_1, …")
+        queries = [row[name] for name in ("anchor", "query") if row.get(name) is not None]
+        if len(queries) != 1:
+            raise InputError(f"it has {len(queries)} of 'anchor' and 'query', expected one of them")
+        names = [name for name in row if name.startswith("negative")]
+        names.sort(key=lambda name: int(name.partition("_")[2] or 0))
+        hard = [item for name in names for item in listed(row[name])]
+        query, positive, *found = self._items([*queries, row["positive"], *hard])
+        return query, [positive], tuple(found)
+
+    def _swift(self, row: Row) -> tuple[Prompt, list[Prompt], tuple[Prompt, ...]]:
+        _check_keys(row, _SWIFT, "messages, positive_messages, negative_messages, and images")
+        queries = self._messages(row, "")
+        if len(queries) != 1:
+            raise InputError(f"it has {len(queries)} 'messages', expected one conversation")
+        positives = self._messages(row, "positive_")
+        if not positives:
+            raise InputError("its 'positive_messages' are empty, expected what should be found")
+        return queries[0], positives, tuple(self._messages(row, "negative_"))
+
+    def _messages(self, row: Row, prefix: str) -> list[Prompt]:
+        """Return the prompts of `messages`, with the files under `images` and `videos`."""
+        found = _conversations(row.get(f"{prefix}messages"))
+        files = {}
+        for kind in KINDS:
+            each = listed(row.get(f"{prefix}{kind}s"))
+            # Files of one conversation may stand alone; of several each has a list of its own.
+            files[kind] = each if each and isinstance(each[0], (list, tuple)) else [each]
+            if len(files[kind]) != len(found) and any(files[kind]):
+                raise InputError(
+                    f"it has {len(found)} '{prefix}messages' and {len(files[kind])} lists of "
+                    f"'{prefix}{kind}s', expected a list for each"
+                )
+            files[kind] = files[kind] if any(files[kind]) else [[]] * len(found)
+        return [
+            Prompt(
+                read_messages(
+                    turns, {kind: files[kind][i] for kind in KINDS}, self.place, LlavaOptions()
+                )
+            )
+            for i, turns in enumerate(found)
+        ]
+
+    def _items(self, items: list[Any]) -> list[Prompt]:
+        return [_pair_prompt(item, self.place, self.find) for item in items]
+
+
+def _check_keys(row: Row, known: re.Pattern[str], expected: str) -> None:
+    """Refuse a row with a key that would be ignored.
+
+    Raises:
+        InputError: it has one.
+    """
+    for key in row:
+        if key not in _EVERY and not known.fullmatch(key):
+            raise InputError(
+                f"it has the key {key!r}, which is not read; expected {expected}, and maybe id, "
+                "group, score and source"
+            )
+
+
+def _conversations(messages: Any) -> list[Any]:
+    """Return lists of messages: one, or several."""
+    found = listed(messages)
+    return [found] if found and not isinstance(found[0], (list, tuple)) else found
 
 
 def negatives(row: Row, place: Place, find: Lookup | None = None) -> tuple[Prompt, ...]:
@@ -235,6 +322,8 @@ def negatives(row: Row, place: Place, find: Lookup | None = None) -> tuple[Promp
 def _pair_prompt(item: Any, place: Place, find: Lookup | None) -> Prompt:
     if isinstance(item, str) and find is not None:
         item = find(item)
+    if isinstance(item, (Stored, bytes)):
+        return Prompt((Message("user", (place.image(item),)),))
     if isinstance(item, dict):
         item = {key: value for key, value in item.items() if key not in _NOTES}
     return Prompt((Message("user", place.item(item)),))
