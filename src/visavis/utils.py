@@ -225,7 +225,7 @@ def jpeg_preview(image: PILImage, size: int) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a device, pipe or socket: reading one may wait or go on for ever.
+    """Refuse a device, pipe or socket: reading one may block for ever.
 
     Raises:
         OSError: it is one.

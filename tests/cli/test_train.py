@@ -15,6 +15,7 @@ import pytest
 
 import visavis
 from tests.cli.conftest import Run
+from tests.train.hub_configs import save_settings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LLAVA = RECIPES / "tiny-llava.yaml"
@@ -51,8 +52,16 @@ def test_a_plan_is_printed_and_nothing_written(run: Run, tmp_path: Path) -> None
     assert whole["problems"] == []
 
 
-def test_every_problem_of_a_plan_is_printed(run: Run) -> None:
-    words = ("train", RECIPES / "llava-1.5-finetune.yaml", "--dry-run", "--flops", "1e15")
+def test_every_problem_of_a_plan_is_printed(run: Run, tmp_path: Path) -> None:
+    parts = [
+        f"model.{part}={save_settings(tmp_path, name)}"
+        for part, name in (
+            ("language_model", "lmsys/vicuna-7b-v1.5"),
+            ("vision_tower", "openai/clip-vit-large-patch14-336"),
+        )
+    ]
+    recipe = RECIPES / "llava-1.5-finetune.yaml"
+    words = ("train", recipe, "--dry-run", "--flops", "1e15", *parts)
     result = run(*words)
     assert result.exit_code == 2
     assert "problem 1 of 2: the source 'mix-665k' cannot be opened" in result.stderr

@@ -183,7 +183,7 @@ def _torch(problems: list[str]) -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, str]:
-    """What quantised models on the CPU are computed with."""
+    """Name the kernels that compute quantized models on the CPU."""
     from visavis.native.library import VARIABLE, find
 
     library, reason = find()

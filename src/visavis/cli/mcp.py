@@ -34,7 +34,7 @@ def mcp(
 
       visavis mcp photos.idx
 
-      visavis mcp photos.idx --folder ~/Pictures --model nano
+      visavis mcp photos.idx --folder ~/photos --model nano
     """
     if importlib.util.find_spec("mcp") is None:
         raise InputError(

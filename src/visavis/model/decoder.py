@@ -109,7 +109,7 @@ class Block(nn.Module):
 
 
 class CompiledDecoder(Protocol):
-    """What computes a decoder's forward pass in place of its modules, see `native_decoder.py`."""
+    """Replacement of a decoder's forward pass, see `native_decoder.py`."""
 
     def takes(self, x: Tensor, layout: SequenceLayout) -> bool:
         """Return whether it computes this pass."""

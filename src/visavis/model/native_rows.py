@@ -83,7 +83,7 @@ class NativeRows(nn.Module):
             check(error)
 
     def matrix(self) -> Matrix:
-        """Return what the kernels take. It points into this module's memory."""
+        """Return the description that the kernels take. It points into this module's memory."""
         return Matrix(self.data.data_ptr(), self.num_rows, self.in_features, FORMATS[self.kind], 0)
 
     def values(self, numbers: Tensor) -> Tensor:
