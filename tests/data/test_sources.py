@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from visavis.data.datasets import SOURCES, TRAINING_SOURCES, load_source, read_shards
+from visavis.data.datasets import (
+    SOURCES,
+    TRAINING_SOURCES,
+    Record,
+    load_source,
+    with_article,
+    with_presence,
+)
+from visavis.data.tar_shards import read_shards
 from visavis.errors import TrainError, UnknownNameError
 
 
@@ -61,6 +69,8 @@ def test_easy_vqa_splits_do_not_meet(tmp_path: Path) -> None:
     train = load_source("easy-vqa", tmp_path)
     test = load_source("easy-vqa/test", tmp_path)
     assert (len(train), len(test)) == (4000, 1000)
+    assert train[0].caption == "a blue rectangle"
+    assert sum(record.caption != "" for record in train) > 3000
     assert sum(len(record.questions) for record in train + test) == 48_248
 
 
@@ -75,3 +85,27 @@ def test_every_source_yields_what_training_needs(name: str, shared_data: Path) -
 
 def test_names_of_training_sources_are_no_evaluation_splits() -> None:
     assert {SOURCES[name][1] for name in TRAINING_SOURCES} == {"train"}
+
+
+def labelled(names: str) -> list[Record]:
+    return [Record(str(number), b"", label=name) for number, name in enumerate(names.split())]
+
+
+def test_presence_is_asked_as_often_with_yes_as_with_no() -> None:
+    records = with_presence(labelled("cat dog horse cat owl"))
+    answers = [answer for record in records for _, answer in record.questions]
+    assert answers == ["Yes", "No"] * 5
+    for record in records:
+        (yes, _), (no, _) = record.questions
+        assert with_article(record.label) in yes and record.label not in no
+    assert with_presence(labelled("cat cat")) == labelled("cat cat"), "no other to ask about"
+
+
+@pytest.mark.shared
+def test_parts_of_a_set_do_not_meet(shared_data: Path) -> None:
+    for name in ("caltech101", "oxford-pets", "fluent-emoji", "grocery-store"):
+        parts = [n for n in SOURCES if n == name or n.startswith(f"{name}/")]
+        keys = [{record.key for record in load_source(n, shared_data)} for n in parts]
+        assert all(keys) and len(set().union(*keys)) == sum(map(len, keys)), name
+    new = {record.label for record in load_source("caltech101/val-new", shared_data)}
+    assert not new & {record.label for record in load_source("caltech101", shared_data)}

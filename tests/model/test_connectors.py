@@ -19,6 +19,7 @@ from visavis.model.config import (
     vlm_config_from_dict,
 )
 from visavis.model.connectors import CONNECTORS, build_connector, connector_tokens
+from visavis.model.connectors.words import Words
 from visavis.model.image_input import ImageInput
 from visavis.model.image_tokens import select, tokens_per_view
 from visavis.model.vlm import VLM
@@ -44,7 +45,7 @@ def vit(**changes: int | bool) -> ViTConfig:
 
 
 def test_every_kind_is_tried_here() -> None:
-    apart = {"merger"}  # Qwen2-VL's, with its tower in test_qwen2_vl.py
+    apart = {"merger", "words"}  # Qwen2-VL's, with its tower; `words` reads more than features
     assert KINDS.keys() == CONNECTORS.keys() - apart
 
 
@@ -126,3 +127,26 @@ def test_building_without_numbers_does_not_import_the_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@torch.no_grad()
+def test_the_nearest_words_are_spelled_before_the_patches() -> None:
+    config = ConnectorConfig("words", 24, 32, shuffle=2, num_queries=5, num_words=4, word_width=3)
+    connector = build_connector(config)
+    assert isinstance(connector, Words)
+    spelling = [[7, 1], [8, 9, 1], [10, 1], [11, 12, 13, 1]]
+    for row, ids in enumerate(spelling):
+        connector.word_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    vectors = torch.eye(4, 3)
+    vectors[3] = torch.tensor([0.6, 0.6, 0.5])
+    connector.word_vectors.copy_(torch.nn.functional.normalize(vectors, dim=-1))
+    images = torch.tensor([[0.1, 9.0, 0.2], [3.0, 0.1, 1.0], [1.0, 1.0, 1.0]])
+    spelled = connector.spelled(images)
+    assert spelled[0].tolist() == [8, 9, 1, 0, 0]  # the next word does not fit whole
+    assert spelled[1].tolist() == [7, 1, 0, 0, 0]
+    assert spelled[2].tolist() == [11, 12, 13, 1, 0]
+    table = torch.randn(20, 32)
+    tokens = connector(torch.randn(3, 16, 24), images, lambda ids: table[ids])
+    assert tokens.shape == (3, connector_tokens(config, 16), 32) == (3, 5 + 4, 32)
+    assert torch.equal(tokens[:, :5], table[spelled])
+    assert not connector.word_vectors.requires_grad

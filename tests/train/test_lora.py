@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.fakes import tiny_config
-from visavis.checkpoints.native import merge
+from visavis.checkpoints.low_rank import merge
 from visavis.model.batch import PackedBatch
 from visavis.model.vlm import VLM
 from visavis.train.lora import (

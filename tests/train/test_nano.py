@@ -19,15 +19,17 @@ from visavis.train.runner import run_recipe
 RECIPE = Path(__file__).parents[2] / "recipes" / "nano.yaml"
 STEPS = 20
 CUT = [
-    f"stages.1.steps={STEPS}",
+    "stages.0.epochs=2",
+    "stages.0.batch=256",
     f"stages.2.steps={STEPS}",
-    "stages.3.epochs=4",
     "data.openstax-figures.cap=300",
     "data.tuxpaint-stamps.cap=100",
     "data.fluent-emoji.cap=100",
     "data.openclipart.cap=100",
+    "data.openstax-figures-2.cap=100",
+    "data.caltech101.cap=200",
+    "data.grocery-store.cap=100",
     "data.easy-vqa.cap=300",
-    "data.easy-vqa-pairs.cap=300",
     "data.vqa-rad.cap=50",
     "trackers=[]",
 ]
@@ -38,10 +40,9 @@ CUT = [
 def test_nano_has_no_problems(shared_data: Path) -> None:
     planned = plan(read_recipe(RECIPE), shared_data)
     assert planned.problems == []
-    chat, answers = planned.stages[1:3]
-    for stage in (chat, answers):
-        assert stage.tokens_per_step == pytest.approx(768, rel=0.1)
-    assert [row["trained"] for row in answers.trains if row["part"] == "tower"] == [0]
+    chat = planned.stages[2]
+    assert 700 < chat.tokens_per_step < 1400
+    assert [row["trained"] for row in chat.trains if row["part"] == "tower"] == [0]
 
 
 @pytest.mark.slow
@@ -50,14 +51,8 @@ def test_nano_trains(shared_data: Path, tmp_path: Path) -> None:
     recipe = read_recipe(RECIPE, CUT)
     folder = run_recipe(recipe, shared_data, tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    losses = {
-        stage: [
-            line["loss"]["generative"] for line in lines if "loss" in line and is_of(line, stage)
-        ]
-        for stage in ("chat", "answers")
-    }
-    assert losses["chat"][-1] < 0.8 * losses["chat"][0], losses
-    assert losses["answers"][-1] < losses["chat"][-1], losses
+    losses = [line["loss"]["generative"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0], losses
     settings = json.loads((folder / "visavis.json").read_text())
     assert (settings["format"], settings["bundle"]) == (FORMAT, "nano")
     assert sum(file.stat().st_size for file in folder.iterdir()) < 40 * 2**20
@@ -68,7 +63,5 @@ def test_nano_trains(shared_data: Path, tmp_path: Path) -> None:
     options = Options(max_records=200)
     found = evaluate(model, "nano", shared_data, tasks=[task], options=options)["tasks"][task]
     assert found["hit@5"] > 25 / found["info"]["candidates"], found
-
-
-def is_of(line: dict[str, object], stage: str) -> bool:
-    return line["stage"] == stage
+    vectors = model.embed(["a cat", "a kitten", "a table of numbers"])
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2

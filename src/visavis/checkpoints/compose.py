@@ -1,5 +1,6 @@
 """A new model of parts that exist: a language model, a vision tower, and a fresh connector.
 
+    text tower          none, or `all-minilm-l6-v2`, which nano has
     language model      anything `load` takes; its own tower and head, if any, are left behind
     vision tower        a CLIP, SigLIP or DINOv2 folder, that of a visavis folder, or
                         `efficientnet-lite2`, which nano has
@@ -19,17 +20,19 @@ import torch
 from torch import Tensor
 
 from visavis.checkpoints import bundled
+from visavis.checkpoints.bert import MINILM, load_bert, read_text_tokenizer
 from visavis.checkpoints.checkpoint import Checkpoint, checkpoint_fingerprint
-from visavis.checkpoints.efficientnet import load_efficientnet
-from visavis.checkpoints.load import load_checkpoint, resolve
+from visavis.checkpoints.efficientnet import NUM_CLASSES, load_efficientnet
+from visavis.checkpoints.load import NANO_FOLDER, load_checkpoint, resolve
 from visavis.checkpoints.native import CONFIG_NAME as NATIVE
-from visavis.checkpoints.native import read_config
+from visavis.checkpoints.native import TEXT_TOKENIZER, read_config
 from visavis.checkpoints.tensor_files import read_json, read_tensors, weight_files
 from visavis.checkpoints.transformers.processor import processor_config
 from visavis.checkpoints.transformers.vision_models import vision_part, vit_config
 from visavis.checkpoints.transformers.weights import read_tower
 from visavis.errors import CheckpointError
 from visavis.model.config import (
+    BertConfig,
     ConnectorConfig,
     DecoderConfig,
     EfficientNetConfig,
@@ -45,8 +48,10 @@ from visavis.model.embedding_head import EmbeddingHead
 from visavis.model.vlm import VLM
 from visavis.processing.config import AnyresConfig, ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
+from visavis.utils import lookup
 
 EFFICIENTNET = "efficientnet-lite2"
+MINILM_NAME = "all-minilm-l6-v2"
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,12 @@ class Composition:
         max_tiles: shrink what exceeds so many tiles' tokens (anyres_max_N).
         image_size: of `efficientnet-lite2`.
         select_layer: hidden state of the tower; 0: -2 for towers with a class token, else the last.
-        head: layers and dim of an embedding head, and whether its image side reads the tower;
-            None: vectors are hidden states.
+        head: layers and dim of an embedding head, whether its image side reads the tower, and
+            whether it starts from the names of the tower's classes; None: vectors are hidden
+            states.
+        text_tower: empty, or `all-minilm-l6-v2`: the head's text side reads it, and the model is
+            a dual encoder beside a decoder.
+        min_score: see `PromptConfig`.
     """
 
     language_model: str
@@ -80,6 +89,8 @@ class Composition:
     image_size: int = 260
     select_layer: int = 0
     head: dict[str, Any] | None = None
+    text_tower: str = ""
+    min_score: float = -1.0
     pooling: Literal["head", "last", "mean"] = "last"
 
 
@@ -106,6 +117,9 @@ def compose(
     vlm.connector = build_connector(config.connector).to(device)
     if config.head is not None:
         vlm.head = EmbeddingHead(config.head, decoder.width).to(device)
+    if vlm.text_tower is not None:
+        state = load_bert(bundled.fetch("nano")["text_tower"])
+        vlm.text_tower.to_empty(device=device).load_state_dict(state)
     if vlm.image_newline is not None:
         newline = torch.randn(decoder.width, device=device) / math.sqrt(decoder.width)
         vlm.image_newline = torch.nn.Parameter(newline)
@@ -123,10 +137,14 @@ def compose(
             chat_template=chat_template,
             jinja="" if chat_template else base.profile.jinja,
             pooling=parts.pooling,
+            min_score=parts.min_score,
         ),
         processor=processor,
         fingerprint=checkpoint_fingerprint([], identity),
         files=base.files,
+        text_tokenizer=read_text_tokenizer(NANO_FOLDER / TEXT_TOKENIZER)
+        if parts.text_tower
+        else None,
     )
 
 
@@ -140,8 +158,9 @@ def composed_config(
     return VLMConfig(
         decoder=decoder,
         tower=tower,
-        connector=ConnectorConfig(in_width=tower.width, out_width=decoder.width, **parts.connector),
+        connector=_connector(parts, tower.width, decoder.width),
         head=_head(parts, tower.width),
+        text_tower=_text_tower(parts),
         image_token_id=image_token_id,
         select_layer=layer,
         merge=_merge(parts),
@@ -249,8 +268,41 @@ def _tower_state(parts: Composition) -> dict[str, Tensor]:
 def _head(parts: Composition, width: int) -> HeadConfig | None:
     if parts.head is None:
         return None
-    layers, dim, from_tower = (parts.head[name] for name in ("layers", "dim", "tower"))
-    return HeadConfig(tuple(layers), dim, tower_width=width if from_tower else 0)
+    head, text = parts.head, _text_tower(parts)
+    if head["class_names"] and (parts.vision_tower != EFFICIENTNET or text is None):
+        raise CheckpointError(
+            "class_names takes the classifier of efficientnet-lite2 and vectors of its classes' "
+            "names from a text tower; use both parts, or leave it out."
+        )
+    return HeadConfig(
+        tuple(head["layers"]),
+        head["dim"],
+        tower_width=width if head["tower"] else 0,
+        text_width=text.width if text else 0,
+        num_classes=NUM_CLASSES if head["class_names"] else 0,
+    )
+
+
+def _text_tower(parts: Composition) -> BertConfig | None:
+    return lookup("text tower", parts.text_tower, {"": None, MINILM_NAME: MINILM})
+
+
+def everyday_words() -> list[str]:
+    """Return the names of things, animals, people and places that the connector `words` knows:
+    first names of ImageNet's classes, common nouns of WordNet, and words of captions."""
+    return (NANO_FOLDER / "words.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _connector(parts: Composition, in_width: int, out_width: int) -> ConnectorConfig:
+    config = ConnectorConfig(in_width=in_width, out_width=out_width, **parts.connector)
+    if config.kind != "words":
+        return config
+    if parts.head is None or not parts.head["tower"]:
+        raise CheckpointError(
+            "the connector 'words' reads an embedding head that reads the vision tower: add "
+            "`head` with `tower: true`, or take another connector."
+        )
+    return replace(config, num_words=len(everyday_words()), word_width=parts.head["dim"])
 
 
 def _merge(parts: Composition) -> ImageLayoutConfig:

@@ -17,6 +17,7 @@ PARTS = {  # attributes of a VLM
     "tower": "vision tower",
     "connector": "connector",
     "decoder": "language model",
+    "text_tower": "text tower",
     "head": "embedding head",
 }
 
@@ -56,8 +57,13 @@ def model_parts(config: VLMConfig) -> list[dict[str, Any]]:
         details["connector"] = connector.kind
         if hasattr(tower, "image_size"):
             details["connector"] += f", {tokens_per_view(config)} tokens per view"
+    if config.text_tower:
+        details["text_tower"] = (
+            f"BERT, {config.text_tower.num_layers} layers × {config.text_tower.width}"
+        )
     if head:
-        details["head"] = f"{head.dim} dimensions from layers {head.layers}"
+        of = "the towers" if head.text_width else f"layers {head.layers}"
+        details["head"] = f"{head.dim} dimensions from {of}"
     found = []
     for attribute, name in PARTS.items():
         if (module := getattr(vlm, attribute)) is not None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NANO_FOLDER = Path(__file__).parent / "nano"
 NAMES = {
-    "nano": "SmolLM2-135M-Instruct + EfficientNet-Lite2: chats and embeds, works offline",
+    "nano": "SmolLM2-135M + EfficientNet-Lite2 + all-MiniLM-L6-v2: chats and embeds, offline",
     "smollm2-135m": "SmolLM2-135M-Instruct alone (the GGUF file nano is built on), text only",
     "tiny-random": "a whole model of random numbers that trains in seconds, to try recipes with",
 }
@@ -187,6 +187,7 @@ def _load(opened: CheckpointFormat, precision: str, device: str) -> Checkpoint:
         processor=opened.processor,
         fingerprint=opened.fingerprint(quantizer),
         files=opened.files,
+        text_tokenizer=opened.text_tokenizer(),
     )
 
 

@@ -3,6 +3,7 @@
     visavis.json           format, name, config, profile, processor, and maybe bundle, lora_scale
     *.safetensors          tensors by their name in `VLM.state_dict()`
     tokenizer.json         only without `bundle`
+    text_tokenizer.json    of a text tower, where there is one
 
 A matrix that is kept as integers is stored as it is computed with (`model.quantized.Groups`), in
 one or more parts below one another: `<name>.0.codes`, uint8 [n, in], or [n, in / 2] where a byte
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from visavis.checkpoints import bundled
+from visavis.checkpoints.bert import load_bert, read_text_tokenizer
 from visavis.checkpoints.checkpoint import (
     Checkpoint,
     Written,
@@ -51,6 +53,7 @@ from visavis.checkpoints.efficientnet import load_efficientnet
 from visavis.checkpoints.gguf.decoder import check_types, decoder_tensors, dequantized
 from visavis.checkpoints.gguf.reader import GGUFFile, open_gguf
 from visavis.checkpoints.gguf.repack import pack_blocks, take_blocks
+from visavis.checkpoints.low_rank import low_rank_pairs, merge
 from visavis.checkpoints.quantize import LowRank, Quantizer, WeightPart
 from visavis.checkpoints.tensor_files import StoredTensor, TensorFiles, read_tensors
 from visavis.errors import CheckpointError
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
 
 FORMAT = "visavis/1"
 CONFIG_NAME = "visavis.json"
+TEXT_TOKENIZER = "text_tokenizer.json"
 PACKED = re.compile(r"(decoder\..+\.weight)\.(\d+\.codes|\d+\.scales|low|high)")
 MAX_NUMBER = 2**27
 MAX_LAYERS = 1000
@@ -121,8 +125,11 @@ def read_settings(
             raise ValueError(f"rope_fraction is {share}, expected above 0 and at most 1")
         if config.tower is not None and not isinstance(config.tower, Qwen2VLTowerConfig):
             _check_numbers(tokens_per_view(config), "tokens per image")
-        if not all(isinstance(value, str) for value in data["profile"].values()):
+        texts = {name: value for name, value in data["profile"].items() if name != "min_score"}
+        if not all(isinstance(value, str) for value in texts.values()):
             raise ValueError(f"profile is {data['profile']}, expected texts")
+        if not isinstance(data["profile"].get("min_score", -1.0), float | int):
+            raise ValueError(f"min_score is {data['profile']['min_score']!r}, expected a number")
         profile = PromptConfig(**data["profile"])
         processor = data.get("processor")
         return config, profile, ImageProcessorConfig.from_dict(processor) if processor else None
@@ -236,14 +243,18 @@ class NativeFormat(CheckpointFormat):
     def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
         return self.profile
 
+    def text_tokenizer(self) -> Tokenizer | None:
+        assert self.config is not None
+        if self.config.text_tower is None:
+            return None
+        return read_text_tokenizer(self.path / TEXT_TOKENIZER)
+
     def state(self, quantizer: Quantizer) -> tuple[dict[str, Tensor], LowRank | None]:
         if self.base is None:
             return own_state(self.weights, quantizer)
-        scale, tower = (
-            float(self.settings.get("lora_scale", 1.0)),
-            bundled.files_of(self.settings["bundle"])[1],
-        )
-        state = bundled_state(self.base, tower, quantizer, self.weights, scale, self.path)
+        scale = float(self.settings.get("lora_scale", 1.0))
+        towers = bundled.files_of(self.settings["bundle"])[1:]
+        state = bundled_state(self.base, towers, quantizer, self.weights, scale, self.path)
         return state, low_rank_pairs(self.weights, scale)
 
     def fingerprint(self, quantizer: Quantizer) -> str:
@@ -262,7 +273,7 @@ class NativeFormat(CheckpointFormat):
 
 def bundled_state(
     file: GGUFFile,
-    tower_path: Path,
+    towers: Sequence[Path],
     packing: Quantizer,
     own: Mapping[str, Tensor],
     scale: float,
@@ -292,8 +303,11 @@ def bundled_state(
         else:
             state[name] = take_blocks(packing, file, name, stored)
     if packing.config.tower is not None:
-        tower, _ = load_efficientnet(tower_path)
+        tower, _ = load_efficientnet(towers[0])
         state.update({f"tower.{name}": tensor for name, tensor in tower.items()})
+    if packing.config.text_tower is not None:
+        text = load_bert(towers[1], packing.config.text_tower)
+        state.update({f"text_tower.{name}": tensor for name, tensor in text.items()})
     merge(state, {name: own[name] for name in own if name not in merged}, scale, folder)
     return state
 
@@ -310,7 +324,9 @@ def own_state(own: TensorFiles, packing: Quantizer) -> tuple[dict[str, Tensor], 
         if match := PACKED.fullmatch(name):
             packed.setdefault(match[1], {})[match[2]] = stored
         else:
-            state[name] = packing.take(name, stored())
+            expected = packing.expected.get(name)
+            whole = expected is not None and not expected.is_floating_point()  # lists of token ids
+            state[name] = stored() if whole else packing.take(name, stored())
     pairs = {}
     for name, found in packed.items():
         state[name] = _take_packed(name, found, packing)
@@ -367,41 +383,6 @@ def _stored_groups(
     )
 
 
-def merge(
-    state: dict[str, Tensor], own: Mapping[str, Tensor], lora_scale: float, folder: Path
-) -> None:
-    """Lay an adapter's tensors over a base, in place: replacements, then LoRA deltas.
-
-    Raises:
-        CheckpointError: half of a LoRA pair is missing, or it fits no linear of the base.
-    """
-    for name, tensor in own.items():
-        if name.endswith(".lora_b"):
-            continue
-        if not name.endswith(".lora_a"):
-            state[name] = tensor
-            continue
-        target, other = name.removesuffix(".lora_a"), name[:-1] + "b"
-        weight = state.get(f"{target}.weight")
-        if weight is None or other not in own or own[other].shape[0] != weight.shape[0]:
-            raise CheckpointError(
-                f"{folder}: {name} needs {other} and a base tensor {target}.weight with as many "
-                "rows; the adapter belongs to another base model."
-            )
-        state[f"{target}.weight"] = weight.float().addmm(
-            own[other].float(), tensor.float(), alpha=lora_scale
-        )
-
-
-def low_rank_pairs(own: Mapping[str, Tensor], scale: float) -> LowRank:
-    """Return an adapter's pairs in bfloat16 by their linear's name, the scale in the second."""
-    names = [name.removesuffix(".lora_a") for name in own if name.endswith(".lora_a")]
-    return {
-        name: (own[f"{name}.lora_a"].bfloat16(), (scale * own[f"{name}.lora_b"].float()).bfloat16())
-        for name in names
-    }
-
-
 def write_native(
     loaded: Checkpoint,
     folder: Path,
@@ -420,6 +401,9 @@ def write_native(
     state = stored_state(loaded.vlm) if state is None else state
     files += write_tensors(folder, state, progress=progress)
     data = _settings(loaded.name, loaded.vlm.config, loaded.profile, loaded.processor)
+    if loaded.text_tokenizer is not None:
+        loaded.text_tokenizer.save(str(folder / TEXT_TOKENIZER))
+        files.append(folder / TEXT_TOKENIZER)
     return Written([write_json(folder / CONFIG_NAME, data), *files])
 
 

@@ -131,10 +131,16 @@ def search(
     if not text.strip() and not visuals:
         raise InputError("nothing to search for: give TEXT, --image FILE or both")
     query = Prompt((Message("user", (*visuals, *([Text(text)] if text else []))),))
-    hits = _open(index_path, model, loading).search(query, k=k, filter=source)
+    opened = _open(index_path, model, loading)
+    hits = opened.search(query, k=k, filter=source)
     if as_json:
         print_json([{"score": round(h.score, 6), "source": h.source} for h in hits])
     elif hits:
+        if not visuals and hits[0].score < (least := opened.model.profile.min_score):
+            say(
+                f"nothing like that: the best score is {hits[0].score:.3f}, and hits below "
+                f"{least:.3f} rarely show what was asked for"
+            )
         print_columns([[f"{hit.score:z.3f}", hit.source] for hit in hits])
     else:
         say("no results: the index has no items" + (f" that match {source}" if source else ""))

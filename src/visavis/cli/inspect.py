@@ -111,6 +111,7 @@ def quirks(config: VLMConfig) -> dict[str, str]:
         "vision tower": config.tower,
         "connector": config.connector,
         "language model": config.decoder,
+        "text tower": config.text_tower,
         "embedding head": config.head,
     }
     found = {}

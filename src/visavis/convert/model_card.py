@@ -39,6 +39,7 @@ def model_card(
         "language model": f"{config.decoder.num_layers} layers × {config.decoder.width}",
         "vision tower": config.tower.kind if config.tower else None,
         "connector": config.connector.kind if config.connector else None,
+        "text tower": f"BERT, {config.text_tower.num_layers} layers" if config.text_tower else None,
         "embedding head": f"{config.head.dim} dimensions" if config.head else None,
     }
     names = {

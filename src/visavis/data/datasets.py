@@ -5,19 +5,20 @@ Knows wording and drawing order; no tokens and no files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from visavis.data.tar_shards import read_shards
 from visavis.errors import TrainError
 from visavis.inputs import Image, Stored, Video
-from visavis.utils import lookup, parse_json
+from visavis.utils import lookup
 
 ASK_SHORT = (
     "What is in this picture?",
@@ -33,6 +34,12 @@ ASK_LONG = (
     "What does this picture show? Describe it.",
     "Write a description of this image.",
     "Describe what you see in the picture.",
+)
+ASK_PRESENCE = (
+    "Is there {} in this picture?",
+    "Is there {}?",
+    "Does the picture show {}?",
+    "Can you see {} in the image?",
 )
 LONG_WORDS = 9  # captions of more words answer ASK_LONG
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+(?=[A-Z0-9(“\"])")
@@ -67,12 +74,17 @@ def chat_pairs(
     starts = range(0, len(questions), questions_per_example)
     groups = [questions[start : start + questions_per_example] for start in starts]
     if record.label:
-        groups.append([(draw.choice(ASK_SHORT), record.label)])
+        groups.append([(draw.choice(ASK_SHORT), f"A photo of {with_article(record.label)}.")])
     elif record.caption:
         answer = shorten(record.caption, max_caption_words)
         asked = ASK_LONG if len(answer.split()) > LONG_WORDS else ASK_SHORT
         groups.append([(draw.choice(asked), answer)])
     return groups
+
+
+def with_article(name: str) -> str:
+    """Return "a cat" for "cat", "an owl" for "owl"."""
+    return f"{'an' if name[:1].lower() in tuple('aeiou') else 'a'} {name}"
 
 
 def text_to_match(record: Record, draw: random.Random) -> str:
@@ -85,48 +97,6 @@ def text_to_match(record: Record, draw: random.Random) -> str:
         return record.caption
     start = draw.randrange(len(parts))
     return " ".join(parts[start : start + draw.randint(1, 2)])
-
-
-def members(path: Path) -> Iterator[tuple[str, Stored]]:
-    """Yield name and bytes-to-be of every file in a tar, in its order.
-
-    Raises:
-        TrainError: it cannot be read, or is compressed.
-    """
-    try:
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                if member.isreg():
-                    read = partial(read_span, path, member.offset_data, member.size)
-                    yield member.name, Stored(f"{path}: {member.name}", read)
-    except (OSError, tarfile.TarError) as error:
-        raise TrainError(
-            f"cannot read {path}: {error}. Expected a tar that is not compressed, of key.jpg and "
-            "key.json pairs; the copy is probably incomplete, copy it again."
-        ) from error
-
-
-def read_span(path: Path, start: int, size: int) -> bytes:
-    """Return a piece of a file.
-
-    Raises:
-        TrainError: the file is gone, or shorter than it was.
-    """
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            content = file.read(size)
-    except OSError as error:
-        raise TrainError(f"cannot read {path}: {error}; was it moved while in use?") from error
-    if len(content) != size:
-        raise TrainError(
-            f"{path} ends after {start + len(content)} bytes, expected at least {start + size}: it "
-            "was changed or cut while in use; copy it again."
-        )
-    return content
-
-
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 
 
 @dataclass(frozen=True)
@@ -153,38 +123,6 @@ class Record:
     captions: tuple[str, ...] = ()
 
 
-def read_shards(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any], Stored]]:
-    """Yield (key, fields, picture) of every record, in the order of the shards.
-
-    Raises:
-        TrainError: a shard cannot be read, or a picture and its fields do not come in pairs.
-    """
-    for path in paths:
-        waiting: dict[str, dict[str, Stored]] = {}
-        for name, file in members(path):
-            key, _, suffix = name.rpartition(".")
-            if suffix != "json" and suffix not in IMAGE_SUFFIXES:
-                continue
-            kind = "json" if suffix == "json" else "image"
-            parts = waiting.setdefault(key, {})
-            parts[kind] = file
-            if len(parts) == 2:
-                try:
-                    fields = parse_json(parts["json"].read())
-                except ValueError as error:
-                    raise TrainError(
-                        f"cannot read {path}: {key}.json is not JSON ({error}); the copy is "
-                        "probably incomplete, copy it again."
-                    ) from error
-                yield key, fields, parts["image"]
-                del waiting[key]
-        if waiting:
-            raise TrainError(
-                f"{path}: {len(waiting)} records lack their picture or their fields, the first is "
-                f"{next(iter(waiting))!r}; the tar is incomplete, copy it again."
-            )
-
-
 NO_PICTURE = b"no picture of class"  # stands where features are made without one
 
 
@@ -197,27 +135,33 @@ def openstax(root: Path, split: str) -> Iterator[Record]:
 
 def tuxpaint(root: Path, split: str) -> Iterator[Record]:
     """Cut-out stamps with one sentence."""
-    for key, fields, image in read_shards(_shards(root / "tuxpaint-stamps", split)):
+    for key, fields, image in part_of(root, "tuxpaint-stamps", split, tenth=True):
         yield Record(key, image, caption=fields["caption"])
 
 
 def emoji(root: Path, split: str) -> Iterator[Record]:
     """Drawn pictograms with a name and keywords."""
-    for key, fields, image in read_shards(_shards(root / "fluent-emoji", split)):
+    for key, fields, image in read_shards(_shards(root / "fluent-emoji", "train")):
+        family = fields["label"].split(":")[0]  # skin tones stay together
+        if (_digest(family) % 10 == 0) != (split == "val"):
+            continue
         also = (f"{fields['label']}: {', '.join(fields['tags'])}",) if fields["tags"] else ()
         yield Record(key, image, caption=fields["label"], also=also)
 
 
 def openclipart(root: Path, split: str) -> Iterator[Record]:
     """Clip art with a title, keywords and sometimes a description."""
-    for key, fields, image in read_shards(_shards(root / "openclipart", split)):
+    for key, fields, image in part_of(root, "openclipart", split, tenth=True):
         also = (", ".join(fields["keywords"]), fields["description"])
         yield Record(key, image, caption=fields["title"], also=tuple(filter(None, also)))
 
 
 def grocery(root: Path, split: str) -> Iterator[Record]:
     """Photos of groceries; the class name is the label."""
-    for key, fields, image in read_shards(_shards(root / "grocery-store", split)):
+    shards = _shards(root / "grocery-store", "test" if split == "test" else "train")
+    for key, fields, image in read_shards(shards):
+        if split != "test" and (_digest_of(image) % 10 == 0) != (split == "val"):
+            continue
         name = fields["class_name"].replace("-", " ")
         group = fields["coarse_class"].replace("-", " ")
         yield Record(
@@ -239,6 +183,100 @@ def nlvr(root: Path, split: str) -> Iterator[Record]:
     for key, fields, image in read_shards(_shards(root / "nlvr", split)):
         question = f"True or false: {fields['statement'].strip()}"
         yield Record(key, image, questions=((question, "true" if fields["label"] else "false"),))
+
+
+def openstax_photos(root: Path, split: str) -> Iterator[Record]:
+    """Photos of more textbooks; the alt text is the caption."""
+    for key, fields, image in part_of(root, "openstax-figures-2", split, tenth=True):
+        yield Record(key, image, caption=fields["alt"])
+
+
+def coco_open(root: Path, split: str) -> Iterator[Record]:
+    """Everyday photos with five captions; all of them are for validation."""
+    for key, fields, image in read_shards(_shards(root / "coco-open", "train")):
+        captions = tuple(fields["captions"])
+        if captions:
+            yield Record(key, image, caption=captions[0], captions=captions)
+
+
+def caltech(root: Path, split: str) -> Iterator[Record]:
+    """Object photos with class names; a quarter of the classes is held out whole."""
+    for key, fields, image in read_shards(_shards(root / "caltech101", "train")):
+        name = fields["class_name"]
+        new = _digest(f"class {name}") % 4 == 0
+        part = "val-new" if new else "val" if _digest_of(image) % 10 == 0 else "train"
+        if part == split:
+            yield _named(key, image, CALTECH_NAMES.get(name, name))
+
+
+def pets(root: Path, split: str) -> Iterator[Record]:
+    """Cats and dogs of 37 breeds."""
+    for key, fields, image in part_of(root, "oxford-pets", split):
+        species = fields["species"]
+        yield _named(key, image, f"{fields['class_name']} {species}", group=species)
+
+
+def named_photos(root: Path, split: str, *, folder: str) -> Iterator[Record]:
+    """Photos with a class name."""
+    for key, fields, image in part_of(root, folder, split):
+        yield _named(key, image, fields["class_name"])
+
+
+def recipes_food(root: Path, split: str) -> Iterator[Record]:
+    """Dishes with the titles of their recipes."""
+    for key, fields, image in part_of(root, "recipes-food", split):
+        name = fields["class_name"]
+        also = (f"a photo of {with_article(name)}",)
+        yield Record(key, image, caption=fields["title"], also=also, label=name)
+
+
+def phrased(root: Path, split: str, *, folder: str) -> Iterator[Record]:
+    """Photos with a short phrase."""
+    for key, fields, image in part_of(root, folder, split, tenth=folder == "trashnet"):
+        text = fields["phrase"]
+        yield Record(key, image, caption=f"a photo of {text}", also=(text,))
+
+
+def parks(root: Path, split: str) -> Iterator[Record]:
+    """Landscapes of national parks; the caption names the place."""
+    for key, fields, image in part_of(root, "us-national-parks", split):
+        yield Record(key, image, caption=fields["caption"])
+
+
+def sports_cars(root: Path, split: str) -> Iterator[Record]:
+    """Sports cars with their colour."""
+    for key, fields, image in part_of(root, "lire-sports-cars", split, tenth=True):
+        text = f"a photo of a {fields['colour']} sports car"
+        yield Record(key, image, caption=text, also=("a sports car",))
+
+
+CALTECH_NAMES = {"faces": "face", "car side": "car"}
+Part = tuple[str, dict[str, Any], Stored]
+
+
+def part_of(root: Path, folder: str, split: str, *, tenth: bool = False) -> Iterator[Part]:
+    """Yield the records of a set without a split of its own that belong to a part.
+
+    The sha256 of the picture's file decides: every fifth (or tenth) is for validation.
+    """
+    for key, fields, image in read_shards(_shards(root / folder, "train")):
+        held_out = _digest_of(image) % (10 if tenth else 5) == 0
+        if held_out == (split == "val"):
+            yield key, fields, image
+
+
+def _digest(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
+def _digest_of(image: Stored) -> int:
+    return _digest(hashlib.sha256(image.read()).hexdigest())
+
+
+def _named(key: str, image: Stored, name: str, *, group: str = "") -> Record:
+    caption = f"a photo of {with_article(name)}"
+    also = (name, f"a photo of a {group}") if group else (name,)
+    return Record(key, image, caption=caption, also=also, label=name, group=group)
 
 
 def coco_mini(root: Path, split: str) -> Iterator[Record]:
@@ -264,7 +302,24 @@ def easy_vqa(root: Path, split: str) -> Iterator[Record]:
     for number, pairs in sorted(questions.items()):
         path = folder / "images" / f"{number}.png"
         image = Stored(str(path), path.read_bytes)
-        yield Record(f"{split}/{number}", image, questions=tuple(pairs))
+        yield Record(f"{split}/{number}", image, caption=drawn_shape(pairs), questions=tuple(pairs))
+
+
+SHAPES = frozenset({"rectangle", "circle", "triangle"})
+COLOURS = frozenset({"teal", "black", "green", "blue", "gray", "yellow", "red", "brown"})
+
+
+def drawn_shape(pairs: Sequence[tuple[str, str]]) -> str:
+    """Return "a blue circle" if questions and answers about a drawn shape tell both, else ""."""
+    known: set[str] = set()
+    for question, answer in pairs:
+        words = set(question.rstrip("?").split())
+        if answer not in ("yes", "no"):
+            known |= {answer, *words}
+        elif (answer == "yes") != bool(words & {"not", "no"}):
+            known |= words
+    shape, colour = known & SHAPES, known & COLOURS
+    return f"a {colour.pop()} {shape.pop()}" if len(shape) == len(colour) == 1 else ""
 
 
 def imagenet_classes(root: Path, split: str) -> Iterator[Record]:
@@ -298,9 +353,33 @@ SOURCES: dict[str, tuple[Callable[[Path, str], Iterator[Record]], str]] = {
     "nlvr": (nlvr, "train"),
     "imagenet-classes": (imagenet_classes, "train"),
     "coco-mini/val": (coco_mini, "val"),
+    "coco-open/val": (coco_open, "val"),
+    "openstax-figures-2": (openstax_photos, "train"),
+    "openstax-figures-2/val": (openstax_photos, "val"),
+    "caltech101": (caltech, "train"),
+    "caltech101/val": (caltech, "val"),
+    "caltech101/val-new": (caltech, "val-new"),
+    "oxford-pets": (pets, "train"),
+    "oxford-pets/val": (pets, "val"),
+    "recipes-food": (recipes_food, "train"),
+    "recipes-food/val": (recipes_food, "val"),
+    "us-national-parks": (parks, "train"),
+    "us-national-parks/val": (parks, "val"),
+    "lire-sports-cars": (sports_cars, "train"),
+    "lire-sports-cars/val": (sports_cars, "val"),
+    "tuxpaint-stamps/val": (tuxpaint, "val"),
+    "fluent-emoji/val": (emoji, "val"),
+    "openclipart/val": (openclipart, "val"),
+    "grocery-store/val": (grocery, "val"),
     "easy-vqa": (easy_vqa, "train"),
     "easy-vqa/test": (easy_vqa, "test"),
 }
+for _folder in ("commons-animals", "gcompris-pictures", "misc-open-photos", "tf-flowers"):
+    SOURCES[_folder] = (partial(named_photos, folder=_folder), "train")
+    SOURCES[f"{_folder}/val"] = (partial(named_photos, folder=_folder), "val")
+for _folder in ("scratch-backgrounds", "trashnet"):
+    SOURCES[_folder] = (partial(phrased, folder=_folder), "train")
+    SOURCES[f"{_folder}/val"] = (partial(phrased, folder=_folder), "val")
 TRAINING_SOURCES = tuple(name for name in SOURCES if "/" not in name)
 
 
@@ -312,7 +391,28 @@ def load_source(name: str, root: Path) -> list[Record]:
         TrainError: its files are absent or damaged.
     """
     read, split = lookup("data source", name, SOURCES)
-    return list(read(root, split))
+    return with_presence(list(read(root, split)))
+
+
+def with_presence(records: list[Record]) -> list[Record]:
+    """Return records with labels with a question about a thing that is there and one about a
+    thing that is not, as many with the answer yes as no."""
+    labels = sorted({record.group or record.label for record in records if record.label})
+    if len(labels) < 2:
+        return records
+    asked = []
+    for record in records:
+        draw, own = random.Random(f"presence/{record.key}"), record.group or record.label
+        others = [name for name in labels if name not in own and own not in name]
+        questions = record.questions
+        if record.label and others:
+            yes, no = with_article(own), with_article(draw.choice(others))
+            questions += (
+                (draw.choice(ASK_PRESENCE).format(yes), "Yes"),
+                (draw.choice(ASK_PRESENCE).format(no), "No"),
+            )
+        asked.append(replace(record, questions=questions))
+    return asked
 
 
 def is_made(visual: Image | Video) -> bool:

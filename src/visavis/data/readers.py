@@ -22,7 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from visavis.data.datasets import members, read_span
+from visavis.data.tar_shards import members, read_span
 from visavis.errors import TrainError
 from visavis.inputs import Stored
 from visavis.processing.media import SUFFIXES

@@ -32,7 +32,7 @@ TEXT_QUERIES = (
 )
 PICTURE_QUERY = "gravel.png"
 QUESTION = "What is in this picture?"
-ASKED_ABOUT = "horse.png"
+ASKED_ABOUT = "cat.png"
 NUM_HITS = 4
 SHEET_NAME = "contact-sheet.png"
 

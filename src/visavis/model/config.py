@@ -191,6 +191,28 @@ TOWERS: dict[str, type[TowerConfig]] = {
 
 
 @dataclass(frozen=True)
+class BertConfig:
+    """A BERT encoder as text tower (Devlin et al. 2019).
+
+    Args:
+        context_length: learned positions, the most tokens of one pass.
+        window: tokens of one pass, `[CLS]` and `[SEP]` included; longer texts take several.
+        cls_id, sep_id: token ids that stand around each text.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    ffn_width: int
+    context_length: int
+    window: int
+    cls_id: int
+    sep_id: int
+    norm_eps: float = 1e-12
+
+
+@dataclass(frozen=True)
 class ConnectorConfig:
     """From tower features to the decoder's width; the kinds are those of `connectors.CONNECTORS`.
 
@@ -198,7 +220,8 @@ class ConnectorConfig:
     folds shuffle x shuffle neighbouring patches into channels (pixel shuffle), cutting the number
     of image tokens by its square; in `merger` (Qwen2-VL) they stand next to one another already.
     `mixture` has an MLP for each half of a mixture tower; `resampler` and `qformer` have `depth`
-    blocks.
+    blocks. `words` is `linear`, preceded by `num_queries` tokens that spell the words of a list
+    whose vectors are nearest to the image's.
     """
 
     kind: str
@@ -208,7 +231,9 @@ class ConnectorConfig:
     shuffle: int = 1
     hidden_width: int = 0  # mlp: 0 is out_width, as in LLaVA; qformer: its width, 64 a head
     input_norm: bool = False  # mlp: a layer norm on the (folded) tower features
-    num_queries: int = 0  # resampler, qformer: learned queries, each an image token
+    num_queries: int = 0  # resampler, qformer: learned queries; words: spelling tokens
+    num_words: int = 0  # words: length of the list
+    word_width: int = 0  # words: numbers of an embedding vector
 
 
 @dataclass(frozen=True)
@@ -247,12 +272,17 @@ class HeadConfig:
     the last one passes the final norm. Means over text tokens and over image tokens are
     projected apart and summed. With `tower_width` the image side reads the mean tower feature, of
     that width, instead: a narrow connector that learned to speak does not pass all of it on, and
-    images alone need no pass through the decoder.
+    images alone need no pass through the decoder. With `text_width` the text side reads the
+    pooled vector of the text tower, of that width, and `layers` is empty. With `num_classes` the
+    image side starts from the names of the classes that the vision tower recognises
+    (`embedding_head.ClassNames`).
     """
 
     layers: tuple[int, ...]
     dim: int
     tower_width: int = 0
+    text_width: int = 0
+    num_classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -268,6 +298,7 @@ class VLMConfig:
     tower: TowerConfig | None = None
     connector: ConnectorConfig | None = None
     head: HeadConfig | None = None
+    text_tower: BertConfig | None = None
     image_token_id: int = -1
     select_layer: int = -1
     select_feature: Literal["patch", "class_patch"] = "patch"
@@ -306,6 +337,8 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
     if fields.get("head") is not None:
         head = fields["head"]
         fields["head"] = HeadConfig(**{**head, "layers": tuple(head["layers"])})
+    if fields.get("text_tower") is not None:
+        fields["text_tower"] = BertConfig(**fields["text_tower"])
     if "merge" in fields:
         fields["merge"] = ImageLayoutConfig(**fields["merge"])
     return VLMConfig(**fields)

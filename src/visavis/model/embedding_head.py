@@ -3,8 +3,8 @@
     e = L2( Σ_kind W_kind · mean over that kind's tokens of [h_l1; h_l2; …] + b_kind )
 
 The kinds are text and image tokens. A sequence with both sums their two projections. The image
-side may read the mean feature of the vision tower instead of hidden states. The
-caller computes the means.
+side may read the mean feature of the vision tower instead of hidden states, and the text side the
+vector of a text tower (a dual encoder). The caller computes the means.
 """
 
 from __future__ import annotations
@@ -19,14 +19,48 @@ from visavis.model.layers import Linear
 Pooled = tuple[Tensor, Tensor]  # means [B, C], and 1 or 0 for whether there is one [B, 1]
 
 
+class ClassNames(nn.Module):
+    """From a tower's mean feature x to the names of what its classifier recognises, and more.
+
+        p = softmax((C x + c) / temperature), the `top` largest, renormalised to 1
+        v = L2(p N) + W x + b
+
+    C and c are the tower's own classifier, N holds a text vector of each class name; W and b are
+    learned. Classes that no training image shows keep the place that their names give them, as in
+    ConSE (Norouzi et al., "Zero-Shot Learning by Convex Combination of Semantic Embeddings", 2014).
+    """
+
+    temperature = 2.0
+    top = 20
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.classify = Linear(config.tower_width, config.num_classes)
+        self.names = nn.Parameter(torch.zeros(config.num_classes, config.dim))
+        self.learned = Linear(config.tower_width, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, tower_width] -> [B, dim], not normalised
+        return self.named(x) + self.learned(x)
+
+    def named(self, x: Tensor) -> Tensor:
+        """Return the mean of the likeliest classes' names by their probability, normalised."""
+        scores = (self.classify(x) / self.temperature).softmax(-1)
+        likely = scores.topk(min(self.top, scores.shape[-1]), -1)
+        weights = likely.values / likely.values.sum(-1, keepdim=True)
+        names: Tensor = self.names[likely.indices]  # [B, top, dim]
+        return F.normalize((weights[..., None] * names).sum(1), dim=-1)
+
+
 class EmbeddingHead(nn.Module):
     """Two linear projections, one per kind of token."""
 
     def __init__(self, config: HeadConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.text = Linear(len(config.layers) * width, config.dim)
-        self.image = Linear(config.tower_width or len(config.layers) * width, config.dim)
+        self.text = Linear(config.text_width or len(config.layers) * width, config.dim)
+        self.image: nn.Module = Linear(config.tower_width or len(config.layers) * width, config.dim)
+        if config.num_classes:
+            self.image = ClassNames(config)
 
     def forward(self, text: Pooled, image: Pooled) -> Tensor:
         """Return unit vectors, float32 [B, dim], of what was pooled per sequence."""

@@ -16,6 +16,7 @@ from visavis.model.batch import PackedBatch
 from visavis.model.config import VLMConfig
 from visavis.model.connectors import build_connector
 from visavis.model.connectors.mlp import MLP
+from visavis.model.connectors.words import Words
 from visavis.model.decoder import Decoder
 from visavis.model.embedding_head import EmbeddingHead, mean_per_group
 from visavis.model.image_input import ImageGrid, ImageInput
@@ -27,6 +28,7 @@ from visavis.model.image_tokens import (
     select,
 )
 from visavis.model.paged_kv_cache import Cache
+from visavis.model.text_tower import BertEncoder
 from visavis.model.vision import build_tower
 
 TOWER_BATCH = 4  # views per forward of the vision tower on the CPU
@@ -44,6 +46,7 @@ class VLM(nn.Module):
         self.tower = build_tower(config.tower) if config.tower else None
         self.connector = build_connector(config.connector) if config.connector else None
         self.head = EmbeddingHead(config.head, config.decoder.width) if config.head else None
+        self.text_tower = BertEncoder(config.text_tower) if config.text_tower else None
         newline = config.merge.newline
         self.image_newline = nn.Parameter(torch.zeros(config.decoder.width)) if newline else None
         hd = config.connector if config.merge.kind == "hd" else None
@@ -90,7 +93,7 @@ class VLM(nn.Module):
         """Return image tokens and mean features from the tower features [V, P, W] of all views."""
         assert self.connector is not None
         views = [shape.views for shape in shapes]
-        tokens = self.connector(features).split(views)
+        tokens = self._image_tokens(features).split(views)
         merge, newline = self.config.merge, self.image_newline
         if self.separators is not None:
             assert isinstance(self.connector, MLP)
@@ -99,6 +102,16 @@ class VLM(nn.Module):
             (pack_image_features(own, shape, merge, newline), seen.mean((0, 1)))
             for own, seen, shape in zip(tokens, features.split(views), shapes, strict=True)
         ]
+
+    def _image_tokens(self, features: Tensor) -> Tensor:
+        """Return the connector's tokens [V, n, D] of features [V, P, W]."""
+        if isinstance(self.connector, Words):
+            assert self.head is not None
+            vectors = self.head.image(features.mean(1))
+            return self.connector(features, vectors, self.decoder.embed_tokens)
+        assert self.connector is not None
+        tokens: Tensor = self.connector(features)
+        return tokens
 
     def resolve_images(self, batch: PackedBatch) -> PackedBatch:
         """Return the batch with the tokens and mean features of its images computed."""
@@ -154,8 +167,12 @@ class VLM(nn.Module):
         if has_text.any():  # pictures alone do not pass the decoder
             kept = batch.select(has_text)
             chosen = ~kept.is_image
-            hidden = self.head_states(kept)[chosen]
-            means, _ = mean_per_group(hidden, kept.owners[chosen], len(kept.lengths))
+            if self.text_tower is not None:
+                counts = torch.bincount(kept.owners[chosen]).tolist()
+                means = self.text_tower(kept.token_ids[chosen], counts)
+            else:
+                hidden = self.head_states(kept)[chosen]
+                means, _ = mean_per_group(hidden, kept.owners[chosen], len(kept.lengths))
             text = text.index_copy(0, has_text.nonzero()[:, 0], means)
         pooled = mean_per_group(features, batch.image_owners, num)
         return self.head((text, has_text[:, None].float()), pooled)

@@ -71,6 +71,8 @@ class PromptConfig:
         instruction_form: how an instruction and a text are joined; both fields must occur.
         embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
             0, 1, 2, … as for text alone, which VLM2Vec trained with.
+        min_score: the cosine similarity of a text and an image below which an image most likely
+            does not show what the text says, calibrated on held-out images; -1: not calibrated.
     """
 
     chat_template: str = ""
@@ -89,6 +91,7 @@ class PromptConfig:
     pooling: Literal["head", "last", "mean"] = "last"
     instruction_form: str = "{instruction}\n{text}"
     embed_positions: Literal["grid", "flat"] = "grid"
+    min_score: float = -1.0
 
     def instructed(self, instruction: str, text: str) -> str:
         """Return an instruction and a text as one; without a text nothing is left between them."""
@@ -194,6 +197,7 @@ class PromptEncoder:
 
     Args:
         name: the model's, for messages.
+        text_tokenizer: the text tower's, which reads what is embedded; None: `tokenizer` does.
     """
 
     name: str
@@ -202,6 +206,7 @@ class PromptEncoder:
     specials: SpecialTokens
     profile: PromptConfig
     processor: ImageProcessorConfig | None
+    text_tokenizer: Tokenizer | None = None
 
     @property
     def context_length(self) -> int:
@@ -280,10 +285,13 @@ class PromptEncoder:
         else:
             prompt = self.instructed(prompt, instruction)
         images = self._references(prompt)
+        tokenizer, specials = self.tokenizer, self.specials
+        if self.text_tokenizer is not None:
+            tokenizer, specials = self.text_tokenizer, plain_specials(self.text_tokenizer)
         encoded = encode_plain(
             prompt,
-            self.tokenizer,
-            self.specials,
+            tokenizer,
+            specials,
             prefix=prefix,
             suffix=suffix,
             image_start=profile.image_start + profile.embed_image_start,
@@ -401,6 +409,13 @@ class PromptEncoder:
             return prompt
         joined = self.profile.instructed(instruction, prompt.text)
         return Prompt.of([*prompt.visuals, Text(joined)])
+
+
+def plain_specials(tokenizer: Tokenizer) -> SpecialTokens:
+    """Return special tokens of which none is added to a text, and none is read from one."""
+    added = tokenizer.get_added_tokens_decoder()
+    by_text = {token.content: number for number, token in added.items() if token.special}
+    return SpecialTokens(None, None, (), None, False, by_text)
 
 
 def _cut(encoded: Encoded, length: int) -> None:

@@ -8,30 +8,25 @@ started from vectors that only agree with text states, it ignored them for hundr
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from visavis.checkpoints import bundled
 from visavis.checkpoints.efficientnet import Classifier, load_efficientnet
 from visavis.data.datasets import Record, load_source
 from visavis.errors import TrainError
-from visavis.inputs import Image, Prompt
+from visavis.inputs import Image
 from visavis.model.config import EfficientNetConfig
-from visavis.model.embedding_head import mean_per_group
-from visavis.processing.chat_template import Encoded
-from visavis.processing.collate import batches, pack
 from visavis.train.context import TrainingRun
+from visavis.train.dual_encoder import fit_dual
 from visavis.train.feature_store import FeatureStore, key_of
-from visavis.train.losses import Contrast, contrastive_loss
 from visavis.train.recipe import HeadStage, WordsStage, sources_of
 from visavis.utils import write_atomically
 
@@ -121,124 +116,7 @@ def class_grids(shifts: Tensor, grids: Tensor, mean: Tensor, generator: torch.Ge
     return mixed.clamp(0, MAX_FEATURE)
 
 
-@dataclass(frozen=True)
-class PairSettings:
-    """How a pair of layers is trained; defaults are the baseline's."""
-
-    dim: int = 256
-    epochs: int = 20
-    batch: int = 512
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    dropout: float = 0.3
-    logit_scale: float = 20.0
-    alpha: float = 0.0
-    seed: int = 0
-
-
-@dataclass
-class Pair:
-    """Two affine maps from raw vectors to the shared space (not yet normalised)."""
-
-    image_weight: Tensor  # [dim, image width]
-    image_bias: Tensor  # [dim]
-    text_weight: Tensor  # [dim, text width]
-    text_bias: Tensor  # [dim]
-
-    def images(self, x: Tensor) -> Tensor:
-        return F.normalize(F.linear(x, self.image_weight, self.image_bias), dim=-1)
-
-    def texts(self, y: Tensor) -> Tensor:
-        return F.normalize(F.linear(y, self.text_weight, self.text_bias), dim=-1)
-
-
-def fit_pair(
-    images: Tensor,  # [V, N, image width]: V views of each picture
-    texts: Tensor,  # [U, N, text width]: U texts of each picture
-    settings: PairSettings,
-    *,
-    groups: Tensor | None = None,  # int64 [N]: pairs of one group are no negatives of each other
-) -> Pair:
-    """Train both layers; each step draws one view and one text of each picture."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    image_scale, text_scale = _Scale(images), _Scale(texts)
-    images, texts = image_scale(images), text_scale(texts)
-    num_pairs = images.shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        image_layer = nn.Linear(images.shape[-1], settings.dim)
-        text_layer = nn.Linear(texts.shape[-1], settings.dim)
-    parameters = [*image_layer.parameters(), *text_layer.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    batch = min(settings.batch, num_pairs)
-    total = settings.epochs * (num_pairs // batch)
-    step = 0
-    for _ in range(settings.epochs):
-        order = torch.randperm(num_pairs, generator=generator)
-        for start in range(0, num_pairs - batch + 1, batch):
-            chosen = order[start : start + batch]
-            x = _draw(images, chosen, settings.dropout, generator)
-            y = _draw(texts, chosen, settings.dropout, generator)
-            excluded = None
-            if groups is not None:
-                excluded = groups[chosen][:, None] == groups[chosen][None]
-            loss = contrastive_loss(
-                F.normalize(text_layer(y), dim=-1),
-                F.normalize(image_layer(x), dim=-1),
-                Contrast(symmetric=True, alpha=settings.alpha),
-                scale=settings.logit_scale,
-                excluded=excluded,
-            )
-            rate = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / total))
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * rate
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-    return Pair(*image_scale.unfold(image_layer), *text_scale.unfold(text_layer))
-
-
-def stack_pairs(pairs: list[Pair]) -> Pair:
-    """Return one pair whose similarity is the mean of the given ones' (nearly: before L2)."""
-    return Pair(
-        torch.cat([pair.image_weight for pair in pairs]),
-        torch.cat([pair.image_bias for pair in pairs]),
-        torch.cat([pair.text_weight for pair in pairs]),
-        torch.cat([pair.text_bias for pair in pairs]),
-    )
-
-
-class _Scale:
-    """Standardises vectors, and folds that into a layer afterwards."""
-
-    def __init__(self, vectors: Tensor) -> None:
-        flat = vectors.flatten(0, -2)
-        self.mean, self.deviation = flat.mean(0), flat.std(0) + 1e-4
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        return (vectors - self.mean) / self.deviation
-
-    def unfold(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return weight and bias that take raw vectors."""
-        weight = layer.weight.detach() / self.deviation
-        return weight, layer.bias.detach() - weight @ self.mean
-
-
-def _draw(vectors: Tensor, chosen: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """Pick one of the views of each chosen pair and drop some of its numbers."""
-    view = torch.randint(vectors.shape[0], (len(chosen),), generator=generator)
-    picked = vectors[view, chosen]
-    kept = torch.rand(picked.shape, generator=generator) >= dropout
-    return picked * kept / (1 - dropout)
-
-
-BATCH_TOKENS = 2048
-MAX_TEXT_TOKENS = 256
 CLASSES = "imagenet-classes"  # names without pictures: their features are made
-UNMIRRORED = frozenset({"vqa-rad", "nlvr", "easy-vqa"})  # left and right matter
 
 
 def run_frozen_stage(run: TrainingRun, stage: WordsStage | HeadStage) -> None:
@@ -252,7 +130,10 @@ def run_frozen_stage(run: TrainingRun, stage: WordsStage | HeadStage) -> None:
         if path.is_file():
             found = load_file(path)
         else:
-            found = fit_start(run, stage) if isinstance(stage, WordsStage) else fit_head(run, stage)
+            if isinstance(stage, WordsStage):
+                found = fit_start(run, stage)
+            else:
+                found = fit_dual(run, stage, pairs_of(run, stage))
             with write_atomically(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in found.items()}, temporary)
     unknown = run.loaded.vlm.load_state_dict(found, strict=False).unexpected_keys
@@ -267,7 +148,7 @@ def fit_start(run: TrainingRun, stage: WordsStage) -> dict[str, Tensor]:
     """
     vlm, store = run.loaded.vlm, store_of(run, stage)
     connector = vlm.config.connector
-    if connector is None or connector.kind != "linear":
+    if connector is None or connector.kind not in ("linear", "words"):
         raise TrainError(
             f"stage {stage.name!r} starts a connector of kind 'linear', and the model's is "
             f"{connector.kind if connector else 'none'!r}; take the stage out, or make it linear."
@@ -286,72 +167,14 @@ def fit_start(run: TrainingRun, stage: WordsStage) -> dict[str, Tensor]:
     }
 
 
-def fit_head(run: TrainingRun, stage: HeadStage) -> dict[str, Tensor]:
-    """Return the embedding head under which pictures and captions of the sources agree."""
-    head, store = run.loaded.vlm.config.head, store_of(run, stage)
-    if head is None or not head.tower_width:
-        raise TrainError(
-            f"stage {stage.name!r} fits an embedding head that reads the vision tower, and the "
-            "model has none; add `head` with `tower: true` under `model`, or take the stage out."
-        )
-    pictures, texts, groups = [], [], []
+def pairs_of(run: TrainingRun, stage: HeadStage) -> list[tuple[Record, Tensor]]:
+    """Return the records of a stage's sources that have captions, with their mean features."""
+    store = store_of(run, stage)
+    pairs: list[tuple[Record, Tensor]] = []
     for name, times in stage.sources.items():
         records = [record for record in records_of(run, name) if record.caption]
-        views = [means_of(run, store, name, records)]
-        if stage.flip:  # as many views of each
-            mirrored = run.recipe.data[name].path not in UNMIRRORED
-            views.append(means_of(run, store, name, records, flip=mirrored))
-        pictures += [torch.stack(views)] * times
-        texts += [text_states(run, [record.caption for record in records])] * times
-        groups += [record.label or record.caption.lower() for record in records] * times
-    number = {group: index for index, group in enumerate(dict.fromkeys(groups))}
-    pairs = [
-        fit_pair(
-            torch.cat(pictures, 1),
-            torch.cat(texts)[None],
-            PairSettings(
-                dim=head.dim // stage.members,
-                epochs=stage.epochs,
-                batch=stage.batch,
-                learning_rate=stage.learning_rate,
-                dropout=stage.dropout,
-                logit_scale=stage.logit_scale,
-                alpha=stage.alpha,
-                seed=run.recipe.seed + member,
-            ),
-            groups=torch.tensor([number[group] for group in groups]),
-        )
-        for member in range(stage.members)
-    ]
-    pair = stack_pairs(pairs)
-    return {
-        "head.image.weight": pair.image_weight,
-        "head.image.bias": pair.image_bias,
-        "head.text.weight": pair.text_weight,
-        "head.text.bias": pair.text_bias,
-    }
-
-
-@torch.inference_mode()
-def text_states(run: TrainingRun, texts: Sequence[str]) -> Tensor:
-    """Return mean hidden states at the head's layers, [N, layers * D]."""
-    vlm = run.loaded.vlm
-    encoded = [_cut(run.encoder.item(Prompt.of(text))) for text in texts]
-    found: list[Tensor] = [torch.empty(0)] * len(texts)
-    done = 0
-    for group in batches([len(one.token_ids) for one in encoded], BATCH_TOKENS):
-        batch = pack([encoded[i] for i in group]).to(run.accelerator.device)
-        means, _ = mean_per_group(vlm.head_states(batch), batch.owners, len(group))
-        for index, row in zip(group, means.float().cpu(), strict=True):
-            found[index] = row
-        done += len(group)
-        run.report("text states", done, len(texts), "")
-    return torch.stack(found)
-
-
-def _cut(encoded: Encoded) -> Encoded:
-    encoded.token_ids = encoded.token_ids[:MAX_TEXT_TOKENS]
-    return encoded
+        pairs += list(zip(records, means_of(run, store, name, records), strict=True)) * times
+    return pairs
 
 
 # ---- records and their features ------------------------------------------------------------------
@@ -390,8 +213,6 @@ def means_of(
     store: FeatureStore,
     name: str,
     records: Sequence[Record],
-    *,
-    flip: bool = False,
 ) -> Tensor:
     """Return the mean features of records' pictures, float32 [N, W]."""
     images, keys = [Image(record.image) for record in records], [record.key for record in records]
@@ -402,8 +223,8 @@ def means_of(
         done += count
         run.report(f"features of {name}", done, len(images), "")
 
-    store.add(images, keys, flip=flip, report=tell)
-    return store.means(images, keys, flip=flip)
+    store.add(images, keys, report=tell)
+    return store.means(images, keys)
 
 
 def make_class_features(run: TrainingRun) -> None:
@@ -429,13 +250,11 @@ def make_class_features(run: TrainingRun) -> None:
     with run.accelerator.main_process_first():
         store.refresh()
         records = [record for name in classes for record in records_of(run, name)]
-        mirrored = any(isinstance(stage, HeadStage) and stage.flip for stage in run.recipe.stages)
-        for flip in (False, True) if mirrored else (False,):
-            keys = [key_of(Image(record.image), flip) for record in records]
-            if any(key not in store.places for key in keys):
-                others = [n for n, one in read.items() if one.format == "records"]
-                others = [name for name in others if name not in classes]
-                store.put(keys, _made(run, store, others, len(keys), run.recipe.seed + flip))
+        keys = [key_of(Image(record.image), False) for record in records]
+        if any(key not in store.places for key in keys):
+            others = [n for n, one in read.items() if one.format == "records"]
+            others = [name for name in others if name not in classes]
+            store.put(keys, _made(run, store, others, len(keys), run.recipe.seed))
 
 
 def _made(

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from visavis.checkpoints.adapters import adapter_chain
 from visavis.checkpoints.checkpoint import Checkpoint
-from visavis.checkpoints.compose import EFFICIENTNET
+from visavis.checkpoints.compose import EFFICIENTNET, MINILM_NAME
 from visavis.checkpoints.formats import detect_config
 from visavis.checkpoints.load import resolve
-from visavis.checkpoints.native import save_native, write_native
+from visavis.checkpoints.native import TEXT_TOKENIZER, save_native, write_native
 from visavis.checkpoints.tensor_files import read_json
 from visavis.checkpoints.transformers.load import TransformersFormat
 from visavis.checkpoints.transformers.weights import vlm_table
@@ -74,6 +74,7 @@ def stands_on_bundle(recipe: Recipe) -> bool:
     model = recipe.model
     return (
         (model.language_model, model.vision_tower) == BUNDLED
+        and model.text_tower in ("", MINILM_NAME)
         and not {"language_model", "vision_tower"} & trained_parts(recipe)
         and not model.quantize
         and not (model.lora is not None and model.lora.dora)
@@ -87,13 +88,18 @@ def _write_on_bundle(loaded: Checkpoint, recipe: Recipe, folder: Path) -> None:
         folder,
         name=loaded.name,
         config=loaded.vlm.config,
-        tensors={name: tensor.half() for name, tensor in own_tensors(loaded.vlm).items()},
+        tensors={
+            name: tensor.half() if tensor.is_floating_point() else tensor
+            for name, tensor in own_tensors(loaded.vlm).items()
+        },
         profile=loaded.profile,
         processor=loaded.processor,
         bundle="nano",
         lora_scale=lora.scale if lora is not None else 1.0,
         file_name="adapter.safetensors",
     )
+    if loaded.text_tokenizer is not None:
+        loaded.text_tokenizer.save(str(folder / TEXT_TOKENIZER))
 
 
 def own_tensors(vlm: VLM) -> dict[str, Tensor]:
@@ -101,7 +107,7 @@ def own_tensors(vlm: VLM) -> dict[str, Tensor]:
     state = {
         name: tensor.detach().cpu()
         for name, tensor in vlm.state_dict().items()
-        if name.partition(".")[0] not in ("decoder", "tower")
+        if name.partition(".")[0] not in ("decoder", "tower", "text_tower")
     }
     return state | {name: tensor.cpu() for name, tensor in native_pairs(vlm).items()}
 

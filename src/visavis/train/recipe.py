@@ -61,9 +61,10 @@ class ConnectorRecipe(_Strict):
 class HeadRecipe(_Strict):
     """See `model.config.HeadConfig`."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = ()
     dim: Count
     tower: bool = True  # the image side reads the mean feature of the vision tower
+    class_names: bool = False  # and starts from the names of its classes
 
 
 class LoraRecipe(_Strict):
@@ -95,7 +96,9 @@ class ModelRecipe(_Strict):
     image_size: Annotated[int, Field(ge=32)] = 260  # of efficientnet-lite2
     select_layer: int = 0
     head: HeadRecipe | None = None
+    text_tower: str = ""  # all-minilm-l6-v2: the head's text side reads it
     pooling: Literal["head", "last", "mean"] = "last"
+    min_score: Annotated[float, Field(ge=-1, le=1)] = -1.0  # below it a text matches no image
     profile: str = ""  # how it embeds, by name (`processing.profile.PROFILES`)
     lora: LoraRecipe | None = None
     quantize: Literal["", "int8", "int4"] = ""  # frozen weights of the decoder (QLoRA)
@@ -138,6 +141,8 @@ class ModelRecipe(_Strict):
             "image_size",
             "select_layer",
             "pooling",
+            "text_tower",
+            "min_score",
         )
         return Composition(
             connector=self.connector.model_dump(),
@@ -248,19 +253,26 @@ class WordsStage(_Strict):
 
 
 class HeadStage(_Strict):
-    """Fit the embedding head on the model as it then is (`train/closed_form_stages.py`)."""
+    """Fit the embedding head of a dual encoder on frozen vectors (`train/dual_encoder.py`).
+
+    Args:
+        sources: how often each source's pairs occur.
+        shrink: how far both maps go from where they start to what was trained, 0 to 1.
+        members: seeds whose maps are averaged.
+    """
 
     kind: Literal["head"]
     name: str
-    sources: dict[str, Count]  # how often each source's pairs occur
-    epochs: Count = 20
-    batch: Annotated[int, Field(ge=2)] = 512
-    dropout: Share = 0.3
+    sources: dict[str, Count]
+    epochs: Count = 24
+    batch: Annotated[int, Field(ge=2)] = 2048
+    dropout: Share = 0.6
     learning_rate: Positive = 1e-3
-    logit_scale: Positive = 20.0
-    alpha: Annotated[float, Field(ge=0)] = 0.0
-    flip: bool = True  # mirrored pictures are a second view
-    members: Count = 1  # seeds stacked; they share the head's dim
+    text_learning_rate: Positive = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.3
+    logit_scale: Positive = 25.0
+    shrink: Annotated[float, Field(gt=0, le=1)] = 0.5
+    members: Count = 2
 
 
 AnyStage = WordsStage | HeadStage | StepsStage

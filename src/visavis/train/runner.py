@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from visavis.checkpoints.checkpoint import Checkpoint
+from visavis.checkpoints.checkpoint import Checkpoint, has_bf16_instructions
 from visavis.checkpoints.compose import compose, tiled
 from visavis.checkpoints.load import embed_as, load_checkpoint
 from visavis.checkpoints.quantize import unpack_linears
@@ -127,7 +127,8 @@ def start(recipe: Recipe, data: Path, out: Path, report: Report) -> TrainingRun:
     encoder = loaded.encoder
     features = None
     if recipe.feature_cache and loaded.processor is not None:
-        features = FeatureStore(out / "features", loaded.vlm, loaded.processor)
+        half = cpu and recipe.precision == "bf16" and has_bf16_instructions()
+        features = FeatureStore(out / "features", loaded.vlm, loaded.processor, half=half)
     return TrainingRun(recipe, data, out, loaded, encoder, accelerator, features, report)
 
 

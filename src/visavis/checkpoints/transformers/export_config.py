@@ -74,6 +74,8 @@ def strange_parts(config: VLMConfig) -> list[str]:
     found = []
     if config.head is not None:
         found.append("the embedding head")
+    if config.text_tower is not None:
+        found.append("the text tower")
     if config.tower is None:
         return found
     plain = ConnectorConfig("mlp", config.tower.width, config.decoder.width, depth=2)

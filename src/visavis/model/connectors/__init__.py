@@ -13,6 +13,7 @@ from visavis.model.connectors.mixture import MixtureMLP
 from visavis.model.connectors.mlp import MLP, Identity
 from visavis.model.connectors.qformer import QFormer
 from visavis.model.connectors.resampler import Resampler
+from visavis.model.connectors.words import Words
 from visavis.utils import lookup
 
 CONNECTORS: dict[str, type[Connector]] = {
@@ -23,6 +24,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "mixture": MixtureMLP,
     "resampler": Resampler,
     "qformer": QFormer,
+    "words": Words,
 }
 
 

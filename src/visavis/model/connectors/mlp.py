@@ -27,7 +27,7 @@ class MLP(Connector):
         super().__init__(config)
         inside = config.in_width * config.shuffle**2
         self.norm = nn.LayerNorm(inside) if config.input_norm else None
-        depth = 1 if config.kind == "linear" else config.depth
+        depth = 1 if config.kind in ("linear", "words") else config.depth
         # weights at 0, 2, 4 …, as in LLaVA
         self.layers = mlp(inside, config.hidden_width or config.out_width, config.out_width, depth)
 

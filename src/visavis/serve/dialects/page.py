@@ -63,13 +63,18 @@ async def search(call: Call) -> Any:
     if not text and shown is None and like is None:
         raise InputError("nothing to look for: type some words or add an image")
 
-    def find(index: Index) -> list[dict[str, Any]]:
+    def find(index: Index) -> dict[str, Any]:
         found = call.service.reader().image(Piece("image", shown)) if shown is not None else None
         indexes = call.service.indexes
         hits = indexes.search(index, indexes.query(index, text, found, like), k)
-        return [{**described(hit.item, ITEMS), "score": round(hit.score, 4)} for hit in hits]
+        only_words = shown is None and like is None
+        least = index.model.profile.min_score
+        return {
+            "hits": [{**described(hit.item, ITEMS), "score": round(hit.score, 4)} for hit in hits],
+            "nothing_similar": only_words and bool(hits) and hits[0].score < least,
+        }
 
-    return {"hits": await with_index(call, None, find)}
+    return await with_index(call, None, find)
 
 
 async def chat(call: Call) -> Stream:

@@ -123,9 +123,10 @@ async function search({ like } = {}) {
   $("hits").classList.add("waiting");
   try {
     const options = { method: "POST", body: form, signal: running.signal };
-    const { hits } = await (await request("/page/search", options)).json();
+    const { hits, nothing_similar: nothing } = await (await request("/page/search", options)).json();
     const meant = element("b", "", like ? `similar to ${like.name}` : searchedFor(text));
-    if (hits.length) say("Nearest first: ", meant);
+    if (nothing) say("Nothing like that here. Nearest to ", meant, " all the same:");
+    else if (hits.length) say("Nearest first: ", meant);
     else say("Nothing found for ", meant, ". The index is empty: add pictures with “visavis index add”.");
     showTiles(hits);
   } catch (error) {
