@@ -32,7 +32,7 @@ def build() -> Any:
     return create_app(make_config(settings))
 
 
-deployment = serve.deployment(
+deployment: Any = serve.deployment(
     serve.ingress(build)(),
     name="visavis",
     max_ongoing_requests=MAX_ONGOING,
