@@ -129,7 +129,7 @@ class Library:
         return ImageContent(data=base64.b64encode(data).decode(), mime_type="image/jpeg")
 
 
-def make_server(library: Library) -> MCPServer:  # noqa: C901  # each tool is short
+def make_server(library: Library) -> MCPServer:  # each tool is short
     """Return the server with its tools and resources."""
     server = MCPServer("visavis", version=visavis.__version__, instructions=INSTRUCTIONS)
 
