@@ -49,4 +49,4 @@ deployment: Any = serve.deployment(
         "num_gpus": float(os.environ.get("VISAVIS_REPLICA_GPUS", "0")),
     },
 )
-app = deployment.bind()  # type: ignore[attr-defined]
+app = deployment.bind()
