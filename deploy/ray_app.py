@@ -32,7 +32,7 @@ def build() -> Any:
     return create_app(make_config(settings))
 
 
-deployment = serve.deployment(
+deployment: Any = serve.deployment(
     serve.ingress(build)(),
     name="visavis",
     max_ongoing_requests=MAX_ONGOING,
@@ -49,4 +49,4 @@ deployment = serve.deployment(
         "num_gpus": float(os.environ.get("VISAVIS_REPLICA_GPUS", "0")),
     },
 )
-app = deployment.bind()  # type: ignore[attr-defined]
+app = deployment.bind()

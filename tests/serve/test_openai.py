@@ -28,7 +28,7 @@ def client() -> Iterator[openai.OpenAI]:
         yield client
 
 
-def content(*parts: Any) -> list[dict[str, Any]]:
+def content(*parts: Any) -> Any:
     return [{"role": "user", "content": list(parts)}]
 
 
@@ -179,7 +179,7 @@ def test_logprobs_are_those_of_the_model(client: openai.OpenAI) -> None:
 
 def test_an_answer_by_json_schema(client: openai.OpenAI) -> None:
     pytest.importorskip("llguidance")
-    schema = {
+    schema: Any = {
         "type": "object",
         "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}},
         "required": ["a"],

@@ -148,7 +148,8 @@ def test_a_cancelled_answer_frees_its_memory(model: ServedModel, moment: str) ->
     while not model.scheduler.idle and time.monotonic() < deadline:
         time.sleep(0.005)
     assert model.scheduler.idle
-    assert not model.scheduler.growing and not model.scheduler.engine.active  # type: ignore[attr-defined]
+    engine: Any = model.scheduler.engine
+    assert not model.scheduler.growing and not engine.active
     assert answer.sequence.cache is None
     assert len(answer.sequence.tokens) < 400
     assert model.submit_inputs(prepared(model, "still there")).result(30).shape == (1, 16)

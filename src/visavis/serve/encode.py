@@ -20,7 +20,8 @@ import numpy as np
 def quantize(vectors: np.ndarray, kind: str) -> np.ndarray:
     """Return vectors float32 [N, D] as an array of another number type, [N, D] or [N, D / 8]."""
     if kind in ("float", "base64"):
-        return vectors.astype("<f4", copy=False)
+        floats: np.ndarray = vectors.astype("<f4", copy=False)
+        return floats
     if kind in ("int8", "uint8"):
         largest = np.abs(vectors).max(axis=1, keepdims=True)
         scaled: np.ndarray = np.rint(vectors * (127 / np.maximum(largest, 1e-12))).astype(np.int8)

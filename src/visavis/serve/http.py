@@ -111,7 +111,7 @@ class EndpointApp:
             body = await read_body(scope, receive, limits)
             work = asyncio.create_task(self._respond(scope, body, send_noted))
             await until_done_or_gone(work, receive, limits.request_seconds)
-        except (ClientGone, OSError):
+        except (ClientGoneError, OSError):
             return
         except Exception as error:
             if started:  # uvicorn logs it and closes the connection
@@ -174,7 +174,7 @@ async def form_of(scope: Scope, body: bytes) -> FormData:
         raise ApiError(error.status_code, message, code="invalid_form") from None
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client has closed the connection."""
 
 
@@ -182,7 +182,7 @@ async def until_done_or_gone(work: asyncio.Task[None], receive: Receive, seconds
     """Wait for a task; cancel it when the client leaves or the time is over.
 
     Raises:
-        ClientGone: the client has left.
+        ClientGoneError: the client has left.
         ApiError: the time is over (504).
     """
     gone = asyncio.create_task(disconnected(receive))
@@ -191,7 +191,7 @@ async def until_done_or_gone(work: asyncio.Task[None], receive: Receive, seconds
         if work.done():
             work.result()
         elif gone.done():
-            raise ClientGone
+            raise ClientGoneError
         else:
             message = f"the request took more than {seconds:g} s and was stopped"
             raise ApiError(504, message, code="timeout")
@@ -213,7 +213,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
 
     Raises:
         ApiError: it is too large (413) or too slow (408).
-        ClientGone: the client has left.
+        ClientGoneError: the client has left.
     """
     length = dict(scope["headers"]).get(b"content-length", b"0")
     if not length.isdigit():
@@ -233,7 +233,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
                     )
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ClientGone
+                    raise ClientGoneError
                 chunks.append(message.get("body", b""))
                 received += len(chunks[-1])
                 more = message.get("more_body", False)

@@ -129,7 +129,7 @@ class Library:
         return ImageContent(data=base64.b64encode(data).decode(), mime_type="image/jpeg")
 
 
-def make_server(library: Library) -> MCPServer:
+def make_server(library: Library) -> MCPServer:  # each tool is short
     """Return the server with its tools and resources."""
     server = MCPServer("visavis", version=visavis.__version__, instructions=INSTRUCTIONS)
 
@@ -153,7 +153,7 @@ def make_server(library: Library) -> MCPServer:
 
         Args:
             query: what should be seen or said, in plain words.
-            limit: at most so many items, up to 50.
+            limit: maximum number of items, up to 50.
             filter: only sources that match this glob, for example "*/holiday/*".
         """
         result: CallToolResult = await run(partial(library.hits, query, limit, filter))
@@ -172,7 +172,7 @@ def make_server(library: Library) -> MCPServer:
             item: number of an item that was found before.
             image: an image as a data URI or base64.
             path: a file inside the folders that this server may read.
-            limit: at most so many items, up to 50.
+            limit: maximum number of items, up to 50.
         """
 
         def work() -> CallToolResult:

@@ -101,7 +101,7 @@ class ServedModel:
     def prepare_answer(
         self, prompt: Prompt, settings: Mapping[str, Any], top_logprobs: int | None
     ) -> tuple[Answer, Recorder | None]:
-        """Return an answer that has not begun; called from any thread."""
+        """Return an answer that is ready to be submitted; called from any thread."""
         answer = self.model.ask(prompt, **settings)
         if top_logprobs is None:
             return answer, None

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 MAX_HEADER_BYTES = 64 * 1024
 
 
-def protocol_with(
+def protocol_with(  # a class with short methods
     header_seconds: float, send_seconds: float, connections: int
 ) -> type[H11Protocol]:
     """Return the protocol class with these limits; see `visavis.serve.config.Limits`."""

@@ -228,7 +228,7 @@ class Service:
         Args:
             instruction: what the vectors are for; None: what the configuration says of the side.
             side: of all inputs; None: it was not said.
-            num_queries: the first so many inputs are queries, which get the instruction, the rest
+            num_queries: number of leading inputs that are queries and get the instruction; the rest
                 documents; None: all are of `side`.
             dim: keep the first `dim` numbers of each vector.
 

@@ -74,7 +74,7 @@ async def respond(call: Call) -> BaseModel | Stream:
 
 
 def _response(call: Call, chat: Chat, reply: Reply | None) -> schemas.ResponsesResponse:
-    """Return the response, of an answer that has not begun where `reply` is None."""
+    """Return the response, without output while `reply` is None."""
     body: schemas.ResponsesRequest = call.body
     usage, output = None, []
     status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
