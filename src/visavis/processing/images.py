@@ -33,10 +33,14 @@ from visavis.processing.media import FORMATS, frame_files, name_of, open_media
 MAX_PIXELS = 64_000_000  # read from the header, before anything is decoded
 MAX_SIDE = 65_535  # longest side, also what JPEG itself allows
 
+_HEIC = b"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)"
+_RAW = "it is a camera raw file; export it as JPEG or TIFF"
 # What files that are not pictures start with, as patterns → what to say about them.
 _NOT_PICTURES: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "it is a PDF document; pass it as visavis.Document(path)"),
-    (b"....ftyp(heic|heix|hevc|mif1)", "it is a HEIC picture; export it as JPEG"),
+    (_HEIC, "it is a HEIC image: pip install 'visavis[heic]', or export it as JPEG"),
+    (b"FUJIFILMCCD-RAW|IIU\\0|IIR[OS]|....ftypcrx ", _RAW),
+    (b"8BPS|\xff\x0a|....JXL |\x76\x2f\x31\x01", "this image format is not read; export it as PNG"),
     (b"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "it is a video; pass it as visavis.Video(path)"),
     (b"<svg", "it is an SVG drawing; export it as PNG"),
     (rb"<\?xml", "it is XML, perhaps an SVG drawing; export it as PNG"),
@@ -112,6 +116,16 @@ def image_size(image: Any) -> tuple[int, int]:
         raise
     except Exception as error:
         raise _damaged(name, error) from error
+
+
+def image_format(content: bytes) -> str:
+    """Return which of `media.FORMATS` an encoded image is in.
+
+    Raises:
+        ImageError: it is in none of them.
+    """
+    with _open_header(io.BytesIO(content), _name(content)) as opened:
+        return "JPEG" if opened.format == "MPO" else str(opened.format)
 
 
 def _header_size(opened: pil.Image, data: BinaryIO, name: str) -> tuple[int, int] | None:
@@ -295,11 +309,16 @@ def _damaged(name: str, error: Exception) -> ImageError:
 def _open_header(data: BinaryIO, name: str) -> pil.Image:
     """Return the lazily opened image; its size is known, its pixels are not read yet."""
     pil.preinit()  # the common readers; Pillow loads the others only when these do not match
+    if "HEIF" in FORMATS and re.match(_HEIC, data.read(12), re.DOTALL):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(thumbnails=False)
+    data.seek(0)
     try:
         with _open_lock, warnings.catch_warnings():
             # Our own bound is lower and is an error, so Pillow's warnings would only be noise.
             warnings.simplefilter("ignore")
-            return pil.open(data, formats=tuple(FORMATS))
+            opened = pil.open(data, formats=tuple(FORMATS))
     except pil.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {error}; expected at most {_limits()}") from None
     except UnidentifiedImageError:
@@ -312,10 +331,14 @@ def _open_header(data: BinaryIO, name: str) -> pil.Image:
             f"{name} is not a picture that can be read (it starts {start[:12]!r}), expected one "
             f"of {', '.join(FORMATS)}; {hint}"
         ) from None
+    if opened.format == "TIFF" and _is_raw(opened):
+        raise ImageError(f"{name} cannot be read: {_RAW}")
+    return opened
 
 
 def _decode(opened: pil.Image, name: str) -> pil.Image:
     _check_size(opened, name)
+    _scale_transparency_key(opened)
     opened.load()
     _check_size(opened, name)  # some containers (ICO) learn their true size only now
     orientation = None
@@ -327,6 +350,35 @@ def _decode(opened: pil.Image, name: str) -> pil.Image:
     if rgb is not opened:
         rgb.info = {}  # or a second decode_image would apply EXIF and transparency again
     return rgb
+
+
+def _is_raw(tiff: pil.Image) -> bool:
+    """Whether a TIFF is a camera raw file (DNG, NEF, ARW, CR2): its first image is a preview."""
+    tags = getattr(tiff, "tag_v2", {})
+    is_preview, sub_images, dng_version = int(tags.get(254, 0)) & 1, tags.get(330), 50706 in tags
+    return dng_version or bool(is_preview and sub_images) or 50752 in tags  # CR2 slices
+
+
+def _scale_transparency_key(opened: pil.Image) -> None:
+    """Give the transparent colour of a PNG (tRNS) the scale of the pixels it is compared with.
+
+    Pillow keeps the key as stored while it expands 2- and 4-bit grey to 8 bits and reduces 16-bit
+    colour to its high bytes; 16-bit grey keeps all bits (see `_wide_to_grey`).
+    """
+    key = opened.info.get("transparency")
+    tiles = getattr(opened, "tile", None)  # what load() is about to decode
+    if opened.format != "PNG" or not isinstance(key, (int, tuple)) or not tiles:
+        return
+    raw_mode = tiles[0][3]
+    raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
+    if raw_mode in ("L;2", "L;4") and isinstance(key, int):
+        opened.info["transparency"] = key % 4 * 85 if raw_mode == "L;2" else key % 16 * 17
+    elif raw_mode == "RGB;16B" and isinstance(key, tuple):
+        opened.info["transparency"] = tuple(value >> 8 for value in key)
+    elif raw_mode == "RGB" and isinstance(key, tuple):
+        opened.info["transparency"] = tuple(value & 255 for value in key)
+    elif raw_mode == "L" and isinstance(key, int):
+        opened.info["transparency"] = key & 255
 
 
 def _ends_late(png: BinaryIO) -> bool:
@@ -375,6 +427,8 @@ def _wide_to_grey(image: pil.Image, name: str) -> pil.Image:
     I;16       65535
     I          255 if nothing is brighter (Pillow's own convert("I")), else 65535
     F          1.0 if nothing is brighter, else 255 (Pillow's own convert("F"))
+
+    Pixels of the colour that the image declares transparent (PNG tRNS) become white.
     """
     values = np.asarray(image)  # [H, W]
     low, high = float(values.min()), float(values.max())
@@ -385,7 +439,11 @@ def _wide_to_grey(image: pil.Image, name: str) -> pil.Image:
             f"{name} has values from {low:g} to {high:g}, expected 0 to "
             f"{' or 0 to '.join(map(str, levels))}; scale it to 8-bit grey first"
         )
-    return pil.fromarray(np.rint(values * (255.0 / white)).astype(np.uint8))
+    grey = np.rint(values * (255.0 / white)).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):  # lies on white
+        grey[values == key] = 255
+    return pil.fromarray(grey)
 
 
 def _from_array(array: np.ndarray, name: str) -> pil.Image:
