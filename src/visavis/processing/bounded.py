@@ -119,7 +119,7 @@ class _Worker:
         except (EOFError, OSError):
             code = self.process.wait()
             late = not timer.is_alive() or code == -getattr(signal, "SIGPROF", 0)
-            reason = f"it took more than {seconds:g} seconds" if late else _died(code)
+            reason = f"it took more than {seconds:g} seconds" if late else _died(code, request)
             raise BoundExceeded(reason) from None
         finally:
             timer.cancel()
@@ -133,9 +133,12 @@ class _Worker:
                     pipe.close()
 
 
-def _died(code: int) -> str:
-    names = {-number: number.name for number in signal.Signals}
-    return f"the library that reads it died ({names.get(code, f'exit code {code}')})"
+def _died(code: int, request: dict[str, Any]) -> str:
+    name = {-number: number.name for number in signal.Signals}.get(code, f"exit code {code}")
+    return (
+        f"the library that reads it died ({name}), most often because it needs more than the "
+        f"{request['memory'] >> 20} MiB of memory it may take"
+    )
 
 
 def _write(pipe: BinaryIO, value: dict[str, Any], data: bytes) -> None:

@@ -309,16 +309,18 @@ def _damaged(name: str, error: Exception) -> ImageError:
 def _open_header(data: BinaryIO, name: str) -> pil.Image:
     """Return the lazily opened image; its size is known, its pixels are not read yet."""
     pil.preinit()  # the common readers; Pillow loads the others only when these do not match
+    formats = [kind for kind in FORMATS if kind != "HEIF"]
     if "HEIF" in FORMATS and re.match(_HEIC, data.read(12), re.DOTALL):
         import pillow_heif
 
         pillow_heif.register_heif_opener(thumbnails=False)
+        formats.append("HEIF")
     data.seek(0)
     try:
         with _open_lock, warnings.catch_warnings():
             # Our own bound is lower and is an error, so Pillow's warnings would only be noise.
             warnings.simplefilter("ignore")
-            opened = pil.open(data, formats=tuple(FORMATS))
+            opened = pil.open(data, formats=formats)
     except pil.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {error}; expected at most {_limits()}") from None
     except UnidentifiedImageError:
