@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from visavis.errors import CheckpointError
-from visavis.processing import tokenizer_check
+from visavis.processing import bounded, tokenizer_check
 from visavis.processing.tokenizer import _merges_from_scores, load_tokenizer
 from visavis.processing.tokenizer_check import no_panic, read_tokenizer
 
@@ -138,7 +138,7 @@ def test_settings_that_only_matter_when_obeyed(data, tmp_path):
 def test_a_file_is_tried_once(tmp_path, monkeypatch):
     path = file_of(plain(), tmp_path)
     read_tokenizer(path)
-    monkeypatch.setattr(tokenizer_check.bounded, "call", None)
+    monkeypatch.setattr(bounded, "call", None)
     assert read_tokenizer(path).get_vocab_size() == 10
 
 

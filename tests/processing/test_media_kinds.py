@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image as pil
 
-from visavis.errors import ImageError
+from visavis.errors import ImageError, InputError
 from visavis.inputs import Document, Image, Prompt, Video
 from visavis.processing import images
+from visavis.processing.config import VideoConfig
 from visavis.processing.images import content_hash, decode_image, image_format, image_size
 from visavis.processing.media import FORMATS, SUFFIXES, UNREAD_SUFFIXES, find_images
 from visavis.processing.pdf import pages
+from visavis.processing.video import read_frames
 
 
 def png(depth: int, color: int, row: list, key: tuple[int, ...]) -> bytes:
@@ -84,7 +86,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
 
 def test_heic_without_pillow_heif_names_the_extra(monkeypatch):
     data = heic()
-    monkeypatch.delitem(images.FORMATS, "HEIF")
+    monkeypatch.delitem(FORMATS, "HEIF")
     with pytest.raises(ImageError, match=r"HEIC image: pip install 'visavis\[heic\]'"):
         decode_image(data)
 
@@ -156,3 +158,53 @@ def test_a_data_uri_given_as_a_path():
 def test_suffixes_of_formats_that_are_read_are_videos(suffix):
     (part,) = Prompt.of(Path(f"a.{suffix}")).messages[0].parts
     assert isinstance(part, Video) and not isinstance(part, Image)
+
+
+def large(kind: str, size: tuple[int, int]) -> bytes:
+    """An encoded image, dark on the left and bright on the right."""
+    image = pil.new("RGB", size, (20, 30, 40))
+    image.paste((220, 210, 200), (size[0] // 2, 0, *size))
+    encoded = io.BytesIO()
+    image.save(encoded, kind)
+    return encoded.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("size", [(403, 201), (801, 99), (1205, 640)])
+def test_larger_images_are_read_reduced_where_that_is_set(kind, size, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(images, "_max_pixels", 50_000)
+    monkeypatch.setattr(pil, "MAX_IMAGE_PIXELS", pil.MAX_IMAGE_PIXELS)
+    data = large(kind, size)
+    with pytest.raises(ImageError, match="raise --max-pixels"):
+        decode_image(data)
+    images.set_max_pixels(1_000_000)
+    decoded = decode_image(data)
+    assert decoded.size == image_size(data)
+    assert 50_000 / 4.2 < decoded.width * decoded.height <= 50_000
+    whole = pil.open(io.BytesIO(data)).convert("RGB").resize(decoded.size, pil.Resampling.BOX)
+    error = np.abs(np.asarray(decoded).astype(int) - np.asarray(whole).astype(int))
+    assert error.mean() < 1.5
+    with pytest.raises(InputError, match="expected at least 50000"):
+        images.set_max_pixels(9)
+
+
+def test_a_turned_image_is_reduced_too(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(images, "_max_pixels", 1_000_000)
+    encoded, exif = io.BytesIO(), pil.Exif()
+    exif[0x0112] = 6
+    pil.new("RGB", (801, 99), (9, 9, 9)).save(encoded, "JPEG", exif=exif)
+    assert decode_image(encoded.getvalue()).size == image_size(encoded.getvalue()) == (50, 401)
+
+
+@pytest.mark.parametrize(("side", "frames"), [(7900, 80), (2, 20_001)])
+def test_an_animation_that_takes_too_long_is_refused(side, frames):
+    """Frames are repeated by their bytes, as a hostile file would do it."""
+    encoded = io.BytesIO()
+    pil.new("P", (side, side)).save(encoded, "GIF")
+    data = encoded.getvalue()
+    header = 13 + 3 * 2 ** ((data[10] & 7) + 1)
+    repeated = data[:header] + data[header:-1] * frames + b";"
+    with pytest.raises(ImageError, match=f"an animation of {frames} frames of {side}×{side}"):
+        read_frames(Video(repeated), VideoConfig(frames=2))

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from visavis import errors
 from visavis.errors import VisavisError
@@ -42,7 +42,7 @@ _START = (
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
-class BoundExceeded(Exception):
+class BoundExceededError(Exception):
     """The child ran out of time or memory, or died; the text says which, as part of a sentence."""
 
 
@@ -59,7 +59,7 @@ def call(
         data: bytes it is given.
 
     Raises:
-        BoundExceeded: it took more, or the child died.
+        BoundExceededError: it took more, or the child died.
         VisavisError: the function raised it.
     """
     request = {"function": function, "args": args, "seconds": seconds, "memory": memory}
@@ -78,7 +78,7 @@ def call(
             with _lock:
                 _idle.append(worker)
     if "exceeded" in reply:
-        raise BoundExceeded(reply["exceeded"])
+        raise BoundExceededError(reply["exceeded"])
     if "error" in reply:
         kind = getattr(errors, reply["error"], VisavisError)
         raise kind(reply["message"])
@@ -120,7 +120,7 @@ class _Worker:
             code = self.process.wait()
             late = not timer.is_alive() or code == -getattr(signal, "SIGPROF", 0)
             reason = f"it took more than {seconds:g} seconds" if late else _died(code, request)
-            raise BoundExceeded(reason) from None
+            raise BoundExceededError(reason) from None
         finally:
             timer.cancel()
 
@@ -141,21 +141,21 @@ def _died(code: int, request: dict[str, Any]) -> str:
     )
 
 
-def _write(pipe: BinaryIO, value: dict[str, Any], data: bytes) -> None:
+def _write(pipe: IO[bytes], value: dict[str, Any], data: bytes) -> None:
     encoded = json.dumps(value).encode()
     pipe.write(_FRAME.pack(len(encoded), len(data)) + encoded)
     pipe.write(data)
     pipe.flush()
 
 
-def _read(pipe: BinaryIO) -> tuple[dict[str, Any], bytes]:
+def _read(pipe: IO[bytes]) -> tuple[dict[str, Any], bytes]:
     sizes = _FRAME.unpack(_exactly(pipe, _FRAME.size))
     if sum(sizes) > _MAX_REPLY:
         raise EOFError
     return json.loads(_exactly(pipe, sizes[0])), _exactly(pipe, sizes[1])
 
 
-def _exactly(pipe: BinaryIO, size: int) -> bytes:
+def _exactly(pipe: IO[bytes], size: int) -> bytes:
     data = pipe.read(size)
     if len(data) < size:
         raise EOFError

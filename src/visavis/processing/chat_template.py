@@ -20,7 +20,7 @@ from visavis.processing import bounded
 from visavis.processing.answer_mask import answer_mask, turn_ends
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat
 from visavis.processing.jinja_extensions import GENERATION_MARKS
-from visavis.processing.jinja_sandbox import TemplateFailure, check_syntax, render_bounded
+from visavis.processing.jinja_sandbox import TemplateFailureError, check_syntax, render_bounded
 from visavis.processing.tokenizer import SpecialTokens, encode, encode_spans
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class ChatTemplate:
         }
         try:
             return render_bounded(self._source, values)
-        except TemplateFailure as error:
+        except TemplateFailureError as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise InputError(
                 f"the checkpoint's chat template refuses messages of the roles {roles}: {error}. "

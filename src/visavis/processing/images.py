@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image as pil
 from PIL import UnidentifiedImageError
 
-from visavis.errors import ImageError
+from visavis.errors import ImageError, InputError
 from visavis.inputs import Content, Document, Image, Page, Prompt, Stored, Text, Video, Visual
 from visavis.processing import pdf
 from visavis.processing.media import FORMATS, frame_files, name_of, open_media
@@ -35,6 +35,30 @@ MAX_SIDE = 65_535  # longest side, also what JPEG itself allows
 
 _HEIC = b"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)"
 _RAW = "it is a camera raw file; export it as JPEG or TIFF"
+_max_pixels = MAX_PIXELS
+
+
+def set_max_pixels(number: int) -> None:
+    """Set how many pixels an image may have, for this process; 64 million until it is called.
+
+    An image of more than `MAX_PIXELS` is read at a half, a quarter … of its width and height, the
+    largest that has at most `MAX_PIXELS`. JPEG is decoded at that size, so that its memory stays
+    that of `MAX_PIXELS`; other formats are decoded whole first, which takes 3 to 8 bytes for each
+    of `number` pixels.
+
+    Args:
+        number: pixels, at least `MAX_PIXELS`.
+
+    Raises:
+        InputError: it is less than `MAX_PIXELS`.
+    """
+    global _max_pixels
+    if number < MAX_PIXELS:
+        raise InputError(f"max_pixels is {number}, expected at least {MAX_PIXELS}")
+    _max_pixels = number
+    pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS or 0, number)  # Pillow's own limit
+
+
 # What files that are not pictures start with, as patterns → what to say about them.
 _NOT_PICTURES: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "it is a PDF document; pass it as visavis.Document(path)"),
@@ -137,7 +161,8 @@ def _header_size(opened: pil.Image, data: BinaryIO, name: str) -> tuple[int, int
     _check_size(opened, name)
     if opened.format in ("ICO", "TIFF") or (opened.format == "PNG" and _ends_late(data)):
         return None
-    width, height = opened.size
+    factor = _reduction(opened.size)
+    width, height = (-(-side // factor) for side in opened.size)
     orientation = None
     with suppress(Exception):
         orientation = pil.Image.getexif(opened).get(_EXIF_ORIENTATION)
@@ -340,13 +365,20 @@ def _open_header(data: BinaryIO, name: str) -> pil.Image:
 
 def _decode(opened: pil.Image, name: str) -> pil.Image:
     _check_size(opened, name)
+    factor = _reduction(opened.size)
+    size = opened.size
+    if factor > 1 and opened.format in ("JPEG", "MPO"):
+        opened.draft(None, (size[0] // factor, size[1] // factor))
     _scale_transparency_key(opened)
     opened.load()
     _check_size(opened, name)  # some containers (ICO) learn their true size only now
+    factor = max(1, round(factor * opened.width / size[0]))  # what draft has left to do
     orientation = None
     with suppress(Exception):  # a picture with broken EXIF data is still a picture, unrotated
         orientation = opened.getexif().get(_EXIF_ORIENTATION)
     rgb = _to_rgb(opened, name)
+    if factor > 1:
+        rgb = rgb.reduce(factor)
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
     if rgb is not opened:
@@ -396,19 +428,27 @@ def _ends_late(png: BinaryIO) -> bool:
     return False
 
 
+def _reduction(size: tuple[int, int]) -> int:
+    """Return by which power of two an image is read smaller, so that it has MAX_PIXELS at most."""
+    factor = 1
+    while -(-size[0] // factor) * -(-size[1] // factor) > MAX_PIXELS:
+        factor *= 2
+    return factor
+
+
 def _check_size(image: pil.Image, name: str) -> None:
     width, height = image.size
     if width * height == 0:
         raise ImageError(f"{name} has no pixels ({width}×{height})")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    if width * height > _max_pixels or max(width, height) > MAX_SIDE:
         raise ImageError(
             f"{name} has {width}×{height} = {width * height / 1e6:.1f} megapixels, expected at "
-            f"most {_limits()}; make it smaller first"
+            f"most {_limits()}; make it smaller first, or raise --max-pixels"
         )
 
 
 def _limits() -> str:
-    return f"{MAX_PIXELS / 1e6:.0f} megapixels and {MAX_SIDE} pixels a side"
+    return f"{_max_pixels / 1e6:.0f} megapixels and {MAX_SIDE} pixels a side"
 
 
 def _to_rgb(image: pil.Image, name: str) -> pil.Image:

@@ -59,7 +59,7 @@ def render_bounded(source: str, values: Mapping[str, Any]) -> str:
     """Return the text of a template with values, which are JSON.
 
     Raises:
-        TemplateFailure: the template refuses the values, or needs too much time or memory.
+        TemplateFailureError: the template refuses the values, or needs too much time or memory.
     """
     try:
         refused, text = bounded.call(
@@ -69,14 +69,14 @@ def render_bounded(source: str, values: Mapping[str, Any]) -> str:
             seconds=SECONDS,
             memory=MEMORY,
         )
-    except bounded.BoundExceeded as error:
-        raise TemplateFailure(f"rendering it was stopped: {error}") from None
+    except bounded.BoundExceededError as error:
+        raise TemplateFailureError(f"rendering it was stopped: {error}") from None
     if refused is not None:
-        raise TemplateFailure(refused)
+        raise TemplateFailureError(refused)
     return text.decode("utf-8", "surrogatepass")
 
 
-class TemplateFailure(InputError):
+class TemplateFailureError(InputError):
     """A template refuses its values, or needs too much time or memory."""
 
 

@@ -126,7 +126,7 @@ def _ask(what: str, source: Path | bytes, *args: int) -> tuple[Any, bytes]:
             memory=MEMORY,
             data=content,
         )
-    except bounded.BoundExceeded as error:
+    except bounded.BoundExceededError as error:
         page = f"page {args[0]} of " if args else ""
         raise ImageError(
             f"{page}{name} cannot be read: {error}; it is damaged or hostile: export it again"

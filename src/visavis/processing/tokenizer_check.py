@@ -58,7 +58,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
             tokenizer.no_padding()  # of a training run; encoding must not obey them
             tokenizer.no_truncation()
             return tokenizer
-    except (OSError, CheckpointError, bounded.BoundExceeded) as error:
+    except (OSError, CheckpointError, bounded.BoundExceededError) as error:
         reason = str(error)
     except Exception as error:  # tokenizers' bare Exception
         reason = f"{error}"

@@ -34,6 +34,8 @@ from visavis.processing.config import VideoConfig
 from visavis.processing.images import MAX_PIXELS, decode_image, image_size
 from visavis.processing.media import frame_files, name_of, open_media
 
+MAX_ANIMATION_FRAMES = 20_000
+MAX_ANIMATION_PIXELS = 4_000_000_000  # of all frames of an animated image, which must be decoded
 MAX_CLIP_PIXELS = 1_000_000_000  # of all frames of one clip together: 3 GB
 PICTURES_PER_SECOND = 2  # taken for pictures that carry no times, as LLaVA does for its folders
 
@@ -218,7 +220,15 @@ class _Animation:
         self.opened, self.size = opened, opened.size
         self.times: list[float] = []
         self.duration = 0.0
-        for index in range(getattr(opened, "n_frames", 1)):
+        count = getattr(opened, "n_frames", 1)
+        total = count * opened.width * opened.height
+        if count > MAX_ANIMATION_FRAMES or total > MAX_ANIMATION_PIXELS:
+            raise ImageError(
+                f"{name} is an animation of {count} frames of {opened.width}×{opened.height} = "
+                f"{total / 1e6:.0f} megapixels, expected at most {MAX_ANIMATION_FRAMES} frames and "
+                f"{MAX_ANIMATION_PIXELS / 1e6:.0f} megapixels; export it as MP4 or make it smaller"
+            )
+        for index in range(count):
             opened.seek(index)
             opened.load()  # only now WebP says how long a frame is shown
             self.times.append(self.duration)
@@ -328,7 +338,7 @@ class _File:
 
     def _picture(self, frame: Any) -> pil.Image:
         _check_size((frame.width, frame.height), self.name)
-        picture = frame.to_image()
+        picture: pil.Image = frame.to_image()
         turn = _UPRIGHT.get(_orientation(frame))
         return picture if turn is None else picture.transpose(turn)
 
