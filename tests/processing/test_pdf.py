@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +10,8 @@ from visavis.errors import ImageError, InputError
 from visavis.inputs import Document, Image, Message, Page, Prompt, Text, Video
 from visavis.processing import pdf
 from visavis.processing.images import content_hash, decode_image, image_size
-from visavis.processing.pdf import PAGE_SIDE, expand, pages
+from visavis.processing.pdf import expand, pages
+from visavis.processing.pdfium import PAGE_SIDE
 
 pytest.importorskip("pypdfium2")
 
@@ -109,7 +109,7 @@ def test_pages_are_named_by_document_and_number(tmp_path):
     assert one == Image(Page(tmp_path / "a.pdf", 1)) != two
 
 
-def test_threads_take_turns():
+def test_threads_share_children():
     images = pages(Document(pdf_bytes(4))) * 4
     with ThreadPoolExecutor(4) as pool:
         shown = list(pool.map(decode_image, images))
@@ -157,14 +157,7 @@ def test_a_document_given_as_a_picture_is_told_what_to_do():
 
 
 def test_without_pdfium_the_extra_is_named(monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "pypdfium2":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(pdf, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'visavis\[pdf\]'"):
         pages(Document(pdf_bytes()))
 

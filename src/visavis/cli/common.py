@@ -217,11 +217,26 @@ class Loading:
         ),
     ] = None
 
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            "--max-pixels",
+            metavar="N",
+            help="Largest image to read, in pixels (64 million); larger ones are read reduced.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+
     def load(self, model: str) -> Model:
         """Load a model with these options."""
         import visavis
 
-        return visavis.load(model, **vars(self))
+        options = dict(vars(self))
+        if (number := options.pop("max_pixels")) is not None:
+            from visavis.processing.images import set_max_pixels
+
+            set_max_pixels(number)
+        return visavis.load(model, **options)
 
 
 def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:

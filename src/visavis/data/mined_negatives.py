@@ -15,15 +15,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as pil
-
 from visavis.data.corpus import Corpus, CorpusEntry
 from visavis.data.hard_negatives import Negative
 from visavis.data.media_paths import Place
 from visavis.data.readers import open_rows
 from visavis.errors import InputError
 from visavis.inputs import Document, Image, Message, Prompt, Stored, Text, Video
-from visavis.processing.images import content_hash, decode_image
+from visavis.processing.images import content_hash, decode_image, image_format
 from visavis.processing.media import FORMATS
 from visavis.utils import write_atomically
 
@@ -108,8 +106,7 @@ def _reference(part: Image | Video | Document, files: Path) -> str | list[str]:
 def _suffix(part: Image | Video | Document, content: bytes) -> str:
     if not isinstance(part, Image):
         return ".mp4" if isinstance(part, Video) else ".pdf"
-    with pil.open(io.BytesIO(content)) as opened:
-        return FORMATS[opened.format or ""][0]
+    return FORMATS[image_format(content)][0]
 
 
 def read_corpus(path: Path) -> list[Prompt]:

@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeAlias
 
 from visavis.data.tar_shards import members, read_span
 from visavis.errors import TrainError
-from visavis.inputs import Stored
+from visavis.inputs import VIDEO_SUFFIXES, Stored
 from visavis.processing.media import SUFFIXES
 from visavis.utils import parse_json
 
@@ -176,7 +176,6 @@ Row: TypeAlias = dict[str, Any]
 
 TABLES = (".parquet", ".arrow")
 DATA_SUFFIXES = (".json", ".jsonl", ".tar", *TABLES)
-VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif"})
 _CHUNK = 1 << 20
 _BOM = "\ufeff"
 _BETWEEN = re.compile(r"[\s,]*")
@@ -363,7 +362,8 @@ class Shard:
             if suffix == ".json":
                 texts.append(file)
             elif suffix in SUFFIXES | VIDEO_SUFFIXES:
-                visuals.append(("video" if suffix in VIDEO_SUFFIXES else "image", file))
+                is_video = suffix in VIDEO_SUFFIXES or suffix == ".gif"
+                visuals.append(("video" if is_video else "image", file))
         self.entries = [
             (key, texts[0], sorted(visuals, key=lambda one: one[1].name))
             for key, (texts, visuals) in found.items()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from visavis.generate.engine import GeneratedSequence
+from visavis.processing.tokenizer_check import no_panic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -114,8 +115,9 @@ class Answer:
         A few tokens before are decoded too, because a token's text may depend on its neighbours.
         """
         start = max(0, self.shown - CONTEXT)
-        before = self.tokenizer.decode(ids[start : self.shown], skip_special_tokens=True)
-        return self.tokenizer.decode(ids[start:], skip_special_tokens=True)[len(before) :]
+        with no_panic("decoding an answer"):
+            before = self.tokenizer.decode(ids[start : self.shown], skip_special_tokens=True)
+            return self.tokenizer.decode(ids[start:], skip_special_tokens=True)[len(before) :]
 
 
 def _nothing() -> Generator[str]:

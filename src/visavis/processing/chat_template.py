@@ -9,39 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer
 
 from visavis.errors import CheckpointError, InputError
 from visavis.inputs import Image, Message, Prompt, Text, Video
+from visavis.processing import bounded
 from visavis.processing.answer_mask import answer_mask, turn_ends
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat
-from visavis.processing.jinja_extensions import (
-    GENERATION_MARKS,
-    Generation,
-    raise_exception,
-    to_json,
-)
+from visavis.processing.jinja_extensions import GENERATION_MARKS
+from visavis.processing.jinja_sandbox import TemplateFailureError, check_syntax, render_bounded
 from visavis.processing.tokenizer import SpecialTokens, encode, encode_spans
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# What running a template can raise: its own refusals, and mistakes of its author.
-_TEMPLATE_FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
 
 _Placeholders = tuple[int, int]  # token id of an image or video, and how many it becomes
 
@@ -73,14 +56,14 @@ class Encoded:
 
 
 class ChatTemplate:
-    """A checkpoint's jinja chat template, in a sandbox without access to anything.
+    """A checkpoint's jinja chat template, rendered in a sandbox with limits of time and memory.
 
     Args:
         source: jinja source, as in `tokenizer.chat_template` or tokenizer_config.json.
         bos_token, eos_token: texts the template may write.
 
     Raises:
-        CheckpointError: the source is empty or not jinja.
+        CheckpointError: the source is empty, too long or not jinja.
     """
 
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
@@ -90,20 +73,16 @@ class ChatTemplate:
                 f"trained; name one of {', '.join(sorted(CHAT_FORMATS))} as `chat_template` in its "
                 "prompt profile, or use it for embedding only"
             )
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = to_json
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            self._template = environment.from_string(source)
+            check_syntax(source)
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the checkpoint's chat template is not valid jinja (line {error.lineno}: "
                 f"{error.message}); name one of {', '.join(sorted(CHAT_FORMATS))} as "
                 "`chat_template` in its prompt profile instead"
             ) from error
+        self._source = source
+        bounded.start()  # while weights are loaded
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(
@@ -118,16 +97,18 @@ class ChatTemplate:
             marks: texts written before and after each `{% generation %}` block.
 
         Raises:
-            InputError: the template refuses these messages, for example two user turns in a row.
+            InputError: the template refuses these messages, for example two user turns in a row,
+                or needs more time or memory than any honest template.
         """
+        values = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            **self._tokens,
+            GENERATION_MARKS: marks,
+        }
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **self._tokens,
-                **{GENERATION_MARKS: marks},
-            )
-        except _TEMPLATE_FAILURES as error:
+            return render_bounded(self._source, values)
+        except TemplateFailureError as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise InputError(
                 f"the checkpoint's chat template refuses messages of the roles {roles}: {error}. "

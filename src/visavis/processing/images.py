@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image as pil
 from PIL import UnidentifiedImageError
 
-from visavis.errors import ImageError
+from visavis.errors import ImageError, InputError
 from visavis.inputs import Content, Document, Image, Page, Prompt, Stored, Text, Video, Visual
 from visavis.processing import pdf
 from visavis.processing.media import FORMATS, frame_files, name_of, open_media
@@ -33,10 +33,38 @@ from visavis.processing.media import FORMATS, frame_files, name_of, open_media
 MAX_PIXELS = 64_000_000  # read from the header, before anything is decoded
 MAX_SIDE = 65_535  # longest side, also what JPEG itself allows
 
+_HEIC = b"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)"
+_RAW = "it is a camera raw file; export it as JPEG or TIFF"
+_max_pixels = MAX_PIXELS
+
+
+def set_max_pixels(number: int) -> None:
+    """Set how many pixels an image may have, for this process; 64 million until it is called.
+
+    An image of more than `MAX_PIXELS` is read at a half, a quarter … of its width and height, the
+    largest that has at most `MAX_PIXELS`. JPEG is decoded at that size, so that its memory stays
+    that of `MAX_PIXELS`; other formats are decoded whole first, which takes 3 to 8 bytes for each
+    of `number` pixels.
+
+    Args:
+        number: pixels, at least `MAX_PIXELS`.
+
+    Raises:
+        InputError: it is less than `MAX_PIXELS`.
+    """
+    global _max_pixels
+    if number < MAX_PIXELS:
+        raise InputError(f"max_pixels is {number}, expected at least {MAX_PIXELS}")
+    _max_pixels = number
+    pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS or 0, number)  # Pillow's own limit
+
+
 # What files that are not pictures start with, as patterns → what to say about them.
 _NOT_PICTURES: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "it is a PDF document; pass it as visavis.Document(path)"),
-    (b"....ftyp(heic|heix|hevc|mif1)", "it is a HEIC picture; export it as JPEG"),
+    (_HEIC, "it is a HEIC image: pip install 'visavis[heic]', or export it as JPEG"),
+    (b"FUJIFILMCCD-RAW|IIU\\0|IIR[OS]|....ftypcrx ", _RAW),
+    (b"8BPS|\xff\x0a|....JXL |\x76\x2f\x31\x01", "this image format is not read; export it as PNG"),
     (b"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "it is a video; pass it as visavis.Video(path)"),
     (b"<svg", "it is an SVG drawing; export it as PNG"),
     (rb"<\?xml", "it is XML, perhaps an SVG drawing; export it as PNG"),
@@ -114,6 +142,16 @@ def image_size(image: Any) -> tuple[int, int]:
         raise _damaged(name, error) from error
 
 
+def image_format(content: bytes) -> str:
+    """Return which of `media.FORMATS` an encoded image is in.
+
+    Raises:
+        ImageError: it is in none of them.
+    """
+    with _open_header(io.BytesIO(content), _name(content)) as opened:
+        return "JPEG" if opened.format == "MPO" else str(opened.format)
+
+
 def _header_size(opened: pil.Image, data: BinaryIO, name: str) -> tuple[int, int] | None:
     """Return the width and height of the upright image; None if the header does not give them.
 
@@ -123,7 +161,8 @@ def _header_size(opened: pil.Image, data: BinaryIO, name: str) -> tuple[int, int
     _check_size(opened, name)
     if opened.format in ("ICO", "TIFF") or (opened.format == "PNG" and _ends_late(data)):
         return None
-    width, height = opened.size
+    factor = _reduction(opened.size)
+    width, height = (-(-side // factor) for side in opened.size)
     orientation = None
     with suppress(Exception):
         orientation = pil.Image.getexif(opened).get(_EXIF_ORIENTATION)
@@ -295,11 +334,18 @@ def _damaged(name: str, error: Exception) -> ImageError:
 def _open_header(data: BinaryIO, name: str) -> pil.Image:
     """Return the lazily opened image; its size is known, its pixels are not read yet."""
     pil.preinit()  # the common readers; Pillow loads the others only when these do not match
+    formats = [kind for kind in FORMATS if kind != "HEIF"]
+    if "HEIF" in FORMATS and re.match(_HEIC, data.read(12), re.DOTALL):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(thumbnails=False)
+        formats.append("HEIF")
+    data.seek(0)
     try:
         with _open_lock, warnings.catch_warnings():
             # Our own bound is lower and is an error, so Pillow's warnings would only be noise.
             warnings.simplefilter("ignore")
-            return pil.open(data, formats=tuple(FORMATS))
+            opened = pil.open(data, formats=formats)
     except pil.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {error}; expected at most {_limits()}") from None
     except UnidentifiedImageError:
@@ -312,21 +358,61 @@ def _open_header(data: BinaryIO, name: str) -> pil.Image:
             f"{name} is not a picture that can be read (it starts {start[:12]!r}), expected one "
             f"of {', '.join(FORMATS)}; {hint}"
         ) from None
+    if opened.format == "TIFF" and _is_raw(opened):
+        raise ImageError(f"{name} cannot be read: {_RAW}")
+    return opened
 
 
 def _decode(opened: pil.Image, name: str) -> pil.Image:
     _check_size(opened, name)
+    factor = _reduction(opened.size)
+    size = opened.size
+    if factor > 1 and opened.format in ("JPEG", "MPO"):
+        opened.draft(None, (size[0] // factor, size[1] // factor))
+    _scale_transparency_key(opened)
     opened.load()
     _check_size(opened, name)  # some containers (ICO) learn their true size only now
+    factor = max(1, round(factor * opened.width / size[0]))  # what draft has left to do
     orientation = None
     with suppress(Exception):  # a picture with broken EXIF data is still a picture, unrotated
         orientation = opened.getexif().get(_EXIF_ORIENTATION)
     rgb = _to_rgb(opened, name)
+    if factor > 1:
+        rgb = rgb.reduce(factor)
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
     if rgb is not opened:
         rgb.info = {}  # or a second decode_image would apply EXIF and transparency again
     return rgb
+
+
+def _is_raw(tiff: pil.Image) -> bool:
+    """Whether a TIFF is a camera raw file (DNG, NEF, ARW, CR2): its first image is a preview."""
+    tags = getattr(tiff, "tag_v2", {})
+    is_preview, sub_images, dng_version = int(tags.get(254, 0)) & 1, tags.get(330), 50706 in tags
+    return dng_version or bool(is_preview and sub_images) or 50752 in tags  # CR2 slices
+
+
+def _scale_transparency_key(opened: pil.Image) -> None:
+    """Give the transparent colour of a PNG (tRNS) the scale of the pixels it is compared with.
+
+    Pillow keeps the key as stored while it expands 2- and 4-bit grey to 8 bits and reduces 16-bit
+    colour to its high bytes; 16-bit grey keeps all bits (see `_wide_to_grey`).
+    """
+    key = opened.info.get("transparency")
+    tiles = getattr(opened, "tile", None)  # what load() is about to decode
+    if opened.format != "PNG" or not isinstance(key, (int, tuple)) or not tiles:
+        return
+    raw_mode = tiles[0][3]
+    raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
+    if raw_mode in ("L;2", "L;4") and isinstance(key, int):
+        opened.info["transparency"] = key % 4 * 85 if raw_mode == "L;2" else key % 16 * 17
+    elif raw_mode == "RGB;16B" and isinstance(key, tuple):
+        opened.info["transparency"] = tuple(value >> 8 for value in key)
+    elif raw_mode == "RGB" and isinstance(key, tuple):
+        opened.info["transparency"] = tuple(value & 255 for value in key)
+    elif raw_mode == "L" and isinstance(key, int):
+        opened.info["transparency"] = key & 255
 
 
 def _ends_late(png: BinaryIO) -> bool:
@@ -342,19 +428,27 @@ def _ends_late(png: BinaryIO) -> bool:
     return False
 
 
+def _reduction(size: tuple[int, int]) -> int:
+    """Return by which power of two an image is read smaller, so that it has MAX_PIXELS at most."""
+    factor = 1
+    while -(-size[0] // factor) * -(-size[1] // factor) > MAX_PIXELS:
+        factor *= 2
+    return factor
+
+
 def _check_size(image: pil.Image, name: str) -> None:
     width, height = image.size
     if width * height == 0:
         raise ImageError(f"{name} has no pixels ({width}×{height})")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    if width * height > _max_pixels or max(width, height) > MAX_SIDE:
         raise ImageError(
             f"{name} has {width}×{height} = {width * height / 1e6:.1f} megapixels, expected at "
-            f"most {_limits()}; make it smaller first"
+            f"most {_limits()}; make it smaller first, or raise --max-pixels"
         )
 
 
 def _limits() -> str:
-    return f"{MAX_PIXELS / 1e6:.0f} megapixels and {MAX_SIDE} pixels a side"
+    return f"{_max_pixels / 1e6:.0f} megapixels and {MAX_SIDE} pixels a side"
 
 
 def _to_rgb(image: pil.Image, name: str) -> pil.Image:
@@ -375,6 +469,8 @@ def _wide_to_grey(image: pil.Image, name: str) -> pil.Image:
     I;16       65535
     I          255 if nothing is brighter (Pillow's own convert("I")), else 65535
     F          1.0 if nothing is brighter, else 255 (Pillow's own convert("F"))
+
+    Pixels of the colour that the image declares transparent (PNG tRNS) become white.
     """
     values = np.asarray(image)  # [H, W]
     low, high = float(values.min()), float(values.max())
@@ -385,7 +481,11 @@ def _wide_to_grey(image: pil.Image, name: str) -> pil.Image:
             f"{name} has values from {low:g} to {high:g}, expected 0 to "
             f"{' or 0 to '.join(map(str, levels))}; scale it to 8-bit grey first"
         )
-    return pil.fromarray(np.rint(values * (255.0 / white)).astype(np.uint8))
+    grey = np.rint(values * (255.0 / white)).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):  # lies on white
+        grey[values == key] = 255
+    return pil.fromarray(grey)
 
 
 def _from_array(array: np.ndarray, name: str) -> pil.Image:

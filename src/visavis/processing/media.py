@@ -6,6 +6,7 @@ opens no URLs.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
@@ -32,7 +33,26 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG2000": (".jp2", ".j2k", ".jpx"),
     "ICO": (".ico",),
 }
+if importlib.util.find_spec("pillow_heif"):  # `images._open_header` registers it when needed
+    FORMATS["HEIF"] = (".heic", ".heif", ".hif")
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# Suffixes of images that are not read, with what to do about them.
+UNREAD_SUFFIXES: dict[str, str] = {
+    **dict.fromkeys(
+        (".heic", ".heif", ".hif"),
+        "HEIC needs pillow-heif: pip install 'visavis[heic]', or export it as JPEG",
+    ),
+    **dict.fromkeys(
+        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+        "camera raw is not read: export it as JPEG or TIFF",
+    ),
+    **dict.fromkeys(
+        (".psd", ".svg", ".eps", ".jxl", ".exr", ".hdr", ".tga", ".pcx", ".dds", ".xcf"),
+        "this image format is not read: export it as PNG",
+    ),
+}
+UNREAD_SUFFIXES = {s: reason for s, reason in UNREAD_SUFFIXES.items() if s not in SUFFIXES}
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # Path has made one slash of two
 
 
 def name_of(source: Path | bytes | Stored, what: str = "image") -> str:
@@ -64,10 +84,9 @@ def open_media(source: Path | bytes | Stored, what: str = "image") -> BinaryIO:
             raise ImageError(f"{name} is a device or pipe, expected a {noun} file")
         opened = source.open("rb")
     except FileNotFoundError:
-        raise ImageError(
-            f"{name} does not exist, expected a {noun} file; check the spelling"
-            + ("" if source.is_absolute() else f" (looked in {Path.cwd()})")
-        ) from None
+        raise _absent(source, f"a {noun} file") from None
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name} cannot be opened ({reason}); check path and rights") from None
@@ -78,6 +97,25 @@ def open_media(source: Path | bytes | Stored, what: str = "image") -> BinaryIO:
             "likely cause: fetch it again"
         )
     return opened
+
+
+def _absent(path: Path, expected: str) -> ImageError:
+    """Return the error for a path that does not exist, or that is no path."""
+    url = _URL.match(str(path))
+    if url and not path.is_absolute():
+        return ImageError(
+            f"{name_of(path)} is a URL ({url[1].lower()}), expected {expected}; visavis opens no "
+            "URLs: download the file first and give its path"
+        )
+    if str(path).lower().startswith("data:"):
+        return ImageError(
+            f"a data: URI stands where {expected} is expected; save it as a file, or pass it as a "
+            "str in Python or over HTTP"
+        )
+    return ImageError(
+        f"{name_of(path)} does not exist, expected {expected}; check the spelling"
+        + ("" if path.is_absolute() else f" (looked in {Path.cwd()})")
+    )
 
 
 @dataclass
@@ -115,10 +153,7 @@ def scan_media(path: str | Path, *, with_others: bool = False) -> MediaScan:
     elif os.path.lexists(path):  # opening a dangling link says what it is
         scan.files[path] = None
     else:
-        raise ImageError(
-            f"{name_of(path)} does not exist, expected a picture or a folder of pictures; "
-            "check the spelling" + ("" if path.is_absolute() else f" (looked in {Path.cwd()})")
-        )
+        raise _absent(path, "an image or a folder of images")
     return scan
 
 
@@ -163,7 +198,7 @@ def _walk(folder: Path, with_others: bool, scan: MediaScan) -> None:
             elif suffix in wanted:
                 found.append(Path(root, name))
             else:
-                scan.left_out[suffix, "not a supported suffix"] += 1
+                scan.left_out[suffix, UNREAD_SUFFIXES.get(suffix, "not a supported suffix")] += 1
     if not found and not scan.unreadable:
         raise ImageError(
             f"folder {name_of(folder)} holds no pictures{', videos or PDFs' * with_others} "

@@ -2,19 +2,17 @@
 
     Document ── expand ──► one Image of a Page each ── decode_image ──► render ──► PIL, RGB
 
-A page is rendered with its longer side at PAGE_SIDE pixels whatever its size on paper (about 140
+A page is rendered with its longer side at `pdfium.PAGE_SIDE` pixels at any size on paper (about 140
 dpi for A4 and Letter): small print stays legible, and no page is larger than that squared. pdfium
-reads them (`pip install 'visavis[pdf]'`); scripts in a document are never run. Knows no models and
-no text layer: what is seen on a page is what a model sees.
+reads them (`pip install 'visavis[pdf]'`) in a child process with limits of time and memory; scripts
+in a document are never run. The text layer is not read: a model sees what is visible on a page.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import replace
-from math import ceil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,12 @@ from PIL import Image as pil
 
 from visavis.errors import ImageError, InputError
 from visavis.inputs import Document, Image, Message, Page, Part, Prompt
+from visavis.processing import bounded
 from visavis.processing.media import name_of, open_media
 
-PAGE_SIDE = 1600  # pixels, longer side of a rendered page
+MAX_LISTED = 100_000  # pages of one document
+SECONDS, MEMORY = 20.0, 1536 << 20  # of one page, in the child process
 MAX_PAGES = 64  # of one document in a prompt; each becomes hundreds of tokens
-_lock = threading.Lock()  # pdfium keeps global state
 
 
 def expand(prompt: Prompt) -> Prompt:
@@ -64,8 +63,12 @@ def pages(document: Document) -> tuple[Image, ...]:
         InputError: it has fewer pages than were named.
     """
     source = _file(document.source)
-    with _open(source) as pdf:
-        num_pages = len(pdf)
+    num_pages, _ = _ask("count_pages", source)
+    if num_pages > MAX_LISTED:
+        raise ImageError(
+            f"{name_of(source, 'document')} says that it has {num_pages} pages, expected at most "
+            f"{MAX_LISTED}; it is damaged: export it again"
+        )
     name = name_of(source, "document")
     numbers = document.pages or tuple(range(1, num_pages + 1))
     if max(numbers) > num_pages:
@@ -77,27 +80,18 @@ def pages(document: Document) -> tuple[Image, ...]:
 
 def page_size(page: Page) -> tuple[int, int]:
     """Return width and height in pixels that `render` will give; nothing is rendered."""
-    with _open_page(page) as opened:
-        return _pixels(opened)[1]
+    (width, height), _ = _ask("page_size", page.document, page.number)
+    return width, height
 
 
 def render(page: Page) -> pil.Image:
-    """Return one page on white as an RGB picture."""
-    with _open_page(page) as opened:
-        scale, size = _pixels(opened)
-        bitmap = opened.render(scale=scale, rev_byteorder=True)
-        try:
-            picture = bitmap.to_pil().convert("RGB").copy()  # of its own, not pdfium's, memory
-        finally:
-            bitmap.close()
-    assert picture.size == size, (picture.size, size)
-    return picture
+    """Return one page on white as an RGB image.
 
-
-def _pixels(page: Any) -> tuple[float, tuple[int, int]]:
-    width, height = page.get_size()
-    scale = PAGE_SIDE / max(width, height)
-    return scale, (ceil(width * scale), ceil(height * scale))  # as pdfium's binding rounds
+    Raises:
+        ImageError: the document cannot be read, or the page takes too much time or memory.
+    """
+    size, rgb = _ask("render_page", page.document, page.number)
+    return pil.frombytes("RGB", tuple(size), rgb)
 
 
 def _file(source: Path | bytes | str) -> Path | bytes:
@@ -105,47 +99,35 @@ def _file(source: Path | bytes | str) -> Path | bytes:
     return source
 
 
-@contextmanager
-def _open_page(page: Page) -> Iterator[Any]:
-    with _open(page.document) as pdf:
-        if not 1 <= page.number <= len(pdf):
-            raise InputError(
-                f"page {page.number} of {name_of(page.document, 'document')}, which has "
-                f"{len(pdf)} pages; pages count from 1"
-            )
-        opened = pdf[page.number - 1]
-        try:
-            yield opened
-        finally:
-            opened.close()
-
-
-@contextmanager
-def _open(source: Path | bytes) -> Iterator[Any]:
-    """Yield the open document; whatever pdfium cannot do meanwhile is one ImageError."""
-    try:
-        import pypdfium2
-    except ImportError:
+def _ask(what: str, source: Path | bytes, *args: int) -> tuple[Any, bytes]:
+    """Return what a function of `pdfium.py` says of a document, from a child process."""
+    if find_spec("pypdfium2") is None:
         raise InputError(
             "documents need pypdfium2, which is not installed: pip install 'visavis[pdf]'"
-        ) from None
+        )
     name = name_of(source, "document")
-    with open_media(source, "document") as data, _lock:
+    with open_media(source, "document") as data:
         if b"%PDF-" not in data.read(1024):
             raise ImageError(
                 f"{name} is not a PDF document, the only kind that is read; save it as PDF, or "
-                "pass pictures as images"
+                "pass images as images"
             )
-        data.seek(0)
-        try:
-            pdf = pypdfium2.PdfDocument(source if isinstance(source, bytes) else data)
-            try:
-                pdf.init_forms()  # or what was filled in would not be drawn
-                yield pdf
-            finally:
-                pdf.close()
-        except pypdfium2.PdfiumError as error:
-            hint = "it is damaged; download or export it again"
-            if "password" in str(error).lower():
-                hint = "it is protected by a password: save it without one"
-            raise ImageError(f"{name} cannot be read ({error}); {hint}") from None
+    path, content, stamp = "", b"", []
+    if isinstance(source, bytes):
+        content = source
+    else:
+        status = os.stat(source)
+        path, stamp = os.path.abspath(source), [status.st_mtime_ns, status.st_size, status.st_ino]
+    try:
+        return bounded.call(
+            f"visavis.processing.pdfium:{what}",
+            *(path, stamp, name, *args),
+            seconds=SECONDS,
+            memory=MEMORY,
+            data=content,
+        )
+    except bounded.BoundExceededError as error:
+        page = f"page {args[0]} of " if args else ""
+        raise ImageError(
+            f"{page}{name} cannot be read: {error}; it is damaged or hostile: export it again"
+        ) from None

@@ -29,6 +29,7 @@ from tokenizers import (
 )
 
 from visavis.errors import CheckpointError
+from visavis.processing.tokenizer_check import check_lengths, no_panic, read_tokenizer
 from visavis.processing.tokenizer_conversion import PRE_TOKENIZERS, read_sentencepiece
 from visavis.utils import parse_json, suggest
 
@@ -103,7 +104,8 @@ def _encoding(
 ) -> Encoding:
     if not parse_special and specials.pattern.search(text):
         tokenizer = _literal_twin(tokenizer)
-    return tokenizer.encode(text, add_special_tokens=False)
+    with no_panic("encoding a text"):
+        return tokenizer.encode(text, add_special_tokens=False)
 
 
 _TWINS: WeakKeyDictionary[Tokenizer, Tokenizer] = WeakKeyDictionary()
@@ -137,7 +139,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         )
     tokens, types = _vocabulary(metadata)
     try:
-        tokenizer = builders[kind](metadata, tokens, types)
+        with no_panic("building it"):
+            tokenizer = builders[kind](metadata, tokens, types)
     except CheckpointError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
@@ -238,13 +241,7 @@ def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
     elif path.name == "vocab.json":
         tokenizer = _load_byte_level(path, config)
     else:
-        try:
-            tokenizer = Tokenizer.from_buffer(path.read_bytes())
-        except Exception as error:  # OSError, or tokenizers' bare Exception
-            raise CheckpointError(
-                f"cannot read {path}: {error}. Expected the tokenizer that belongs to the weights "
-                "in this folder; copy the folder again, tokenizer.json included"
-            ) from error
+        tokenizer = read_tokenizer(path)
     added = tokenizer.get_added_tokens_decoder()
     by_text = {token.content: number for number, token in added.items() if token.special}
 
@@ -481,6 +478,7 @@ def _merges_from_scores(
     Special and byte tokens are never built from text, as in SentencePiece itself. (llama.cpp
     does build them when both halves happen to be tokens: "<" and "s>".)
     """
+    check_lengths(vocab)
     merges: list[tuple[float, int, int, str, str]] = []
     for token, number in vocab.items():
         if types[number] not in (NORMAL, USER_DEFINED, UNUSED):

@@ -5,20 +5,24 @@
 PyAV reads files (`pip install 'visavis[video]'`), Pillow animated GIF, WebP and PNG. Frames are
 found by their time stamps: a first pass reads the packets without decoding them, a second decodes
 from the key frame before each wanted frame. Where the stamps are missing or lead elsewhere,
-everything is decoded; both ways give the same frames. Playlists and whatever else names other files
-are refused. Pixels that are not square are left as stored, as LLaVA does. Knows no model.
+everything is decoded; both ways give the same frames. Frames are shown as a player shows them:
+turned and mirrored by the display matrix, without those that an edit list hides. Playlists and
+other files that name files are refused. Pixels that are not square are left as stored, as LLaVA
+does. This module knows no model.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import struct
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -30,6 +34,8 @@ from visavis.processing.config import VideoConfig
 from visavis.processing.images import MAX_PIXELS, decode_image, image_size
 from visavis.processing.media import frame_files, name_of, open_media
 
+MAX_ANIMATION_FRAMES = 20_000
+MAX_ANIMATION_PIXELS = 4_000_000_000  # of all frames of an animated image, which must be decoded
 MAX_CLIP_PIXELS = 1_000_000_000  # of all frames of one clip together: 3 GB
 PICTURES_PER_SECOND = 2  # taken for pictures that carry no times, as LLaVA does for its folders
 
@@ -47,10 +53,15 @@ _ANIMATIONS = {
     "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
     "PNG": re.compile(rb"\x89PNG"),
 }
+# Display matrices (x', y') = (ax + cy, bx + dy) by the signs of a, b, c, d.
 _UPRIGHT = {
-    90: pil.Transpose.ROTATE_90,
-    180: pil.Transpose.ROTATE_180,
-    270: pil.Transpose.ROTATE_270,
+    (-1, 0, 0, 1): pil.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): pil.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): pil.Transpose.ROTATE_180,
+    (0, 1, 1, 0): pil.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): pil.Transpose.TRANSVERSE,
+    (0, -1, 1, 0): pil.Transpose.ROTATE_90,
+    (0, 1, -1, 0): pil.Transpose.ROTATE_270,
 }
 
 
@@ -209,7 +220,15 @@ class _Animation:
         self.opened, self.size = opened, opened.size
         self.times: list[float] = []
         self.duration = 0.0
-        for index in range(getattr(opened, "n_frames", 1)):
+        count = getattr(opened, "n_frames", 1)
+        total = count * opened.width * opened.height
+        if count > MAX_ANIMATION_FRAMES or total > MAX_ANIMATION_PIXELS:
+            raise ImageError(
+                f"{name} is an animation of {count} frames of {opened.width}×{opened.height} = "
+                f"{total / 1e6:.0f} megapixels, expected at most {MAX_ANIMATION_FRAMES} frames and "
+                f"{MAX_ANIMATION_PIXELS / 1e6:.0f} megapixels; export it as MP4 or make it smaller"
+            )
+        for index in range(count):
             opened.seek(index)
             opened.load()  # only now WebP says how long a frame is shown
             self.times.append(self.duration)
@@ -237,11 +256,8 @@ class _File:
             self.scale = float(stream.time_base or 0)  # seconds of one step of the time stamps
             codec, promised = stream.codec_context.name, stream.frames
             kind = container.format.name.split(",")[0]
-            if kind == "mov" and len(packets) < promised:
-                raise ImageError(
-                    f"{name} holds {len(packets)} of its {promised} frames, the end is missing; "
-                    "download or export it again"
-                )
+        if kind == "mov" and len(packets) < promised:
+            self._check_whole(promised)
         self.stamps = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
         # Where decoding can start: the time stamp of each key frame, and where to seek for it.
         self.keys = sorted(
@@ -261,6 +277,20 @@ class _File:
         span = (self.stamps[-1] - self.stamps[0]) * self.scale
         self.times = [(stamp - self.stamps[0]) * self.scale for stamp in self.stamps]
         self.duration = span + 1 / self.rate
+
+    def _check_whole(self, promised: int) -> None:
+        """Check that the packets which an edit list hides are what is missing, not the end.
+
+        Raises:
+            ImageError: the file is truncated.
+        """
+        with self._container({"ignore_editlist": "1"}) as (container, stream):
+            stored = sum(1 for packet in container.demux(stream) if packet.size)
+        if stored < promised:
+            raise ImageError(
+                f"{self.name} holds {stored} of its {promised} frames, the end is missing; "
+                "download or export it again"
+            )
 
     def _list_all(self) -> None:
         with self._container() as (container, stream):
@@ -308,13 +338,19 @@ class _File:
 
     def _picture(self, frame: Any) -> pil.Image:
         _check_size((frame.width, frame.height), self.name)
-        picture = frame.to_image()
-        turn = _UPRIGHT.get(round(frame.rotation) % 360)
+        picture: pil.Image = frame.to_image()
+        turn = _UPRIGHT.get(_orientation(frame))
         return picture if turn is None else picture.transpose(turn)
 
     @contextmanager
-    def _container(self) -> Iterator[tuple[Any, Any]]:
-        """Yield the file, opened at its start, and its first stream of frames."""
+    def _container(
+        self, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield the file, opened at its start, and its first stream of frames.
+
+        Args:
+            settings: options of FFmpeg's demuxer.
+        """
         try:
             import av
             import av.stream
@@ -323,7 +359,7 @@ class _File:
                 "videos need PyAV, which is not installed: pip install 'visavis[video]'"
             ) from None
         self.data.seek(0)
-        options = {"format_whitelist": FORMATS}
+        options = {"format_whitelist": FORMATS, **settings}
         with av.open(self.data, options=options, io_open=_refuse) as container:
             cover = av.stream.Disposition.attached_pic  # of a song
             streams = [s for s in container.streams.video if not s.disposition & cover]
@@ -333,6 +369,18 @@ class _File:
             stream.thread_type = "AUTO"
             _check_size((stream.codec_context.width, stream.codec_context.height), self.name)
             yield container, stream
+
+
+def _orientation(frame: Any) -> tuple[int, int, int, int]:
+    """Return the signs of a, b, c, d in a frame's display matrix; of a matrix that turns by other
+    angles than multiples of 90°, those of the nearest one that does not."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return (1, 0, 0, 1)
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(data))  # 16.16, rows [a b u], [c d v], [x y w]
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
+    return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
 
 
 def _rise(stamps: Sequence[int | None], scale: float) -> bool:
