@@ -247,8 +247,7 @@ def encode_turns(
     """Encode turns with a turn template, whose ids are the same in training and in use and which
     says which of them are learned.
 
-    A learned token is one whose last character is learned. Beginning-of-sequence stands once, at
-    the very start, whatever images come between.
+    A learned token is one whose last character is learned. Beginning-of-sequence stands first.
 
     Args:
         image_start, image_end: around each image, within what the template writes there.

@@ -106,9 +106,14 @@ def write_gguf(loaded: Checkpoint, path: str | Path, *, kind: str = "F16") -> li
     write_file(model, metadata, list(decoder_tensors(loaded.vlm.decoder, name, kind)))
     if loaded.vlm.tower is None:
         return [model]
-    mmproj = path.with_name(f"mmproj-{path.name}") if single else path / MMPROJ
+    mmproj = mmproj_path(path) if single else path / MMPROJ
     write_mmproj(loaded, mmproj, kind=kind if kind in ("F32", "Q8_0") else "F16")
     return [model, mmproj]
+
+
+def mmproj_path(model: Path) -> Path:
+    """Return the path of the vision half that is written beside a .gguf file."""
+    return model.with_name(f"mmproj-{model.name}")
 
 
 def _bos(loaded: Checkpoint) -> str:

@@ -94,6 +94,38 @@ def chat_jinja(template: ChatFormat, image: str = "", video: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+def taking_parts(source: str, image: str, video: str = "") -> str:
+    """Return a template that takes a message's content as one text or as a list of images and
+    texts, made of a language model's template, which takes one text.
+
+    Args:
+        image, video: the placeholder of one; empty: the model takes none.
+    """
+    visuals = "".join(
+        f"{{%- {keyword} part['type'] == '{kind}' -%}}{_text(token)}"
+        for keyword, kind, token in (("if", "image", image), ("elif", "video", video))
+        if token
+    )
+    return (
+        "{%- macro joined(content) -%}\n"
+        "{%- for part in content -%}\n"
+        f"{visuals}{{%- else -%}}{{{{- part['text'] -}}}}{{%- endif -%}}\n"
+        "{%- endfor -%}\n"
+        "{%- endmacro -%}\n"
+        "{%- set whole = namespace(messages=[]) -%}\n"
+        "{%- for message in messages -%}\n"
+        "{%- set content = message['content'] -%}\n"
+        "{%- if content and content is sequence and content is not string -%}\n"
+        "{%- set message = dict(message, content=joined(content)) -%}\n"
+        "{%- set whole.messages = whole.messages + [message] -%}\n"
+        "{%- else -%}\n"
+        "{%- set whole.messages = whole.messages + [message] -%}\n"
+        "{%- endif -%}\n"
+        "{%- endfor -%}\n"
+        "{%- set messages = whole.messages %}\n"  # white space after it belongs to the source
+    ) + source
+
+
 def _turn(turn: Turn) -> list[str]:
     pieces = [
         _text(turn.start + turn.gap),
@@ -158,6 +190,9 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
         video_token=video,
     )
     template = chat_template(loaded.profile, image, video)
+    if image and loaded.profile.jinja and template == loaded.profile.jinja:
+        own = loaded.encoder.template
+        template = template if own.takes_parts(image) else taking_parts(template, image, video)
     if template:
         files.append(folder / "chat_template.jinja")
         files[-1].write_text(template, encoding="utf-8")
