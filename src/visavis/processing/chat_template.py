@@ -213,7 +213,7 @@ def encode_plain(
     image_end: str = "",
 ) -> Encoded:
     """Encode a prompt without turns, for embedding: bos if the model wants one, then
-    `prefix`, the messages' parts in order (messages apart by a newline), `suffix`.
+    `prefix`, the messages' parts in order (one line each), `suffix`, appended ids.
 
     What stands around it all and around each image may hold special tokens' texts; the prompt
     may not.
@@ -228,6 +228,7 @@ def encode_plain(
     if specials.add_bos and specials.bos_id is not None:
         encoded.add([specials.bos_id])
     marks.encode(encoded, text, tokenizer, specials, visuals)
+    encoded.add(specials.appended)
     return _all_images(encoded, visuals)
 
 

@@ -62,7 +62,7 @@ class PromptConfig:
         embed_prefix, embed_suffix: text around an item that is embedded.
         embed_image_end: text after each of its images.
         pooling: `head` is the trained embedding head, `last` the final hidden state of the last
-            token, `mean` the mean of final hidden states; all are L2-normalised.
+            token, `first` that of the first, `mean` the mean of all; all are L2-normalised.
         instruction_form: how an instruction and a text are joined; both fields must occur.
         embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
             0, 1, 2, … as for text alone, which VLM2Vec trained with.
@@ -76,7 +76,7 @@ class PromptConfig:
     embed_prefix: str = ""
     embed_suffix: str = ""
     embed_image_end: str = ""
-    pooling: Literal["head", "last", "mean"] = "last"
+    pooling: Literal["head", "last", "first", "mean"] = "last"
     instruction_form: str = "{instruction}\n{text}"
     embed_positions: Literal["grid", "flat"] = "grid"
 

@@ -47,17 +47,16 @@ from visavis.model.decoder import Decoder
 from visavis.model.rope import scaled
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
 from visavis.processing.prompt_encoder import PromptConfig
-from visavis.processing.tokenizer import (
+from visavis.processing.tokenizer import SpecialTokens, build_tokenizer
+from visavis.processing.tokenizer_conversion import (
     BYTE,
     CONTROL,
     NORMAL,
+    PRE_TOKENIZERS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    SpecialTokens,
-    build_tokenizer,
 )
-from visavis.processing.tokenizer_conversion import PRE_TOKENIZERS
 from visavis.utils import lookup
 
 MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
@@ -314,7 +313,10 @@ def vocabulary_metadata(
     ids["eot"] = ends[0] if ends else None
     found |= {f"tokenizer.ggml.{k}_token_id": n for k, n in ids.items() if n is not None}
     found["tokenizer.ggml.add_bos_token"] = specials.add_bos
-    found["tokenizer.ggml.add_eos_token"] = False
+    if specials.appended not in ((), (specials.eos_id,)):
+        texts = [tokenizer.id_to_token(number) for number in specials.appended]
+        raise _refusal(f"appends {', '.join(map(repr, texts))} to a text", "nothing or eos")
+    found["tokenizer.ggml.add_eos_token"] = bool(specials.appended)
     _check(tokenizer, found)
     return found
 

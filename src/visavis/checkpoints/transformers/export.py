@@ -236,9 +236,12 @@ def _by_rule(config: DecoderConfig) -> RopeScaling | None:
 
 def has_placeholder(loaded: Checkpoint) -> bool:
     """Return whether the image placeholder is a token of its own: LLaVA's original layout has
-    none, there its id is 0."""
-    number = loaded.vlm.config.image_token_id
-    return number > 0 and number in loaded.tokenizer.get_added_tokens_decoder()
+    none, there its id is 0; a composed model has the padding token, which may end turns too."""
+    number, specials = loaded.vlm.config.image_token_id, loaded.specials
+    taken = {specials.bos_id, specials.eos_id, specials.pad_id, *specials.eot_ids}
+    return (
+        number > 0 and number not in taken and number in loaded.tokenizer.get_added_tokens_decoder()
+    )
 
 
 def with_placeholders(
