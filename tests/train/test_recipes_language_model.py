@@ -27,13 +27,13 @@ def with_language_model(name: str) -> Recipe:
         connector=ConnectorRecipe(depth=2) if parts.base else parts.connector,
         **{key: getattr(parts, key) for key in KEPT},
     )
-    stages = [
+    stages = tuple(
         stage.model_copy(update={"steps": 2, "epochs": None, "chat_template": ""})
         if isinstance(stage, StepsStage)
         else stage
         for stage in recipe.stages
-    ]
-    return recipe.model_copy(update={"model": model, "stages": stages, "trackers": []})
+    )
+    return recipe.model_copy(update={"model": model, "stages": stages, "trackers": ()})
 
 
 @pytest.mark.slow

@@ -5,10 +5,13 @@ A few texts and drawn pictures, always the same. Knows no model and no layout.
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from visavis.api import Model
 from visavis.checkpoints.checkpoint import INTEGERS
 from visavis.checkpoints.formats import TARGETS
+from visavis.checkpoints.gguf.export import mmproj_path
 from visavis.checkpoints.gguf.load import find_parts
 from visavis.checkpoints.load import load_checkpoint
 from visavis.convert.conversion import Conversion
+from visavis.model.vision.vit import ViT
+from visavis.processing.config import ImageProcessorConfig
+from visavis.processing.resize import process_image
 
 TEXTS = (
     "A cup of coffee stands on a wooden table.",
@@ -158,18 +166,21 @@ def ask_transformers(
 
 
 def _inputs(reader: Any, probe: Probe, vision: bool) -> Any:
-    images = [] if probe.image is None else [probe.image]
     if reader.chat_template:
-        content: Any = [{"type": "image"} for _ in images] + [{"type": "text", "text": probe.text}]
-        message = {"role": "user", "content": content if vision else probe.text}
-        text = reader.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        image = [] if probe.image is None else [{"type": "image", "image": probe.image}]
+        content: Any = [*image, {"type": "text", "text": probe.text}] if vision else probe.text
+        inputs = reader.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
     else:
+        images = [] if probe.image is None else [probe.image]
         text = "".join(reader.image_token for _ in images) + probe.text
-    # A template of a language model writes all special tokens itself, one of a LLaVA all but bos.
-    settings: dict[str, Any] = {"images": images or None} if vision else {}
-    if reader.chat_template and not vision:
-        settings["add_special_tokens"] = False
-    inputs = reader(text=text, return_tensors="pt", **settings)
+        settings: dict[str, Any] = {"images": images or None} if vision else {}
+        inputs = reader(text=text, return_tensors="pt", **settings)
     inputs.pop("token_type_ids", None)
     return inputs
 
@@ -194,41 +205,118 @@ def ask_sentence_transformers(
 def ask_llama_cpp(
     place: Path, precision: str, probes: Sequence[Probe], expected: Sequence[Answer]
 ) -> list[Answer]:
-    """Ask llama.cpp for the token after each text; pictures are left out.
+    """Ask llama.cpp for the token after each prompt.
 
-    The ids are those of the source's tokenizer.
+    Texts are given as the ids of the source's tokenizer; images go through llama.cpp's own chat
+    template and tokenizer. A token that is a part of a character has no probabilities in the
+    answer, so a whole character is forced; the probabilities are those before that.
     """
     import xllamacpp
 
+    model, vision = find_parts(place) if place.is_dir() else (place, mmproj_path(place))
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(find_parts(place)[0] if place.is_dir() else place)
+    parameters.model.path = str(model)
+    if vision is not None and vision.is_file():
+        parameters.mmproj.path = str(vision)
+        parameters.mmproj_use_gpu = False
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0
-    parameters.n_ctx = 512
+    parameters.n_ctx = 256 * (2 + max(len(one.token_ids) for one in expected) // 256)
     parameters.n_parallel = 1
     parameters.warmup = False
     parameters.verbosity = 0
     server = xllamacpp.Server(parameters)
     address = server.listening_address.removeprefix("http://")
+    forced = _post(address, "/tokenize", {"content": "a"})["tokens"][-1]
     answers = []
     for probe, answer in zip(probes, expected, strict=True):
-        if probe.image is not None or answer.log_probs is None:
+        if answer.log_probs is None:
             answers.append(Answer())
             continue
-        ids = list(answer.token_ids)
-        request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": NUM_TOLD}
-        connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
-        connection.request(
-            "POST", "/completion", json.dumps(request), {"Content-Type": "application/json"}
-        )
-        body = json.loads(connection.getresponse().read())
-        connection.close()
+        prompt: Any = list(answer.token_ids)
+        if probe.image is not None:
+            prompt = _multimodal_prompt(address, probe)
+        request = {
+            "prompt": prompt,
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": NUM_TOLD,
+            "logit_bias": [[forced, 1000]],
+            "cache_prompt": False,
+        }
+        body = _post(address, "/completion", request)
         told = np.full(len(answer.log_probs), -np.inf, np.float32)
         for token in body["completion_probabilities"][0]["top_logprobs"]:
             told[token["id"]] = token["logprob"]
         answers.append(Answer(log_probs=told, token_ids=answer.token_ids))
     del server
     return answers
+
+
+def _multimodal_prompt(address: str, probe: Probe) -> dict[str, Any]:
+    """Return a probe with an image as llama.cpp's own chat template renders it."""
+    assert probe.image is not None
+    buffer = io.BytesIO()
+    probe.image.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    url = {"url": f"data:image/png;base64,{data}"}
+    content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": probe.text}]
+    messages = [{"role": "user", "content": content}]
+    text = _post(address, "/apply-template", {"messages": messages})["prompt"]
+    return {"prompt_string": text, "multimodal_data": [data]}
+
+
+def _post(address: str, path: str, request: dict[str, Any]) -> Any:
+    """Return the JSON answer of a local server.
+
+    Raises:
+        RuntimeError: the server refuses the request.
+    """
+    connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
+    connection.request("POST", path, json.dumps(request), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    body = json.loads(response.read())
+    connection.close()
+    if response.status != http.HTTPStatus.OK:
+        raise RuntimeError(f"{path} answers {response.status}: {body}")
+    return body
+
+
+@contextmanager
+def as_llama_cpp_computes(model: Model) -> Iterator[None]:
+    """Let a vision tower put its class token behind the patches, as llama.cpp does (see
+    docs/checkpoints.md): each patch gets the position of the one before it."""
+    tower = model.vlm.tower
+    if not isinstance(tower, ViT) or tower.class_token is None:
+        yield
+        return
+    class_token = tower.class_token
+
+    def embed(pixels: Tensor) -> Tensor:
+        x = tower.patch(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat((x, class_token.expand(len(x), 1, -1)), 1) + tower.positions
+        return x if tower.pre_norm is None else tower.pre_norm(x)
+
+    tower.embed = embed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del tower.embed
+
+
+def sized(probe: Probe, processor: ImageProcessorConfig | None) -> Probe:
+    """Return a probe whose image has the size of the vision tower, because llama.cpp resizes
+    otherwise; without its image where the model cuts images into tiles, which it lays otherwise."""
+    if probe.image is None or processor is None:
+        return probe
+    if processor.tiles is not None:
+        return replace(probe, image=None)
+    pixels = process_image(probe.image, processor)
+    mean, std = (
+        np.array(one, np.float32)[:, None, None] for one in (processor.mean, processor.std)
+    )
+    levels = ((pixels * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
+    return replace(probe, image=Image.fromarray(levels.transpose(1, 2, 0)))
 
 
 PEERS: dict[str, tuple[str, Ask]] = {  # Python package -> what people call it, how it is asked
@@ -291,8 +379,14 @@ def verify(done: Conversion) -> Verdict:
         if peer and find_spec(peer):
             name, ask = PEERS[peer]
             names.append(name)
-            found = ask(done.out, done.precision, asked, expected)
-            checks += _compare(name, asked, expected, found, min_cosine, max_kl)
+            told, wanted = asked, expected
+            if name == "llama.cpp":
+                told = [sized(probe, done.loaded.processor) for probe in asked]
+                model = Model.of(done.loaded)
+                with as_llama_cpp_computes(model):
+                    wanted = answers(model, told)
+            found = ask(done.out, done.precision, told, wanted)
+            checks += _compare(name, told, wanted, found, min_cosine, max_kl)
         if done.target != "sentence-transformers" or not names:
             names.append("visavis again")
             found = answers(_reload(done), asked)

@@ -1,6 +1,6 @@
 """Pooling: hidden states of packed sequences to unit vectors.
 
-Three kinds: the trained embedding head, the last token, the mean of all tokens.
+Four kinds: the trained embedding head, the last token, the first token, the mean of all tokens.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def pooled(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
     if pooling == "mean":
         found, _ = mean_per_group(hidden, batch.owners, len(batch.lengths))
     else:
-        last = torch.tensor(batch.lengths, device=hidden.device).cumsum(0) - 1
-        found = hidden[last]
+        lengths = torch.tensor(batch.lengths, device=hidden.device)
+        ends = lengths.cumsum(0)
+        found = hidden[ends - lengths if pooling == "first" else ends - 1]
     return F.normalize(found, dim=-1)
 
 

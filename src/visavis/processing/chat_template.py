@@ -194,7 +194,7 @@ def encode_plain(
     image_end: str = "",
 ) -> Encoded:
     """Encode a prompt without turns, for embedding: bos if the model wants one, then
-    `prefix`, the messages' parts in order (messages apart by a newline), `suffix`.
+    `prefix`, the messages' parts in order (one line each), `suffix`, appended ids.
 
     What stands around it all and around each image may hold special tokens' texts; the prompt
     may not.
@@ -209,6 +209,7 @@ def encode_plain(
     if specials.add_bos and specials.bos_id is not None:
         encoded.add([specials.bos_id])
     marks.encode(encoded, text, tokenizer, specials, visuals)
+    encoded.add(specials.appended)
     return _all_images(encoded, visuals)
 
 
@@ -228,8 +229,7 @@ def encode_turns(
     """Encode turns with a turn template, whose ids are the same in training and in use and which
     says which of them are learned.
 
-    A learned token is one whose last character is learned. Beginning-of-sequence stands once, at
-    the very start, whatever images come between.
+    A learned token is one whose last character is learned. Beginning-of-sequence stands first.
 
     Args:
         image_start, image_end: around each image, within what the template writes there.

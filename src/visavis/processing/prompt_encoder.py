@@ -67,7 +67,7 @@ class PromptConfig:
             out, such as an instruction, the model is not given.
         default_instruction: the {instruction} of these forms where none is given.
         pooling: `head` is the trained embedding head, `last` the final hidden state of the last
-            token, `mean` the mean of final hidden states; all are L2-normalised.
+            token, `first` that of the first, `mean` the mean of all; all are L2-normalised.
         instruction_form: how an instruction and a text are joined; both fields must occur.
         embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
             0, 1, 2, … as for text alone, which VLM2Vec trained with.
@@ -88,7 +88,7 @@ class PromptConfig:
     visual_form: str = ""
     visual_text_form: str = ""
     default_instruction: str = ""
-    pooling: Literal["head", "last", "mean"] = "last"
+    pooling: Literal["head", "last", "first", "mean"] = "last"
     instruction_form: str = "{instruction}\n{text}"
     embed_positions: Literal["grid", "flat"] = "grid"
     min_score: float = -1.0

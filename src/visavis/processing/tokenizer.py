@@ -29,33 +29,19 @@ from tokenizers import (
 )
 
 from visavis.errors import CheckpointError
-from visavis.processing.tokenizer_check import check_lengths, no_panic, read_tokenizer
-from visavis.processing.tokenizer_conversion import PRE_TOKENIZERS, read_sentencepiece
-from visavis.utils import parse_json, suggest
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-
-END_TEXTS = frozenset(  # tokens that end a turn in some family, recognised by their text
-    {
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "</s>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<｜end▁of▁sentence｜>",
-    }
+from visavis.processing.tokenizer_check import no_panic, read_tokenizer
+from visavis.processing.tokenizer_conversion import (
+    BYTE,
+    CONTROL,
+    END_TEXTS,
+    NORMAL,
+    PRE_TOKENIZERS,
+    UNKNOWN,
+    USER_DEFINED,
+    merges_from_scores,
+    read_sentencepiece,
 )
+from visavis.utils import parse_json, suggest
 
 # Qwen2-VL's marks of things and places in a picture: users write them, and they end nothing.
 MARKS = {f"<|{what}_{end}|>" for what in ("object_ref", "box", "quad") for end in ("start", "end")}
@@ -63,14 +49,21 @@ MARKS = {f"<|{what}_{end}|>" for what in ("object_ref", "box", "quad") for end i
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids with a meaning. What `pattern` finds in a user's text never becomes one of them."""
+    """Ids with a meaning. What `pattern` finds in a user's text never becomes one of them.
+
+    Attributes:
+        eot_ids: every id that ends a turn, eos included.
+        add_bos: the tokenizer puts bos before a text.
+        appended: ids that the tokenizer puts after a text, such as eos; not used in chat.
+    """
 
     bos_id: int | None
     eos_id: int | None
-    eot_ids: tuple[int, ...]  # every id that ends a turn, eos included
+    eot_ids: tuple[int, ...]
     pad_id: int | None
     add_bos: bool
     by_text: dict[str, int] = field(default_factory=dict, hash=False)
+    appended: tuple[int, ...] = ()
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -155,10 +148,13 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     ]
     tokenizer.add_tokens([token for token in added if token.content])
     specials = special_tokens(metadata)
-    if specials.add_bos and specials.bos_id is not None:
-        bos = tokens[specials.bos_id]
+    before = [specials.bos_id] if specials.add_bos and specials.bos_id is not None else []
+    if around := {*before, *specials.appended}:
+        start, end = ([tokens[number] for number in ids] for ids in (before, specials.appended))
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, specials.bos_id)]
+            single=[*start, "$A", *end],
+            pair=[*start, "$A", "$B", *end],
+            special_tokens=[(tokens[number], number) for number in around],
         )
     return tokenizer
 
@@ -191,6 +187,7 @@ def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
         pad_id=number("padding", eos),
         add_bos=_get(metadata, "add_bos_token", bool, add_bos),
         by_text=by_text,
+        appended=(eos,) if eos is not None and _get(metadata, "add_eos_token", bool) else (),
     )
 
 
@@ -242,6 +239,9 @@ def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
         tokenizer = _load_byte_level(path, config)
     else:
         tokenizer = read_tokenizer(path)
+    # Settings of whoever saved the file: nothing is cut or filled up here.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     added = tokenizer.get_added_tokens_decoder()
     by_text = {token.content: number for number, token in added.items() if token.special}
 
@@ -253,15 +253,34 @@ def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
     generation = _json(folder / "generation_config.json").get("eos_token_id", [])
     ends = [eos, *(generation if isinstance(generation, list) else [generation])]
     ends += [by_text[text] for text in sorted(END_TEXTS & by_text.keys())]
-    pad = number("pad_token")
+    pad, bos = number("pad_token"), number("bos_token")
+    before, appended = _around(tokenizer)
+    if before and before != [bos]:
+        names = [tokenizer.id_to_token(one) for one in before]
+        raise CheckpointError(
+            f"{path} puts {', '.join(map(repr, names))} before every text, expected nothing or the "
+            f"bos_token of tokenizer_config.json ({config.get('bos_token')!r}); the two files "
+            "belong to different models, or this kind of tokenizer is not read here"
+        )
     return tokenizer, SpecialTokens(
-        bos_id=number("bos_token"),
+        bos_id=bos,
         eos_id=eos,
         eot_ids=tuple(dict.fromkeys(end for end in ends if isinstance(end, int))),
         pad_id=eos if pad is None else pad,
-        add_bos=bool(tokenizer.encode("").ids[:1] == [number("bos_token")]),
+        add_bos=bool(before),
         by_text=by_text,
+        appended=tuple(appended),
     )
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer's post-processor puts before and after a text."""
+    found = tokenizer.encode("a")
+    special: list[int] = found.special_tokens_mask
+    if 0 not in special:
+        return [], []
+    first, last = special.index(0), len(special) - special[::-1].index(0)
+    return found.ids[:first], found.ids[last:]
 
 
 def _load_sentencepiece(path: Path, config: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
@@ -269,6 +288,7 @@ def _load_sentencepiece(path: Path, config: dict[str, Any]) -> tuple[Tokenizer, 
     its settings, filled up with what the model says itself."""
     metadata = read_sentencepiece(path)
     metadata["tokenizer.ggml.add_bos_token"] = config.get("add_bos_token", True) is not False
+    metadata["tokenizer.ggml.add_eos_token"] = config.get("add_eos_token") is True
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {name: metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}
     own = {f"{name}_token": tokens[at] for name, at in ids.items() if 0 <= at < len(tokens)}
@@ -450,7 +470,7 @@ def _build_sentencepiece(
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=_merges_from_scores(vocab, scores, types),
+            merges=merges_from_scores(vocab, scores, types),
             unk_token=tokens[unknown] if 0 <= unknown < len(tokens) else None,
             fuse_unk=True,
             byte_fallback=BYTE in types,
@@ -468,24 +488,3 @@ def _build_sentencepiece(
 def _spaces(prefix: bool) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
     return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-
-
-def _merges_from_scores(
-    vocab: Mapping[str, int], scores: list[float], types: list[int]
-) -> list[tuple[str, str]]:
-    """Return merges in the order in which SentencePiece would make them: best score first.
-
-    Special and byte tokens are never built from text, as in SentencePiece itself. (llama.cpp
-    does build them when both halves happen to be tokens: "<" and "s>".)
-    """
-    check_lengths(vocab)
-    merges: list[tuple[float, int, int, str, str]] = []
-    for token, number in vocab.items():
-        if types[number] not in (NORMAL, USER_DEFINED, UNUSED):
-            continue
-        for cut in range(1, len(token)):
-            left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
-            if left is not None and right is not None:
-                merges.append((-scores[number], left, right, token[:cut], token[cut:]))
-    merges.sort()
-    return [(left, right) for *_, left, right in merges]

@@ -8,7 +8,7 @@ refused. Builds no tokenizer (see `tokenizer.py`).
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 
 from visavis.errors import CheckpointError
+from visavis.processing.tokenizer_check import check_lengths
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
 MAX_BYTES = 64 << 20
 MAX_VARINT_BYTES = 10
@@ -26,7 +29,28 @@ MODEL_TYPE, WHITESPACE_SUFFIX, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 40, 41, 4
 CHARSMAP, DUMMY_PREFIX, ONE_SPACE, ESCAPE_SPACE = 2, 3, 4, 5  # of the normalizer
 BPE = 2
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
-NORMAL, UNUSED = 1, 5
+
+END_TEXTS = frozenset(  # tokens that end a turn in some family, recognised by their text
+    {
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<｜end▁of▁sentence｜>",
+    }
+)
 
 
 def read_sentencepiece(path: Path) -> dict[str, Any]:
@@ -210,3 +234,24 @@ PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> kind
     "poro-chat": PreTokenizer((_BLOOM,)),
     "viking": PreTokenizer((_BLOOM, r"\p{N}")),
 }
+
+
+def merges_from_scores(
+    vocab: Mapping[str, int], scores: list[float], types: list[int]
+) -> list[tuple[str, str]]:
+    """Return merges in the order in which SentencePiece would make them: best score first.
+
+    Special and byte tokens are never built from text, as in SentencePiece itself. (llama.cpp
+    does build them when both halves happen to be tokens: "<" and "s>".)
+    """
+    check_lengths(vocab)
+    merges: list[tuple[float, int, int, str, str]] = []
+    for token, number in vocab.items():
+        if types[number] not in (NORMAL, USER_DEFINED, UNUSED):
+            continue
+        for cut in range(1, len(token)):
+            left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
+            if left is not None and right is not None:
+                merges.append((-scores[number], left, right, token[:cut], token[cut:]))
+    merges.sort()
+    return [(left, right) for *_, left, right in merges]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from visavis.model.config import DecoderConfig
 
 PROFILE = "visavis.prompt_profile"  # ours: how to ask and to embed, word for word
-POOLING = {"mean": 1, "last": 3}  # llama.cpp's numbers
+POOLING = {"mean": 1, "first": 2, "last": 3}  # llama.cpp's numbers
 
 Size = Literal["vocab", "width", "head", "q", "kv", "qkv", "ffn", "gate_up"]
 

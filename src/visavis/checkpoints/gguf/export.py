@@ -47,17 +47,16 @@ from visavis.model.decoder import Decoder
 from visavis.model.rope import scaled
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
 from visavis.processing.prompt_encoder import PromptConfig
-from visavis.processing.tokenizer import (
+from visavis.processing.tokenizer import SpecialTokens, build_tokenizer
+from visavis.processing.tokenizer_conversion import (
     BYTE,
     CONTROL,
     NORMAL,
+    PRE_TOKENIZERS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    SpecialTokens,
-    build_tokenizer,
 )
-from visavis.processing.tokenizer_conversion import PRE_TOKENIZERS
 from visavis.utils import lookup
 
 MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
@@ -106,9 +105,14 @@ def write_gguf(loaded: Checkpoint, path: str | Path, *, kind: str = "F16") -> li
     write_file(model, metadata, list(decoder_tensors(loaded.vlm.decoder, name, kind)))
     if loaded.vlm.tower is None:
         return [model]
-    mmproj = path.with_name(f"mmproj-{path.name}") if single else path / MMPROJ
+    mmproj = mmproj_path(path) if single else path / MMPROJ
     write_mmproj(loaded, mmproj, kind=kind if kind in ("F32", "Q8_0") else "F16")
     return [model, mmproj]
+
+
+def mmproj_path(model: Path) -> Path:
+    """Return the path of the vision half that is written beside a .gguf file."""
+    return model.with_name(f"mmproj-{model.name}")
 
 
 def _bos(loaded: Checkpoint) -> str:
@@ -309,7 +313,10 @@ def vocabulary_metadata(
     ids["eot"] = ends[0] if ends else None
     found |= {f"tokenizer.ggml.{k}_token_id": n for k, n in ids.items() if n is not None}
     found["tokenizer.ggml.add_bos_token"] = specials.add_bos
-    found["tokenizer.ggml.add_eos_token"] = False
+    if specials.appended not in ((), (specials.eos_id,)):
+        texts = [tokenizer.id_to_token(number) for number in specials.appended]
+        raise _refusal(f"appends {', '.join(map(repr, texts))} to a text", "nothing or eos")
+    found["tokenizer.ggml.add_eos_token"] = bool(specials.appended)
     _check(tokenizer, found)
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from visavis.utils import parse_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+UNPOOLED = 0  # llama.cpp's number of no pooling
 PLACEHOLDER = "<image>"  # what vocabularies call it that have one
 TOKENS = "tokenizer.ggml.tokens"
 MAX_LISTED = 5
@@ -263,7 +264,17 @@ def _prompt_config(file: GGUFFile) -> PromptConfig:
                 f"{file.path}: {PROFILE} cannot be read ({error}); the file is damaged or from a "
                 "newer visavis: upgrade it."
             ) from error
-    number = metadata.get(f"{metadata['general.architecture']}.pooling_type")
-    number = number if isinstance(number, int) else None
+    key = f"{metadata['general.architecture']}.pooling_type"
+    number = metadata.get(key, POOLING["last"])
     jinja = str(metadata.get("tokenizer.chat_template", ""))
-    return PromptConfig(jinja=jinja, pooling="mean" if number == POOLING["mean"] else "last")
+    names: dict[object, Literal["mean", "first", "last"]] = {1: "mean", 2: "first", 3: "last"}
+    if number == UNPOOLED and jinja:  # a model for chat
+        number = POOLING["last"]
+    if number not in names:
+        kinds = {UNPOOLED: "none, a vector for each token", 4: "rank, a score"}
+        raise CheckpointError(
+            f"{file.path}: {key} is {number!r} ({kinds.get(number, 'not known')}), expected "
+            f"{', '.join(f'{n} ({name})' for name, n in POOLING.items())}: the model gives no one "
+            "vector for a text. Use an embedding model."
+        )
+    return PromptConfig(jinja=jinja, pooling=names[number])

@@ -42,7 +42,9 @@ from visavis.checkpoints.transformers.export_processor import processor_json
 from visavis.checkpoints.transformers.language_models import decoder_config
 from visavis.checkpoints.transformers.vision_models import vit_config
 from visavis.checkpoints.transformers.weights import write_as
+from visavis.errors import CheckpointError
 from visavis.model.config import DecoderConfig, MixtureConfig, ViTConfig, VLMConfig
+from visavis.processing.chat_formats import CHAT_FORMATS
 
 IGNORE_INDEX, IMAGE_TOKEN_INDEX = -100, -200  # the original's marks in labels and ids
 
@@ -51,9 +53,18 @@ def write_tinyllava(loaded: Checkpoint, folder: Path, *, progress: bool = False)
     """Write a loaded model; all tensors in the type that its matmuls compute in.
 
     Raises:
-        CheckpointError: a part that TinyLLaVA has not; it is named.
+        CheckpointError: TinyLLaVA does not have a part of the model, or cannot store its chat
+            template; nothing is written.
     """
     config, profile = loaded.vlm.config, loaded.profile
+    if profile.jinja and not profile.chat_template:
+        raise CheckpointError(
+            f"{loaded.name} has a jinja chat template of its own, expected a named chat format: "
+            "TinyLLaVA's config.json stores only the name of one, so the written model would be "
+            "asked in another format. Name the format that the model was trained with "
+            "(`--chat-template`), one of: "
+            f"{', '.join(sorted(CHAT_FORMATS))}; or export to transformers or native."
+        )
     data, text, visions = config_json(config)
     table = name_table(text, visions, config, PLACES)
     dtype = loaded.vlm.decoder.dtype
@@ -64,8 +75,6 @@ def write_tinyllava(loaded: Checkpoint, folder: Path, *, progress: bool = False)
     lost = lost_settings(replace(profile, chat_template=""))
     if profile.chat_template != turns_of(data, text):
         data[TURNS_SETTING] = profile.chat_template
-    if profile.jinja and not profile.chat_template:
-        lost.append("the chat template")
     folder.mkdir(parents=True, exist_ok=True)
     files = [write_json(folder / "config.json", data), write_json(folder / PROCESSOR, processor)]
     files += write_words(

@@ -94,6 +94,38 @@ def chat_jinja(template: ChatFormat, image: str = "", video: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+def taking_parts(source: str, image: str, video: str = "") -> str:
+    """Return a template that takes a message's content as one text or as a list of images and
+    texts, made of a language model's template, which takes one text.
+
+    Args:
+        image, video: the placeholder of one; empty: the model takes none.
+    """
+    visuals = "".join(
+        f"{{%- {keyword} part['type'] == '{kind}' -%}}{_text(token)}"
+        for keyword, kind, token in (("if", "image", image), ("elif", "video", video))
+        if token
+    )
+    return (
+        "{%- macro joined(content) -%}\n"
+        "{%- for part in content -%}\n"
+        f"{visuals}{{%- else -%}}{{{{- part['text'] -}}}}{{%- endif -%}}\n"
+        "{%- endfor -%}\n"
+        "{%- endmacro -%}\n"
+        "{%- set whole = namespace(messages=[]) -%}\n"
+        "{%- for message in messages -%}\n"
+        "{%- set content = message['content'] -%}\n"
+        "{%- if content and content is sequence and content is not string -%}\n"
+        "{%- set message = dict(message, content=joined(content)) -%}\n"
+        "{%- set whole.messages = whole.messages + [message] -%}\n"
+        "{%- else -%}\n"
+        "{%- set whole.messages = whole.messages + [message] -%}\n"
+        "{%- endif -%}\n"
+        "{%- endfor -%}\n"
+        "{%- set messages = whole.messages %}\n"  # white space after it belongs to the source
+    ) + source
+
+
 def _turn(turn: Turn) -> list[str]:
     pieces = [
         _text(turn.start + turn.gap),
@@ -158,6 +190,9 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
         video_token=video,
     )
     template = chat_template(loaded.profile, image, video)
+    if image and loaded.profile.jinja and template == loaded.profile.jinja:
+        own = loaded.encoder.template
+        template = template if own.takes_parts(image) else taking_parts(template, image, video)
     if template:
         files.append(folder / "chat_template.jinja")
         files[-1].write_text(template, encoding="utf-8")
@@ -201,9 +236,12 @@ def _by_rule(config: DecoderConfig) -> RopeScaling | None:
 
 def has_placeholder(loaded: Checkpoint) -> bool:
     """Return whether the image placeholder is a token of its own: LLaVA's original layout has
-    none, there its id is 0."""
-    number = loaded.vlm.config.image_token_id
-    return number > 0 and number in loaded.tokenizer.get_added_tokens_decoder()
+    none, there its id is 0; a composed model has the padding token, which may end turns too."""
+    number, specials = loaded.vlm.config.image_token_id, loaded.specials
+    taken = {specials.bos_id, specials.eos_id, specials.pad_id, *specials.eot_ids}
+    return (
+        number > 0 and number not in taken and number in loaded.tokenizer.get_added_tokens_decoder()
+    )
 
 
 def with_placeholders(
