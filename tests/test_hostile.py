@@ -6,6 +6,7 @@ Each kind draws its cases from a seed. The default tests try a few of each; `mak
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -104,7 +105,7 @@ def changed(whole: Any, draw: random.Random) -> Any:
             inner = inner[key]
         action = draw.random()
         if action < 0.75 or not isinstance(inner, dict):
-            inner[way[-1]] = draw.choice(VALUES)
+            inner[way[-1]] = copy.deepcopy(draw.choice(VALUES))
         elif action < 0.9:
             del inner[way[-1]]
         else:
@@ -199,7 +200,7 @@ class Kinds:
         """Overrides of a recipe and of a model."""
         path = self.folder / "whole.yaml"
         path.write_text(self.recipe)
-        keys = ["stages", "0", "²", "٣", "-1", "9" * 5000, "steps", "model", "", "data", "a", "\0"]
+        keys = ["stages.0.steps", "name", "stages", "0", "²", "٣", "-1", "9" * 5000, "steps", "model", "", "data", "a", "\0"]
         name = ".".join(draw.choices(keys, k=draw.randint(1, 4)))
         setting = f"{name}{draw.choice(['=', '', '=='])}{draw.choice(YAMLS)}"
         draw.choice([lambda: read_recipe(path, [setting]), lambda: read_model([setting])])()
