@@ -6,6 +6,7 @@ Each kind draws its cases from a seed. The default tests try a few of each; `mak
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -19,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 
 from tests.checkpoints.gguf.test_gguf import TOKENIZER as WORDS
-from tests.cli.conftest import Run
 from tests.data.data_files import opened, spec, write_tar
 from tests.fakes import write_tiny_checkpoint
 from tests.gguf_files import llama_metadata, tiny_config, write_llama
@@ -56,13 +56,13 @@ TEXTS = [
     '{"a": 1, "a": 2}',
 ]
 YAMLS = [
-    *(text[:3000] if text[:2] in ("[[", '{"') else text for text in TEXTS),
+    *(text[:900] if text[:2] in ("[[", '{"') else text for text in TEXTS),
     "2001-99-99",
     "a: 2001-99-99",
     "2001-01-01T99:99:99",
-    "- " * 3_000,
+    "- " * 900,
     "&a [*a]",
-    "{" * 3_000,
+    "{" * 900,
     "!!python/object/apply:os.system [x]",
     "!!binary x",
     "!!int x",
@@ -105,7 +105,7 @@ def changed(whole: Any, draw: random.Random) -> Any:
             inner = inner[key]
         action = draw.random()
         if action < 0.75 or not isinstance(inner, dict):
-            inner[way[-1]] = draw.choice(VALUES)
+            inner[way[-1]] = copy.deepcopy(draw.choice(VALUES))
         elif action < 0.9:
             del inner[way[-1]]
         else:
@@ -200,7 +200,7 @@ class Kinds:
         """Overrides of a recipe and of a model."""
         path = self.folder / "whole.yaml"
         path.write_text(self.recipe)
-        keys = ["stages", "0", "²", "٣", "-1", "9" * 5000, "steps", "model", "", "data", "a", "\0"]
+        keys = ["stages.0.steps", "name", "stages", "0", "²", "٣", "-1", "9" * 5000, "steps", "model", "", "data", "a", "\0"]
         name = ".".join(draw.choices(keys, k=draw.randint(1, 4)))
         setting = f"{name}{draw.choice(['=', '', '=='])}{draw.choice(YAMLS)}"
         draw.choice([lambda: read_recipe(path, [setting]), lambda: read_model([setting])])()
@@ -333,40 +333,3 @@ def test_many_hostile_files(kinds: Kinds, name: str, record_property: Any) -> No
     refused = attempt(kinds, name, range(1000, 1000 + cases))
     seconds = time.monotonic() - began
     print(f"\n{name}: {cases} cases, {refused} refused, {seconds:.0f} s")
-
-
-DEVICES = {
-    "pipe": lambda path: os.mkfifo(path),
-    "device": lambda path: path.symlink_to("/dev/zero"),
-    "empty device": lambda path: path.symlink_to("/dev/null"),
-    "dangling link": lambda path: path.symlink_to(path.parent / "nowhere"),
-    "circular link": lambda path: path.symlink_to(path),
-    "folder": lambda path: path.mkdir(),
-}
-PLACES = {  # where a file is expected: how it is given to the command line, {} its path
-    "model.gguf": ["inspect", "{}"],
-    "model": ["inspect", "{}"],
-    "a.idx": ["index", "search", "{}", "cat", "--model", "MODEL"],
-    "train.jsonl": ["data", "check", "{}"],
-    "train.parquet": ["data", "check", "{}"],
-    "train.tar": ["data", "check", "{}"],
-    "a.png": ["embed", "MODEL", "--image", "{}"],
-    "a.mp4": ["embed", "MODEL", "--video", "{}"],
-    "a.pdf": ["embed", "MODEL", "--document", "{}"],
-}
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", DEVICES)
-def test_what_is_no_file_is_refused_at_once(
-    run: Run, kinds: Kinds, tmp_path: Path, kind: str, place: str
-) -> None:
-    path = tmp_path / place
-    DEVICES[kind](path)
-    words = [{"{}": str(path), "MODEL": str(kinds.model)}.get(word, word) for word in PLACES[place]]
-    began = time.monotonic()
-    result = run(*words)
-    assert time.monotonic() - began < 60, "it waited, or read what never ends"
-    assert result.exit_code in (1, 2), result.output
-    assert "Traceback" not in result.output
-    assert isinstance(result.exception, SystemExit)

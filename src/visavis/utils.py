@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import difflib
 import errno
+import importlib
 import io
 import itertools
 import json
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
     from rich.progress import Progress
 
-try:
-    import fcntl
-except ImportError:  # Windows: folders that killed processes leave are not removed
-    fcntl = None  # type: ignore[assignment]
+# Without it (Windows) folders that killed processes leave are not removed.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 _AT_FDCWD, _EXCHANGE = -100, 2  # from fcntl.h and linux/fs.h
 

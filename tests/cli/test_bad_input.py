@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,3 +217,40 @@ def test_json_stays_clean_when_something_is_left_out(run: Run, tiny: str, tmp_pa
     result = run(*words)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["failed"][0]["source"].endswith("bad.png")
+
+
+DEVICES = {
+    "pipe": lambda path: os.mkfifo(path),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "empty device": lambda path: path.symlink_to("/dev/null"),
+    "dangling link": lambda path: path.symlink_to(path.parent / "nowhere"),
+    "circular link": lambda path: path.symlink_to(path),
+    "folder": lambda path: path.mkdir(),
+}
+PLACES = {  # where a file is expected: how it is given to the command line, {} its path
+    "model.gguf": ["inspect", "{}"],
+    "model": ["inspect", "{}"],
+    "a.idx": ["index", "search", "{}", "cat", "--model", "MODEL"],
+    "train.jsonl": ["data", "check", "{}"],
+    "train.parquet": ["data", "check", "{}"],
+    "train.tar": ["data", "check", "{}"],
+    "a.png": ["embed", "MODEL", "--image", "{}"],
+    "a.mp4": ["embed", "MODEL", "--video", "{}"],
+    "a.pdf": ["embed", "MODEL", "--document", "{}"],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", DEVICES)
+def test_what_is_no_file_is_refused_at_once(
+    run: Run, tiny: str, tmp_path: Path, kind: str, place: str
+) -> None:
+    path = tmp_path / place
+    DEVICES[kind](path)
+    words = [{"{}": str(path), "MODEL": tiny}.get(word, word) for word in PLACES[place]]
+    began = time.monotonic()
+    result = run(*words)
+    assert time.monotonic() - began < 60, "it waited, or read what never ends"
+    assert result.exit_code in (1, 2), result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)

@@ -227,6 +227,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "adapters of embeddings",
     ),
+    "single rows of the token embedding": (
+        lambda folder: edit(folder, trainable_token_indices=[3, 5]),
+        "sets trainable_token_indices to [3, 5]",
+    ),
+    "rows of several embeddings": (
+        lambda folder: edit(folder, trainable_token_indices={"embed_tokens": [3]}),
+        "Merge the adapter with PEFT",
+    ),
     "a tensor that the model has not": (
         weights(lambda t: t.update({"base_model.model.extra.weight": torch.ones(3)})),
         "unexpected extra.weight",

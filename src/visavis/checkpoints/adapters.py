@@ -48,6 +48,7 @@ PLAIN: dict[str, Any] = {
     "use_bdlora": None,
     "alora_invocation_tokens": None,
 }
+TOKENS = "trainable_token_indices"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,12 @@ def read_adapter(folder: Path) -> Adapter:
     require("peft_type", kind, kind == "LORA", "'LORA'")
     for name, plain in PLAIN.items():
         require(name, config[name], config[name] == plain, f"{plain!r}")
+    if config.get(TOKENS):
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} sets {TOKENS} to {str(config[TOKENS])[:60]}: PEFT trained "
+            "single rows of the token embedding, which are not read here. Merge the adapter with "
+            "PEFT (merge_and_unload, then save_pretrained) and load the result."
+        )
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(

@@ -280,7 +280,14 @@ def test_configs_that_belong_elsewhere(folder: Path) -> None:
 def test_parts_of_a_llava_that_do_not_belong_together(llava: Path) -> None:
     config = json.loads((llava / "config.json").read_text())
     edit_json(llava / "config.json", image_token_index=262)
-    assert "has no token 262" in refusal(llava)
+    number = config["image_token_index"]
+    said = refusal(llava)
+    assert "names 262 as image_token_index, but the tokenizer has no such token" in said
+    assert f"'<image>' is its token {number}" in said
+    edit_json(llava / "config.json", image_token_index=number - 1)
+    said = refusal(llava)  # a token of another meaning: both ids are named
+    assert f"names {number - 1} as image_token_index" in said
+    assert f"'<image>' is its token {number}" in said
     edit_json(llava / "config.json", image_token_index=config["image_token_index"])
     processor = json.loads((llava / "processor_config.json").read_text())
     inner = processor["image_processor"] | {

@@ -283,6 +283,12 @@ def _check_tensors(file: GGUFFile, config: DecoderConfig, layout: TensorLayout) 
         for name, shape in wanted.items()
         if name in found and found[name].shape != shape
     ]
+    problems += [
+        f"{name} is of one dimension and {found[name].type}, "
+        "expected numbers that are not quantised"
+        for name, shape in wanted.items()
+        if name in found and len(shape) == 1 and found[name].type not in dequantize.PLAIN
+    ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(

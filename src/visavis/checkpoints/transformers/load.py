@@ -121,14 +121,21 @@ class TransformersFormat(FolderFormat):
         """Return the special tokens, the placeholders of images and videos among them."""
         assert self.config is not None
         by_text = dict(specials.by_text)
-        for number in (self.config.image_token_id, self.config.video_token_id):
+        named = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        for visual, number in named.items():
             if number < 0:
                 continue
             text = tokenizer.id_to_token(number)
-            if text is None:
+            usual = (f"<{visual}>", f"<|{visual}_pad|>")
+            others = {one: id for one in usual if (id := tokenizer.token_to_id(one)) is not None}
+            if text is None or (others and text not in usual):
+                found = "has no such token" if text is None else f"has {text!r} there"
+                hint = "".join(f", and {one!r} is its token {id}" for one, id in others.items())
                 raise CheckpointError(
-                    f"the tokenizer of {folder} has no token {number}, which config.json names as "
-                    "a placeholder of images or videos; tokenizer.json belongs to another model."
+                    f"config.json of {folder} names {number} as {visual}_token_index, but the "
+                    f"tokenizer {found}{hint}. Tokenizer and config belong to different models, or "
+                    "the tokens were added in another order: set the id in config.json that the "
+                    "model was trained with."
                 )
             by_text[text] = number
         return replace(specials, by_text=by_text)
