@@ -3,9 +3,9 @@
     python benchmarks/decode.py [--threads N] [--runs N] [--json FILE] [--quick] [--model MODEL]
 
 Measures SmolLM2 from its 4-bit GGUF file, greedy with prompt lookup; then without it, greedy and
-sampled, and eight answers at a time, where llama.cpp has eight slots; then MODEL, then files of random weights as large as
-Llama 3.2's 1B, where the memory's speed counts. Counts the tokens after the first: reading the
-prompt is prefill.py's.
+sampled, and eight answers at a time, where llama.cpp has eight slots; then MODEL, then files of
+random weights as large as Llama 3.2's 1B, where the memory's speed counts. Counts the tokens after
+the first: reading the prompt is prefill.py's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Inputs of a model: text, images, videos, documents, and conversations of them.
 
 `Prompt.of` and `Prompt.chat` turn every accepted input (str, path, PIL image, numpy array, dict,
-OpenAI content or messages) into a `Prompt`. Nothing is opened here; media are read later, by
-`processing/{images,video,pdf}.py`.
+OpenAI content or messages) into a `Prompt`. No file is opened here.
 """
 
 from __future__ import annotations

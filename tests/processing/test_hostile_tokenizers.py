@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from visavis.errors import CheckpointError
 from visavis.processing import bounded, tokenizer_check
-from visavis.processing.tokenizer import _merges_from_scores, load_tokenizer
+from visavis.processing.tokenizer import load_tokenizer, merges_from_scores
 from visavis.processing.tokenizer_check import no_panic, read_tokenizer
 
 
@@ -168,4 +168,4 @@ def test_panics_are_errors():
 def test_long_tokens_are_bounded():
     tokens = {"a": 0, "a" * 100_000: 1}
     with pytest.raises(CheckpointError, match=r"has 100000 characters.*expected at most 2e\+09"):
-        _merges_from_scores(tokens, [0.0, -1.0], [1, 1])
+        merges_from_scores(tokens, [0.0, -1.0], [1, 1])

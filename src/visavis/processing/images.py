@@ -29,6 +29,7 @@ from visavis.errors import ImageError, InputError
 from visavis.inputs import Content, Document, Image, Page, Prompt, Stored, Text, Video, Visual
 from visavis.processing import pdf
 from visavis.processing.media import FORMATS, frame_files, name_of, open_media
+from visavis.processing.pixel_modes import scale_transparency_key, to_rgb
 
 MAX_PIXELS = 64_000_000  # read from the header, before anything is decoded
 MAX_SIDE = 65_535  # longest side, also what JPEG itself allows
@@ -95,7 +96,7 @@ def decode_image(image: Any) -> pil.Image:
 
     Animations and multi-page files give their first frame (a PIL image its current one);
     transparency is laid on white; grey, palette, 1-bit and CMYK become RGB; 16-bit grey is scaled
-    by 255/65535; wider integers and floats are scaled by the range they declare (`_wide_to_grey`).
+    by 255/65535; wider integers and floats are scaled by the range they declare (`pixel_modes.py`).
 
     Args:
         image: a `visavis.Image` or anything it takes: path, data: URI, bytes, PIL image, or numpy
@@ -110,7 +111,7 @@ def decode_image(image: Any) -> pil.Image:
     name = _name(source)
     try:
         if isinstance(source, np.ndarray):
-            return _to_rgb(_from_array(source, name), name)
+            return to_rgb(_from_array(source, name), name)
         if isinstance(source, pil.Image):
             return _decode(source, name)
         with open_media(source) as data, _open_header(data, name) as opened:
@@ -369,14 +370,14 @@ def _decode(opened: pil.Image, name: str) -> pil.Image:
     size = opened.size
     if factor > 1 and opened.format in ("JPEG", "MPO"):
         opened.draft(None, (size[0] // factor, size[1] // factor))
-    _scale_transparency_key(opened)
+    scale_transparency_key(opened)
     opened.load()
     _check_size(opened, name)  # some containers (ICO) learn their true size only now
     factor = max(1, round(factor * opened.width / size[0]))  # what draft has left to do
     orientation = None
     with suppress(Exception):  # a picture with broken EXIF data is still a picture, unrotated
         orientation = opened.getexif().get(_EXIF_ORIENTATION)
-    rgb = _to_rgb(opened, name)
+    rgb = to_rgb(opened, name)
     if factor > 1:
         rgb = rgb.reduce(factor)
     if orientation in _UPRIGHT:
@@ -391,28 +392,6 @@ def _is_raw(tiff: pil.Image) -> bool:
     tags = getattr(tiff, "tag_v2", {})
     is_preview, sub_images, dng_version = int(tags.get(254, 0)) & 1, tags.get(330), 50706 in tags
     return dng_version or bool(is_preview and sub_images) or 50752 in tags  # CR2 slices
-
-
-def _scale_transparency_key(opened: pil.Image) -> None:
-    """Give the transparent colour of a PNG (tRNS) the scale of the pixels it is compared with.
-
-    Pillow keeps the key as stored while it expands 2- and 4-bit grey to 8 bits and reduces 16-bit
-    colour to its high bytes; 16-bit grey keeps all bits (see `_wide_to_grey`).
-    """
-    key = opened.info.get("transparency")
-    tiles = getattr(opened, "tile", None)  # what load() is about to decode
-    if opened.format != "PNG" or not isinstance(key, (int, tuple)) or not tiles:
-        return
-    raw_mode = tiles[0][3]
-    raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
-    if raw_mode in ("L;2", "L;4") and isinstance(key, int):
-        opened.info["transparency"] = key % 4 * 85 if raw_mode == "L;2" else key % 16 * 17
-    elif raw_mode == "RGB;16B" and isinstance(key, tuple):
-        opened.info["transparency"] = tuple(value >> 8 for value in key)
-    elif raw_mode == "RGB" and isinstance(key, tuple):
-        opened.info["transparency"] = tuple(value & 255 for value in key)
-    elif raw_mode == "L" and isinstance(key, int):
-        opened.info["transparency"] = key & 255
 
 
 def _ends_late(png: BinaryIO) -> bool:
@@ -449,43 +428,6 @@ def _check_size(image: pil.Image, name: str) -> None:
 
 def _limits() -> str:
     return f"{_max_pixels / 1e6:.0f} megapixels and {MAX_SIDE} pixels a side"
-
-
-def _to_rgb(image: pil.Image, name: str) -> pil.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _wide_to_grey(image, name).convert("RGB")
-    if image.has_transparency_data:
-        if image.mode == "La":  # Pillow converts La to LA only
-            image = image.convert("LA")
-        rgba = image.convert("RGBA")
-        white = pil.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return pil.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _wide_to_grey(image: pil.Image, name: str) -> pil.Image:
-    """8-bit grey from Pillow's wide modes. Which value is white:
-
-    I;16       65535
-    I          255 if nothing is brighter (Pillow's own convert("I")), else 65535
-    F          1.0 if nothing is brighter, else 255 (Pillow's own convert("F"))
-
-    Pixels of the colour that the image declares transparent (PNG tRNS) become white.
-    """
-    values = np.asarray(image)  # [H, W]
-    low, high = float(values.min()), float(values.max())
-    levels = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
-    white = next((level for level in levels if high <= level), None)
-    if white is None or not low >= 0:  # `not >=` also catches NaN
-        raise ImageError(
-            f"{name} has values from {low:g} to {high:g}, expected 0 to "
-            f"{' or 0 to '.join(map(str, levels))}; scale it to 8-bit grey first"
-        )
-    grey = np.rint(values * (255.0 / white)).astype(np.uint8)
-    key = image.info.get("transparency")
-    if isinstance(key, int):  # lies on white
-        grey[values == key] = 255
-    return pil.fromarray(grey)
 
 
 def _from_array(array: np.ndarray, name: str) -> pil.Image:
