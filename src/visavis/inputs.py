@@ -32,8 +32,7 @@ ITEM_TYPES = (
 IMAGE_TYPES = "a path, a data: URI, PIL image, numpy array, bytes or visavis.Image"
 VIDEO_TYPES = "a path, a data: URI, bytes or a list of pictures in order"
 DOCUMENT_TYPES = "a path or data: URI of a PDF, or its bytes"
-# What a path is where nothing else says so: by its suffix one of these, else a picture.
-# ".ts" and ".ogg" are left out: they are more often TypeScript and music.
+# Suffixes of videos; ".ts" and ".ogg" are more often TypeScript and music.
 _VIDEO_SUFFIXES = (
     ".mp4 .m4v .mov .qt .3gp .3g2 .3gpp .mj2 .mkv .mk3d .webm .avi .divx .mts .m2ts .m2t .mpg "
     ".mpeg .mpe .m1v .m2v .vob .flv .f4v .ogv .ogm .ogx .asf .wmv .h264 .264 .avc .h265 .265 "

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models
 
 from visavis.errors import CheckpointError
 from visavis.processing import bounded, tokenizer_check
-from visavis.processing.tokenizer import load_tokenizer, merges_from_scores
+from visavis.processing.tokenizer import load_tokenizer
 from visavis.processing.tokenizer_check import no_panic, read_tokenizer
+from visavis.processing.tokenizer_conversion import merges_from_scores
 
 
 def plain(**parts) -> dict:
