@@ -208,3 +208,16 @@ def test_an_animation_that_takes_too_long_is_refused(side, frames):
     repeated = data[:header] + data[header:-1] * frames + b";"
     with pytest.raises(ImageError, match=f"an animation of {frames} frames of {side}×{side}"):
         read_frames(Video(repeated), VideoConfig(frames=2))
+
+
+def test_images_that_are_not_read_are_counted_with_the_reason(tmp_path):
+    for name in ("a.NEF", "b.nef", "c.psd", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    reason = r"2 \.nef \(camera raw is not read: export it as JPEG or TIFF\); 1 \.psd \(this image"
+    with pytest.raises(
+        ImageError, match=rf"holds no pictures \(4 other files\).*left out {reason}"
+    ):
+        find_images(tmp_path)
+    pil.new("RGB", (2, 2)).save(tmp_path / "d.png")
+    with pytest.warns(UserWarning, match=f"left out {reason}"):
+        assert find_images(tmp_path) == [tmp_path / "d.png"]

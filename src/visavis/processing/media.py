@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -160,6 +161,9 @@ def scan_media(path: str | Path, *, with_others: bool = False) -> MediaScan:
 def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Return the image files under `paths`, without duplicates, as `scan_media` finds them.
 
+    Images of formats that are not read (HEIC without pillow-heif, camera raw) give a warning with
+    their number and the reason.
+
     Raises:
         ImageError: a path does not exist, or a folder cannot be read or holds no picture.
     """
@@ -169,7 +173,15 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
         for _, reason in scan.unreadable:
             raise ImageError(reason)
         found.update(scan.files)
+        if unread := _unread(scan):
+            warnings.warn(f"{name_of(Path(path))}: left out {unread}", stacklevel=2)
     return list(found)
+
+
+def _unread(scan: MediaScan) -> str:
+    """Return how many images of a scan are not read, with the reasons; empty: none."""
+    counts = [(n, key) for key, n in sorted(scan.left_out.items()) if key[0] in UNREAD_SUFFIXES]
+    return "; ".join(f"{number} {suffix} ({reason})" for number, (suffix, reason) in counts)
 
 
 def _walk(folder: Path, with_others: bool, scan: MediaScan) -> None:
@@ -204,6 +216,7 @@ def _walk(folder: Path, with_others: bool, scan: MediaScan) -> None:
             f"folder {name_of(folder)} holds no pictures{', videos or PDFs' * with_others} "
             f"({scan.left_out.total()} other files), expected some with the suffix "
             f"{' '.join(sorted(wanted))}"
+            + (f"; left out {unread}" if (unread := _unread(scan)) else "")
         )
     scan.files.update(dict.fromkeys(sorted(found)))
 
