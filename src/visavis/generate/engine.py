@@ -40,6 +40,11 @@ from visavis.processing.image_encoder import ImageEncoder
 from visavis.processing.prompt_encoder import PreparedPrompt
 
 GROWTH = 512  # tokens of an answer that a cache has room for from the start
+# A forward pass over part of a prompt starts at a multiple of this many tokens and ends at the
+# next multiple, or at the prompt's end. A token's rounding in bfloat16 depends on the shapes of the
+# pass it is in; so it has the same pass whether the tokens before it were cached or not.
+CHUNK = 64
+CUDA_CHUNK = 512
 
 
 @dataclass(eq=False)
@@ -109,6 +114,7 @@ class Engine:
         self.active: list[GeneratedSequence] = []
         self.flat: tuple[KVCache, FusedDecodeStep] | None = None
         self.guesses = is_row_by_row(vlm.decoder)
+        self.chunk = CUDA_CHUNK if vlm.decoder.norm.weight.is_cuda else CHUNK
         self.full = False  # a prompt waits for pages
 
     @cached_property
@@ -205,7 +211,9 @@ class Engine:
             if self.flat is not None and cache is self.flat[0]:
                 self.flat = None
             if self.prefixes is not None and sequence.token_keys and cache is not None:
-                self.prefixes.keep(sequence.token_keys, cache)
+                whole = len(sequence.token_keys) // self.chunk * self.chunk
+                if whole:
+                    self.prefixes.keep(sequence.token_keys[:whole], cache)
 
     def _prefill(self, sequence: GeneratedSequence) -> Tensor:
         """Read a prompt; return the scores of its last position, float32 [vocab]."""
@@ -216,6 +224,7 @@ class Engine:
         if self.guesses:
             sequence.lookup = PromptLookup(batch.token_ids.tolist())
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
+        capacity = -(-capacity // CHUNK) * CHUNK  # heads start at aligned addresses
         cache: Cache | None = None
         with enough_memory(
             f"reading a prompt of {batch.num_tokens} tokens ({sum(batch.image_counts)} of them of "
@@ -224,10 +233,9 @@ class Engine:
         ):
             self._make_room(capacity)
             if self.prefixes is not None and sequence.token_keys:
-                cache = self.prefixes.begin(sequence.token_keys, capacity)
+                cache = self.prefixes.begin(sequence.token_keys, capacity, self.chunk)
             if cache is not None:
                 sequence.num_reused = cache.length
-                batch = self.vlm.resolve_images(batch).after(cache.length)
             elif self.static is not None:
                 cache = PagedCache(self.static.pool)
                 cache.reserve(capacity)
@@ -238,7 +246,10 @@ class Engine:
                     device=batch.token_ids.device,
                     capacity=capacity,
                 )
-            hidden = self.vlm(batch, caches=(cache,))[-1]
+            batch = self.vlm.resolve_images(batch)
+            for start in range(cache.length, batch.num_tokens, self.chunk):
+                part = batch.between(start, min(start + self.chunk, batch.num_tokens))
+                hidden = self.vlm(part, caches=(cache,))[-1]
             with packed_kernels():  # always one row
                 scores = decoder.logits(hidden[-1:])[0]
         sequence.cache = cache
