@@ -13,6 +13,7 @@ and that its sampler chooses too. Takes prepared prompts and yields token ids.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from visavis.errors import InputError, MemoryLimitError
+from visavis.errors import InputError, MemoryLimitError, NonFiniteError
 from visavis.generate.beam_search import BeamSearch
 from visavis.generate.prefix_cache import PrefixCache, TokenKeys
 from visavis.generate.prompt_lookup import PromptLookup
@@ -114,7 +115,9 @@ class Engine:
         self.active: list[GeneratedSequence] = []
         self.flat: tuple[KVCache, FusedDecodeStep] | None = None
         self.guesses = is_row_by_row(vlm.decoder)
-        self.chunk = CUDA_CHUNK if vlm.decoder.norm.weight.is_cuda else CHUNK
+        # The compiled kernels round a token alike in any pass: prompts need no chunks.
+        chunk = CUDA_CHUNK if vlm.decoder.norm.weight.is_cuda else CHUNK
+        self.chunk = 1 if vlm.decoder.compiled is not None else chunk
         self.full = False  # a prompt waits for pages
 
     @cached_property
@@ -247,8 +250,9 @@ class Engine:
                     capacity=capacity,
                 )
             batch = self.vlm.resolve_images(batch)
-            for start in range(cache.length, batch.num_tokens, self.chunk):
-                part = batch.between(start, min(start + self.chunk, batch.num_tokens))
+            step = self.chunk if self.chunk > 1 else batch.num_tokens
+            for start in range(cache.length, batch.num_tokens, step):
+                part = batch.between(start, min(start + step, batch.num_tokens))
                 hidden = self.vlm(part, caches=(cache,))[-1]
             with packed_kernels():  # always one row
                 scores = decoder.logits(hidden[-1:])[0]
@@ -274,6 +278,7 @@ class Engine:
 
     def _take(self, sequence: GeneratedSequence, scores: Tensor) -> None:
         """Choose a sequence's next token, or end it."""
+        _check_finite(scores, len(sequence.tokens))
         token = sequence.sample(scores)
         if token in sequence.stop_ids:
             sequence.done = True
@@ -288,6 +293,7 @@ class Engine:
         cache, start = sequence.cache, sequence.num_prompt_tokens
         assert cache is not None
         caches, scores = [cache], scores[None]
+        _check_finite(scores, 0)
         while parents := search.take(scores):
             free = [one for number, one in enumerate(caches) if number not in parents]
             following = []
@@ -307,6 +313,7 @@ class Engine:
             scores = self._several(
                 [replace(sequence, tokens=tokens, cache=one) for tokens, one in beams]
             )
+            _check_finite(scores, len(search.tokens[0]))
         sequence.tokens, sequence.cache, sequence.done = search.best, caches[0], True
 
     def _one(self, sequence: GeneratedSequence) -> None:
@@ -354,6 +361,19 @@ class Engine:
 
 def _caches(sequences: Iterable[GeneratedSequence]) -> tuple[Cache, ...]:
     return tuple(one.cache for one in sequences if one.cache is not None)
+
+
+def _check_finite(scores: Tensor, num_tokens: int) -> None:
+    """Raise `NonFiniteError` unless all scores are finite, after that many tokens of an answer."""
+    if math.isfinite(float(scores.sum())):  # a sum costs less than a test of each score
+        return
+    wrong = ~scores.isfinite()
+    if wrong.any():
+        raise NonFiniteError(
+            f"{int(wrong.sum())} of {wrong.numel()} logits are NaN or infinite after {num_tokens} "
+            "tokens of the answer. The weights are damaged, or overflow in this precision: try "
+            "precision='f32', or other weights."
+        )
 
 
 @contextmanager

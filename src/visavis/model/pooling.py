@@ -5,6 +5,7 @@ Three kinds: the trained embedding head, the last token, the mean of all tokens.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +33,13 @@ def pooled(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
         last = torch.tensor(batch.lengths, device=hidden.device).cumsum(0) - 1
         found = hidden[last]
     return F.normalize(found, dim=-1)
+
+
+def unusable_rows(vectors: np.ndarray) -> np.ndarray:
+    """Return which rows [N, D] are no unit vectors: they hold NaN or infinity, or only zeros, to
+    which dividing by an infinite norm leads; bool [N]."""
+    unusable: np.ndarray = ~(np.isfinite(vectors).all(1) & vectors.any(1))
+    return unusable
 
 
 def embedding_dim(vlm: VLM, pooling: str) -> int:
