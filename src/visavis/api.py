@@ -19,7 +19,7 @@ import torch
 from visavis.checkpoints.bundled import cache_dir
 from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.load import load_checkpoint
-from visavis.errors import InputError
+from visavis.errors import InputError, NonFiniteError
 from visavis.generate.beam_search import BeamSearch
 from visavis.generate.config import GenerationConfig
 from visavis.generate.engine import Engine, GeneratedSequence
@@ -29,7 +29,7 @@ from visavis.generate.streaming import Answer, Reply
 from visavis.generate.structured_output import Grammar
 from visavis.inputs import Prompt
 from visavis.memory import enough_memory
-from visavis.model.pooling import cut, embed_batch, embedding_dim, kept_dim
+from visavis.model.pooling import cut, embed_batch, embedding_dim, kept_dim, unusable_rows
 from visavis.model.quantized_linear import QuantizedLinear
 from visavis.processing.collate import batches
 from visavis.processing.feature_cache import DiskFeatureCache
@@ -204,6 +204,7 @@ class Model(Checkpoint):
             ImageError: a picture cannot be read.
             ContextLengthError: the prompt is longer than the model's context.
             OutOfMemoryError: the message says what for, and what would take less.
+            NonFiniteError: the model's logits hold NaN or infinity.
         """
         if stream and options.get("beams", 1) > 1:
             raise InputError(
@@ -236,14 +237,21 @@ class Model(Checkpoint):
 
         Raises:
             InputError, ImageError, ContextLengthError, OutOfMemoryError: see `chat`.
+            NonFiniteError: the model's logits hold NaN or infinity; the message names the prompt.
         """
         listed = _listed(prompts)
         answers = [self.ask(Prompt.of(prompt), **options) for prompt in listed]
         of = {answer.sequence: answer for answer in answers}
         engine = self.engine(max_sequences)
         ended = (one for one in engine.run(of) if of[one].update() is not None and one.done)
-        for _ in track(ended, "answering", weights=[1] * len(of), show=progress):
-            pass
+        try:
+            for _ in track(ended, "answering", weights=[1] * len(of), show=progress):
+                pass
+        except NonFiniteError as error:
+            failed = next(i for i, one in enumerate(answers) if one.sequence.error is error)
+            name = _named(listed[failed])
+            message = f"prompt {failed + 1} of {len(listed)} ({name}): {error}"
+            raise NonFiniteError(message) from error
         return [answer.reply for answer in answers]
 
     def ask(self, prompt: Prompt, **options: Any) -> Answer:
@@ -320,6 +328,7 @@ class Model(Checkpoint):
             InputError, ImageError: an item cannot be used; the message names it.
             ContextLengthError: an item is longer than the model's context.
             OutOfMemoryError: the message says what for, and what would take less.
+            NonFiniteError: a vector holds NaN or infinity; the message names its item.
         """
         batch_tokens = DEFAULT_BATCH_TOKENS if batch_tokens is None else batch_tokens
         if batch_tokens < 1:
@@ -336,6 +345,7 @@ class Model(Checkpoint):
         for group in track(groups, "embedding", weights=[len(g) for g in groups], show=progress):
             found = self.embed_prepared([prepared[i] for i in group])
             vectors[group] = cut(torch.from_numpy(found), dim).numpy()
+            self._check_finite(vectors[group], listed, group)
         return vectors
 
     def prepare(
@@ -363,6 +373,20 @@ class Model(Checkpoint):
         ):
             return embed_batch(self.vlm, batch, self.profile.pooling).cpu().numpy()
 
+    def _check_finite(
+        self, vectors: np.ndarray, items: Sequence[Any], numbers: Sequence[int]
+    ) -> None:
+        """Raise `NonFiniteError` if a vector, of the item of that number, is no unit vector."""
+        wrong = [numbers[row] for row in np.flatnonzero(unusable_rows(vectors)).tolist()]
+        if wrong:
+            others = f" and {len(wrong) - 1} more of its batch" if len(wrong) > 1 else ""
+            raise NonFiniteError(
+                f"item {wrong[0] + 1} of {len(items)} ({_named(items[wrong[0]])}){others}: its "
+                "vector holds NaN or infinite numbers, or only zeros, expected a vector of length "
+                f"1. The weights of {self.name} are damaged, or overflow in this precision: try "
+                "precision='f32', or other weights."
+            )
+
     def trace(self, prompt: Any) -> Trace:
         """Return token ids, image slots, hidden states and logits of one prompt.
 
@@ -386,6 +410,17 @@ class Model(Checkpoint):
             hidden=hidden.cpu().numpy(),
             logits=logits.cpu().numpy(),
         )
+
+
+def _named(item: Any) -> str:
+    """Return what names an item in a message: its files and the start of its text."""
+    prompt = Prompt.of(item)
+    parts = [part for message in prompt.messages for part in message.parts]
+    sources = [getattr(part, "source", None) for part in parts]
+    files = [str(source) for source in sources if isinstance(source, str | Path)]
+    text = " ".join(prompt.text.split())
+    shown = [*files, repr(text if len(text) <= 40 else f"{text[:40]}…")] if text else files
+    return " + ".join(shown) or "an image"
 
 
 def _listed(prompts: Iterable[Any]) -> list[Any]:

@@ -20,6 +20,10 @@ class ContextLengthError(InputError):
     """More tokens than the model's context holds; raised before any work is done."""
 
 
+class NonFiniteError(VisavisError):
+    """A vector, logit or score that is NaN or infinite; the message names the item."""
+
+
 class OutOfMemoryError(VisavisError):
     """More memory than there is; the message says what for, and what would take less."""
 

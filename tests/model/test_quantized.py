@@ -17,9 +17,10 @@ from visavis.model.quantized_linear import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedRows,
-    _by_fours,
+    _with_low_rank,
     has_kernel,
     kernel_layout,
+    multiply,
     packed_kernels,
     quantize,
 )
@@ -180,13 +181,31 @@ def test_embeddings_are_rows_of_a_head() -> None:
 @pytest.mark.parametrize("width", [64, 1536])
 def test_a_row_of_a_low_rank_product_does_not_depend_on_the_others(width: int) -> None:
     torch.manual_seed(5)
-    down = torch.randn(16, width).bfloat16().T
+    down, up = torch.randn(16, width).bfloat16().T, torch.randn(16, 64).bfloat16()
+    product = _with_low_rank(lambda x: x[:, :64], down, up)
     for _ in range(100):
         x = torch.randn(6, width).bfloat16()
-        alone = torch.cat([_by_fours(row, down) for row in x.split(1)])
+        alone = torch.cat([product(row) for row in x.split(1)])
         for start, end in ((0, 6), (0, 4), (3, 5), (1, 4)):
-            assert torch.equal(_by_fours(x[start:end], down), alone[start:end])
-    torch.testing.assert_close(alone, x @ down)
+            assert torch.equal(product(x[start:end]), alone[start:end])
+    torch.testing.assert_close(alone, torch.addmm(x[:, :64], x @ down, up), atol=1.0, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [20, 64, 1536])
+def test_a_row_of_a_dense_product_does_not_depend_on_the_others(
+    width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(5)
+    linear = torch.nn.Linear(width, 70).to(dtype)
+    with torch.inference_mode():
+        product = multiply(linear)
+        for _ in range(20):
+            x = torch.randn(18, width).to(dtype)
+            alone = torch.cat([product(row) for row in x.split(1)])
+            for start, end in ((0, 18), (0, 4), (3, 5), (1, 4), (5, 14)):
+                assert torch.equal(product(x[start:end]), alone[start:end])
+        torch.testing.assert_close(alone, linear(x), atol=0.02, rtol=0.02)
 
 
 def test_a_pytorch_without_the_private_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperGroup
 
-from visavis.errors import VisavisError
+from visavis.errors import NonFiniteError, VisavisError
 
 if TYPE_CHECKING:
     from visavis.api import Model
@@ -94,8 +95,33 @@ def say(message: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+    """Print one JSON document on stdout.
+
+    Raises:
+        NonFiniteError: a number is NaN or infinite, which JSON cannot hold; the message names it.
+    """
+    try:
+        typer.echo(json.dumps(value, ensure_ascii=False, default=str, allow_nan=False))
+    except ValueError as error:
+        place, number = next(_non_finite(value), ("", None))
+        if number is None:
+            raise
+        raise NonFiniteError(
+            f"the result {place or 'itself'} is {number}, which JSON cannot hold. The weights are "
+            "damaged, or overflow in this precision: try another precision or other weights."
+        ) from error
+
+
+def _non_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the places and numbers of a JSON value that are NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _non_finite(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _non_finite(inner, f"{place}[{number}]")
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:

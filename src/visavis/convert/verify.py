@@ -95,7 +95,7 @@ def cosine(first: Answer, second: Answer) -> float | None:
         for a, b in pairs
         if a is not None and b is not None
     ]
-    return min(found, default=None)
+    return float(np.min(found)) if found else None  # NaN if one is
 
 
 def divergence(first: Answer, second: Answer) -> float | None:
@@ -105,6 +105,8 @@ def divergence(first: Answer, second: Answer) -> float | None:
         return None
     size = min(len(first.log_probs), len(second.log_probs))  # a placeholder may have been added
     p, q = (one[:size].astype(np.float64) for one in (first.log_probs, second.log_probs))
+    if np.isnan(p).any() or np.isnan(q).any():
+        return float("inf")
     told = np.isfinite(p) & np.isfinite(q)
     p, q = (one[told] - np.logaddexp.reduce(one[told]) for one in (p, q))
     return max(0.0, float((np.exp(p) * (p - q)).sum()))

@@ -13,6 +13,7 @@ and that its sampler chooses too. Takes prepared prompts and yields token ids.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from visavis.errors import InputError, MemoryLimitError
+from visavis.errors import InputError, MemoryLimitError, NonFiniteError
 from visavis.generate.beam_search import BeamSearch
 from visavis.generate.prefix_cache import PrefixCache, TokenKeys
 from visavis.generate.prompt_lookup import PromptLookup
@@ -40,6 +41,11 @@ from visavis.processing.image_encoder import ImageEncoder
 from visavis.processing.prompt_encoder import PreparedPrompt
 
 GROWTH = 512  # tokens of an answer that a cache has room for from the start
+# A forward pass over part of a prompt starts at a multiple of this many tokens and ends at the
+# next multiple, or at the prompt's end. A token's rounding in bfloat16 depends on the shapes of the
+# pass it is in; so it has the same pass whether the tokens before it were cached or not.
+CHUNK = 64
+CUDA_CHUNK = 512
 
 
 @dataclass(eq=False)
@@ -109,6 +115,9 @@ class Engine:
         self.active: list[GeneratedSequence] = []
         self.flat: tuple[KVCache, FusedDecodeStep] | None = None
         self.guesses = is_row_by_row(vlm.decoder)
+        # The compiled kernels round a token alike in any pass: prompts need no chunks.
+        chunk = CUDA_CHUNK if vlm.decoder.norm.weight.is_cuda else CHUNK
+        self.chunk = 1 if vlm.decoder.compiled is not None else chunk
         self.full = False  # a prompt waits for pages
 
     @cached_property
@@ -205,7 +214,9 @@ class Engine:
             if self.flat is not None and cache is self.flat[0]:
                 self.flat = None
             if self.prefixes is not None and sequence.token_keys and cache is not None:
-                self.prefixes.keep(sequence.token_keys, cache)
+                whole = len(sequence.token_keys) // self.chunk * self.chunk
+                if whole:
+                    self.prefixes.keep(sequence.token_keys[:whole], cache)
 
     def _prefill(self, sequence: GeneratedSequence) -> Tensor:
         """Read a prompt; return the scores of its last position, float32 [vocab]."""
@@ -216,6 +227,7 @@ class Engine:
         if self.guesses:
             sequence.lookup = PromptLookup(batch.token_ids.tolist())
         capacity = batch.num_tokens + min(sequence.max_new_tokens, GROWTH)
+        capacity = -(-capacity // CHUNK) * CHUNK  # heads start at aligned addresses
         cache: Cache | None = None
         with enough_memory(
             f"reading a prompt of {batch.num_tokens} tokens ({sum(batch.image_counts)} of them of "
@@ -224,10 +236,9 @@ class Engine:
         ):
             self._make_room(capacity)
             if self.prefixes is not None and sequence.token_keys:
-                cache = self.prefixes.begin(sequence.token_keys, capacity)
+                cache = self.prefixes.begin(sequence.token_keys, capacity, self.chunk)
             if cache is not None:
                 sequence.num_reused = cache.length
-                batch = self.vlm.resolve_images(batch).after(cache.length)
             elif self.static is not None:
                 cache = PagedCache(self.static.pool)
                 cache.reserve(capacity)
@@ -238,7 +249,11 @@ class Engine:
                     device=batch.token_ids.device,
                     capacity=capacity,
                 )
-            hidden = self.vlm(batch, caches=(cache,))[-1]
+            batch = self.vlm.resolve_images(batch)
+            step = self.chunk if self.chunk > 1 else batch.num_tokens
+            for start in range(cache.length, batch.num_tokens, step):
+                part = batch.between(start, min(start + step, batch.num_tokens))
+                hidden = self.vlm(part, caches=(cache,))[-1]
             with packed_kernels():  # always one row
                 scores = decoder.logits(hidden[-1:])[0]
         sequence.cache = cache
@@ -263,6 +278,7 @@ class Engine:
 
     def _take(self, sequence: GeneratedSequence, scores: Tensor) -> None:
         """Choose a sequence's next token, or end it."""
+        _check_finite(scores, len(sequence.tokens))
         token = sequence.sample(scores)
         if token in sequence.stop_ids:
             sequence.done = True
@@ -277,6 +293,7 @@ class Engine:
         cache, start = sequence.cache, sequence.num_prompt_tokens
         assert cache is not None
         caches, scores = [cache], scores[None]
+        _check_finite(scores, 0)
         while parents := search.take(scores):
             free = [one for number, one in enumerate(caches) if number not in parents]
             following = []
@@ -296,6 +313,7 @@ class Engine:
             scores = self._several(
                 [replace(sequence, tokens=tokens, cache=one) for tokens, one in beams]
             )
+            _check_finite(scores, len(search.tokens[0]))
         sequence.tokens, sequence.cache, sequence.done = search.best, caches[0], True
 
     def _one(self, sequence: GeneratedSequence) -> None:
@@ -343,6 +361,19 @@ class Engine:
 
 def _caches(sequences: Iterable[GeneratedSequence]) -> tuple[Cache, ...]:
     return tuple(one.cache for one in sequences if one.cache is not None)
+
+
+def _check_finite(scores: Tensor, num_tokens: int) -> None:
+    """Raise `NonFiniteError` unless all scores are finite, after that many tokens of an answer."""
+    if math.isfinite(float(scores.sum())):  # a sum costs less than a test of each score
+        return
+    wrong = ~scores.isfinite()
+    if wrong.any():
+        raise NonFiniteError(
+            f"{int(wrong.sum())} of {wrong.numel()} logits are NaN or infinite after {num_tokens} "
+            "tokens of the answer. The weights are damaged, or overflow in this precision: try "
+            "precision='f32', or other weights."
+        )
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from collections.abc import Hashable, Sequence
 from visavis.model.paged_kv_cache import Cache
 
 TokenKeys = tuple[Hashable, ...]  # one for each token of a prompt
-SHORTEST = 16  # tokens in common that are worth copying
 
 
 class PrefixCache:
@@ -31,17 +30,22 @@ class PrefixCache:
     def num_bytes(self) -> int:
         return sum(cache.num_bytes for cache in list(self.entries.values()))
 
-    def begin(self, keys: TokenKeys, capacity: int) -> Cache | None:
-        """Return a new cache of the longest beginning that is known, None if none is.
+    def begin(self, keys: TokenKeys, capacity: int, chunk: int) -> Cache | None:
+        """Return a new cache of the longest known prefix in whole chunks, None if there is none.
 
-        It never holds the whole prompt: the last token is always read, for its scores.
+        It never holds the whole prompt: the last token is always computed, for its logits.
+
+        Args:
+            capacity: tokens that the new cache has room for.
+            chunk: tokens of a forward pass in which prompts are computed; a prefix ends after a
+                multiple of it.
         """
         best, longest = None, 0
         for known, cache in list(self.entries.items()):
-            length = min(common(known, keys), len(keys) - 1)
+            length = min(common(known, keys), len(keys) - 1) // chunk * chunk
             if length > longest:
                 best, longest = (known, cache), length
-        if best is None or longest < SHORTEST:
+        if best is None:
             return None
         if best[0] in self.entries:
             self.entries.move_to_end(best[0])

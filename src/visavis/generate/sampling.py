@@ -133,6 +133,11 @@ class Sampler:
                     f"logit_bias names the token {token}, but this model's ids go from 0 to "
                     f"{len(scores) - 1}."
                 )
+            if math.isnan(bias) or bias == math.inf:
+                raise InputError(
+                    f"logit_bias of the token {token} is {bias}, expected a finite number, or "
+                    "minus infinity to forbid the token."
+                )
             scores[token] += bias
         return scores if self.constraint is None else self.constraint.forbid(scores)
 

@@ -166,6 +166,7 @@ class Index:
 
         Raises:
             StoreError: there is no index file yet.
+            NonFiniteError: the query's vector, or one in the index, holds NaN or infinity.
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InputError(f"k is {k!r}, expected the number of hits wanted, at least 1")
@@ -254,7 +255,7 @@ class Index:
         entry = replace(entry, prompt=hasher.identify(entry.prompt))
         content = entry.prompt.content_key(hasher.hash)
         vector = self._store.vector_of(content) if self._store.exists() else None
-        if vector is None:
+        if vector is None or not np.isfinite(vector).all():
             waiting.setdefault(content, []).append((entry, stamp))
             return
         self._store.put([_row(entry, content, stamp, vector)], self._meta)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from visavis.errors import StoreError
+from visavis.errors import NonFiniteError, StoreError
 from visavis.utils import check_regular
 
 APPLICATION_ID = 0x56495341  # "VISA": tells our files from other SQLite databases
@@ -228,6 +228,13 @@ class Store:
                 )
         ids = np.array([row[0] for row in rows], np.int64)
         vectors = np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(len(rows), dim)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+        if len(bad):
+            raise NonFiniteError(
+                f"{self.path}: the vector of {_name(rows[bad[0]][1])} holds NaN or infinite numbers"
+                f"{f', as do {len(bad) - 1} others' if len(bad) > 1 else ''}. The model that made "
+                "it was damaged or overflowed. Make the index again with a model that works."
+            )
         return ids, [_name(row[1]) for row in rows], vectors
 
     def _item(self, row: tuple[Any, ...]) -> StoredItem:

@@ -94,17 +94,17 @@ class PackedBatch:
             image_means=means,
         )
 
-    def after(self, start: int) -> PackedBatch:
-        """Return the batch without the first `start` tokens, for a batch of one sequence; needs
+    def between(self, start: int, end: int) -> PackedBatch:
+        """Return the tokens from `start` to before `end` of a batch of one sequence; needs
         `image_tokens`."""
         assert len(self.lengths) == 1
         rest: dict[str, Any] = {
-            "token_ids": self.token_ids[start:],
-            "positions": self.positions[..., start:],
-            "lengths": (self.lengths[0] - start,),
+            "token_ids": self.token_ids[start:end],
+            "positions": self.positions[..., start:end],
+            "lengths": (end - start,),
         }
         if self.image_positions is not None and self.image_tokens is not None:
-            kept = self.image_positions >= start
+            kept = (self.image_positions >= start) & (self.image_positions < end)
             if not kept.any():
                 rest |= dict.fromkeys(("image_positions", "image_tokens", "image_means"))
             else:

@@ -10,8 +10,7 @@ the number of rows run row by row, and each token's logits are bitwise those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 from visavis.model.config import DecoderConfig
 from visavis.model.decoder import ACTIVATIONS, Block, Decoder
 from visavis.model.kv_cache import KVCache
-from visavis.model.quantized_linear import QuantizedLinear, packed_kernels
-
-Multiply = Callable[[Tensor], Tensor]
+from visavis.model.quantized_linear import QuantizedLinear, each_row, multiply, packed_kernels
+from visavis.model.rope import rotate
 
 
 def can_flatten(decoder: Decoder) -> bool:
@@ -38,10 +36,9 @@ def can_flatten(decoder: Decoder) -> bool:
 
 
 def is_row_by_row(decoder: Decoder) -> bool:
-    """Return whether a token's logits are independent of the other tokens in its decode step.
+    """Return whether several tokens of one sequence cost little more than one in a decode step.
 
-    Quantised products are. Dense products sum in another order for one row than for several, as do
-    low-rank pairs in float32.
+    Packed products take four rows at a time.
     """
     if decoder.compiled is not None:
         return True
@@ -111,7 +108,7 @@ class _Layer:
         count = len(x)
         qkv = self.qkv(self.norm(x, self.attn_norm).to(dtype)).view(-1, heads + 2 * kv_heads, dim)
         rotated = qkv.narrow(1, 0, heads + kv_heads)
-        rotated = torch.addcmul(rotated * cos, rotated.roll(dim // 2, -1), sin)
+        rotated = each_row(rotate, rotated, cos, sin)
         keys.narrow(1, past, count).copy_(rotated.narrow(1, heads, kv_heads).transpose(0, 1))
         values.narrow(1, past, count).copy_(
             qkv.narrow(1, heads + kv_heads, kv_heads).transpose(0, 1)
@@ -145,13 +142,3 @@ class _Layer:
 def joined(rows: list[Tensor]) -> Tensor:
     """Return rows [1, D] as [n, D]."""
     return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def multiply(linear: nn.Module) -> Multiply:
-    """Return a linear's product: its weights bound, packed where it is packed. What is more than
-    a linear, such as one with an adapter in training, is called as it is."""
-    if isinstance(linear, QuantizedLinear):
-        return linear.product()
-    if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
-        return partial(F.linear, weight=linear.weight, bias=linear.bias)
-    return linear

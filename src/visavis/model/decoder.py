@@ -7,6 +7,7 @@ stream is float32 for any data type of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from visavis.model.attention import SequenceLayout, attend
 from visavis.model.config import DecoderConfig
 from visavis.model.layers import Embedding, Linear
 from visavis.model.paged_kv_cache import Cache
-from visavis.model.quantized_linear import QuantizedEmbedding, decoding
+from visavis.model.quantized_linear import QuantizedEmbedding, apply_linear, decoding, each_row
 from visavis.model.rope import Rope, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -28,6 +29,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
 }
+
+
+def by_row(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    """Return a function of tensors [T, ...]; in a decode step of one row after another, so that a
+    sequence's row does not depend on how many there are."""
+    return each_row(function, *xs) if decoding() else function(*xs)
 
 
 class Norm(nn.Module):
@@ -41,7 +48,14 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., width] -> the same, float32
         if self.bias is not None:
-            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+            norm = partial(
+                F.layer_norm,
+                normalized_shape=self.shape,
+                weight=self.weight,
+                bias=self.bias,
+                eps=self.eps,
+            )
+            return by_row(norm, x)
         weight = self.weight + self.offset if self.offset else self.weight
         if x.dim() == 2 and decoding() and not x.is_cuda:
             # Three kernels a row instead of nine (1 ms a token for 60 norms), and the same sum
@@ -87,25 +101,26 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: SequenceLayout) -> Tensor:
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.config.head_dim)
+        qkv = apply_linear(self.qkv, x).view(-1, heads + 2 * kv_heads, self.config.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-            q = rotate(self.q_norm(q.float()).to(x.dtype), *rotary)
-            k = rotate(self.k_norm(k.float()).to(x.dtype), *rotary)
+            q = by_row(self.q_norm, q.float()).to(x.dtype)
+            k = by_row(self.k_norm, k.float()).to(x.dtype)
+            q, k = by_row(rotate, q, *rotary), by_row(rotate, k, *rotary)
         else:  # one rotation for queries and keys: they stand side by side
             both, v = qkv.split((heads + kv_heads, kv_heads), 1)
-            q, k = rotate(both, *rotary).split((heads, kv_heads), 1)
+            q, k = by_row(rotate, both, *rotary).split((heads, kv_heads), 1)
         mixed = self.attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
-        return self.out(mixed.reshape(x.shape[0], -1))  # [T, D]
+        return apply_linear(self.out, mixed.reshape(x.shape[0], -1))  # [T, D]
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)  # [T, F] or [T, 2F]: gate and up side by side
+        hidden = apply_linear(self.up, x)  # [T, F] or [T, 2F]: gate and up side by side
         if self.config.gated:
             gate, hidden = hidden.chunk(2, -1)
-            hidden = self.activation(gate) * hidden
+            hidden = by_row(self.activation, gate) * hidden
         else:
-            hidden = self.activation(hidden)
-        return self.down(hidden)
+            hidden = by_row(self.activation, hidden)
+        return apply_linear(self.down, hidden)
 
 
 class CompiledDecoder(Protocol):
@@ -196,4 +211,4 @@ class Decoder(nn.Module):
         """Return next-token scores, float32 [T, vocab], of normed hidden states [T, D]."""
         if self.compiled is not None and not (torch.is_grad_enabled() and hidden.requires_grad):
             return self.compiled.logits(hidden)
-        return self.head(hidden.to(self.dtype)).float()
+        return apply_linear(self.head, hidden.to(self.dtype)).float()

@@ -5,6 +5,7 @@ Four kinds: the trained embedding head, the last token, the first token, the mea
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +34,13 @@ def pooled(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
         ends = lengths.cumsum(0)
         found = hidden[ends - lengths if pooling == "first" else ends - 1]
     return F.normalize(found, dim=-1)
+
+
+def unusable_rows(vectors: np.ndarray) -> np.ndarray:
+    """Return which rows [N, D] are no unit vectors: they hold NaN or infinity, or only zeros, to
+    which dividing by an infinite norm leads; bool [N]."""
+    unusable: np.ndarray = ~(np.isfinite(vectors).all(1) & vectors.any(1))
+    return unusable
 
 
 def embedding_dim(vlm: VLM, pooling: str) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -402,16 +402,54 @@ def _after(product: Product, convert: Product) -> Product:
 
 
 def _with_low_rank(product: Product, down: Tensor, up: Tensor) -> Product:
-    return lambda x: torch.addmm(product(x), _by_fours(x, down), up)
+    def sum_of_both(x: Tensor) -> Tensor:
+        pairs = zip(_blocks(product(x)), _blocks(x), strict=True)
+        return torch.cat([torch.addmm(base, rows @ down, up) for base, rows in pairs])[: len(x)]
+
+    return sum_of_both
 
 
-def _by_fours(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x @ weight`, four rows at a time: the dense product sums a long row in another order
-    for one row and for several, but not for what else is in the other three."""
+def multiply(linear: nn.Module) -> Product:
+    """Return a linear's product in a decode step: each row is bitwise what it is alone.
+
+    A `QuantizedLinear` is its packed product. PyTorch's dense products round differently for one
+    row and for several; in half precision they run over blocks of exactly four rows, which costs
+    no more than one row, and in float32 over single rows. Modules that are more than a linear, such
+    as one with an adapter in training, are called as they are.
+    """
+    if isinstance(linear, QuantizedLinear):
+        return linear.product()
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        return linear
+    dense = partial(F.linear, weight=linear.weight, bias=linear.bias)
+    if linear.weight.is_cuda:
+        return dense
+    if linear.weight.dtype == torch.float32:
+        return lambda x: each_row(dense, x)
+    return lambda x: torch.cat([dense(rows) for rows in _blocks(x)])[: len(x)]
+
+
+def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
+    """Return a linear of x, by `multiply` in a decode step."""
+    result: Tensor = (multiply(linear) if decoding() else linear)(x)
+    return result
+
+
+def each_row(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """Return a function of single rows, joined: for kernels that round by the number of rows, or
+    by where an element stands among them."""
+    if len(rows[0]) == 1 or rows[0].is_cuda:
+        return function(*rows)
+    singles = zip(*([row.clone() for row in x.split(1)] for x in rows), strict=True)
+    return torch.cat([function(*single) for single in singles])
+
+
+def _blocks(x: Tensor) -> list[Tensor]:
+    """Return rows [n, D] as blocks of exactly four, the last one padded. What a row of a product
+    is does not depend on the other three."""
     if len(x) == 1:
-        return (x.expand(4, -1) @ weight)[:1]
-    fours = F.pad(x, (0, 0, 0, -len(x) % 4)).split(4)
-    return torch.cat([four @ weight for four in fours])[: len(x)]
+        return [x.expand(4, -1)]
+    return [block.contiguous() for block in F.pad(x, (0, 0, 0, -len(x) % 4)).split(4)]
 
 
 def _with_bias(product: Product, bias: Tensor) -> Product:

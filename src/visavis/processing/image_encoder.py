@@ -95,8 +95,10 @@ class ImageEncoder:
                 chunk_size=TOWER_BATCH,
             ):
                 inputs = [ImageInput(one.pixels.to(self.device), one.shape) for one in ready]
+                # One image at a time on the CPU: its features round the same beside any other.
+                parts = [[one] for one in inputs] if self.device.type == "cpu" else [inputs]
                 with torch.inference_mode():
-                    seen = self.vlm.see(inputs)
+                    seen = [features for part in parts for features in self.vlm.see(part)]
                 for reference, (tokens, mean) in zip(chunk, seen, strict=True):
                     found[reference.key] = (tokens.clone(), mean.clone())
                     if stamp_of(reference.visual) == reference.content.stamp:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visavis.errors import VisavisError
+from visavis.errors import NonFiniteError, VisavisError
 from visavis.inputs import Prompt
 from visavis.memory import give_back
 from visavis.model.pooling import cut, kept_dim
@@ -136,7 +136,7 @@ class ServedModel:
     def _embed(self, inputs: Sequence[PreparedPrompt]) -> np.ndarray:
         vectors = self.model.embed_prepared(inputs)
         if not np.isfinite(vectors).all():  # of several inputs the scheduler finds the one
-            raise VisavisError(f"{self.name} gives an input a vector that is not finite")
+            raise NonFiniteError(f"{self.name} gives an input a vector that is not finite")
         return vectors
 
     def close(self) -> None:
