@@ -200,22 +200,8 @@ class Kinds:
         """Overrides of a recipe and of a model."""
         path = self.folder / "whole.yaml"
         path.write_text(self.recipe)
-        keys = [
-            "stages.0.steps",
-            "name",
-            "stages",
-            "0",
-            "²",
-            "٣",
-            "-1",
-            "9" * 5000,
-            "steps",
-            "model",
-            "",
-            "data",
-            "a",
-            "\0",
-        ]
+        keys = ["stages.0.steps", "name", "stages", "0", "²", "٣", "-1", "9" * 5000]
+        keys += ["steps", "model", "", "data", "a", "\0"]
         name = ".".join(draw.choices(keys, k=draw.randint(1, 4)))
         setting = f"{name}{draw.choice(['=', '', '=='])}{draw.choice(YAMLS)}"
         draw.choice([lambda: read_recipe(path, [setting]), lambda: read_model([setting])])()

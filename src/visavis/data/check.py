@@ -125,6 +125,39 @@ def check(
     return [found[id(entry)] for entry in entries]
 
 
+def leave_out_bad_rows(source: Source) -> list[Problem]:
+    """Keep only the samples that can be made and whose images and videos can be decoded; return
+    what is wrong with the others.
+
+    Raises:
+        TrainError: none is left.
+    """
+    problems: list[Problem] = []
+    kept: list[int] = []
+    seen = _Seen()
+    for start in range(0, len(source), WINDOW):
+        made: list[tuple[int, Sample]] = []
+        for number in range(start, min(start + WINDOW, len(source))):
+            try:
+                made.append((number, source[number]))
+            except TrainError as error:
+                problems.append(Problem("record", source.id_of(number), str(error)))
+        found = seen.look(one for _, sample in made for one in _visuals(sample))
+        for number, sample in made:
+            wrong = [e for one in _visuals(sample) if isinstance(e := found[one], Exception)]
+            if wrong:
+                problems.append(Problem("picture", sample.id, str(wrong[0])))
+            else:
+                kept.append(number)
+    if not kept:
+        raise TrainError(
+            f"{source.name}: none of {len(source)} records can be used; the first: "
+            f"{problems[0].id!r}: {problems[0].text}"
+        )
+    source.keep(kept)
+    return problems
+
+
 def _is_test(entry: CheckedSource) -> bool:
     return entry.test
 

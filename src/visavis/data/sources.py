@@ -73,6 +73,7 @@ class Source(Sequence[Sample]):
         self.place = Place(root, _folder(spec, root))
         self.make = form.make(self.place, options)
         self.size = len(self.rows) if spec.cap is None else min(spec.cap, len(self.rows))
+        self.kept: Sequence[int] | None = None  # numbers of rows, see `keep`
         self.mined = Mined(root / spec.negatives) if spec.negatives else None
         if not self.size:
             raise TrainError(f"there are no records in {root / spec.path}.")
@@ -94,7 +95,7 @@ class Source(Sequence[Sample]):
             return [self[i] for i in range(*number.indices(self.size))]
         if not -self.size <= number < self.size:
             raise IndexError(number)
-        number %= self.size
+        number = self._row(number % self.size)
         row = self.rows[number]
         row["id"] = id = self._id_in(row, number)
         try:
@@ -112,10 +113,19 @@ class Source(Sequence[Sample]):
 
     def id_of(self, number: int) -> str:
         """Return a record's id, even if the record cannot be used."""
+        number = self._row(number)
         try:
             return self._id_in(self.rows[number], number)
         except TrainError:
             return self._id_in({}, number)
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Leave out all samples but those of these numbers."""
+        self.kept = [self._row(number) for number in numbers]
+        self.size = len(self.kept)
+
+    def _row(self, number: int) -> int:
+        return number if self.kept is None else self.kept[number]
 
     def _id_in(self, row: Row, number: int) -> str:
         """Return the record's id, or its number with the name of its file."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from visavis.data.check import leave_out_bad_rows
 from visavis.data.examples import ContrastiveExample, Conversation, Sample
 from visavis.data.sources import open_data_source
 from visavis.errors import ContextLengthError, TrainError, VisavisError
@@ -122,7 +123,11 @@ def _opened(recipe: Recipe, data: Path, found: Findings) -> Sources:
     wanted = dict.fromkeys(name for stage in recipe.stages for name in sources_of(stage))
     for name in wanted:
         try:
-            opened[name] = open_data_source(recipe.data[name], data, name=name)
+            source = open_data_source(recipe.data[name], data, name=name)
+            if recipe.bad_rows == "skip" and (left_out := leave_out_bad_rows(source)):
+                first = f"{left_out[0].id!r}: {left_out[0].text}"
+                found.notes.append(f"{len(left_out)} rows of {name!r} are skipped, first {first}")
+            opened[name] = source
         except VisavisError as error:
             found.problems.append(str(error))
     for name in recipe.data.keys() - wanted.keys():

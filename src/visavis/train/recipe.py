@@ -280,13 +280,20 @@ Stage = Annotated[AnyStage, Field(discriminator="kind")]
 
 
 class Recipe(_Strict):
-    """A whole run, to a folder that `visavis.load` reads."""
+    """A whole run, to a folder that `visavis.load` reads.
+
+    Args:
+        bad_rows: what happens at a row that its format does not allow, or whose image or video
+            cannot be decoded: `stop` the run; or `skip` it: all rows are tried before training,
+            and those that are left out are listed in `skipped_rows.json`.
+    """
 
     name: str
     model: ModelRecipe
     data: dict[str, SourceConfig]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     seed: int = 0
+    bad_rows: Literal["stop", "skip"] = "stop"
     precision: Literal["f32", "bf16", "f16"] = "bf16"
     feature_cache: bool = False  # keep the frozen vision tower's output on disk
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
