@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,3 +270,18 @@ def test_ctrl_c_exits_130_in_one_line(tiny: str, tmp_path: Path) -> None:
         _, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert err == "visavis: interrupted\n"
+
+
+def test_a_search_that_finds_nothing_similar_says_so(run: Run, tiny: str, tmp_path: Path) -> None:
+    """Only words are judged: the score of a model that has a calibrated least one."""
+    paths = write_pictures(tmp_path / "pictures", 3)
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(tiny, calibrated)
+    settings = json.loads((calibrated / "visavis.json").read_text())
+    settings["profile"]["min_score"] = 0.999
+    (calibrated / "visavis.json").write_text(json.dumps(settings))
+    run("index", "add", "c.idx", tmp_path / "pictures", "--model", calibrated)
+    found = run("index", "search", "c.idx", "words", "-m", calibrated)
+    assert "nothing like that: the best score is" in found.stderr and len(found.stdout) > 0
+    alike = run("index", "search", "c.idx", "--image", paths[0], "-m", calibrated)
+    assert "nothing like that" not in alike.stderr

@@ -35,7 +35,7 @@ class ScheduledModel:
     def __init__(self, served: ServedModel) -> None:
         self.served = served
         self.name, self.fingerprint = served.model.name, served.model.fingerprint
-        self.embedding_dim = served.model.embedding_dim
+        self.embedding_dim, self.profile = served.model.embedding_dim, served.model.profile
 
     def embed(self, items: Sequence[Any]) -> np.ndarray:
         """Return one unit vector per item, float32 [N, D]; waits for them."""
