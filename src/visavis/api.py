@@ -1,7 +1,7 @@
-"""The public face of a loaded model: `load`, then chat, embed and trace.
+"""The public API of a loaded model: `load`, then `Model.chat`, `embed` and `trace`.
 
-Turns what users pass into packed batches, calls the core and turns the result back. Knows no
-checkpoint layout, template or network of its own; index, server and command line build on it.
+Converts inputs to packed batches, runs the model and converts the results. The index, the server
+and the command line build on it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FEATURE_VERSION = 1  # raised when the code computes other features of the same 
 
 @dataclass(frozen=True)
 class Trace:
-    """What the model sees and computes for one prompt, for parity and for looking inside.
+    """Token ids, hidden states and logits of one prompt, for comparisons and inspection.
 
     Attributes:
         token_ids: int64 [T], image placeholders included.
@@ -76,7 +76,7 @@ def load(
     Args:
         precision: "auto" keeps what a GGUF file quantises so, and computes in bfloat16 where the
             machine can; "int8" and "int4" quantise any checkpoint while it is read; "f32", "bf16"
-            and "f16" are what all weights become.
+            and "f16" convert all weights to that type.
         device: "auto", "cpu" or "cuda".
         chat_template: the chat format, by name, of a checkpoint that does not bring its own.
         profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2",
@@ -84,7 +84,7 @@ def load(
         base: the language model that a folder without one was trained on.
         vision_tower: the folder of a vision tower that the checkpoint names and does not hold, or
             the mmproj file of a .gguf model.
-        image_cache: a folder that keeps what pictures become from one process to the next, at most
+        image_cache: a folder that keeps image features from one process to the next, at most
             4 GB, by content and model; "auto": one in the cache of the bundled models.
 
     Raises:
@@ -193,7 +193,7 @@ class Model(Checkpoint):
 
         Args:
             text: the user's message.
-            images: pictures it is about, in order: paths, PIL images, arrays or bytes; videos and
+            images: the images it is about, in order: paths, PIL images, arrays or bytes; videos and
                 documents too, as paths by their suffix or as `Video` and `Document`.
             history: earlier messages, `Message` or OpenAI-style dicts.
             stream: return at once; iterate the reply for pieces of text.
@@ -201,7 +201,7 @@ class Model(Checkpoint):
 
         Raises:
             InputError: a wrong type, an empty message, images for a text-only model.
-            ImageError: a picture cannot be read.
+            ImageError: an image cannot be read.
             ContextLengthError: the prompt is longer than the model's context.
             OutOfMemoryError: the message says what for, and what would take less.
             NonFiniteError: the model's logits hold NaN or infinity.
@@ -282,7 +282,7 @@ class Model(Checkpoint):
         return Answer(sequence, self.tokenizer, stops, started=started)
 
     def engine(self, max_sequences: int = 16) -> Engine:
-        """Return what generates the answers of `ask`, at most `max_sequences` at a time."""
+        """Return an engine for the answers of `ask`, at most `max_sequences` at a time."""
         return Engine(
             self.vlm, self.image_encoder, max_sequences=max_sequences, prefixes=self.prefixes
         )
@@ -316,7 +316,7 @@ class Model(Checkpoint):
         """Return one unit vector per item, float32 [N, D], in the order of the items.
 
         Args:
-            items: a list of what `Prompt.of` takes (a str is text, a Path a picture, or by its
+            items: a list of what `Prompt.of` takes (a str is text, a Path an image, or by its
                 suffix a video or document), or one item. A document is one item of all its pages.
             instruction: what the vectors are for; joined to each item's text as the model's
                 profile says.
@@ -413,7 +413,7 @@ class Model(Checkpoint):
 
 
 def _named(item: Any) -> str:
-    """Return what names an item in a message: its files and the start of its text."""
+    """Return the name of an item in messages: its files and the start of its text."""
     prompt = Prompt.of(item)
     parts = [part for message in prompt.messages for part in message.parts]
     sources = [getattr(part, "source", None) for part in parts]

@@ -1,5 +1,5 @@
-"""Errors that users see. Each message says what was found, what was expected, the likely cause
-and what to do. Programmer errors stay `assert`s; nothing here knows about models or files."""
+"""Errors that users see. Each message states what was found, what was expected, the likely cause
+and what to do. Programming errors are `assert`s."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class InputError(VisavisError):
 
 
 class ImageError(InputError):
-    """A picture, video or document that cannot be read or is too large to read safely."""
+    """An image, video or document that cannot be read or is too large to read safely."""
 
 
 class ContextLengthError(InputError):

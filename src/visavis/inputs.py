@@ -83,7 +83,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Content:
-    """What an image or video held when it was read, see `processing.images.ContentHasher`."""
+    """The content of an image or video when it was read, see `processing.images.ContentHasher`."""
 
     hash: str  # 32 hex digits, equal for equal content
     size: tuple[int, int] | None = None  # of an upright image; None: not known from its header
@@ -121,7 +121,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Video:
-    """A video, not yet read: a file, its bytes, a folder of frames, or the frames as pictures.
+    """A video, not yet read: a file, its bytes, a folder of frames, or the frames as images.
     A `str` is taken as a path or a `data:` URI. `frames` asks for another number of frames than
     the model's own. `content` is set where it was read before."""
 
@@ -145,7 +145,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Document:
-    """A PDF, not yet read; a model sees its pages as pictures (`processing/pdf.py`). A
+    """A PDF, not yet read; a model reads its pages as images (`processing/pdf.py`). A
     `str` is taken as a path or a `data:` URI. `pages` counts from 1; None means all of them."""
 
     source: Path | bytes | str
@@ -255,8 +255,8 @@ class Prompt:
 
     @classmethod
     def of(cls, item: Any) -> Prompt:
-        """Return what `item` means. A plain str is always text; a Path is a picture,
-        or by its suffix a video or document (an animated GIF is a picture, unless it is given as a
+        """Return the prompt of `item`. A plain str is always text; a Path is an image,
+        or by its suffix a video or document (an animated GIF is an image, unless it is given as a
         video).
 
         Example:
@@ -309,7 +309,7 @@ class Prompt:
 
         Args:
             text: the question; may be empty when there is an image.
-            images: pictures as paths (str or Path), data: URIs, PIL images, arrays, bytes; a
+            images: paths (str or Path), data: URIs, PIL images, arrays, bytes; a
                 single one need not be in a list. Videos and documents may stand among them: paths
                 by their suffix, or `Video` and `Document`.
             history: earlier turns, as `Message` or OpenAI-style dicts.
@@ -344,7 +344,7 @@ def _dict_parts(item: Mapping[str, Any]) -> tuple[Part, ...]:
 
 
 def _visual(value: Any) -> Visual:
-    """What is to be seen; of a path, what its suffix says."""
+    """Return an image, video or document; of a path, the kind that its suffix names."""
     if isinstance(value, _VISUALS):
         return value
     image = Image(value)
@@ -357,7 +357,7 @@ def _visual(value: Any) -> Visual:
 
 
 def _as_items(value: Any) -> Iterable[Any]:
-    """`value` as a list, if it is one picture and no list of them."""
+    """`value` as a list, if it is one image and not a list of images."""
     if isinstance(value, (str, bytes, Path, *_VISUALS)) or _is_pixels(value):
         return [value]
     if not isinstance(value, Iterable) or isinstance(value, Mapping):

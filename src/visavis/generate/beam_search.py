@@ -20,14 +20,14 @@ from visavis.errors import InputError
 
 @dataclass(frozen=True)
 class BeamSettings:
-    """How an answer is searched for.
+    """Settings of beam search, with the meaning they have in transformers' `generate`.
 
     Args:
-        number: of beginnings that grow side by side; 1: no search.
+        number: beams; 1: no beam search.
         length_penalty: an answer's score is the sum of its tokens' log-probabilities over its
             length to this power: above 0 prefers longer answers, below 0 shorter ones.
-        early_stopping: end when so many answers have ended; False: when the best beam is worse
-            than the worst of those as it is; "never": when it cannot become better.
+        early_stopping: end as soon as `number` answers are complete; False: when the best beam is
+            now worse than the worst of them; "never": when it cannot become better.
 
     Raises:
         InputError: a number is out of its range.
@@ -93,7 +93,7 @@ class BeamSearch:
         return [found[rank][0] for rank in going]
 
     def _is_over(self, best: float, length: int) -> bool:
-        """Return whether no beam is worth going on with."""
+        """Return whether no beam can improve on the complete answers."""
         if len(self.ended) < self.beams.number:
             return False
         early = self.beams.early_stopping

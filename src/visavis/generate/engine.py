@@ -1,14 +1,13 @@
-"""Decoding: prompts are read, then every sequence in hand grows by one token a step.
+"""Continuous batching: prompts are prefilled, then each step adds a token to every sequence.
 
     waiting ──► prefill, one prompt at a time ──► active, at most `max_sequences` ──► done
-                (what is known of it is taken        one pass of the decoder a step
-                 from the prefix cache)              for all of them, each with its own cache
+                (its prefix is taken from            one pass of the decoder a step
+                 the prefix cache)                   for all of them, each with its own cache
 
-A finished sequence leaves and a waiting one enters between two steps. Each sequence gets what it
-would get alone. On CUDA the caches are pages of one pool and a step is one graph
-(`cuda_graphs.py`); a prompt that finds no free pages waits until a sequence has ended. A sequence
-that is alone may grow by several tokens a step: those that were guessed (see `prompt_lookup.py`)
-and that its sampler chooses too. Takes prepared prompts and yields token ids.
+Finished sequences leave and waiting ones enter between two steps. On the CPU each sequence has the
+logits that it has alone, bitwise. On CUDA the caches are pages of one pool and a step is one graph
+(`model/cuda_graphs.py`); a prompt without free pages waits until a sequence has ended. A single
+active sequence may add several tokens a step with prompt lookup decoding (`prompt_lookup.py`).
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ class Engine:
 
     @cached_property
     def static(self) -> StaticDecoder | None:
-        """What decodes on CUDA, where a kernel reads pages."""
+        """The decoder on CUDA, where a kernel reads pages; None elsewhere."""
         return StaticDecoder.of(self.vlm.decoder) if self.graphs else None
 
     def add(self, sequence: GeneratedSequence) -> None:
@@ -182,10 +181,10 @@ class Engine:
         return bool(self.waiting or self.active)
 
     def run(self, sequences: Iterable[GeneratedSequence]) -> Iterator[GeneratedSequence]:
-        """Yield each sequence whenever it has grown or ended, until all have ended.
+        """Yield each sequence whenever it has a new token or has ended, until all have ended.
 
-        Leaving the iteration early returns the memory of those that have not. An error that ends
-        a sequence is raised.
+        Leaving the iteration early frees the memory of unfinished sequences. An error that ends a
+        sequence is raised.
         """
         mine = list(sequences)
         for sequence in mine:
@@ -269,7 +268,7 @@ class Engine:
         return pack([prompt]).to(self.vlm.decoder.norm.weight.device)
 
     def _make_room(self, *lengths: int) -> None:
-        """Forget what was read before while there are too few pages for so many tokens each."""
+        """Drop cached prefixes while there are too few free pages for these lengths."""
         if self.static is None or self.prefixes is None:
             return
         pool, known = self.static.pool, self.prefixes.entries

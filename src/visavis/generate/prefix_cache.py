@@ -1,8 +1,8 @@
-"""Keys and values of prompts that were read before, for prompts that begin the same way.
+"""Prefix cache: keys and values of earlier prompts, for prompts that start with the same tokens.
 
-A prompt is named by its tokens, image tokens by their image's content, so that two prompts share
-what they have in common whatever they are. Only what was read is kept, never what was said: answers
-are decoded by other kernels. Bounded in bytes, least recently used first. Knows no model.
+Entries are keyed by token ids, and image tokens by the content of their image. Only prompts are
+kept, not generated tokens, because decode steps use other kernels. Bounded in bytes; the least
+recently used entry is dropped first.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class PromptLookup:
         self._add(token)
 
     def draft(self) -> list[int]:
-        """Return what may come next; nothing unless the last guess was right."""
+        """Return draft tokens; none unless the last draft was right."""
         return self._guess() if self.right else []
 
     def _add(self, token: int) -> None:

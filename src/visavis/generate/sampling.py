@@ -1,7 +1,7 @@
-"""Choosing the next token from scores. Knows nothing of models, caches or text.
+"""Sampling: choose the next token from logits.
 
-Scores pass, in this order: the penalty on what was said, the caller's bias, what a grammar allows,
-the temperature, then the three cuts. The order and the formulas are transformers'.
+Logits pass, in this order: the repetition penalty, the caller's bias, the constraint of a grammar,
+the temperature, then top-k, top-p and min-p. The order and the formulas are transformers'.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from visavis.errors import InputError
 
 
 class Constraint(Protocol):
-    """What may be said next (see `grammar.py`)."""
+    """A constraint on the next token (see `structured_output.py`)."""
 
     def forbid(self, scores: Tensor) -> Tensor:
         """Return scores [vocab] with tokens that may not come at minus infinity."""

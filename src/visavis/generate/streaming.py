@@ -1,4 +1,4 @@
-"""Tokens of an answer become text, piece by piece. Knows a tokenizer; runs no model."""
+"""Incremental detokenization: the text of an answer while its tokens are generated."""
 
 from __future__ import annotations
 

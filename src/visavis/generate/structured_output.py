@@ -1,7 +1,5 @@
-"""Answers that keep to a JSON schema or a regular expression, through llguidance (optional).
-
-Knows a tokenizer and the grammar's library; nothing of models.
-"""
+"""Structured output: answers that match a JSON schema or a regular expression, by llguidance
+(optional)."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Grammar:
-    """What a model may say: a tokenizer's view on a grammar, made once for many answers.
+    """A grammar compiled for a tokenizer, once for many answers.
 
     Args:
         schema: a JSON schema as a dict or its text; or

@@ -2,7 +2,7 @@
 
 Devlin et al., "BERT" (2019): learned positions, post-norm blocks, exact GELU. Pooling is the mean
 over all tokens, `[CLS]` and `[SEP]` included, as sentence-transformers' mean pooling computes it.
-Takes a packed stream without padding. Knows neither the tokenizer nor weights' names elsewhere.
+Takes a packed stream without padding.
 """
 
 from __future__ import annotations
