@@ -92,7 +92,7 @@ def test_every_layout_of_a_llava(run: Run, llava: Path, tmp_path: Path) -> None:
 
 
 def test_tinyllava(run: Run, llava: Path, tmp_path: Path) -> None:
-    result = run("convert", llava, "out", "--to", "tinyllava")
+    result = run("convert", llava, "out", "--to", "tinyllava", "--chat-template", "qwen_1_5")
     assert result.exit_code == 0, result.output
     assert load(tmp_path / "out").takes_images
 
@@ -104,7 +104,7 @@ def test_verify_asks_transformers_itself(run: Run, llava: Path, tmp_path: Path) 
     found = json.loads(result.stdout)["verify"]
     assert found["asked"] == "transformers and visavis again" and found["same"]
     named = {check["name"]: check for check in found["checks"]}
-    assert {"transformers: text 1", "transformers: picture of blocks"} <= named.keys()
+    assert {"transformers: text 1", "transformers: image of blocks"} <= named.keys()
     assert all(check["cosine"] > 0.99999 and check["kl"] < 1e-6 for check in named.values())
 
 

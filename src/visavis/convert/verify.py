@@ -83,7 +83,7 @@ def probes(with_pictures: bool) -> list[Probe]:
     asked = [Probe(f"text {number}", text) for number, text in enumerate(TEXTS, start=1)]
     if with_pictures:
         drawn = {"gradient": _gradient(), "checkers": _checkers(), "blocks": _blocks()}
-        asked += [Probe(f"picture of {name}", QUESTION, image) for name, image in drawn.items()]
+        asked += [Probe(f"image of {name}", QUESTION, image) for name, image in drawn.items()]
     return asked
 
 
