@@ -294,7 +294,7 @@ def test_bombs_are_refused_from_the_header(size):
 
 
 def test_arrays_and_pil_images_are_bounded_too(monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    monkeypatch.setattr(images, "_max_pixels", 100)
     for source in (np.zeros((11, 10), np.uint8), pil.new("RGB", (11, 10))):
         with pytest.raises(ImageError, match="megapixels"):
             decode_image(source)

@@ -221,3 +221,9 @@ def test_images_that_are_not_read_are_counted_with_the_reason(tmp_path):
     pil.new("RGB", (2, 2)).save(tmp_path / "d.png")
     with pytest.warns(UserWarning, match=f"left out {reason}"):
         assert find_images(tmp_path) == [tmp_path / "d.png"]
+
+
+def test_an_array_is_reduced_too(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(images, "_max_pixels", 1_000_000)
+    assert decode_image(np.zeros((300, 401, 3), np.uint8)).size == (201, 150)

@@ -111,7 +111,9 @@ def decode_image(image: Any) -> pil.Image:
     name = _name(source)
     try:
         if isinstance(source, np.ndarray):
-            return to_rgb(_from_array(source, name), name)
+            rgb = to_rgb(_from_array(source, name), name)
+            factor = _reduction(rgb.size)
+            return rgb.reduce(factor) if factor > 1 else rgb
         if isinstance(source, pil.Image):
             return _decode(source, name)
         with open_media(source) as data, _open_header(data, name) as opened:
