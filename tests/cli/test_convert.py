@@ -263,17 +263,14 @@ while True:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("to", "name"), [("native", "out"), ("gguf", "out.gguf")])
-def test_killed_conversions_leave_a_whole_model(
-    run: Run, tiny: str, tmp_path: Path, to: str, name: str
-) -> None:
+def test_killed_conversions_leave_a_whole_model(run: Run, tiny: str, tmp_path: Path) -> None:
     """OUT loads after each kill, and the next conversion removes what killed ones have left."""
-    out = tmp_path / name
-    words = ("convert", tiny, out, "--to", to, "--force")
+    out = tmp_path / "out"
+    words = ("convert", tiny, out, "--to", "native", "--force")
     assert run(*words).exit_code == 0
-    draw = random.Random(to)
+    draw = random.Random(0)
     for _ in range(12):
-        command = [sys.executable, "-c", CONVERTER, tiny, str(out), to]
+        command = [sys.executable, "-c", CONVERTER, tiny, str(out), "native"]
         writer = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert writer.stdout is not None
         writer.stdout.readline()
