@@ -137,6 +137,7 @@ class Kinds:
                 "data": {"a": {"format": "llava", "path": "a.jsonl"}},
                 "stages": [
                     {
+                        "kind": "steps",
                         "name": "one",
                         "steps": 3,
                         "train": {"connector": 1e-3},

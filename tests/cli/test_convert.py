@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -249,3 +251,32 @@ def test_a_full_disk(tiny: str, tmp_path: Path) -> None:
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and "cannot write out" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+CONVERTER = """
+import sys
+from visavis.convert import convert
+print("ready", flush=True)
+while True:
+    convert(sys.argv[1], sys.argv[2], to=sys.argv[3], force=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_conversions_leave_a_whole_model(run: Run, tiny: str, tmp_path: Path) -> None:
+    """OUT loads after each kill, and the next conversion removes what killed ones have left."""
+    out = tmp_path / "out"
+    words = ("convert", tiny, out, "--to", "native", "--force")
+    assert run(*words).exit_code == 0
+    draw = random.Random(0)
+    for _ in range(12):
+        command = [sys.executable, "-c", CONVERTER, tiny, str(out), "native"]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(draw.uniform(0, 0.5))
+        writer.kill()
+        writer.communicate()
+        assert load(out).num_parameters > 0
+    assert run(*words).exit_code == 0
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())

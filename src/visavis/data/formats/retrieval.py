@@ -142,7 +142,7 @@ def vidore(row: Row, place: Place, options: Options) -> ContrastiveExample:
 
 def visrag(row: Row, place: Place, options: Options) -> ContrastiveExample:
     """Return a row of VisRAG's training data; sources that are not its own get no description."""
-    words = task_instructions("visrag").get(row.get("source") or "", Instructions())
+    words = task_instructions("visrag").get(str(row.get("source") or ""), Instructions())
     query = f"{words.query} {field(row, 'query', str)} ".removeprefix(" ")
     target = f"{words.target}  " if words.target else ""
     return ContrastiveExample(
