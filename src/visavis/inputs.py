@@ -259,7 +259,8 @@ class Prompt:
         or by its suffix a video or document (an animated GIF is an image, unless it is given as a
         video).
 
-        Example:
+        Example::
+
             "a cat"                                  ->  user: Text
             Path("cat.jpg"), Path("a.mp4")           ->  user: Image; user: Video
             {"image": "cat.jpg", "text": "who?"}     ->  user: Image, Text (in the dict's order)

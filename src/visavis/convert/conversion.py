@@ -78,7 +78,9 @@ def convert(
             the source, bf16 if it is quantised; for our own layout also "int8" and "int4".
         kind: GGUF only: the type of its tensors, such as Q8_0; empty: as `precision`, F16 if
             that is "auto".
-        chat_template, base, vision_tower: see `visavis.load`.
+        chat_template: see `visavis.load`.
+        base: see `visavis.load`.
+        vision_tower: see `visavis.load`.
         force: replace a model that is at `out`.
 
     Raises:

@@ -45,7 +45,9 @@ class Words(MLP):
             embed: from token ids to the decoder's embeddings.
         """
         seen = super().forward(features)
-        return torch.cat((embed(self.spelled(vectors)).to(seen.dtype), seen), 1)
+        ids = self.spelled(vectors)
+        words = embed(ids.flatten()).unflatten(0, ids.shape)  # [V, num_queries, D]
+        return torch.cat((words.to(seen.dtype), seen), 1)
 
     def spelled(self, vectors: Tensor) -> Tensor:
         """Return the tokens of the nearest words, best first, int64 [V, num_queries]."""
