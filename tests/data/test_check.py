@@ -83,14 +83,14 @@ def test_conversations_of_which_nothing_is_learned(tmp_path: Path) -> None:
         assert kinds(found) == [("masked", "0")]
 
 
-def test_a_chat_format_that_marks_nothing_is_found(tmp_path: Path) -> None:
+def test_a_template_that_cannot_mark_answers_is_found(tmp_path: Path) -> None:
     encoder = tiny_model().encoder
-    jinja = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    jinja = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     profile = dataclasses.replace(encoder.profile, chat_template="", jinja=jinja)
     encoder = dataclasses.replace(encoder, profile=profile)
     (found,) = check([entry(tmp_path, "chats", chat(0), encoder=encoder)])
-    assert kinds(found) == [("masked", "0")]
-    assert "marks none" in found.problems[0].text
+    assert kinds(found) == [("record", "0")]
+    assert "chat_template" in found.problems[0].text
 
 
 def test_tokens_are_the_models_own(tmp_path: Path) -> None:

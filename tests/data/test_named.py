@@ -67,7 +67,7 @@ def test_wording_is_the_seeds(root: Path) -> None:
 
 def test_labels_and_captions_are_answers(root: Path) -> None:
     first, _ = chats(opened(root, "records", "grocery-store"))
-    assert said(first.prompt)[1] == ["Red Apple"]
+    assert said(first.prompt)[1] == ["A photo of a Red Apple."]
     long, short = chats(
         opened(root, "records", "tuxpaint-stamps", options={"max_caption_words": 4})
     )

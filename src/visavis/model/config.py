@@ -298,13 +298,13 @@ class VLMConfig:
     tower: TowerConfig | None = None
     connector: ConnectorConfig | None = None
     head: HeadConfig | None = None
-    text_tower: BertConfig | None = None
     image_token_id: int = -1
     select_layer: int = -1
     select_feature: Literal["patch", "class_patch"] = "patch"
     merge: ImageLayoutConfig = ImageLayoutConfig()
     video_token_id: int = -1
     drop_first_token: bool = False
+    text_tower: BertConfig | None = None
 
     @property
     def features_per_image(self) -> int:

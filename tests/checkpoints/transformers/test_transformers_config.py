@@ -84,11 +84,11 @@ def build_or_refuse(config: dict[str, Any]) -> None:
         return
     with torch.device("meta"):
         VLM(found)
-    text = config.get("text_config", config)
+    text = config.get("text_config", config) or {}
     if config["model_type"] == "openelm":
         return
     for name, field in FIELDS.items():
-        if (stated := text[name]) is None:  # the family's default
+        if (stated := text.get(name)) is None:  # the family's default
             continue
         assert type(stated) is int and stated > 0, f"{name} {stated!r} was accepted"
         assert getattr(found.decoder, field) == stated, f"{name} {stated!r} was not kept"
