@@ -173,7 +173,7 @@ def merged(
         canonical: a name of the base's layout in one of its spellings.
 
     Raises:
-        CheckpointError: an adapter changes what the base has not, or of another shape.
+        CheckpointError: an adapter changes what the base does not have, or of another shape.
     """
     entries = dict(tensors.entries)
     for adapter in adapters:

@@ -1,7 +1,4 @@
-"""What every checkpoint layout gives back, and how tensors by our names become a model.
-
-Knows no layout: which file holds what is said elsewhere.
-"""
+"""What every checkpoint layout gives back, and how tensors by our names become a model."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ INTEGERS = {"int8": 8, "int4": 4}  # precisions that keep weights in so many bit
 
 @dataclass
 class Checkpoint:
-    """A model with what its prompts and pictures need."""
+    """A model with what its prompts and images need."""
 
     name: str
     vlm: VLM

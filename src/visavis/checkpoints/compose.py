@@ -64,10 +64,10 @@ class Composition:
         connector_weights: path of a visavis folder whose connector is taken over; empty: a
             new one.
         chat_template: chat format by name; empty: the language model's own.
-        resize: how pictures become the tower's square; empty: as its own processor says.
-        canvases: columns and rows of tiles that a picture may be laid on (LLaVA's anyres); empty:
-            pictures are not tiled.
-        max_tiles: shrink what exceeds so many tiles' tokens (anyres_max_N).
+        resize: how images become the tower's square; empty: as its own processor says.
+        canvases: columns and rows of tiles that an image may be laid on (LLaVA's anyres); empty:
+            images are not tiled.
+        max_tiles: shrink what exceeds this many tiles' tokens (anyres_max_N).
         image_size: of `efficientnet-lite2`.
         select_layer: hidden state of the tower; 0: -2 for towers with a class token, else the last.
         head: layers and dim of an embedding head, whether its image side reads the tower, and
@@ -168,7 +168,7 @@ def composed_config(
 
 
 def composed_processor(parts: Composition, processor: ImageProcessorConfig) -> ImageProcessorConfig:
-    """Return how pictures are sized for a model of parts, given how the tower's own files say."""
+    """Return how images are sized for a model of parts, given how the tower's own files say."""
     if parts.canvases:
         return tiled(processor, parts.canvases)
     return replace(processor, resize=parts.resize) if parts.resize else processor
@@ -177,7 +177,7 @@ def composed_processor(parts: Composition, processor: ImageProcessorConfig) -> I
 def tiled(
     processor: ImageProcessorConfig, canvases: tuple[tuple[int, int], ...]
 ) -> ImageProcessorConfig:
-    """Return a processor that lays pictures on canvases of so many columns and rows of tiles."""
+    """Return a processor that lays images on canvases of this many columns and rows of tiles."""
     grids = tuple((columns * processor.size, rows * processor.size) for columns, rows in canvases)
     tiles = (
         AnyresConfig(grids) if processor.tiles is None else replace(processor.tiles, grids=grids)
@@ -214,7 +214,7 @@ def _take_connector(vlm: VLM, folder: Path) -> None:
 
 
 def tower_shape(parts: Composition) -> tuple[TowerConfig, ImageProcessorConfig]:
-    """Return a tower's config, and how its pictures are sized; no weight is read.
+    """Return a tower's config, and how its images are sized; no weight is read.
 
     Raises:
         CheckpointError, UnknownNameError: there is none, or of a kind that is not read.

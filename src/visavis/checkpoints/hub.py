@@ -2,7 +2,7 @@
 
 What the repository lists is looked at first; then settings, the tokenizer and one format of
 weights are downloaded into the hub library's own cache, and nothing else: never code. Without a
-network, or with HF_HUB_OFFLINE=1, what the cache holds is used. Knows no layout's meaning.
+network, or with HF_HUB_OFFLINE=1, what the cache holds is used.
 """
 
 from __future__ import annotations

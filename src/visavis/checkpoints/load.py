@@ -126,7 +126,7 @@ def load_checkpoint(
 
 
 def embed_as(loaded: Checkpoint, profile: str) -> None:
-    """Let a model embed, and size its pictures, as a profile says, and chat as before."""
+    """Let a model embed, and size its images, as a profile says, and chat as before."""
     from visavis.checkpoints.checkpoint import checkpoint_fingerprint
 
     loaded.profile = loaded.profile.embedding_as(PROFILES[profile])

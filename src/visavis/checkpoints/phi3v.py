@@ -97,7 +97,7 @@ def vision_config(config: Json) -> Json:
 
 
 def image_processor(config: Json, settings: Json) -> ImageProcessorConfig:
-    """Return how pictures are prepared.
+    """Return how images are prepared.
 
     Args:
         config: of the model, which names the tower.

@@ -3,13 +3,13 @@
 What is packed, and in how many bits, is decided here, from `precision`:
 
     auto          what is stored in integers stays so; floating-point weights stay as they are
-    int8, int4    floating-point weights become integers too, of at most so many bits
+    int8, int4    floating-point weights become integers too, of at most this many bits
     f32 bf16 f16  nothing is packed
 
 Embeddings and head keep 8 bits under int4: they are the two matrices whose every row stands for a
 token, and the head's error goes to the scores at once. A model of at most `MAX_DENSE_WEIGHTS` keeps
 a floating-point copy beside the integers, which makes reading prompts faster; of a larger one only
-the integers are held, and while it is read one matrix more. Knows no layout.
+the integers are held, and while it is read one matrix more.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
     model.safetensors | model.safetensors.index.json + shards | pytorch_model.bin | …index.json
 
 Every size is checked against the file before anything is allocated, nothing is unpickled beyond
-tensors, and no file outside the folder is opened. Knows no layout: what a name means is said
-elsewhere.
+tensors, and no file outside the folder is opened.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class MappingRow:
         ours: our name.
         theirs: their name; several names are tensors that stand one below the other in ours.
         sizes: of several names, what the rows of each are called in `Sizes`.
-        unit_axes: how many leading axes of size 1 theirs has and ours has not.
+        unit_axes: how many leading axes of size 1 theirs has and ours does not have.
         axes: sizes of the axes behind their first that are one axis in ours.
     """
 

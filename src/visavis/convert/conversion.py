@@ -86,7 +86,7 @@ def convert(
     Raises:
         UnknownNameError: no such layout, model or type.
         InputError: `out` cannot be written, or is not to be replaced.
-        CheckpointError: the source cannot be read, or holds a part that the layout has not.
+        CheckpointError: the source cannot be read, or holds a part that the layout does not have.
     """
     target = lookup("layout", to, TARGETS)
     path, out = resolve(source), Path(out).expanduser()

@@ -1,6 +1,6 @@
 """What a model and its conversion are both asked, and how answers are compared.
 
-A few texts and drawn pictures, always the same. Knows no model and no layout.
+A few texts and drawn images, always the same.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ QUESTION = "What is in this picture?"
 
 @dataclass(frozen=True)
 class Probe:
-    """One thing that is asked: a text, or a picture with one."""
+    """One thing that is asked: a text, or an image with one."""
 
     name: str
     text: str
@@ -79,7 +79,7 @@ class Answer:
 
 
 def probes(with_pictures: bool) -> list[Probe]:
-    """Return what is asked; pictures of several shapes."""
+    """Return what is asked; images of several shapes."""
     asked = [Probe(f"text {number}", text) for number, text in enumerate(TEXTS, start=1)]
     if with_pictures:
         drawn = {"gradient": _gradient(), "checkers": _checkers(), "blocks": _blocks()}

@@ -77,7 +77,7 @@ class Findings:
         lengths: tokens of every sequence.
         copies: (id, id of the first) of samples that are the same as an earlier one of any source.
         repeated_ids: ids that several samples have.
-        seen_pictures: (id, id of a training sample) of tested samples whose picture was trained on.
+        seen_pictures: (id, id of a training sample) of tested samples whose image was trained on.
         unused: mined negatives whose record is not there.
     """
 
@@ -264,7 +264,7 @@ def _lengths(sample: Sample, encoder: PromptEncoder) -> Iterator[tuple[int, bool
 
 
 class _Seen:
-    """Samples and pictures by content, over all sources; each picture file is decoded once."""
+    """Samples and images by content, over all sources; each image file is decoded once."""
 
     def __init__(self) -> None:
         self.samples: dict[tuple[str, ...], tuple[str, bool]] = {}
@@ -273,7 +273,7 @@ class _Seen:
         self.pool = ThreadPoolExecutor()
 
     def look(self, visuals: Iterable[Image | Video]) -> Pictures:
-        """Look at pictures that were not looked at before, side by side."""
+        """Look at images that were not looked at before, side by side."""
         distinct = list(dict.fromkeys(visuals))
         found: Pictures = {
             one: self.files[name] for one in distinct if (name := _name(one)) in self.files

@@ -26,7 +26,7 @@ class CorpusEntry:
 
     Args:
         number: where it is among the samples.
-        query: key of what its vector depends on; `pictures`: of its pictures alone, "" without.
+        query: key of what its vector depends on; `images`: of its images alone, "" without.
         target: its target's place among the items.
         own: places of negatives that it has already.
     """
@@ -68,7 +68,7 @@ class Corpus:
     Args:
         samples: queries with targets; conversations are an error.
         others: more that can be found, such as a larger corpus.
-        progress: show a bar on stderr; every picture is read once.
+        progress: show a bar on stderr; every image is read once.
 
     Attributes:
         left_out: what cannot be read, each with the reason.

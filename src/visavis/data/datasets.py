@@ -1,4 +1,4 @@
-"""How records are put into words: questions about a picture, and texts that it should be found by.
+"""How records are put into words: questions about an image, and texts that it should be found by.
 
 Knows wording and drawing order; no tokens and no files.
 """
@@ -67,7 +67,7 @@ def chat_pairs(
     """Return the conversations a record gives: its questions in random groups, its caption.
 
     A group never asks for what an earlier answer of it gives away more than needed: order is
-    random, so each question also comes first, where only the picture can answer it.
+    random, so each question also comes first, where only the image can answer it.
     """
     questions = list(record.questions)
     draw.shuffle(questions)
@@ -101,14 +101,14 @@ def text_to_match(record: Record, draw: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """A picture and its texts.
+    """An image and its texts.
 
     Args:
         key: unique within its source; named in error messages.
-        image: the file's bytes, or where they are; empty where there is no picture.
-        caption: what the picture shows, the text to generate and to retrieve by; may be empty.
+        image: the file's bytes, or where they are; empty where there is no image.
+        caption: what the image shows, the text to generate and to retrieve by; may be empty.
         also: other texts that describe it as well (a title, keywords): extra positives.
-        questions: (question, answer) pairs, each answerable from the picture alone.
+        questions: (question, answer) pairs, each answerable from the image alone.
         label: class name, for zero-shot evaluation; `group` is its coarser class.
         captions: every reference caption, where there are several.
     """
@@ -170,7 +170,7 @@ def grocery(root: Path, split: str) -> Iterator[Record]:
 
 
 def vqa_rad(root: Path, split: str) -> Iterator[Record]:
-    """Radiology pictures with questions of clinicians."""
+    """Radiology images with questions of clinicians."""
     for key, fields, image in read_shards(_shards(root / "vqa-rad", split)):
         questions = tuple(
             (qa["question"].strip(), str(qa["answer"]).strip()) for qa in fields["qa"]
@@ -257,7 +257,7 @@ Part = tuple[str, dict[str, Any], Stored]
 def part_of(root: Path, folder: str, split: str, *, tenth: bool = False) -> Iterator[Part]:
     """Yield the records of a set without a split of its own that belong to a part.
 
-    The sha256 of the picture's file decides: every fifth (or tenth) is for validation.
+    The sha256 of the image's file decides: every fifth (or tenth) is for validation.
     """
     for key, fields, image in read_shards(_shards(root / folder, "train")):
         held_out = _digest_of(image) % (10 if tenth else 5) == 0
@@ -323,7 +323,7 @@ def drawn_shape(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def imagenet_classes(root: Path, split: str) -> Iterator[Record]:
-    """The names and definitions (WordNet) of the classes the tower was trained on; no pictures.
+    """The names and definitions (WordNet) of the classes the tower was trained on; no images.
 
     Training makes features for them from the tower's own classifier.
     """
@@ -416,7 +416,7 @@ def with_presence(records: list[Record]) -> list[Record]:
 
 
 def is_made(visual: Image | Video) -> bool:
-    """Return whether a picture's features are made without it."""
+    """Return whether an image's features are made without it."""
     return isinstance(visual.source, bytes) and visual.source.startswith(NO_PICTURE)
 
 

@@ -52,7 +52,7 @@ VIDEO_IMAGES = 8  # of how many pictures' tokens a video is taken for
 
 
 def estimated_tokens(sample: Sample, tokens_per_image: int) -> int:
-    """Return about how many tokens a sample will be, from its texts and number of pictures."""
+    """Return about how many tokens a sample will be, from its texts and number of images."""
     prompts = (
         (sample.prompt,)
         if isinstance(sample, Conversation)

@@ -34,7 +34,7 @@ class Place:
 
     Args:
         root: the folder of data sets.
-        folder: paths of pictures start here.
+        folder: paths of images start here.
         within: and stay below this; None: below `folder`.
     """
 
@@ -43,7 +43,7 @@ class Place:
     within: Path | None = None
 
     def image(self, value: Any) -> Image:
-        """Return a picture of a row: a path, or bytes that lie in the data file."""
+        """Return an image of a row: a path, or bytes that lie in the data file."""
         if isinstance(value, (Stored, bytes)):
             return Image(value)
         return Image(self.file(value, "picture"))

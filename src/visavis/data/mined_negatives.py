@@ -35,7 +35,7 @@ def write_mined(
     """Write a line for each sample; the file appears when all of them are written.
 
     Raises:
-        InputError: an item is no text, picture or video that a line can hold, or the disk is full.
+        InputError: an item is no text, image or video that a line can hold, or the disk is full.
     """
     files = path.with_name(f"{path.stem}-files")
     items: dict[int, dict[str, Any]] = {}
@@ -85,7 +85,7 @@ def to_item(prompt: Prompt, files: Path) -> dict[str, Any]:
 
 
 def _reference(part: Image | Video | Document, files: Path) -> str | list[str]:
-    """Return where a picture, video or document is, writing it first if it is nowhere."""
+    """Return where an image, video or document is, writing it first if it is nowhere."""
     source = part.source
     if isinstance(source, Path):
         return Path(os.path.relpath(source, files.parent)).as_posix()

@@ -58,7 +58,7 @@ _CHUNKS = Chunks(KEPT_BYTES)
 
 class Table:
     """A file's rows. Values that are bytes, or `{bytes, path}` as the `datasets` library writes
-    pictures, are `Stored`; without bytes they are the path.
+    images, are `Stored`; without bytes they are the path.
 
     Raises:
         TrainError: pyarrow is missing, or it is no such file.
@@ -148,7 +148,7 @@ class Table:
 
 
 def _kind(type: Any) -> str:
-    """Return "bytes" for a column of pictures, "bytes list" for one of lists of them, else ""."""
+    """Return "bytes" for a column of images, "bytes list" for one of lists of them, else ""."""
     from pyarrow import types
 
     if types.is_list(type) or types.is_large_list(type):
@@ -342,13 +342,13 @@ def _list_spans(path: Path) -> Iterator[tuple[int, int]]:
 
 
 class Shard:
-    """A tar of key.json files with pictures beside them: key.jpg, or several, key.0.jpg, ….
+    """A tar of key.json files with images beside them: key.jpg, or several, key.0.jpg, ….
 
     They stand in the row's `image` (a list where there are several), a video in `video`; without
     an `id` the key is it. Members of other kinds are left out.
 
     Raises:
-        TrainError: it cannot be read, or a picture has no JSON.
+        TrainError: it cannot be read, or an image has no JSON.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,15 +1,15 @@
-"""Scene graphs: things in a picture, each with a box, and predicates between them.
+"""Scene graphs: things in an image, each with a box, and predicates between them.
 
     {"id": 7, "image_id": 1, "image": "1.jpg", "predicate": "on",
      "subject": {"class_name": "cup", "bbox": [x1, y1, x2, y2]}, "object": {…}}
 
-Predicate classification as matching: the picture with a question about two things finds "The
+Predicate classification as matching: the image with a question about two things finds "The
 subject is on the object." Here are the rows' meaning, the wording, and the three label files that
 an offline step writes and samples take their negatives from:
 
     predicate_vocab.json        {predicates, vocab_size, predicate_to_idx, idx_to_predicate}
     predicate_neighbors.json    {predicate: {neighbors, scores}}, by cosine of their texts
-    same_image_negatives.json   {sample id: predicates of other pairs of boxes of its picture}
+    same_image_negatives.json   {sample id: predicates of other pairs of boxes of its image}
 
 After a fork of VLM2Vec for VG150, whose last file holds predicates that are true for the pair as
 well; here it does not.
@@ -47,7 +47,7 @@ VOCABULARY, NEIGHBORS, SAME_IMAGE = (
 
 @dataclass(frozen=True)
 class Thing:
-    """Something in a picture."""
+    """Something in an image."""
 
     name: str
     box: Box
@@ -104,10 +104,10 @@ def _is_finite(value: Any) -> bool:
 
 
 def scaled(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return a box in 0..999 of the picture's width and height, at least 1 wide and high.
+    """Return a box in 0..999 of the image's width and height, at least 1 wide and high.
 
     Example:
-        (64, 0, 640, 480) of a picture of 640 × 480  ->  (100, 0, 999, 999)
+        (64, 0, 640, 480) of an image of 640 × 480  ->  (100, 0, 999, 999)
     """
     low, high = [], []
     for axis in (0, 1):
@@ -121,7 +121,7 @@ def scaled(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
 def question(
     subject: Thing, object: Thing, size: tuple[int, int], *, form: str, marks: bool
 ) -> str:
-    """Return the question about two things of a picture of a size in pixels.
+    """Return the question about two things of an image of a size in pixels.
 
     Args:
         form: `QUESTION`, or another text with the same fields.
@@ -225,7 +225,7 @@ def neighbors(
 
 
 def other_pairs(relations: Iterable[Relation]) -> dict[str, list[str]]:
-    """Return, for each sample, what is said of other pairs of its picture and not of its own."""
+    """Return, for each sample, what is said of other pairs of its image and not of its own."""
     relations = list(relations)
     said: dict[str, dict[Pair, dict[str, None]]] = {}
     for one in relations:

@@ -33,7 +33,7 @@ class SourceConfig(BaseModel):
     Args:
         format: one of `data.formats.FORMATS`.
         path: file, folder or glob under --data; of `records`: a name.
-        images: folder that pictures' paths start at; empty: beside the file.
+        images: folder that images' paths start at; empty: beside the file.
         options: options of the format (see `data.formats`).
         cap: use only the first `cap` examples.
         instruction: put before each query when it is embedded; `target_instruction` likewise.
@@ -166,7 +166,7 @@ def open_data_source(config: SourceConfig, root: Path, *, name: str) -> Source:
 def source_fingerprint(config: SourceConfig, root: Path) -> str:
     """Return 16 hex digits that change when the samples would.
 
-    Files are hashed by content, those above 256 MiB by size and 256 pieces; of pictures outside of
+    Files are hashed by content, those above 256 MiB by size and 256 pieces; of images outside of
     data files, those of the format `images` by name and size, others not at all.
     """
     form, options = _format(config, config.path)
@@ -202,7 +202,7 @@ def _format(spec: SourceConfig, name: str) -> tuple[Format, Options]:
 
 
 def _folder(spec: SourceConfig, root: Path) -> Path:
-    """Return where paths of pictures start."""
+    """Return where paths of images start."""
     if spec.images:
         return root / spec.images
     if spec.format == "images":

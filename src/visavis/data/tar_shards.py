@@ -1,6 +1,6 @@
 """Tar files of images and their fields, as WebDataset writes them: key.jpg beside key.json.
 
-Bytes are read from the tar when they are needed. Knows no data set.
+Bytes are read from the tar when they are needed.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 
 
 def read_shards(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any], Stored]]:
-    """Yield (key, fields, picture) of every record, in the order of the shards.
+    """Yield (key, fields, image) of every record, in the order of the shards.
 
     Raises:
-        TrainError: a shard cannot be read, or a picture and its fields do not come in pairs.
+        TrainError: a shard cannot be read, or an image and its fields do not come in pairs.
     """
     for path in paths:
         waiting: dict[str, dict[str, Stored]] = {}

@@ -2,11 +2,11 @@
 
     python -m visavis.evaluate.scene_graph out/model recipes/tiny-scene-graph.yaml test --data DATA
 
-Every ordered pair of a picture's things is asked about, and each predicate scored for it; of all
-(pair, predicate) of a picture the k best are looked at, several predicates of one pair included.
+Every ordered pair of an image's things is asked about, and each predicate scored for it; of all
+(pair, predicate) of an image the k best are looked at, several predicates of one pair included.
 
-    R@k     the share of a picture's relations among them, the mean over pictures
-    mR@k    the share of a predicate's relations, of all pictures together, the mean over predicates
+    R@k     the share of an image's relations among them, the mean over images
+    mR@k    the share of a predicate's relations, of all images together, the mean over predicates
 
 "no relation" is left out before ranking. Equal scores keep the order of pairs and predicates.
 """
@@ -51,7 +51,7 @@ def recall(
     """Return R@k and mR@k, and both for base and novel predicates alone where some are novel.
 
     Args:
-        pictures: of each the scores [P, C] of its pairs and predicates, and which are true.
+        images: of each the scores [P, C] of its pairs and predicates, and which are true.
         predicates: names of the C columns.
         novel: predicates that were not trained on.
     """

@@ -1,1 +1,1 @@
-"""From what people have (text, pictures) to what models read (ids, pixels); no torch."""
+"""From what people have (text, images) to what models read (ids, pixels); no torch."""

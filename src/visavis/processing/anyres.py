@@ -1,10 +1,10 @@
-"""A picture as a view of the whole and tiles of it (LLaVA 1.6's "anyres").
+"""An image as a view of the whole and tiles of it (LLaVA 1.6's "anyres").
 
-    picture ── squash ──────────────────────────────────► base view [S, S]
+    image ── squash ──────────────────────────────────► base view [S, S]
        └─ choose a canvas ── resize, centre on black ── cut ──► tiles [S, S], row by row
 
-Which canvas is chosen follows from the picture's size alone, so its tokens can be counted before
-its pixels are read. Knows no model and imports no torch.
+Which canvas is chosen follows from the image's size alone, so its tokens can be counted before
+its pixels are read.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class AnyresProcessor(ImageProcessor):
 
 
 def best_grid(size: tuple[int, int], tiles: AnyresConfig) -> tuple[int, int]:
-    """Return width and height of the canvas that keeps most of a picture's pixels, and of those
+    """Return width and height of the canvas that keeps most of an image's pixels, and of those
     the one with the least room to spare, and of those the first."""
     width, height = size
 
@@ -81,7 +81,7 @@ def best_grid(size: tuple[int, int], tiles: AnyresConfig) -> tuple[int, int]:
 
 
 def fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
-    """Return the width and height of a picture that fills a canvas but keeps its aspect ratio."""
+    """Return the width and height of an image that fills a canvas but keeps its aspect ratio."""
     (width, height), (right, bottom) = size, canvas
     x, y = right / width, bottom / height
     if x < y:

@@ -25,16 +25,16 @@ Resample: TypeAlias = Literal["bicubic", "bilinear"]
 
 @dataclass(frozen=True)
 class AnyresConfig:
-    """Which canvases a picture may be laid on.
+    """Which canvases an image may be laid on.
 
     Args:
         grids: sides of each canvas in pixels, multiples of the tile, in the checkpoint's order.
         axes: whether these pairs are (width, height), as the original code reads them, or
             (height, width), as transformers does. Where several canvases are equally good the
-            first is taken, so the two choose differently for many small pictures.
-        multi_image: what becomes of a picture that is not its prompt's only one: tiled as well,
+            first is taken, so the two choose differently for many small images.
+        multi_image: what becomes of an image that is not its prompt's only one: tiled as well,
             or padded to a square of the mean colour and seen whole only.
-        square: side of the square that every picture is squashed to first; 0: none.
+        square: side of the square that every image is squashed to first; 0: none.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -74,7 +74,7 @@ class AnyresConfig:
 
 @dataclass(frozen=True)
 class Phi3VConfig:
-    """How many tiles a picture becomes at most; published: 4 for several pictures, 16 for one."""
+    """How many tiles an image becomes at most; published: 4 for several images, 16 for one."""
 
     num_crops: int = 16
 
@@ -95,17 +95,17 @@ class Phi3VConfig:
 
 @dataclass(frozen=True)
 class Qwen2VLConfig:
-    """How pictures become patches.
+    """How images become patches.
 
     Args:
         patch: side of a patch in pixels.
         merge: side of the square of patches that become one token.
         temporal: frames in a patch.
-        min_pixels, max_pixels: bounds of a picture's area after resizing.
-        video_min_pixels, video_max_pixels: the same of each frame; 0: as a picture's.
-        extreme: what becomes of a picture more than 200 times as long as wide: an error, or a
-            square, as VLM2Vec does, which squashes pictures with a side below one token too.
-        square: side of the square that every picture is squashed to first; 0: none.
+        min_pixels, max_pixels: bounds of an image's area after resizing.
+        video_min_pixels, video_max_pixels: the same of each frame; 0: as an image's.
+        extreme: what becomes of an image more than 200 times as long as wide: an error, or a
+            square, as VLM2Vec does, which squashes images with a side below one token too.
+        square: side of the square that every image is squashed to first; 0: none.
     """
 
     patch: int = 14
@@ -152,7 +152,7 @@ class Qwen2VLConfig:
         return self.patch * self.merge
 
     def bounds(self, video: bool) -> tuple[int, int]:
-        """Return the smallest and largest area of a picture or of a video's frame."""
+        """Return the smallest and largest area of an image or of a video's frame."""
         least, most = (self.video_min_pixels, self.video_max_pixels) if video else (0, 0)
         return least or self.min_pixels, most or self.max_pixels
 
@@ -195,7 +195,7 @@ class VideoConfig:
 
 @dataclass(frozen=True)
 class ImageProcessorConfig:
-    """How a vision tower wants its pictures; saved with the weights."""
+    """How a vision tower wants its images; saved with the weights."""
 
     size: int  # pixels, side of the square the tower sees; with patches, of what makes one token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
@@ -245,7 +245,7 @@ class ImageProcessorConfig:
             raise InputError(f"image processor config: {'; '.join(problems)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, without the parts that it has not."""
+        """Return plain JSON values, without the parts that it does not have."""
         values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
         if self.tiles is not None:
             values["tiles"]["grids"] = [list(grid) for grid in self.tiles.grids]

@@ -31,7 +31,7 @@ class DiskFeatureCache:
 
     Args:
         folder: made where there is none.
-        maker: names all that decides what a picture becomes; under another, nothing is found.
+        maker: names all that decides what an image becomes; under another, nothing is found.
         max_bytes: of all files; all makers share them.
 
     Raises:

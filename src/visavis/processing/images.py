@@ -92,7 +92,7 @@ _open_lock = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
 
 def decode_image(image: Any) -> pil.Image:
-    """Return the picture as an upright RGB image.
+    """Return the image as an upright RGB image.
 
     Animations and multi-page files give their first frame (a PIL image its current one);
     transparency is laid on white; grey, palette, 1-bit and CMYK become RGB; 16-bit grey is scaled
@@ -103,7 +103,7 @@ def decode_image(image: Any) -> pil.Image:
             array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8, bool or float in 0..1.
 
     Raises:
-        ImageError: it cannot be read as a picture, or is larger than MAX_PIXELS or MAX_SIDE.
+        ImageError: it cannot be read as an image, or is larger than MAX_PIXELS or MAX_SIDE.
     """
     source = _source(image)
     if isinstance(source, Page):
@@ -128,7 +128,7 @@ def image_size(image: Any) -> tuple[int, int]:
     """Return width and height that `decode_image` will give, from the header alone.
 
     Raises:
-        ImageError: the header cannot be read, or the picture is too large.
+        ImageError: the header cannot be read, or the image is too large.
     """
     source = _source(image)
     if isinstance(source, Page):

@@ -1,7 +1,6 @@
-"""Files that users name: pictures, videos and documents are opened, or found in folders.
+"""Files that users name: images, videos and documents are opened, or found in folders.
 
-Whatever is not there or may not be read is one `ImageError`. Knows nothing of what is inside, and
-opens no URLs.
+Whatever is not there or may not be read is one `ImageError`.
 """
 
 from __future__ import annotations
@@ -165,7 +164,7 @@ def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     their number and the reason.
 
     Raises:
-        ImageError: a path does not exist, or a folder cannot be read or holds no picture.
+        ImageError: a path does not exist, or a folder cannot be read or holds no image.
     """
     found: dict[Path, None] = {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
@@ -222,7 +221,7 @@ def _walk(folder: Path, with_others: bool, scan: MediaScan) -> None:
 
 
 def frame_files(source: Any) -> tuple[Any, ...]:
-    """Return the frames of a video that is given as pictures, a list of them or a folder, by
+    """Return the frames of a video that is given as images, a list of them or a folder, by
     the numbers in their names (2 before 10); () for a video file."""
     if isinstance(source, tuple):
         return source

@@ -1,4 +1,4 @@
-"""PDF documents as pictures of their pages, rendered when a page is looked at.
+"""PDF documents as images of their pages, rendered when a page is looked at.
 
     Document ── expand ──► one Image of a Page each ── decode_image ──► render ──► PIL, RGB
 
@@ -29,7 +29,7 @@ MAX_PAGES = 64  # of one document in a prompt; each becomes hundreds of tokens
 
 
 def expand(prompt: Prompt) -> Prompt:
-    """Return the prompt with the pages of every document in its place, as pictures.
+    """Return the prompt with the pages of every document in its place, as images.
 
     Raises:
         ImageError: a document cannot be read.
@@ -56,7 +56,7 @@ def _expand_parts(message: Message) -> tuple[Part, ...]:
 
 
 def pages(document: Document) -> tuple[Image, ...]:
-    """Return a picture of each page, or of those the document names; none is rendered yet.
+    """Return an image of each page, or of those the document names; none is rendered yet.
 
     Raises:
         ImageError: the document cannot be read.

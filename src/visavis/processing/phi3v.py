@@ -1,11 +1,11 @@
-"""Phi-3.5-vision's pictures: a canvas of whole tiles, cut, with a small view of all of it.
+"""Phi-3.5-vision's images: a canvas of whole tiles, cut, with a small view of all of it.
 
-    picture ── resize to whole tiles wide ── white above and below, to whole tiles high ──► canvas
+    image ── resize to whole tiles wide ── white above and below, to whole tiles high ──► canvas
     canvas ── normalise ──┬── bicubic, unfiltered ──► base view [3, S, S]
                           └── cut ──► tiles [rows * columns, 3, S, S], row by row
 
-Upright pictures are turned on their side for the first line, and the canvas is turned back. How
-many tiles there are follows from the size alone. Knows no model and imports no torch.
+Upright images are turned on their side for the first line, and the canvas is turned back. How
+many tiles there are follows from the size alone.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Phi3VProcessor(ImageProcessor):
 
 
 def _resized(size: tuple[int, int], processor: ImageProcessorConfig) -> tuple[int, int]:
-    """Return width and height, of a picture no higher than wide, that it is resized to.
+    """Return width and height, of an image no higher than wide, that it is resized to.
 
-    As many tiles wide as the limit allows, however small the picture is.
+    As many tiles wide as the limit allows, however small the image is.
     """
     assert processor.hd is not None
     ratio = size[0] / size[1]

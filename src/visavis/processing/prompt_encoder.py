@@ -231,7 +231,7 @@ class PromptEncoder:
         """Return the ids of turns and which of them are learned.
 
         Args:
-            cut: keep only so many tokens, the first; None: all.
+            cut: keep only this many tokens, the first; None: all.
 
         Raises:
             InputError: the model cannot chat, or not about what the prompt holds.
@@ -404,7 +404,7 @@ class PromptEncoder:
             encoded.positions = mrope_positions(length, encoded.image_slots, grids, merge)
 
     def instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
-        """Return an item with an instruction joined to its text, after its pictures."""
+        """Return an item with an instruction joined to its text, after its images."""
         if not instruction:
             return prompt
         joined = self.profile.instructed(instruction, prompt.text)

@@ -1,11 +1,11 @@
-"""Pictures of any size and shape as runs of patches (Qwen2-VL).
+"""Images of any size and shape as runs of patches (Qwen2-VL).
 
     any size ── smart resize ──► sides that are multiples of 28 ──► patches [P, 3 * 2 * 14 * 14]
 
-A picture keeps its aspect ratio, within bounds of its area. Patches that become one token stand
-together: order [time, row / 2, column / 2, 2, 2], each patch [channel, 2 frames, 14, 14]. A picture
+An image keeps its aspect ratio, within bounds of its area. Patches that become one token stand
+together: order [time, row / 2, column / 2, 2, 2], each patch [channel, 2 frames, 14, 14]. An image
 counts as two equal frames; a video of an odd number of frames repeats its last. How many tokens
-there will be follows from sizes alone. Knows no model and imports no torch.
+there will be follows from sizes alone.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Qwen2VLProcessor(ImageProcessor):
 
 
 def resized(size: tuple[int, int], config: Qwen2VLConfig, video: bool = False) -> tuple[int, int]:
-    """Return the width and height that a picture is resized to: multiples of `factor`.
+    """Return the width and height that an image is resized to: multiples of `factor`.
 
     Sides are rounded, halves to even; if the area is then out of bounds, both are scaled and
     rounded towards the inside of them.
@@ -110,7 +110,7 @@ def resized(size: tuple[int, int], config: Qwen2VLConfig, video: bool = False) -
 
 
 def _squared(size: tuple[int, int], factor: int, video: bool) -> tuple[int, int]:
-    """Return what VLM2Vec takes an extreme picture's size for."""
+    """Return what VLM2Vec takes an extreme image's size for."""
     if min(size) < factor:
         return (max(factor, *size),) * 2 if video else (SMALL, SMALL)
     return (max(size),) * 2 if max(size) > MAX_ASPECT * min(size) else size

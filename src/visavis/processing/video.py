@@ -1,6 +1,6 @@
 """Videos as a few frames: which ones, read without decoding the rest where a file allows.
 
-    file · bytes · folder or list of pictures ── read_frames ──► Clip: PIL images, RGB, and times
+    file · bytes · folder or list of images ── read_frames ──► Clip: PIL images, RGB, and times
 
 PyAV reads files (`pip install 'visavis[video]'`), Pillow animated GIF, WebP and PNG. Frames are
 found by their time stamps: a first pass reads the packets without decoding them, a second decodes
@@ -137,7 +137,7 @@ def describe_times(video: Video, config: VideoConfig) -> str:
 
 
 def middle_frame(video: Video) -> pil.Image:
-    """Return the frame that stands for a video where one picture must; the first is often black.
+    """Return the frame that stands for a video where one image must; the first is often black.
 
     Raises:
         ImageError: the video cannot be read.
@@ -200,7 +200,7 @@ class _Reader(Protocol):
 
 
 class _Pictures:
-    """Frames given as pictures, one after another."""
+    """Frames given as images, one after another."""
 
     def __init__(self, pictures: Sequence[Any]) -> None:
         self.pictures, self.rate = pictures, float(PICTURES_PER_SECOND)

@@ -42,7 +42,7 @@ _WORD = re.compile(r"[a-z]+")
 
 
 def content_words(record: Record) -> list[str]:
-    """Return the words that say what a record's picture shows, at most MAX_WORDS."""
+    """Return the words that say what a record's image shows, at most MAX_WORDS."""
     text = " ".join((record.caption, *record.also[:1]))
     if not text.strip():  # questions only: the answers name things
         text = " ".join(dict.fromkeys(answer for _, answer in record.questions))
@@ -93,7 +93,7 @@ def class_shifts(classifier: Classifier, means: Tensor) -> Tensor:
     """Return what to add to a mean feature to make it of each class, [classes, W].
 
     Args:
-        means: mean features of real pictures [N, W].
+        means: mean features of real images [N, W].
     """
     centred = means - means.mean(0)
     scatter = centred.T @ centred / len(means)
@@ -106,8 +106,8 @@ def class_grids(shifts: Tensor, grids: Tensor, mean: Tensor, generator: torch.Ge
 
     Args:
         shifts: [classes, W].
-        grids: features of real pictures to start from [classes, P, W].
-        mean: mean feature over all pictures [W].
+        grids: features of real images to start from [classes, P, W].
+        mean: mean feature over all images [W].
         generator: draws how strongly each class, and each patch, is shifted.
     """
     strength = 0.7 + 0.6 * torch.rand(len(shifts), 1, 1, generator=generator)
@@ -141,7 +141,7 @@ def run_frozen_stage(run: TrainingRun, stage: WordsStage | HeadStage) -> None:
 
 
 def fit_start(run: TrainingRun, stage: WordsStage) -> dict[str, Tensor]:
-    """Return the connector that maps pictures to the words of their captions.
+    """Return the connector that maps images to the words of their captions.
 
     It is the same for each of the patches that a token folds together, so a token is the mean of
     its patches' words.
@@ -214,7 +214,7 @@ def means_of(
     name: str,
     records: Sequence[Record],
 ) -> Tensor:
-    """Return the mean features of records' pictures, float32 [N, W]."""
+    """Return the mean features of records' images, float32 [N, W]."""
     images, keys = [Image(record.image) for record in records], [record.key for record in records]
     done = 0
 
@@ -228,9 +228,9 @@ def means_of(
 
 
 def make_class_features(run: TrainingRun) -> None:
-    """Make features for the names that have no picture, if the recipe reads them.
+    """Make features for the names that have no image, if the recipe reads them.
 
-    They start from those of the pictures of all other records that the recipe reads.
+    They start from those of the images of all other records that the recipe reads.
 
     Raises:
         TrainError: the vision tower has no classifier to make them from, or they have no store.
@@ -260,7 +260,7 @@ def make_class_features(run: TrainingRun) -> None:
 def _made(
     run: TrainingRun, store: FeatureStore, others: Sequence[str], num: int, seed: int
 ) -> np.ndarray:
-    """Return features of the first classes that look like no picture in particular."""
+    """Return features of the first classes that look like no image in particular."""
     sources = {run.recipe.data[name].path: (name, records_of(run, name)) for name in others}
     pictures = [record for _, records in sources.values() for record in records]
     if not pictures:

@@ -64,7 +64,7 @@ class Reader:
         """Return how long a prompt is.
 
         Raises:
-            ImageError, InputError: a picture cannot be read.
+            ImageError, InputError: an image cannot be read.
         """
         found = Length()
         depends = self.processor and image_processor(self.processor).depends_on_image_count
@@ -87,7 +87,7 @@ class Reader:
         return found
 
     def _patches(self, shape: ImageGrid) -> int:
-        """Return how many patches the vision tower reads of a picture."""
+        """Return how many patches the vision tower reads of an image."""
         tower = self.config.tower
         return 0 if tower is None else tower.num_patches(shape)
 
@@ -201,7 +201,7 @@ def trained_bytes(vlm: VLM, *, ema: bool) -> tuple[int, int]:
 def activation_bytes(
     config: DecoderConfig, tokens: int, number_bytes: int, *, recomputed: bool
 ) -> int:
-    """Return what blocks keep for the way back, of so many tokens."""
+    """Return what blocks keep for the way back, of this many tokens."""
     blocks = [_block_bytes(config, layer, number_bytes) for layer in range(config.num_layers)]
     if recomputed:
         return tokens * (4 * config.width * config.num_layers + max(blocks))
@@ -227,7 +227,7 @@ def tower_bytes(config: VLMConfig, patches: int, first: int) -> int:
 
 
 def score_bytes(config: DecoderConfig, learned: int, number_bytes: int) -> int:
-    """Return what scores over the vocabulary take at so many positions."""
+    """Return what scores over the vocabulary take at this many positions."""
     return learned * config.vocab_size * (number_bytes + 8)
 
 

@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 
 class Features(Protocol):
-    """Where the vision tower's output of pictures is kept (see `features.py`)."""
+    """Where the vision tower's output of images is kept (see `features.py`)."""
 
     def of(self, prompts: Sequence[Prompt], ids: Sequence[str]) -> Tensor:
-        """Return features [N, P, W] of all pictures of prompts, in order; `ids` name them."""
+        """Return features [N, P, W] of all images of prompts, in order; `ids` name them."""
         ...
 
 
@@ -102,13 +102,13 @@ class DataLoader:
         ids: Sequence[str],
         labels: bool = False,
     ) -> PackedBatch:
-        """Lay sequences end to end with what the model needs of their pictures.
+        """Lay sequences end to end with what the model needs of their images.
 
         Args:
             ids: of the sample that each prompt is of.
 
         Raises:
-            TrainError: a picture cannot be read; the message names the sample.
+            TrainError: an image cannot be read; the message names the sample.
         """
         batch = pack(encoded)
         if labels:
@@ -184,7 +184,7 @@ def check_learned(id: str, encoded: PreparedPrompt) -> None:
 
 
 def _seen(id: str, future: Future[ImageInput]) -> ImageInput:
-    """Return what a worker made of a picture.
+    """Return what a worker made of an image.
 
     Raises:
         TrainError: it did not; the message names the sample.

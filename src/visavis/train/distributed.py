@@ -107,7 +107,7 @@ class TrainModule(nn.Module):
 
     def _nothing(self) -> Tensor:
         """Return 0 with a gradient of zeros for what a batch may leave out, such as the connector
-        where it has no pictures."""
+        where it has no images."""
         firsts = [
             parameter.flatten()[0].float() * 0.0
             for name, parameter in self.named_parameters()

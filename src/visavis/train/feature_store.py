@@ -43,7 +43,7 @@ Named = tuple[Image, str]  # with the id of its sample, for messages
 
 
 class FeaturePlace(NamedTuple):
-    """Where a picture's features lie."""
+    """Where an image's features lie."""
 
     shard: str
     row: int
@@ -60,7 +60,7 @@ class FeatureStore:
         threads: of decoding.
 
     Raises:
-        TrainError: the model sees a picture as several views.
+        TrainError: the model sees an image as several views.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class FeatureStore:
                     self.places[key] = FeaturePlace(path.stem, int(row), int(checksum, 16))
 
     def of(self, prompts: Sequence[Prompt], ids: Sequence[str]) -> Tensor:
-        """Return features [N, P, W] of all pictures of prompts, in order, float32.
+        """Return features [N, P, W] of all images of prompts, in order, float32.
 
         Args:
             ids: of the sample that each prompt is of.
@@ -129,14 +129,14 @@ class FeatureStore:
         return self.get(pictures, owners)
 
     def get(self, images: Sequence[Image], ids: Sequence[str], *, flip: bool = False) -> Tensor:
-        """Return features [N, P, W] of pictures, float32; those not stored yet are computed.
+        """Return features [N, P, W] of images, float32; those not stored yet are computed.
 
         Args:
             ids: of their samples, for messages.
-            flip: mirror the pictures left to right first.
+            flip: mirror the images left to right first.
 
         Raises:
-            TrainError: a picture cannot be read, or the store is full.
+            TrainError: an image cannot be read, or the store is full.
         """
         with self.lock:
             keys = _keys(images, ids, flip)
@@ -159,7 +159,7 @@ class FeatureStore:
         """Compute the features of what is not stored yet.
 
         Args:
-            report: told of how many pictures they were just computed.
+            report: told of how many images they were just computed.
         """
         with self.lock:
             named = zip(_keys(images, ids, flip), zip(images, ids, strict=True), strict=True)
@@ -168,7 +168,7 @@ class FeatureStore:
                 report(len(computed))
 
     def means(self, images: Sequence[Image], ids: Sequence[str], *, flip: bool = False) -> Tensor:
-        """Return the mean over patches of each picture, float32 [N, W]."""
+        """Return the mean over patches of each image, float32 [N, W]."""
         keys = _keys(images, ids, flip)
         missing = [number for number, key in enumerate(keys) if key not in self.known_means]
         for start in range(0, len(missing), CHUNK):
@@ -251,7 +251,7 @@ class FeatureStore:
 
     @torch.inference_mode()
     def _tower(self, pixels: Tensor) -> np.ndarray:
-        """Return what the connector reads of pictures, as a batch without a store would (but for
+        """Return what the connector reads of images, as a batch without a store would (but for
         `half`)."""
         assert self.vlm.tower is not None
         device = next(self.vlm.tower.parameters()).device
@@ -290,7 +290,7 @@ def _unreadable(id: str, error: InputError) -> TrainError:
 
 
 def tower_digest(vlm: VLM, processor: ImageProcessorConfig) -> str:
-    """Return 16 hex digits of all that features depend on beside the picture."""
+    """Return 16 hex digits of all that features depend on beside the image."""
     assert vlm.tower is not None
     config = vlm.config
     read = (config.select_layer, config.select_feature, config.drop_first_token)

@@ -209,7 +209,7 @@ def _curve(title: str, points: Points, unit: str) -> dict[str, Any]:
 
 
 def _thinned(points: Points, most: int) -> Points:
-    """Return at most so many points, each the mean of its neighbours; the last one is kept."""
+    """Return at most this many points, each the mean of its neighbours; the last one is kept."""
     if len(points) <= most:
         return points
     size = math.ceil(len(points) / (most - 1))
@@ -387,7 +387,7 @@ def _candidates(task: GenerativeTask | ContrastiveTask, limit: int) -> list[tupl
 
 
 def shown(prompt: Prompt) -> dict[str, Any]:
-    """Return a prompt as {text, pictures}, its first pictures as small data URIs."""
+    """Return a prompt as {text, images}, its first images as small data URIs."""
     pictures = [
         thumbnail(part) if isinstance(part, Image) else type(part).__name__.lower()
         for part in prompt.visuals[:2]
@@ -396,6 +396,6 @@ def shown(prompt: Prompt) -> dict[str, Any]:
 
 
 def thumbnail(image: Image) -> str:
-    """Return a small picture as a data URI."""
+    """Return a small image as a data URI."""
     encoded = jpeg_preview(decode_image(image), THUMBNAIL)
     return "data:image/jpeg;base64," + base64.b64encode(encoded).decode()

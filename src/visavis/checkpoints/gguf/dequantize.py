@@ -3,7 +3,7 @@
 Every quantised type is affine in groups of 16 or 32: value = scale * code (+ minimum). Each type
 is written once, as the function that unpacks codes, scales and minimums from its blocks;
 `dequantize` multiplies them out (bitwise the values of `gguf.quants.dequantize`), `parts` hands
-them to integer kernels as they are. Knows nothing of files, names or models.
+them to integer kernels as they are.
 """
 
 from __future__ import annotations

@@ -423,7 +423,7 @@ def _jinja(template: ChatFormat, bos: str, content: str) -> str:
 
 
 def _content(image_start: str, image_end: str) -> str:
-    """Return the expression of a message's text, with what belongs beside its pictures."""
+    """Return the expression of a message's text, with what belongs beside its images."""
     text = "message['content']"
     if image_start:
         text += f" | replace({_quoted(MARK_START)}, {_quoted(image_start + MARK_START)})"

@@ -259,7 +259,7 @@ def _is_cut(name: str, tower: ViTConfig) -> bool:
 
 
 def _preparation(keys: _Keys, tower: ViTConfig) -> tuple[ImageLayoutConfig, ImageProcessorConfig]:
-    """Return how pictures are prepared and their views put together.
+    """Return how images are prepared and their views put together.
 
     Without word of ours: padded to a square of the mean colour, as LLaVA 1.5 was trained and as
     llama.cpp does; with candidate sizes, LLaVA 1.6's tiles.

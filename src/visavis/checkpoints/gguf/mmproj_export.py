@@ -1,7 +1,7 @@
 """Writing the vision half of a model: a ViT and LLaVA's projector as llama.cpp's mmproj file.
 
 What llama.cpp cannot run is refused, all of it named at once; layer scales are folded into the
-matrices before them, positions laid out for the size that pictures come in. Names are those of
+matrices before them, positions laid out for the size that images come in. Names are those of
 mmproj.py.
 """
 
@@ -153,7 +153,7 @@ def _tower_tensors(loaded: Checkpoint, tower: ViTConfig, kind: str) -> Iterator[
 
 
 def _positions(positions: Tensor, tower: ViTConfig, grid: int) -> Tensor:
-    """Return positions for pictures as they are prepared: llama.cpp does not stretch them."""
+    """Return positions for images as they are prepared: llama.cpp does not stretch them."""
     first = positions[: int(tower.class_token)]
     patches = resize_positions(positions[len(first) :], grid, tower.position_antialias)
     return torch.cat((first, patches))

@@ -3,7 +3,7 @@
 F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 round each block by itself, bitwise as the `gguf`
 library does. The K types search: for every group a few scales are tried, the best scale (and
 minimum) for each comes from weighted least squares, as in llama.cpp's reference without an
-importance matrix; only sums are made in another order. Knows nothing of files or models.
+importance matrix; only sums are made in another order.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def _merge(config: Json) -> ImageLayoutConfig:
 
 
 def most_tiles(config: Json) -> int | None:
-    """Return the N of anyres_max_N, 0 for plain anyres, None if pictures are not tiled."""
+    """Return the N of anyres_max_N, 0 for plain anyres, None if images are not tiled."""
     aspect = config.get("image_aspect_ratio") or "square"
     found = re.fullmatch("anyres(_max_([1-9][0-9]{0,3}))?", str(aspect))
     expected = "'square', 'pad', 'anyres' or 'anyres_max_N'"
@@ -206,7 +206,7 @@ def most_tiles(config: Json) -> int | None:
 
 
 def tiles_config(config: Json, tile: int) -> AnyresConfig | None:
-    """Return how pictures are tiled, if they are.
+    """Return how images are tiled, if they are.
 
     Args:
         tile: pixels of a tile's side.

@@ -51,7 +51,7 @@ def write_llava(loaded: Checkpoint, folder: Path, *, progress: bool = False) -> 
     """Write a loaded model; all tensors in the type that its matmuls compute in.
 
     Raises:
-        CheckpointError: a part that the layout has not; it is named.
+        CheckpointError: a part that the layout does not have; it is named.
     """
     state, config = library_norms(whole_state(loaded.vlm), loaded.vlm.config)
     processor = loaded.processor

@@ -1,4 +1,4 @@
-"""What TinyLLaVA's config.json names and leaves out: language models, towers, picture sizing.
+"""What TinyLLaVA's config.json names and leaves out: language models, towers, image sizing.
 
 The original fetches these from the hub; here they are data, by the last part of the name (authors
 trained from copies of their own). Holds what each published config.json sets beyond its class.
@@ -129,7 +129,7 @@ def image_processor(vision: Json, size: int) -> dict[str, Any]:
 
     Args:
         vision: a vision config.json, `model_type` included.
-        size: pixels of its pictures.
+        size: pixels of its images.
     """
     square = {"height": size, "width": size}
     if vision["model_type"] == "siglip_vision_model":
@@ -269,7 +269,7 @@ def vlm_config(
     """Return the model that the configs describe.
 
     Args:
-        image_size: pixels of a side of the pictures; None: the first tower's own.
+        image_size: pixels of a side of the images; None: the first tower's own.
 
     Raises:
         CheckpointError: a setting that no part of ours has.
@@ -301,7 +301,7 @@ def vlm_config(
 
 
 def _tower(towers: Sequence[ViTConfig], image_size: int | None) -> ViTConfig | MixtureConfig:
-    """Return the tower, or the mixture of two, for pictures of one size."""
+    """Return the tower, or the mixture of two, for images of one size."""
     size = image_size or towers[0].image_size
     sized = [replace(tower, image_size=size) for tower in towers]
     for tower in sized:

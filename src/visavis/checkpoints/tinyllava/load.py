@@ -211,7 +211,7 @@ def _tensors(folder: Path) -> tuple[dict[str, StoredTensor], list[Path], bool]:
 
 
 def _processor(folder: Path, data: Json, vision: Json) -> ImageProcessorConfig:
-    """Return how pictures are sized and normalised: the first tower's own way."""
+    """Return how images are sized and normalised: the first tower's own way."""
     dino = str(vision["model_type"]).startswith("dinov2")
     size = DINOV2_PIXELS if dino else vit_config(vision).image_size
     path = folder / PROCESSOR
@@ -232,9 +232,9 @@ def _processor(folder: Path, data: Json, vision: Json) -> ImageProcessorConfig:
 def _fit(
     entries: dict[str, StoredTensor], visions: Sequence[Json], size: int, places: Places
 ) -> None:
-    """Bring a DINOv2's learned positions to the size of the pictures, in place.
+    """Bring a DINOv2's learned positions to the size of the images, in place.
 
-    The original does so for every picture.
+    The original does so for every image.
     """
     for vision in visions:
         if not vision["model_type"].startswith("dinov2"):

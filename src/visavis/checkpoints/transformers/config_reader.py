@@ -1,4 +1,4 @@
-"""Look-ups in a parsed config.json whose errors name the setting. Knows no model family."""
+"""Look-ups in a parsed config.json whose errors name the setting."""
 
 from __future__ import annotations
 

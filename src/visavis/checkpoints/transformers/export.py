@@ -249,7 +249,7 @@ def with_placeholders(
 ) -> tuple[Tokenizer, dict[str, Tensor], VLMConfig]:
     """Return a model that has the token `<image>`, OneVision's `<video>` too, and embeddings.
 
-    Rows that are new hold the mean of the others: pictures overwrite a placeholder's embedding,
+    Rows that are new hold the mean of the others: images overwrite a placeholder's embedding,
     and an output of mean size is never the likeliest.
     """
     tokenizer = copy.deepcopy(tokenizer)

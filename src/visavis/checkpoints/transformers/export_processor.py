@@ -1,7 +1,7 @@
-"""Our picture sizing as transformers' preprocessor_config.json: the inverse of `processor.py`.
+"""Our image sizing as transformers' preprocessor_config.json: the inverse of `processor.py`.
 
 What is written is read again by that file and must come out the same. Makes JSON; touches no
-picture and writes no file.
+image and writes no file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def processor_json(config: ImageProcessorConfig) -> dict[str, Any]:
     """Return the settings of CLIP's, SigLIP's or a LLaVA's image processor.
 
     Raises:
-        CheckpointError: none of them prepares pictures so.
+        CheckpointError: none of them prepares images so.
     """
     square = {"height": config.size, "width": config.size}
     edge = math.floor(config.size / config.crop_fraction)

@@ -51,7 +51,7 @@ def openelm_config(config: Json) -> DecoderConfig:
     """Return the decoder that a config.json of type openelm describes.
 
     Raises:
-        CheckpointError: a setting that our decoder has not.
+        CheckpointError: a setting that our decoder does not have.
     """
     config = DEFAULTS | without_nulls(config)
     norm = config["normalization_layer_name"]
@@ -153,7 +153,7 @@ def decoder_config(config: Json) -> DecoderConfig:
     """Return the decoder that a config.json describes.
 
     Raises:
-        CheckpointError: a type that is not in `KINDS`, or a setting that our decoder has not.
+        CheckpointError: a type that is not in `KINDS`, or a setting that our decoder does not have.
     """
     kind = config.get("model_type", "llama")
     if kind == "openelm":

@@ -163,7 +163,7 @@ class Qwen2VLFormat(TransformersFormat):
 
 
 def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
-    """Return how pictures are sized and normalised, if the model takes any.
+    """Return how images are sized and normalised, if the model takes any.
 
     Raises:
         CheckpointError: no file says it, or one does that belongs to another tower.
@@ -195,7 +195,7 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
 def _check_tiles(
     data: Json, config: VLMConfig, processor: ImageProcessorConfig | None, folder: Path
 ) -> None:
-    """Refuse pictures tiled in another way than the model puts them together.
+    """Refuse images tiled in another way than the model puts them together.
 
     Raises:
         CheckpointError: config.json and the processor's file name other canvases, or only one any.

@@ -1,7 +1,7 @@
 """A preprocessor_config.json of transformers as our `ImageProcessorConfig`.
 
 CLIP's, SigLIP's and the LLaVAs' processors: resize and centre crop, squash, pad to a square, or
-tile. Takes parsed JSON; a step that ours does not do is refused by name. Touches no picture.
+tile. Takes parsed JSON; a step that ours does not do is refused by name. Touches no image.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def processor_config(config: Json) -> ImageProcessorConfig:
-    """Return how pictures are sized and normalised.
+    """Return how images are sized and normalised.
 
     Raises:
         CheckpointError: another kind of processor, or a step that ours does not do.

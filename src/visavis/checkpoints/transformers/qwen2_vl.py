@@ -168,7 +168,7 @@ def qwen2_vl_table(config: VLMConfig) -> NameTable:
 def qwen2_vl_processor(
     image: Json, video: Json | None, tower: Qwen2VLTowerConfig
 ) -> ImageProcessorConfig:
-    """Return how pictures and videos are sized and normalised.
+    """Return how images and videos are sized and normalised.
 
     Args:
         image: settings of the image processor.

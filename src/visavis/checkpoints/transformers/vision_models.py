@@ -190,7 +190,7 @@ def vit_config(config: Json) -> ViTConfig:
     """Return the tower that a vision config.json describes, alone or within a CLIP or SigLIP.
 
     Raises:
-        CheckpointError: another type, or a setting that our tower has not.
+        CheckpointError: another type, or a setting that our tower does not have.
     """
     config = vision_part(config)
     kind = config.get("model_type")

@@ -31,7 +31,7 @@ class PictureOptions(Options):
 
 
 class Folder:
-    """A row for each picture below the folders of a folder.
+    """A row for each image below the folders of a folder.
 
     Raises:
         TrainError: there are none, or some lie beside the folders.
@@ -61,7 +61,7 @@ class Folder:
 
 
 def classified(row: Row, place: Place, options: PictureOptions) -> ContrastiveExample:
-    """Return a picture with the name of its class, underscores as blanks."""
+    """Return an image with the name of its class, underscores as blanks."""
     text = options.text.replace("{}", row["class"].replace("_", " "))
     return ContrastiveExample(
         row["id"], Prompt.of(place.image(row["id"])), Prompt.of(text), group=row["class"]
@@ -73,8 +73,8 @@ class RecordOptions(Options):
 
     Args:
         as: `chat`: questions in groups, captions and labels as answers; `match`: a text of each
-            record as query, its picture as target.
-        questions_per_example: questions about one picture that share its tokens.
+            record as query, its image as target.
+        questions_per_example: questions about one image that share its tokens.
         max_caption_words: longer captions are cut after a sentence.
         seed: of wording and grouping.
     """
@@ -127,7 +127,7 @@ def _rows(record: Record, draw: random.Random, options: RecordOptions) -> list[R
 
 
 def from_record(row: Row, place: Place, options: RecordOptions) -> Sample:
-    """Return one conversation, or one text with its picture."""
+    """Return one conversation, or one text with its image."""
     record: Record = row["record"]
     picture = Image(record.image)
     if options.kind == "match":
@@ -142,14 +142,14 @@ def from_record(row: Row, place: Place, options: RecordOptions) -> Sample:
 
 
 def folder_content(path: str, root: Path) -> Iterator[bytes]:
-    """Yield name and size of each picture in a folder."""
+    """Yield name and size of each image in a folder."""
     folder = Folder(root / path)
     for picture in folder.pictures:
         yield f"{picture.relative_to(folder.path)} {picture.stat().st_size} ".encode()
 
 
 def records_content(path: str, root: Path) -> Iterator[bytes]:
-    """Yield texts and pictures of a data set."""
+    """Yield texts and images of a data set."""
     for record in load_source(path, root):
         yield repr(replace(record, image=b"")).encode()
         yield record.image.read() if isinstance(record.image, Stored) else record.image

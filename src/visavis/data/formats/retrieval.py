@@ -5,7 +5,7 @@
     vidore       {image, query, answer}: questions about a page, their answers as targets
     visrag       {query, image, source}: queries and the page that answers them
 
-Texts are those of VLM2Vec's code, blanks included. What stands behind a picture's token (a newline,
+Texts are those of VLM2Vec's code, blanks included. What stands behind an image's token (a newline,
 a blank) is left to the model's profile.
 """
 
@@ -72,7 +72,7 @@ class HoundOptions(Options):
 def mmeb(row: Row, place: Place, options: Options) -> ContrastiveExample:
     """Return a row of MMEB-train.
 
-    A token without a picture (WebQA's queries have one) is dropped, a picture without a token
+    A token without an image (WebQA's queries have one) is dropped, an image without a token
     stands first.
     """
     texts = listed(row.get("neg_text"))
@@ -91,7 +91,7 @@ def mmeb(row: Row, place: Place, options: Options) -> ContrastiveExample:
 
 
 def _marked(text: str, paths: list[Any], place: Place) -> Prompt:
-    """Return a text with its picture in the place of its token."""
+    """Return a text with its image in the place of its token."""
     found = list(_TOKEN.finditer(text))
     if len(paths) > 1 or len(found) > 1:
         raise InputError(

@@ -39,7 +39,7 @@ class SceneGraphOptions(Options):
 
     Args:
         labels: folder of the label files, below the data folder; None: no negatives of their own.
-        nearest, same_image: of a sample's negatives, at most so many of each kind.
+        nearest, same_image: of a sample's negatives, at most this many of each kind.
         negatives: in all; random predicates fill up.
         question: with the fields subject, subject_box, object and object_box.
         marks: put Qwen2-VL's tokens for things and places around them.
@@ -109,8 +109,8 @@ class Predicates:
         """Return the question about a row's two things, with its predicate.
 
         Raises:
-            InputError: a field is missing, or the picture's size cannot be read.
-            ImageError: its picture cannot be opened.
+            InputError: a field is missing, or the image's size cannot be read.
+            ImageError: its image cannot be opened.
         """
         one = relation(row)
         picture = self.picture(row)
@@ -123,11 +123,11 @@ class Predicates:
         )
 
     def picture(self, row: Row) -> Image:
-        """Return the picture of a row."""
+        """Return the image of a row."""
         return self.place.image(row.get("image") or row.get("image_path"))
 
     def query(self, picture: Image, size: tuple[int, int], subject: Thing, object: Thing) -> Prompt:
-        """Return the question about two things of a picture."""
+        """Return the question about two things of an image."""
         options = self.options
         text = question(subject, object, size, form=options.question, marks=options.marks)
         return Prompt.of([picture, Text(text)])
@@ -149,7 +149,7 @@ class Predicates:
 
 @dataclass
 class Graph:
-    """A picture with all that is said of its things."""
+    """An image with all that is said of its things."""
 
     picture: Image
     things: list[Thing]
@@ -157,7 +157,7 @@ class Graph:
 
 
 def graphs(rows: Iterable[Row], make: Predicates) -> list[Graph]:
-    """Return the pictures of rows, each once, in order."""
+    """Return the images of rows, each once, in order."""
     found: dict[str, Graph] = {}
     for row in rows:
         one = relation(row)

@@ -45,7 +45,7 @@ PREDICATES = ("left of", "right of", "above", "below", "inside", "around")
 
 
 class Drawing:
-    """A row for each ordered pair of things of each picture of a split.
+    """A row for each ordered pair of things of each image of a split.
 
     Raises:
         TrainError: there is no such split.
@@ -82,7 +82,7 @@ class Drawing:
 
 
 def scene(name: str) -> list[dict[str, Any]]:
-    """Return the things of a picture: class_name, and bbox in pixels. The egg lies inside the tin,
+    """Return the things of an image: class_name, and bbox in pixels. The egg lies inside the tin,
     the others overlap nothing; the sun stands above and the mat below."""
     draw = random.Random(f"scene {name}")
     boxes: dict[str, list[int]] = {}
@@ -122,7 +122,7 @@ def _within(inner: list[int], outer: list[int]) -> bool:
 
 
 def drawing(name: str) -> bytes:
-    """Return a picture as PNG."""
+    """Return an image as PNG."""
     picture = pil.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(picture)
     for number, thing in enumerate(scene(name)):
@@ -154,12 +154,12 @@ class ShapeOptions(Options):
     """Options of `shapes`.
 
     Args:
-        as: `caption`: a conversation that describes the picture; `chat`: one of questions about
-            it; `find`: its caption, which finds the picture; `name`: the picture, which finds its
-            caption; `answer`: picture and question, which find the answer.
-        negatives: of `find` and `name`: hard negatives of each sample, pictures or captions that
+        as: `caption`: a conversation that describes the image; `chat`: one of questions about
+            it; `find`: its caption, which finds the image; `name`: the image, which finds its
+            caption; `answer`: image and question, which find the answer.
+        negatives: of `find` and `name`: hard negatives of each sample, images or captions that
             differ in one word or in the order.
-        size: width and height of pictures.
+        size: width and height of images.
     """
 
     kind: Literal["caption", "chat", "find", "name", "answer"] = Field("chat", alias="as")
@@ -250,7 +250,7 @@ def near(scene: Scene, draw: random.Random) -> Iterator[Scene]:
 
 
 def picture_of(scene: Scene, id: str, size: tuple[int, int] = (64, 64)) -> Image:
-    """Return a scene's picture, drawn when it is read; `id` settles shades and places."""
+    """Return a scene's image, drawn when it is read; `id` settles shades and places."""
     return Image(Stored(f"shapes/{id}-{size[0]}x{size[1]}", partial(drawn, scene, id, size)))
 
 
