@@ -255,9 +255,8 @@ class Prompt:
 
     @classmethod
     def of(cls, item: Any) -> Prompt:
-        """Return the prompt of `item`. A plain str is always text; a Path is an image,
-        or by its suffix a video or document (an animated GIF is an image, unless it is given as a
-        video).
+        """Return the prompt of `item`. A plain str is text; a Path is an image, or by its suffix a
+        video or document (an animated GIF is an image, unless it is given as a video).
 
         Example::
 
