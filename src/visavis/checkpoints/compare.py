@@ -1,4 +1,4 @@
-"""What differs between two checkpoints: settings, names, shapes, types and values of tensors.
+"""Differences between two checkpoints: settings, names, shapes, types and values of tensors.
 
 Two of one layout are compared by its own names; two folders of different layouts by ours, because
 their tables say what each calls our tensors. One pair of tensors is read at a time.
@@ -26,7 +26,7 @@ ABSENT = "absent"
 
 @dataclass
 class Comparison:
-    """What differs; two values by key are the first checkpoint's and the second's."""
+    """Differences between two checkpoints; pairs of values are in the order (first, second)."""
 
     settings: dict[str, tuple[str, str]]
     only_in_a: list[str]

@@ -6,7 +6,7 @@
                         `efficientnet-lite2`, which nano has
     connector, head     random, from the seed; training is what they are for
 
-Knows which parts fit; how they are trained is said in recipes.
+Checks that the parts fit together. Training is configured by recipes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MINILM_NAME = "all-minilm-l6-v2"
 
 @dataclass(frozen=True)
 class Composition:
-    """What `compose` puts together.
+    """The parts of a new model and the settings that `compose` builds it with.
 
     Args:
         language_model, vision_tower: names, hub names or paths.
@@ -97,7 +97,7 @@ class Composition:
 def compose(
     parts: Composition, *, precision: str = "auto", device: str = "cpu", seed: int = 0
 ) -> Checkpoint:
-    """Return a model of existing parts and a connector that knows nothing yet.
+    """Return a model of existing parts and a connector that is not trained yet.
 
     Raises:
         CheckpointError, UnknownNameError, FetchError: a part cannot be loaded.

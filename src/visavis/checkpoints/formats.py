@@ -123,7 +123,7 @@ def detect(path: Path) -> DetectedFormat:
 
 
 def detect_config(folder: Path) -> DetectedFormat:
-    """Return the format that a folder's config.json is of, whatever lies beside it.
+    """Return the format of a folder's config.json, without looking at its other files.
 
     Raises:
         CheckpointError: it is damaged, or of no known format.

@@ -163,7 +163,7 @@ def cached(wanted: HubId) -> Path | None:
 
 
 def _cached(wanted: HubId, reason: str) -> Path:
-    """Return what the cache holds.
+    """Return the folder or .gguf file of a hub id from the cache.
 
     Raises:
         FetchError: it holds nothing of this revision.

@@ -1,4 +1,4 @@
-"""What a checkpoint is, by its settings and the headers of its files: no tensor is read."""
+"""Description of a checkpoint from its settings and file headers; no tensor is read."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_settings(
     folder: Path, data: dict[str, Any]
 ) -> tuple[VLMConfig, PromptConfig, ImageProcessorConfig | None]:
-    """Return what `visavis.json` describes, checked to make a model.
+    """Return the configs in `visavis.json`, after checking that they describe a valid model.
 
     Raises:
         CheckpointError: a field is unknown, missing or of a value that no model has.
@@ -336,7 +336,7 @@ def own_state(own: TensorFiles, packing: Quantizer) -> tuple[dict[str, Tensor], 
 
 
 def _take_packed(name: str, found: dict[str, StoredTensor], packing: Quantizer) -> Tensor:
-    """Return what stands in the state for a matrix that is stored as integers."""
+    """Return the state entry for a matrix that is stored as integers."""
     count = sum(key.endswith("codes") for key in found)
     groups = [_stored_groups(name, found, number, packing) for number in range(count)]
     shape = (sum(len(part.codes) for part in groups), groups[0].codes.shape[1])
@@ -390,8 +390,9 @@ def write_native(
     progress: bool = False,
     state: Mapping[str, Tensor] | None = None,
 ) -> Written:
-    """Write a loaded model whole, in the types that it was loaded in, whatever it came from: a
-    folder that needs nothing beside it.
+    """Write a model loaded from any layout as a self-contained folder.
+
+    Tensors keep the types that they were loaded in.
 
     Args:
         state: tensors to write instead of the model's own.

@@ -126,7 +126,7 @@ class Quantizer:
 
     @property
     def regime(self) -> str:
-        """What vectors depend on: the type that dense products come in, and of what."""
+        """The settings that computed vectors depend on: dtype, packing and native products."""
         packed = self.packs and not self.keeps_dense
         return f"{self.dtype}{', packed' if packed else ''}{', native' if self.native else ''}"
 
@@ -144,10 +144,10 @@ class Quantizer:
         return min(stored, wanted or MOST_BITS) if stored else wanted
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
-        """Return what stands in the state for a floating-point tensor.
+        """Return the state entry for a floating-point tensor.
 
         Raises:
-            CheckpointError: it holds what are no numbers.
+            CheckpointError: it holds values that are not numbers.
         """
         check_values(name, tensor, self.where)
         bits = self.bits_of(name, tuple(tensor.shape))
@@ -164,7 +164,7 @@ class Quantizer:
         return tensor.to(self.expected[name].dtype) if name in self.expected else tensor
 
     def pack(self, name: str, in_features: int, parts: Iterable[WeightPart]) -> Tensor:
-        """Pack a matrix, of parts below one another; return what stands in the state for it."""
+        """Pack a matrix, given as parts stacked by rows, and return its state entry."""
         found = self.rows[name] = []
         step = max(1, CHUNK // (ROWS * in_features)) * ROWS
         for part in parts:

@@ -129,7 +129,7 @@ def read_tensors(files: list[Path]) -> TensorFiles:
 
 
 def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
-    """Return what the headers of all files say; no tensor is read.
+    """Return the tensors listed in the headers of all files, without reading their data.
 
     Raises:
         CheckpointError: a file is damaged, holds more than tensors, or repeats another's name.

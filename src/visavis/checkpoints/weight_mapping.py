@@ -4,8 +4,9 @@
     Row("decoder.blocks.*.qkv.weight", ("layers.*.q_proj.weight", ...), ("q", "kv", "kv"))   fused
 
 `*` stands for one part of a dotted name, `**` for any rest. Reading is idempotent: names that
-already are ours stay. Nothing is dropped silently: whatever no row explains is an error that names
-it. Knows no model family (see `transformers.py`) and opens no file.
+already are ours stay. Nothing is dropped silently: a tensor that no row matches is an error that
+names it. The rows of each model family are defined beside its reader, for example in
+`transformers/weights.py`.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ class NameTable:
         return None
 
     def theirs(self, ours: str) -> tuple[str, ...]:
-        """Return what the other layout calls our tensor, in the spelling that modules of today's
-        library have; nothing if no row has it."""
+        """Return the names of our tensor in the other layout; empty if no row has it.
+
+        The spelling is that of modules in the current version of the library.
+        """
         found = self.row_of(ours)
         if found is None:
             return ()

@@ -1,8 +1,8 @@
-"""Text architectures of GGUF: what each makes of our decoder, and what it calls our tensors.
+"""Text architectures of GGUF: their options of our decoder and their names of our tensors.
 
 GGUF names tensors alike in all of them; they differ in which there are, in whether q, k, v (and
 gate, up) are one tensor, and in how rotary pairs lie. One generator of rows serves both
-directions. Knows no bytes and no metadata keys (see `decoder.py`).
+directions. Metadata keys are read and written in `decoder.py`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def rows(config: DecoderConfig, layout: TensorLayout) -> Iterator[tuple[str, lis
 
 
 def sizes(config: DecoderConfig, layer: int) -> dict[Size, int]:
-    """Return what the sizes in shapes stand for in one layer."""
+    """Return the number for each symbolic size of a shape in one layer."""
     q = config.per_layer(config.num_heads, layer) * config.head_dim
     kv = config.per_layer(config.num_kv_heads, layer) * config.head_dim
     ffn = config.per_layer(config.ffn_width, layer)

@@ -1,6 +1,6 @@
 """Language models in GGUF: metadata as a `DecoderConfig`, tensors as ours, both ways.
 
-Which tensors an architecture has is said in `architectures.py`. Where GGUF keeps rotary pairs
+The tensors of each architecture are listed in `architectures.py`. Where GGUF keeps rotary pairs
 side by side, rows of q and k move, because we keep them half a head apart (as Hugging Face does);
 our q, k, v and gate, up are fused by rows.
 Blocks run along rows, so all of this works on quantised bytes as well. Builds no model.

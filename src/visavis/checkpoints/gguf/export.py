@@ -4,8 +4,8 @@ its vision half.
     Loaded ── decoder, tokenizer, chat format ──► model.gguf     any type of `quantize.FILE_TYPES`
            └─ tower, connector, image processor ► mmproj.gguf    see mmproj.py
 
-Which architecture of llama.cpp a decoder is follows from its config. What GGUF cannot say is
-refused, never left out. Knows no container (writer.py) and reads no file.
+The architecture of llama.cpp follows from the decoder's config. A setting that GGUF cannot
+represent is an error and is never left out. The container is written by `writer.py`.
 """
 
 from __future__ import annotations
@@ -375,7 +375,8 @@ def _refusal(found: str, expected: str) -> CheckpointError:
 def chat_template(profile: PromptConfig, bos: str) -> str:
     """Return a jinja chat template that writes a profile's turns; empty where there are none.
 
-    Of the formats of `chat_formats.py` only `plain`, which leaves the user's words out, has none.
+    Of the formats in `processing/chat_formats.py` only `plain`, which leaves the user's words out,
+    has none.
 
     Args:
         bos: what every conversation begins with.

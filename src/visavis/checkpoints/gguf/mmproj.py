@@ -4,9 +4,9 @@
     mm.0  mm.2                                                         LLaVA's projector, `mlp`
     v.image_newline                                                    LLaVA 1.6
 
-One generator of rows serves both directions. llama.cpp's names of keys and tensors, those of its
-first converter too, which called the two feed-forward matrices the other way round. Writing is
-in mmproj_writer.py. Builds no model and knows no language model.
+One generator of rows serves both directions. Keys and tensors have the names of llama.cpp. Those
+of its first converter are read too; it swapped the names of the two feed-forward matrices. Files
+are written by `mmproj_export.py`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ MAX_LISTED = 8
 
 @dataclass(frozen=True)
 class MmprojModel:
-    """What an mmproj file says of a model.
+    """The vision half of a model, as read from the metadata of an mmproj file.
 
     Attributes:
-        linear: the projector is one layer, written as two (see mmproj_writer.py).
+        linear: the projector is one layer, written as two (see `mmproj_export.py`).
     """
 
     tower: ViTConfig
@@ -71,7 +71,7 @@ class MmprojRow:
 
 
 def tower_rows(tower: ViTConfig, swapped: bool = False) -> Iterator[MmprojRow]:
-    """Yield the tensors of a tower (layer scales apart, which GGUF's have not).
+    """Yield the tensors of a tower, except layer scales, which GGUF does not have.
 
     Args:
         swapped: the first converter's names, in which `ffn_down` comes before `ffn_up`.
@@ -186,8 +186,11 @@ def half_state(file: GGUFFile, half: MmprojModel) -> Iterator[tuple[str, Tensor]
 def _activation(
     gelu: bool, silu: bool, class_token: bool
 ) -> Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]:
-    """Return what a tower was trained with. llama.cpp's "gelu" is the tanh form: SigLIP's, and near
-    enough to that of CLIPs whose config.json says "gelu", which is exact."""
+    """Return the activation that a tower was trained with.
+
+    In llama.cpp "gelu" is the tanh form, which SigLIP uses. It is a close approximation for CLIP
+    models whose config.json has "gelu", the exact form.
+    """
     if silu or not gelu:
         return "silu" if silu else "quick_gelu"
     return "gelu" if class_token else "gelu_tanh"

@@ -8,8 +8,8 @@
 The last two round anew. To the squared error that the types themselves make this adds 4 % (Q2_K),
 0.1 % (Q3_K) and 10 % (Q6_K; rounding to bfloat16 adds 1 %).
 
-Scales and minimums are rounded to bfloat16, as every operand of a bfloat16 product is. Knows
-blocks; which tensors are packed, `packing.py` says.
+Scales and minimums are rounded to bfloat16, as every operand of a bfloat16 product is. The
+tensors to pack are chosen in `checkpoints/quantize.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def groups_of(part: StoredPart, bits: int, group: int) -> Groups:
 
 
 def take_blocks(packing: Quantizer, file: GGUFFile, name: str, stored: list[StoredPart]) -> Tensor:
-    """Return what stands in the state for a tensor of ours, packed if it is to be."""
+    """Return the state entry for a tensor by our name, packed if the settings ask for it."""
     as_stored = pack_blocks(packing, file, name, stored)
     if as_stored is None:
         return packing.take(name, torch.from_numpy(dequantized(file, name, stored)))

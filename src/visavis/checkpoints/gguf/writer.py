@@ -121,7 +121,7 @@ CHUNK = 1 << 22  # values that are float32 at a time
 
 
 def weight(module: nn.Module, name: str) -> Tensor:
-    """Return a tensor below a module by name, whatever keeps it."""
+    """Return a tensor below a module by name, from a parameter, buffer or property."""
     owner_name, _, last = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     found = getattr(owner, last)

@@ -2,7 +2,7 @@
 
 One config.json holds the language model's settings and `mm_…` ones; tensors are called
 `model.layers…`, `model.mm_projector…`, `model.vision_tower.vision_tower.vision_model…`. Takes
-parsed JSON and opens no file (see `folder.py`).
+parsed JSON and opens no file (see `load.py`).
 """
 
 from __future__ import annotations
@@ -220,8 +220,10 @@ def tiles_config(config: Json, tile: int) -> AnyresConfig | None:
 
 
 def _pairs(config: Json, tile: int) -> Any:
-    """Return what `image_grid_pinpoints` lists: pairs of width and height, as a list or its text,
-    or "(1x1),...,(6x6)" for all numbers of tiles between."""
+    """Return the pairs of width and height that `image_grid_pinpoints` lists.
+
+    The field is a list, the text of a list, or "(1x1),...,(6x6)" for all grids in that range.
+    """
     name, found = "image_grid_pinpoints", config.get("image_grid_pinpoints")
     if not isinstance(found, str):
         return found

@@ -4,7 +4,7 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja  preprocessor_config.json
     vision_tower/config.json  preprocessor_config.json        settings of the tower
 
-What is written is read again by `layout.py` and must come out the same.
+What is written is read again by `load.py` and must come out the same.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _whole(processor: ImageProcessorConfig, vision: dict[str, Any]) -> Any:
 
 
 def _lost_turns(data: dict[str, Any], text: dict[str, Any], loaded: Checkpoint) -> list[str]:
-    """Return what has to be said when the folder is loaded, if its config settles otherwise."""
+    """Return a note if loading the folder selects another chat format than the model has."""
     settled, ours = turns_of(data, text), loaded.profile.chat_template
     if settled == ours or not settled:
         return []

@@ -1,4 +1,4 @@
-"""What TinyLLaVA's config.json names and leaves out: language models, towers, image sizing.
+"""Parts that TinyLLaVA's config.json only names: language models, towers, image sizing.
 
 The original fetches these from the hub; here they are data, by the last part of the name (authors
 trained from copies of their own). Holds what each published config.json sets beyond its class.

@@ -3,7 +3,7 @@
     config.json  generation_config.json  model.safetensors (or shards and their index)
     tokenizer.json  tokenizer_config.json  preprocessor_config.json
 
-What is written is read again by `layout.py` and must come out as the very model that was asked
+What is written is read again by `load.py` and must come out as the very model that was asked
 for. Two settings are ours, and the original passes over them: `conv_version`, the chat format, and
 `vision_config2`, the second tower's config.
 """
@@ -89,7 +89,7 @@ def config_json(config: VLMConfig) -> tuple[dict[str, Any], Json, list[dict[str,
     """Return config.json, the language model's config and the towers' within it.
 
     Raises:
-        CheckpointError: TinyLLaVA has no words for a part; it is named.
+        CheckpointError: TinyLLaVA cannot represent a part, which the error names.
     """
     tower, connector = config.tower, config.connector
     if config.head is not None:
@@ -190,5 +190,5 @@ def _list(value: int | tuple[int, ...]) -> list[int]:
 def _name(
     table: Mapping[str, Json], read: Callable[[Json], Any], config: object, otherwise: str
 ) -> str:
-    """Return what a published part of this config is called on the hub."""
+    """Return the name on the hub of the published part that has this config."""
     return next((name for name, found in table.items() if read(found) == config), otherwise)

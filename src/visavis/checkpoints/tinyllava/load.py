@@ -81,7 +81,7 @@ POSITIONS = "embeddings.position_embeddings"  # of a DINOv2
 
 @dataclass(kw_only=True)
 class TinyLlavaFormat(FolderFormat):
-    """What one stage of TinyLLaVA wrote, or a repository of either generation.
+    """The output folder of one TinyLLaVA stage, or a repository of either generation.
 
     Attributes:
         chat_template: the chat format; empty if nothing settles it.

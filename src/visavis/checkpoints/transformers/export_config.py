@@ -1,8 +1,9 @@
-"""Our configs as transformers' config.json: the inverse of `config.py` and `decoders.py`.
+"""Our configs as transformers' config.json: the inverse of `vision_models.py` and
+`language_models.py`.
 
-Every candidate that is written is read again by those files and must come out as the very model
-that was asked for, so nothing is said approximately: a switch that no family has is an error that
-names it. Makes JSON; writes no file.
+Every candidate is read again by those files and must give exactly the requested config, so
+nothing is approximated: a setting that no family has is an error that names it. Returns JSON and
+writes no file.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def tower_json(config: ViTConfig) -> dict[str, Any]:
 
 
 def describe_connector(config: ConnectorConfig | None) -> str:
-    """Return what a connector is made of, for people."""
+    """Return a readable description of the layers of a connector."""
     if config is None:
         return "none"
     steps = [f"pixel shuffle {config.shuffle}"] if config.shuffle > 1 else []
@@ -161,7 +162,7 @@ def describe_connector(config: ConnectorConfig | None) -> str:
 
 
 def inexpressible(part: str, reason: str, others: str = OTHERS) -> CheckpointError:
-    """Return the error for a part that a layout has no words for."""
+    """Return the error for a part that a layout cannot represent."""
     return CheckpointError(f"{part} cannot be written in this layout: {reason}. {others}.")
 
 
@@ -295,7 +296,7 @@ def _as_read(config: VLMConfig, kind: str) -> VLMConfig:
 
 
 def _read(read: Callable[[Json], Any], found: Json) -> Any:
-    """Return what a reader makes of a candidate; None if it refuses it."""
+    """Return the result of a reader for a candidate, or None if the reader raises an error."""
     try:
         return read(found)
     except (CheckpointError, TypeError):

@@ -400,7 +400,7 @@ def _longrope(rope: Json, original: int, context: int) -> RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderNames:
-    """What a family calls the parts of a language model; defaults are Llama's.
+    """Names of the parts of a language model in one family; defaults are Llama's.
 
     Several names under `qkv` or `up` are tensors that stand one below the other in ours.
     """

@@ -91,7 +91,7 @@ def processor_config(config: Json) -> ImageProcessorConfig:
 
 
 def common_fields(config: Json) -> dict[str, Any]:
-    """Return what all image processors have: how colours are normalised, and the filter.
+    """Return the fields that all image processors have: normalisation and resize filter.
 
     Raises:
         CheckpointError: a step that ours does not do.

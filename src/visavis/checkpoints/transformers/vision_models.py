@@ -1,8 +1,8 @@
 """Whole models and vision towers of transformers: their config.json as our configs.
 
-Takes parsed JSON: opens no file and imports no transformers. Whatever a file leaves out stands at
-the library's default; a setting that no part of ours has is refused by name. Language models are
-in `decoders.py`, tensor names in `names.py`.
+Takes parsed JSON: opens no file and imports no transformers. Settings missing from a
+file take the library's default; a setting that no part of ours has is an error that names it.
+Language models are in `language_models.py`, tensor names in `weights.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tensor names of transformers: rows of every language model and vision tower we read.
 
 Both generations of names are read: that of the files on the hub and that of modules since 4.52;
-the hub's is written. Knows no settings (see `config.py`) and holds no tensor.
+the hub's is written. Configs are read in `language_models.py` and `vision_models.py`.
 """
 
 from __future__ import annotations
