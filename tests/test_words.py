@@ -43,12 +43,9 @@ REFUSED_IN_DOCSTRINGS = REFUSED | {
 # Parts whose docstrings are still to be rewritten; a part leaves the list when it is clean.
 TO_REWRITE = {
     "checkpoints",
-    "convert",
-    "data",
     "evaluate",
     "processing",
     "serve",
-    "train",
 }
 
 
