@@ -47,7 +47,6 @@ TO_REWRITE = {
     "evaluate",
     "processing",
     "serve",
-    "train",
 }
 
 

@@ -36,13 +36,13 @@ GGUF = ".gguf"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done.
+    """The result of a conversion.
 
     Attributes:
         loaded: the model that was written, still loaded.
         kind: the type of a GGUF file's tensors.
-        files: what was written, in its place.
-        lost: settings that the layout has no place for.
+        files: the files that were written, at their final paths.
+        lost: settings that the target layout cannot represent.
     """
 
     loaded: Checkpoint
@@ -135,7 +135,7 @@ def convert(
 
 
 def stored_precision(path: Path, base: Path | None = None) -> str:
-    """Return what most of a checkpoint's weights are stored in: "f32", "bf16" or "f16".
+    """Return the type that most of a checkpoint's weights are stored in: "f32", "bf16" or "f16".
 
     Raises:
         CheckpointError: its files are damaged, or of no layout that is known.
@@ -175,10 +175,10 @@ def _write_beside(
 
 
 def _check_place(out: Path, source: Path, *, force: bool, single: bool) -> None:
-    """Refuse a place where something else is.
+    """Check that the output path may be written.
 
     Raises:
-        InputError: what is there, and how to go on.
+        InputError: it may not; the message names the reason and a remedy.
     """
     ours, theirs = out.resolve(), source.resolve()
     if ours == theirs or ours in theirs.parents:

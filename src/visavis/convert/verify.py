@@ -1,6 +1,6 @@
-"""What a model and its conversion are both asked, and how answers are compared.
+"""Probes for a model and its conversion, and the comparison of their answers.
 
-A few texts and drawn images, always the same.
+The probes are a fixed set of texts and drawn images.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of a probe, as far as it says.
+    """The outputs of a model for a probe; an output that is not available is empty.
 
     Attributes:
-        vector: what it embeds the probe to, [D].
+        vector: the embedding of the probe, [D].
         hidden: the last hidden state of the probe in its chat format, [W].
-        log_probs: of the token after it, [vocab]; -inf for those not told.
+        log_probs: of the token after it, [vocab]; -inf for tokens that are not reported.
         token_ids: of the probe in its chat format.
     """
 
@@ -79,7 +79,7 @@ class Answer:
 
 
 def probes(with_pictures: bool) -> list[Probe]:
-    """Return what is asked; images of several shapes."""
+    """Return the probes: texts and, if requested, images of several shapes."""
     asked = [Probe(f"text {number}", text) for number, text in enumerate(TEXTS, start=1)]
     if with_pictures:
         drawn = {"gradient": _gradient(), "checkers": _checkers(), "blocks": _blocks()}
@@ -411,7 +411,7 @@ def limits(precision: str, kind: str) -> tuple[float, float]:
 
 
 def answers(model: Model, asked: Sequence[Probe]) -> list[Answer]:
-    """Return what one of our models makes of each probe it can take."""
+    """Return the answer of a model to each probe; empty for an image it cannot take."""
     found = []
     for probe in asked:
         if probe.image is not None and not model.takes_images:

@@ -107,7 +107,7 @@ class Place:
 
 
 def listed(value: Any) -> list[Any]:
-    """Return what a field holds as a list; nothing for None and for an empty text."""
+    """Return the values of a field as a list; empty for None and for an empty text."""
     if value is None or value == "":
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -163,7 +163,7 @@ def write_labels(
     predicates: Sequence[str] = (),
     num_neighbors: int = 10,
 ) -> Labels:
-    """Write the three files; return what they say.
+    """Write the three label files and return their content.
 
     Args:
         embed: texts to unit vectors [N, D].
@@ -225,7 +225,7 @@ def neighbors(
 
 
 def other_pairs(relations: Iterable[Relation]) -> dict[str, list[str]]:
-    """Return, for each sample, what is said of other pairs of its image and not of its own."""
+    """Return, for each sample, the predicates of other pairs of its image but not of its own."""
     relations = list(relations)
     said: dict[str, dict[Pair, dict[str, None]]] = {}
     for one in relations:

@@ -95,7 +95,7 @@ class Checkpoints:
         )
 
     def _content(self, state: State) -> dict[str, Any]:
-        """Return what is saved, on the first process; the others take part in gathering it."""
+        """Return the content to save, on the first process; all processes must call this."""
         main = self.processes.is_main
         moments = state.optimizer.state_dict()
         moments["state"] = {

@@ -90,7 +90,7 @@ MAX_FEATURE = 6.0  # ReLU6
 
 
 def class_shifts(classifier: Classifier, means: Tensor) -> Tensor:
-    """Return what to add to a mean feature to make it of each class, [classes, W].
+    """Return the shift from the mean feature towards each class, [classes, W].
 
     Args:
         means: mean features of real images [N, W].

@@ -1,4 +1,4 @@
-"""What all stages of a training run share: recipe, folders, model, encoder and data sources."""
+"""State shared by all stages of a training run: recipe, folders, model, encoder, data sources."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Length:
 
 @dataclass
 class Survey:
-    """What a few samples of a source say of all of them.
+    """Statistics of a source, estimated from a few of its samples.
 
     Attributes:
         size: samples of the source.
@@ -201,7 +201,7 @@ def trained_bytes(vlm: VLM, *, ema: bool) -> tuple[int, int]:
 def activation_bytes(
     config: DecoderConfig, tokens: int, number_bytes: int, *, recomputed: bool
 ) -> int:
-    """Return what blocks keep for the way back, of this many tokens."""
+    """Return the bytes of activations that blocks keep for the backward pass of `tokens` tokens."""
     blocks = [_block_bytes(config, layer, number_bytes) for layer in range(config.num_layers)]
     if recomputed:
         return tokens * (4 * config.width * config.num_layers + max(blocks))
@@ -218,7 +218,7 @@ def _block_bytes(config: DecoderConfig, layer: int, number_bytes: int) -> int:
 
 
 def tower_bytes(config: VLMConfig, patches: int, first: int) -> int:
-    """Return what a vision tower that is trained from block `first` on keeps, in float32."""
+    """Return the bytes of float32 activations of a vision tower trained from block `first` on."""
     tower = config.tower
     if not isinstance(tower, ViTConfig | Qwen2VLTowerConfig):
         return 0
@@ -227,7 +227,7 @@ def tower_bytes(config: VLMConfig, patches: int, first: int) -> int:
 
 
 def score_bytes(config: DecoderConfig, learned: int, number_bytes: int) -> int:
-    """Return what scores over the vocabulary take at this many positions."""
+    """Return the bytes of the scores over the vocabulary at `learned` positions."""
     return learned * config.vocab_size * (number_bytes + 8)
 
 

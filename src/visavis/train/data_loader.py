@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Features(Protocol):
-    """Where the vision tower's output of images is kept (see `features.py`)."""
+    """Store of the vision tower's output for images (see `feature_store.py`)."""
 
     def of(self, prompts: Sequence[Prompt], ids: Sequence[str]) -> Tensor:
         """Return features [N, P, W] of all images of prompts, in order; `ids` name them."""
@@ -150,7 +150,7 @@ class DataLoader:
             yield self.result(waiting)
 
     def result(self, future: Future[T]) -> T:
-        """Return what a thread makes, and count the time until it has."""
+        """Return the result of a future, and count the time spent waiting for it."""
         with self.waiting():
             return future.result()
 
@@ -184,10 +184,10 @@ def check_learned(id: str, encoded: PreparedPrompt) -> None:
 
 
 def _seen(id: str, future: Future[ImageInput]) -> ImageInput:
-    """Return what a worker made of an image.
+    """Return the image input that a worker prepared.
 
     Raises:
-        TrainError: it did not; the message names the sample.
+        TrainError: the image cannot be read; the message names the sample.
     """
     try:
         return future.result()

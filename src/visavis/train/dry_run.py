@@ -1,4 +1,4 @@
-"""What a recipe would do, found out without loading a weight: every problem, tables, estimates.
+"""Plan of a recipe, made without loading weights: every problem, tables, estimates.
 
     recipe ──► outline of the model, on the meta device ──► what each stage trains
        └─────► sources, a few samples of each ───────────► steps, tokens, memory, time
@@ -58,7 +58,7 @@ class SourcePlan:
 
 @dataclass
 class StagePlan:
-    """What one stage would do; None is what cannot be known."""
+    """The plan of one stage; None stands for values that cannot be determined."""
 
     stage: str
     kind: str
@@ -73,7 +73,7 @@ class StagePlan:
 
 @dataclass
 class Plan:
-    """What a recipe would do, and what stands in its way."""
+    """The plan of a recipe, and the problems that prevent it from running."""
 
     recipe: str
     model: str
@@ -87,7 +87,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, data: Path, *, flops: float | None = None) -> Plan:
-    """Return what a recipe would do, with all that stands in its way.
+    """Return the plan of a recipe, with all problems that prevent it from running.
 
     Args:
         data: the folder that sources' paths start at.
@@ -344,7 +344,7 @@ def _check_chat(encoder: PromptEncoder, sample: Conversation) -> None:
 
 
 def _source(objective: _Objective, name: str, steps: int | None) -> SourcePlan:
-    """Return what a source gives to a stage."""
+    """Return the plan of a source within a stage."""
     survey = objective.surveys.get(name)
     if survey is None:
         return SourcePlan(name)
@@ -358,7 +358,7 @@ def _source(objective: _Objective, name: str, steps: int | None) -> SourcePlan:
 
 
 def _table(vlm: VLM, stage: StepsStage, found: Findings) -> list[dict[str, object]]:
-    """Return what a stage trains, so that every part that is missing is named."""
+    """Return the table of parts that a stage trains; each missing part is reported."""
     there = {}
     for part, rate in stage.train.items():
         try:

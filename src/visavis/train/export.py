@@ -35,7 +35,7 @@ BUNDLED = ("smollm2-135m", EFFICIENTNET)  # parts of the bundle "nano"
 
 
 def save_model(loaded: Checkpoint, recipe: Recipe, folder: Path) -> list[str]:
-    """Write the finished model; return what could not be written beside it, and why.
+    """Write the finished model; return the reason for each file that could not be written.
 
     Raises:
         TrainError: the disk is full; the folder is as it was.

@@ -251,8 +251,7 @@ class FeatureStore:
 
     @torch.inference_mode()
     def _tower(self, pixels: Tensor) -> np.ndarray:
-        """Return what the connector reads of images, as a batch without a store would (but for
-        `half`)."""
+        """Return the tower features of images, computed as without a store (except for `half`)."""
         assert self.vlm.tower is not None
         device = next(self.vlm.tower.parameters()).device
         chunks = pixels.split(TOWER_BATCH) if device.type == "cpu" else (pixels,)

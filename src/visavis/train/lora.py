@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
         return mixed if bias is None else mixed + bias
 
     def delta(self) -> Tensor:
-        """Return what is added to the weight, float32 [out, in]."""
+        """Return the update that is added to the weight, float32 [out, in]."""
         pairs = zip(self.lora_a.split(self.rank), self.lora_b.split(self.parts), strict=True)
         return self.scale * torch.cat([b.float() @ a.float() for a, b in pairs])
 

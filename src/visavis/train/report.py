@@ -106,7 +106,7 @@ def _stage(
     trained: Sequence[Mapping[str, Any]],
     samples: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return what the template shows of a stage."""
+    """Return the template values of a stage."""
     curves = _curves([line for line in lines if "step" in line])
     return {
         "name": stage["name"],
@@ -171,7 +171,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Points]]
 
 
 def _curve(title: str, points: Points, unit: str) -> dict[str, Any]:
-    """Return what the template draws of one curve, in pixels, and its numbers."""
+    """Return the template values of one curve: its shape in pixels, and its numbers."""
     shown = _thinned(points, MOST_POINTS)
     low, high = _range([value for _, value in shown])
     first, last = shown[0][0], max(shown[-1][0], shown[0][0] + 1)

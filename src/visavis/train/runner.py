@@ -308,7 +308,7 @@ def _contrastive(task: Task) -> list[ContrastiveTask]:
 
 
 def identity(run: TrainingRun, stage: StepsStage) -> str:
-    """Return what a checkpoint of a stage belongs to: its recipe and its data."""
+    """Return a digest of recipe and data that identifies the checkpoints of a stage."""
     digest = hashlib.sha256(run.recipe.model_dump_json().encode())
     for name in sources_of(stage):
         digest.update(source_fingerprint(run.recipe.data[name], run.data).encode())

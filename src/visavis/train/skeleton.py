@@ -67,7 +67,7 @@ class TextSettings:
 
 @dataclass
 class Findings:
-    """What is wrong with a recipe, and what is only worth knowing."""
+    """Problems of a recipe, and notes that do not prevent it from running."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

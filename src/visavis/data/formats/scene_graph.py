@@ -56,7 +56,7 @@ class SceneGraphOptions(Options):
 
 
 class Relations:
-    """Rows, each with all predicates that are said of its pair as `true`."""
+    """Rows, each with all predicates that hold for its pair as `true`."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -149,7 +149,7 @@ class Predicates:
 
 @dataclass
 class Graph:
-    """An image with all that is said of its things."""
+    """An image with its annotated objects and relations."""
 
     picture: Image
     things: list[Thing]

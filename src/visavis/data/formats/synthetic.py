@@ -101,7 +101,7 @@ def scene(name: str) -> list[dict[str, Any]]:
 
 
 def predicate(subject: list[int], object: list[int]) -> str:
-    """Return what a box is to another."""
+    """Return the spatial predicate of one box relative to another."""
     if _within(subject, object):
         return "inside"
     if _within(object, subject):

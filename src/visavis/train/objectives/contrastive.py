@@ -1,7 +1,7 @@
 """Contrastive training: InfoNCE with in-batch negatives of all processes and hard negatives.
 
-Exact for any batch size: chunks by tokens go through `gradcache.py`, and a chunk's images are read
-when it is encoded. `losses.FalseNegatives` decides which in-batch targets are not negatives.
+Exact for any batch size: chunks by tokens go through `train/gradcache.py`, and a chunk's images are
+read when it is encoded. `losses.FalseNegatives` decides which in-batch targets are not negatives.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ContrastiveTask:
         return [Part(self.name, mean, tokens, ids, self.loader.take_waited())]
 
     def _items(self, samples: Sequence[ContrastiveExample]) -> list[_Item]:
-        """Return what is encoded: all queries, then their targets, then their hard negatives."""
+        """Return the items to encode: all queries, then all targets, then all hard negatives."""
         queries = [(one.id, one.query, one.instruction) for one in samples]
         targets = [(one.id, one.target, one.target_instruction) for one in samples]
         hard = [
