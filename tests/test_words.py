@@ -45,9 +45,6 @@ TO_REWRITE = {
     "checkpoints",
     "convert",
     "data",
-    "evaluate",
-    "processing",
-    "serve",
     "train",
 }
 
