@@ -40,15 +40,6 @@ REFUSED_IN_DOCSTRINGS = REFUSED | {
     r"^What ": "a noun: the content of the module",
 }
 
-# Parts whose docstrings are still to be rewritten; a part leaves the list when it is clean.
-TO_REWRITE = {
-    "convert",
-    "data",
-    "evaluate",
-    "processing",
-    "serve",
-}
-
 
 def old_words(text: str, refused: dict[str, str] = REFUSED) -> list[str]:
     """Return each refused word of a text with its replacement."""
@@ -114,10 +105,7 @@ def test_docstrings(part: str) -> None:
         for line, text in docstrings(path)
         if (words := old_words(text, REFUSED_IN_DOCSTRINGS))
     ]
-    if part in TO_REWRITE:
-        assert wrong, f"{part} is clean: take it off the list"
-    else:
-        assert wrong == []
+    assert wrong == []
 
 
 # ---- file names ----------------------------------------------------------------------------------
@@ -152,7 +140,6 @@ def test_docstrings_name_files_that_exist() -> None:
     wrong = {
         f"{path.relative_to(REPOSITORY).as_posix()}:{line}": missing
         for path in sorted(PACKAGE.rglob("*.py"))
-        if part_of(path) not in TO_REWRITE
         for line, text in docstrings(path)
         if (missing := missing_files(text, path.parent))
     }

@@ -1,4 +1,4 @@
-"""What of a suite's files is there, before any model is loaded: `visavis evaluate --check`."""
+"""The check for the files of a suite before a model is loaded: `visavis evaluate --check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What evaluation embeds and asks: items, retrieval tasks, and problems with their records."""
+"""Inputs of evaluation: items, retrieval tasks, and problems with their records."""
 
 from __future__ import annotations
 

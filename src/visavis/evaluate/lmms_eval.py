@@ -23,7 +23,7 @@ SETTINGS = {"temperature": "temperature", "top_p": "top_p", "max_new_tokens": "m
 
 
 def manifest() -> ModelManifest:
-    """Return what lmms-eval registers."""
+    """Return the model manifest that lmms-eval registers."""
     return ModelManifest(model_id="visavis", simple_class_path=f"{__name__}.Visavis")
 
 

@@ -55,7 +55,7 @@ class Encoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """What mteb writes beside results."""
+        """The model metadata that mteb writes beside results."""
         from mteb.models import ModelMeta
 
         name = self.model.name if "/" in self.model.name else f"visavis/{self.model.name}"

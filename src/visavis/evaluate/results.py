@@ -57,7 +57,7 @@ class TaskResult:
         return not self.problems and self.headline in self.scores
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the summary and `--json` show."""
+        """Return the values that the summary and `--json` show."""
         shown: dict[str, Any] = dict(self.scores)
         shown |= {"n": self.n, "headline": self.headline}
         bounds = self.bounds()
@@ -127,7 +127,7 @@ def averages(suite: Suite, tasks: Mapping[str, TaskResult]) -> dict[str, float |
 
 
 def describe_model(model: Model, profile: str) -> dict[str, Any]:
-    """Return what of a model belongs in every result."""
+    """Return the description of a model that is stored in every result."""
     types = sorted({str(weight.dtype).removeprefix("torch.") for weight in model.vlm.parameters()})
     return {
         "name": model.name,

@@ -150,7 +150,10 @@ def _shown(data: RetrievalData, number: int, small: bool) -> dict[str, Any]:
 
 
 def _described(item: Item, small: bool) -> dict[str, Any]:
-    """Return what an item is, with small copies of images that lie in no file of their own."""
+    """Return the description of an item.
+
+    With `small`, it includes thumbnails of images that are not stored in a file of their own.
+    """
     found = item.describe()
     copies = thumbnails(item.visuals) if small else []
     return found | ({"thumbnails": copies} if copies else {})

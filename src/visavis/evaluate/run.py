@@ -69,7 +69,7 @@ DEFAULTS = Options()
 
 @dataclass
 class Context:
-    """What the runner of a task may use."""
+    """The options, workers and callbacks available to the runner of a task."""
 
     root: Path
     options: Options

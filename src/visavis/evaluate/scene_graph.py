@@ -99,7 +99,7 @@ def scene_graph(
     """Return a model's recall on a source of the format `scene-graph`.
 
     Args:
-        predicates: the vocabulary; empty: what is said in the source, sorted.
+        predicates: the vocabulary; empty: the predicates of the source, sorted.
 
     Raises:
         InputError: the source is of another format.

@@ -22,7 +22,7 @@ QUERIES, BLOCK = 2048, 8192  # scored at a time: 128 MB of float64
 
 @dataclass
 class Scored:
-    """What scoring a task gives.
+    """The result of scoring a task.
 
     Args:
         metrics: for each metric its values, float64 [N].

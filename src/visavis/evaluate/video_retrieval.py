@@ -225,8 +225,11 @@ def best_of_sets(similarity: np.ndarray, owner: np.ndarray) -> np.ndarray:
 
 
 def official_scores(similarity: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-    """Return what CLIP4Clip prints: every tie counts once more with one caption a video; with
-    several, ties by place and the lower of two middle ranks as the median, text to video."""
+    """Return the scores that CLIP4Clip prints.
+
+    With one caption per video, every tie counts once more. With several, ties are resolved by
+    position, and the median of text to video is the lower of the two middle ranks.
+    """
     best = best_of_sets(similarity, owner)
     if len(owner) == similarity.shape[1]:
         found = {f"t2v {k}": v for k, v in recall_summary(clip4clip_ranks(similarity)).items()}

@@ -49,7 +49,7 @@ class BoundExceededError(Exception):
 def call(
     function: str, *args: Any, seconds: float, memory: int, data: bytes = b""
 ) -> tuple[Any, bytes]:
-    """Return what `module:function(data, *args)` returns in a child process.
+    """Call `module:function(data, *args)` in a child process and return its result.
 
     Args:
         function: of a module in `visavis.processing`; returns a JSON value and bytes.

@@ -1,7 +1,7 @@
-"""Chat formats as data: what stands around each role's text, and what is learned.
+"""Chat formats as data: the strings around each role's text, and which of them are learned.
 
 The formats of LLaVA, LLaVA-NeXT, LLaVE, TinyLLaVA and Phi-3-vision under their original names.
-Strings only: `templates.py` renders them to ids.
+The formats are strings; `chat_template.py` renders them to ids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Turn:
-    """What stands around one role's text: `start`, `gap`, the text, `end`, `after`.
+    """The strings around one role's text: `start`, `gap`, the text, `end`, `after`.
 
     An assistant's text and `end` are learned, the rest never is. An answer that is to be generated
     begins after `start`: `gap` is left to the model.
@@ -34,7 +34,7 @@ class ChatFormat:
     Args:
         turns: by role; a role that is absent is refused.
         before: once, at the very start.
-        system: the system message of a conversation that brings none; with one, a system message
+        system: the default system message of a conversation; where it is set, a system message
             may only come first.
         first_user: the first user turn, where the system text stands inside it.
         image_start, image_end: written around each image.

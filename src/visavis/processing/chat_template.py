@@ -36,7 +36,7 @@ class Encoded:
     Attributes:
         image_slots: (start, length) of each image's placeholders, in the order of the images.
         loss_mask: which tokens are learned; all False with the generation prompt of jinja.
-        positions: for M-RoPE, int64 [3, T] (see `mrope.py`); None: 0, 1, 2, …
+        positions: for M-RoPE, int64 [3, T] (see `model/rope.py`); None: 0, 1, 2, …
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -453,7 +453,7 @@ def _expand(flat: Encoded, specials: SpecialTokens, visuals: Sequence[_Placehold
 def _placeholders(
     prompt: Prompt, image_token_id: int, video_token_id: int, counts: Sequence[int]
 ) -> list[_Placeholders]:
-    """Return what stands for each image and video, in order."""
+    """Return the placeholders of each image and video, in order."""
     visuals = prompt.visuals
     if len(visuals) != len(counts):
         raise InputError(

@@ -1,9 +1,9 @@
-"""What has been computed for an image, in a folder that outlives the process, within a byte budget.
+"""A disk cache of image features that outlives the process, within a byte budget.
 
     <hash of key and maker>.features    16 bytes of hash, then tensors as safetensors
 
 A file is written whole or not at all, is checked when it is read, and counts as used then; the
-longest unused go first. Several processes may share a folder. Knows tensors, keys and files.
+longest unused go first. Several processes may share a folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DiskFeatureCache:
 
     Args:
         folder: made where there is none.
-        maker: names all that decides what an image becomes; under another, nothing is found.
+        maker: identifies everything the features depend on; entries of another maker are not found.
         max_bytes: of all files; all makers share them.
 
     Raises:

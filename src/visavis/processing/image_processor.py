@@ -36,7 +36,7 @@ class ImageReference:
 
     @property
     def content(self) -> Content:
-        """What was read of it when its prompt was prepared."""
+        """The content that was read when the prompt was prepared."""
         assert self.visual.content is not None, "identify the prompt first"
         return self.visual.content
 
@@ -75,7 +75,7 @@ def grid_of(visual: Image | Video, config: ImageProcessorConfig, is_only_image: 
 
 
 def times_of(video: Video, config: ImageProcessorConfig) -> str:
-    """Return what LLaVA-Video's prompts say on the times of a video's frames.
+    """Return the text on the times of a video's frames in LLaVA-Video's prompts.
 
     Raises:
         ImageError, InputError: see `grid_of`.

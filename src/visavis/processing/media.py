@@ -1,6 +1,6 @@
 """Files that users name: images, videos and documents are opened, or found in folders.
 
-Whatever is not there or may not be read is one `ImageError`.
+A source that is missing or may not be read raises `ImageError`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # Path has made one slash of 
 
 
 def name_of(source: Path | bytes | Stored, what: str = "image") -> str:
-    """Return what messages call it: the quoted path, or "the image of 9 bytes"."""
+    """Return the name of a source in messages: the quoted path, or "the image of 9 bytes"."""
     if isinstance(source, bytes):
         return f"the {what} of {len(source)} bytes"
     text = source.name if isinstance(source, Stored) else str(source)

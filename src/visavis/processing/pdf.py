@@ -100,7 +100,7 @@ def _file(source: Path | bytes | str) -> Path | bytes:
 
 
 def _ask(what: str, source: Path | bytes, *args: int) -> tuple[Any, bytes]:
-    """Return what a function of `pdfium.py` says of a document, from a child process."""
+    """Call a function of `pdfium.py` on a document in a child process and return its result."""
     if find_spec("pypdfium2") is None:
         raise InputError(
             "documents need pypdfium2, which is not installed: pip install 'visavis[pdf]'"

@@ -1,7 +1,7 @@
 """The prompt profile: everything about prompts that a checkpoint must bring along.
 
-Saved with the weights and never guessed from a name. Knows no tokenizer and renders nothing; see
-`templates.py` for what the fields do.
+It is saved with the weights and never guessed from a name. `chat_template.py` applies its chat
+format.
 """
 
 from __future__ import annotations
@@ -100,8 +100,10 @@ class PromptConfig:
         return form.format(instruction=instruction, text=text)
 
     def around(self, has_visuals: bool, has_text: bool, instruction: str) -> tuple[str, str, str]:
-        """Return what the forms write before the first part of an item, between its visuals and
-        its text, and after the last part."""
+        """Return the texts of the forms before, between and after the parts of an item.
+
+        The second text is between the visuals and the text of the item.
+        """
         form = self.text_form
         if has_visuals:
             form = self.visual_text_form if has_text else self.visual_form

@@ -110,7 +110,7 @@ def resized(size: tuple[int, int], config: Qwen2VLConfig, video: bool = False) -
 
 
 def _squared(size: tuple[int, int], factor: int, video: bool) -> tuple[int, int]:
-    """Return what VLM2Vec takes an extreme image's size for."""
+    """Return the size that VLM2Vec uses for an image, square for extreme aspect ratios."""
     if min(size) < factor:
         return (max(factor, *size),) * 2 if video else (SMALL, SMALL)
     return (max(size),) * 2 if max(size) > MAX_ASPECT * min(size) else size

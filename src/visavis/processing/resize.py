@@ -77,7 +77,7 @@ class ImageProcessor:
 
 
 def process_image(image: pil.Image, config: ImageProcessorConfig) -> np.ndarray:
-    """Return what the tower takes, float32 [3, size, size], from a decoded (RGB) image."""
+    """Return the vision tower's input, float32 [3, size, size], for a decoded (RGB) image."""
     return normalise(np.asarray(resize_image(image, config)), config)
 
 

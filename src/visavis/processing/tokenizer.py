@@ -1,7 +1,7 @@
 """Tokenizers, built into the `tokenizers` library from GGUF metadata or a model's folder.
 
 GPT-2 style BPE and SentencePiece BPE. Ids are those of llama.cpp and of the model's own tokenizer.
-Reads no GGUF file itself (it is given the metadata dict) and knows nothing of turns or templates.
+The module takes the metadata dict of a GGUF file and does not read the file itself.
 """
 
 from __future__ import annotations

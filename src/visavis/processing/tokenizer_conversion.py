@@ -54,7 +54,7 @@ END_TEXTS = frozenset(  # tokens that end a turn in some family, recognised by t
 
 
 def read_sentencepiece(path: Path) -> dict[str, Any]:
-    """Return what a `tokenizer.model` says, under the keys of GGUF's `tokenizer.ggml`.
+    """Return the content of a `tokenizer.model`, under the keys of GGUF's `tokenizer.ggml`.
 
     Raises:
         CheckpointError: the file is damaged, or of a kind that is not read.

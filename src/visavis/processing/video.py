@@ -8,7 +8,7 @@ from the key frame before each wanted frame. Where the stamps are missing or lea
 everything is decoded; both ways give the same frames. Frames are shown as a player shows them:
 turned and mirrored by the display matrix, without those that an edit list hides. Playlists and
 other files that name files are refused. Pixels that are not square are left as stored, as LLaVA
-does. This module knows no model.
+does.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def sample(total: int, rate: float, config: VideoConfig, asked: int | None = Non
 
 
 def time_instruction(duration: float, times: Sequence[float]) -> str:
-    """Return what LLaVA-Video's prompts say about the frames, between video and question."""
+    """Return the text on the frames between video and question in LLaVA-Video's prompts."""
     listed = ",".join(f"{time:.2f}s" for time in times)
     return (
         f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly "
@@ -160,7 +160,7 @@ def _sample(reader: _Reader, config: VideoConfig, video: Video) -> list[int]:
 
 @contextmanager
 def _open(video: Video) -> Iterator[_Reader]:
-    """Yield what reads a video; whatever goes wrong meanwhile is one ImageError."""
+    """Yield the reader of a video; any failure while it is open raises ImageError."""
     pictures = frame_files(video.source)
     if pictures:
         yield _Pictures(pictures)
@@ -189,7 +189,7 @@ def _open(video: Video) -> Iterator[_Reader]:
 
 
 class _Reader(Protocol):
-    """What is known of a video before its frames are decoded, and a way to decode some."""
+    """The metadata of a video, known before decoding, and a method that decodes frames."""
 
     times: list[float]  # seconds, when each frame is shown, from 0
     rate: float  # frames per second

@@ -26,7 +26,7 @@ class _Settings(BaseModel):
 
 
 class Limits(_Settings):
-    """What one request, and all requests together, may cost.
+    """Limits on the cost of one request and of all requests together.
 
     Args:
         body_bytes: of a request body.
@@ -131,7 +131,7 @@ class ServerConfig(_Settings):
 
 
 def hash_key(key: str) -> str:
-    """Return what `ServerConfig.api_keys` holds for a key."""
+    """Return the hash of a key, as stored in `ServerConfig.api_keys`."""
     return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
 
 

@@ -70,7 +70,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Return what a client is told about an exception; log what it is not told."""
+    """Return the error that a client receives for an exception; log the details withheld."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ValidationError):

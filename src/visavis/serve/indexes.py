@@ -26,7 +26,7 @@ IMAGE_SIZES = range(64, 2049)  # pixels, longer side
 
 
 class ScheduledModel:
-    """What an index needs of a model; its inputs wait for batches like those of requests.
+    """The model interface that an index needs; inputs are batched as requests' inputs are.
 
     Args:
         served: a loaded model.
@@ -133,7 +133,7 @@ def item_of(index: Index, item_id: int) -> StoredItem:
 
 
 def described(item: StoredItem, where: str) -> dict[str, Any]:
-    """Return what clients are told of an item; `where` is the path of its images."""
+    """Return the description of an item for clients; `where` is the path of its images."""
     has_image = item.is_file or item.preview is not None
     return {
         "id": item.id,

@@ -92,7 +92,7 @@ class Library:
         return found
 
     def image(self, item: int | None, image: str | None, path: str | None) -> Any:
-        """Return what is to be looked at: an item, an image that was sent, or a file."""
+        """Return the image to look at: that of an item, one that was sent, or a file."""
         if sum(one is not None for one in (item, image, path)) != 1:
             raise InputError("give exactly one of item, image (a data URI or base64) and path")
         if path is not None:

@@ -1,4 +1,4 @@
-"""What requests send, as prompts: text, and images, videos and documents as data.
+"""The content of requests as prompts: text, and images, videos and documents as data.
 
 A dialect lists pieces; `Reader.prompt` decodes them, fetches allowed URLs and holds the limits. No
 piece can name a file of this machine: what is neither a data URI nor a URL is base64.
@@ -46,7 +46,7 @@ Turn: TypeAlias = tuple[Role, Sequence[Piece]]
 
 @dataclass
 class Cost:
-    """What the prompts of one request hold."""
+    """The counts of media in the prompts of one request."""
 
     images: int = 0
     videos: int = 0

@@ -46,7 +46,7 @@ class GrowingAnswer(Protocol):
 
 
 class GrowingEngine(Protocol):
-    """What grows answers (`visavis.generate.engine.Engine`)."""
+    """The interface of a generation engine (`visavis.generate.engine.Engine`)."""
 
     @property
     def busy(self) -> bool: ...
@@ -193,7 +193,7 @@ class Scheduler:
         self._fail_all(ApiError(503, "the server is stopping", code="stopping", retry_after=5))
 
     def _turn(self) -> bool:
-        """Do one unit of work, or wait for some; return whether to go on."""
+        """Do one unit of work, or wait for some; return whether to continue."""
         with self.condition:
             while not (self.closing or self.arrived or self.tasks or self._busy()):
                 self.condition.wait()

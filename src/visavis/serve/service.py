@@ -1,4 +1,4 @@
-"""What the server does, apart from any API: answers, embeddings, similarities.
+"""The operations of the server, apart from any API: answers, embeddings, similarities.
 
 dialect ──► Service.chat / embed ──► Reader (limits) ──► ServedModel ──► Scheduler
 """
@@ -143,7 +143,7 @@ class Service:
         self.draining = False
 
     def reader(self) -> Reader:
-        """Return what makes prompts of one request."""
+        """Return the reader that makes the prompts of one request."""
         return Reader(self.config.limits, self.fetcher)
 
     async def prepare(self, work: Callable[[], Result]) -> Result:

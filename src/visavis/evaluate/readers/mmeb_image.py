@@ -186,7 +186,10 @@ class Strings:
         return self._whole(text, path, self.task.get("target", ""), find)
 
     def official_key(self, text: str, path: str) -> Any:
-        """Return what the original code tells candidates apart by: in V1 text and path."""
+        """Return the key by which the original code tells candidates apart.
+
+        None stands for text and path, as in V1.
+        """
         return None
 
     def _whole(self, text: str, path: str, instruction: str, find: ImageFinder) -> Item:
@@ -242,7 +245,7 @@ class InstructStrings(Strings):
         return Item(text.strip(), (find.need(path),), instruction.strip(), written)
 
     def official_key(self, text: str, path: str) -> Any:
-        """Return what VLM2Vec's code for MMEB-V2 tells candidates apart by."""
+        """Return the key by which VLM2Vec's code for MMEB-V2 tells candidates apart."""
         keys: dict[str, Callable[[], Any]] = {
             "i2t": lambda: text,
             "qa": lambda: text,

@@ -1,4 +1,4 @@
-"""What the web page asks for: forms with an uploaded image, answers as server-sent events."""
+"""The API of the web page: forms with an uploaded image, answers as server-sent events."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ Parts = Annotated[list[Part], Field(max_length=MAX_PARTS)]
 
 
 class OpenAIErrorBody(Response):
-    """What went wrong."""
+    """The details of an error."""
 
     message: str
     type: str

@@ -218,7 +218,7 @@ class ShowRequest(Request):
 
 
 class Details(Response):
-    """What kind of model it is."""
+    """The format, family and size of a model."""
 
     parent_model: str = ""
     format: str

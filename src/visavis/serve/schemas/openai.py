@@ -53,7 +53,7 @@ class ResponseFormat(Request):
 
 
 class StreamOptions(Request):
-    """What a stream holds besides the text."""
+    """Options on the content of a stream besides the text."""
 
     include_usage: bool | None = False
     include_obfuscation: Ignored = None
@@ -176,14 +176,14 @@ class ChatResponse(Response):
 
 
 class Delta(Response):
-    """What is new."""
+    """The new part of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChunkChoice(Response):
-    """What is new of one of the `n` answers."""
+    """The new part of one of the `n` answers."""
 
     index: int
     delta: Delta

@@ -87,7 +87,7 @@ class Failure(Response):
 
 
 class AddResponse(Response):
-    """What was done with each item."""
+    """The number of items added, changed and unchanged, and the failures."""
 
     added: int
     changed: int
