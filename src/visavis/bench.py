@@ -137,12 +137,12 @@ def measure(model: Model, load_seconds: float, *, runs: int = 3) -> Iterator[str
     weights, read = decoder_weights(model)
     rows = [_load_row(model, load_seconds, machine)]
     prompt = min(PROMPT_TOKENS, model.context_length // 2)
-    yield f"reading {prompt} tokens"
+    yield f"prefill of {prompt} tokens"
     floor = machine.flops / (2 * weights)
     rows.append(_rate("prefill", "tokens/s", prompt, runs, lambda: _say(model, prompt, 1), floor))
     new = min(NEW_TOKENS, model.context_length // 4)
     for number in (1, SEQUENCES):
-        yield f"saying {new} tokens, {number} at a time"
+        yield f"decode of {new} tokens, {number} at a time"
         seconds = [_decode_seconds(model, new, number) for _ in range(runs)]
         name = "decode" if number == 1 else f"decode, {number} at a time"
         bound = min(machine.bandwidth / read * number, floor)
@@ -151,7 +151,7 @@ def measure(model: Model, load_seconds: float, *, runs: int = 3) -> Iterator[str
     texts = [f"{SENTENCE * (1 + i % 4)}{i}" for i in range(ITEMS)]
     rows.append(_rate("embed texts", "texts/s", ITEMS, runs, lambda: model.embed(texts)))
     if model.takes_images:
-        yield f"embedding {ITEMS} pictures"
+        yield f"embedding {ITEMS} images"
         pictures = [_picture(seed) for seed in range(ITEMS)]
 
         def anew() -> None:
