@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.parity.peers import assert_close, randomized
-from visavis.checkpoints.bert import MINILM, load_bert, read_text_tokenizer
+from visavis.checkpoints.bert import MINILM, load_bert
 from visavis.checkpoints.load import NANO_FOLDER
 from visavis.errors import CheckpointError
 from visavis.model.config import BertConfig
 from visavis.model.text_tower import BertEncoder
 from visavis.processing.prompt_encoder import plain_specials
 from visavis.processing.tokenizer import encode
+from visavis.processing.tokenizer_check import read_tokenizer
 
 pytestmark = pytest.mark.parity
 
@@ -108,7 +109,7 @@ def test_nano_reads_texts_as_sentence_transformers_does(
     peer = transformers.BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
     words = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     pooling = models.Pooling(MINILM.width, pooling_mode="mean")
-    tokenizer = read_text_tokenizer(NANO_FOLDER / "text_tokenizer.json")
+    tokenizer = read_tokenizer(NANO_FOLDER / "text_tokenizer.json")
     tower = tower_of(nano_files["text_tower"], MINILM).float()
     for text in TEXTS:
         ids = encode(tokenizer, plain_specials(tokenizer), text, parse_special=False)

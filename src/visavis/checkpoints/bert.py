@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from visavis.checkpoints.tensor_files import read_tensors
@@ -87,21 +86,3 @@ def _state(found: Mapping[str, Tensor], config: BertConfig) -> dict[str, Tensor]
             for name, other in PARTS.items():
                 state[f"{ours}.{name}.{kind}"] = found[f"{theirs}.{other}.{kind}"]
     return state
-
-
-def read_text_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of a text tower, without the padding and truncation it was saved with.
-
-    Raises:
-        CheckpointError: the file is absent or damaged.
-    """
-    try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    except Exception as error:  # OSError, or tokenizers' bare Exception
-        raise CheckpointError(
-            f"cannot read {path}: {error}. Expected the tokenizer of the text tower in this "
-            "folder; copy the folder again."
-        ) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer

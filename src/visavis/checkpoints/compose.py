@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from visavis.checkpoints import bundled
-from visavis.checkpoints.bert import MINILM, load_bert, read_text_tokenizer
+from visavis.checkpoints.bert import MINILM, load_bert
 from visavis.checkpoints.checkpoint import Checkpoint, checkpoint_fingerprint
 from visavis.checkpoints.efficientnet import NUM_CLASSES, load_efficientnet
 from visavis.checkpoints.load import NANO_FOLDER, load_checkpoint, resolve
@@ -48,6 +48,7 @@ from visavis.model.embedding_head import EmbeddingHead
 from visavis.model.vlm import VLM
 from visavis.processing.config import AnyresConfig, ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.tokenizer_check import read_tokenizer
 from visavis.utils import lookup
 
 EFFICIENTNET = "efficientnet-lite2"
@@ -142,9 +143,7 @@ def compose(
         processor=processor,
         fingerprint=checkpoint_fingerprint([], identity),
         files=base.files,
-        text_tokenizer=read_text_tokenizer(NANO_FOLDER / TEXT_TOKENIZER)
-        if parts.text_tower
-        else None,
+        text_tokenizer=read_tokenizer(NANO_FOLDER / TEXT_TOKENIZER) if parts.text_tower else None,
     )
 
 

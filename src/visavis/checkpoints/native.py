@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from visavis.checkpoints import bundled
-from visavis.checkpoints.bert import load_bert, read_text_tokenizer
+from visavis.checkpoints.bert import load_bert
 from visavis.checkpoints.checkpoint import (
     Checkpoint,
     Written,
@@ -69,6 +69,7 @@ from visavis.processing.tokenizer import (
     load_tokenizer,
     special_tokens,
 )
+from visavis.processing.tokenizer_check import read_tokenizer
 from visavis.utils import parse_json, write_atomically
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ class NativeFormat(CheckpointFormat):
         assert self.config is not None
         if self.config.text_tower is None:
             return None
-        return read_text_tokenizer(self.path / TEXT_TOKENIZER)
+        return read_tokenizer(self.path / TEXT_TOKENIZER)
 
     def state(self, quantizer: Quantizer) -> tuple[dict[str, Tensor], LowRank | None]:
         if self.base is None:

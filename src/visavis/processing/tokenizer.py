@@ -239,9 +239,6 @@ def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
         tokenizer = _load_byte_level(path, config)
     else:
         tokenizer = read_tokenizer(path)
-    # Settings of whoever saved the file: nothing is cut or filled up here.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     added = tokenizer.get_added_tokens_decoder()
     by_text = {token.content: number for number, token in added.items() if token.special}
 
