@@ -1,4 +1,4 @@
-"""A tiny Qwen2-VL folder in transformers' layout, and what its peer takes."""
+"""Tiny folders of Qwen2-VL and Qwen2.5-VL in transformers' layout, and what their peers take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from PIL import Image
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
@@ -42,6 +45,17 @@ VISION: dict[str, Any] = {
     "mlp_ratio": 2,
     "patch_size": PATCH,
 }
+WINDOWED: dict[str, Any] = {  # windows of 2 x 2 tokens
+    "depth": 4,
+    "hidden_size": 48,
+    "out_hidden_size": 32,
+    "num_heads": 3,
+    "intermediate_size": 56,
+    "patch_size": PATCH,
+    "window_size": 4 * PATCH,
+    "fullatt_block_indexes": [1, 3],
+    "tokens_per_second": 2,
+}
 # Qwen2-VL's own.
 TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
@@ -67,16 +81,23 @@ PROCESSOR = Qwen2VLImageProcessorPil(patch_size=PATCH, min_pixels=256, max_pixel
 
 def save_qwen2_vl(folder: Path, **text: Any) -> Qwen2VLForConditionalGeneration:
     """Write a model with its tokenizer, chat template and image processor; return the peer."""
-    config = Qwen2VLConfig(
-        text_config=SIZES | text,
-        vision_config=VISION,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-        **{key: text[key] for key in ("tie_word_embeddings",) if key in text},
-    )
-    peer = Qwen2VLForConditionalGeneration(config)
+    config = Qwen2VLConfig(text_config=SIZES | text, vision_config=VISION, **_whole(text))
+    return _saved(Qwen2VLForConditionalGeneration(config), folder)
+
+
+def save_qwen2_5_vl(folder: Path, **text: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """Write a Qwen2.5-VL as `save_qwen2_vl` does."""
+    config = Qwen2_5_VLConfig(text_config=SIZES | text, vision_config=WINDOWED, **_whole(text))
+    return _saved(Qwen2_5_VLForConditionalGeneration(config), folder)
+
+
+def _whole(text: dict[str, Any]) -> dict[str, Any]:
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+    ids |= {"vision_start_token_id": START, "vision_end_token_id": END}
+    return ids | {key: text[key] for key in ("tie_word_embeddings",) if key in text}
+
+
+def _saved(peer: PreTrainedModel, folder: Path) -> Any:
     randomized(peer)
     peer.save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""Qwen2-VL against transformers: tower, hidden states, logits and answers, packed and cached."""
+"""Qwen2-VL and Qwen2.5-VL against transformers: tower, hidden states, logits and answers, packed
+and cached."""
 
 from __future__ import annotations
 
@@ -7,21 +8,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_window_index
 
 import visavis
 from tests.parity.peers import assert_close
 from tests.parity.qwen2_vl_files import (
     END,
     IMAGE,
+    PATCH,
     START,
     VIDEO,
     noise,
     peer_inputs,
+    save_qwen2_5_vl,
     save_qwen2_vl,
     tokenizer,
 )
 from visavis.model.attention import SequenceLayout
 from visavis.model.batch import PackedBatch
+from visavis.model.config import Qwen2VLTowerConfig
 from visavis.model.image_input import ImageGrid, ImageInput
 from visavis.model.kv_cache import KVCache
 from visavis.model.rope import mrope_positions
@@ -34,10 +40,15 @@ pytestmark = pytest.mark.parity
 SIZES = [(24, 16), (30, 41), (16, 16), (60, 20)]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, visavis.Model]:
-    folder = tmp_path_factory.mktemp("qwen2-vl")
-    peer = save_qwen2_vl(folder)
+FAMILIES = {"Qwen2-VL": save_qwen2_vl, "Qwen2.5-VL": save_qwen2_5_vl}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, visavis.Model]:
+    folder = tmp_path_factory.mktemp(request.param)
+    peer = FAMILIES[request.param](folder)
     return peer, visavis.load(folder, precision="f32", device="cpu")
 
 
@@ -56,8 +67,12 @@ def seen(model: visavis.Model, *sizes: tuple[int, int], frames: int = 0) -> list
     return found
 
 
-def sequence(parts: list[str | ImageInput]) -> Encoded:
-    """Return ids of texts and visuals, with their positions on three axes."""
+def sequence(parts: list[str | ImageInput], rate: int = 0) -> Encoded:
+    """Return ids of texts and visuals, with their positions on three axes.
+
+    Args:
+        rate: positions that a second of a video takes.
+    """
     encoded, shapes = Encoded(), []
     for part in parts:
         if isinstance(part, str):
@@ -68,12 +83,15 @@ def sequence(parts: list[str | ImageInput]) -> Encoded:
         encoded.add_image(VIDEO if part.shape.video else IMAGE, len(part.pixels) // 4)
         encoded.add([END])
     length = len(encoded.token_ids)
-    encoded.positions = mrope_positions(length, encoded.image_slots, shapes) if shapes else None
+    if shapes:
+        encoded.positions = mrope_positions(length, encoded.image_slots, shapes, 2, rate)
     return encoded
 
 
-def packed(sequences: list[list[str | ImageInput]]) -> PackedBatch:
-    batch = pack([sequence(parts) for parts in sequences])
+def packed(model: visavis.Model, sequences: list[list[str | ImageInput]]) -> PackedBatch:
+    tower = model.vlm.config.tower
+    assert isinstance(tower, Qwen2VLTowerConfig)
+    batch = pack([sequence(parts, tower.tokens_per_second) for parts in sequences])
     batch.visuals = tuple(
         part for parts in sequences for part in parts if isinstance(part, ImageInput)
     )
@@ -94,11 +112,15 @@ def test_tower_and_merger(pair: tuple[Any, visavis.Model]) -> None:
     patches = torch.cat([one.pixels for one in visuals])
     found = peer.model.visual(patches, grid_thw=torch.tensor(grids))
     assert model.vlm.tower is not None
-    assert_close(model.vlm.tower(patches, grids), found.last_hidden_state, "tower")
+    hidden = found.last_hidden_state
+    if isinstance(peer, Qwen2_5_VLForConditionalGeneration):  # the peer's are in windows
+        order, _ = get_vision_window_index(torch.tensor(grids), 2, 4 * PATCH, PATCH)
+        hidden = hidden.unflatten(0, (-1, 4))[order.argsort()].flatten(0, 1)
+    assert_close(model.vlm.tower(patches, grids), hidden, "tower")
     tokens, means = zip(*model.vlm.see(visuals), strict=True)
     assert_close(torch.cat(tokens), found.pooler_output, "merger")
     sizes = [len(one.pixels) for one in visuals]
-    expected = [one.mean(0) for one in found.last_hidden_state.split(sizes)]
+    expected = [one.mean(0) for one in hidden.split(sizes)]
     assert_close(torch.stack(means), torch.stack(expected), "mean features")
 
 
@@ -115,7 +137,7 @@ def test_every_hidden_state_packed_and_single(pair: tuple[Any, visavis.Model]) -
         ["Look: ", film, "What happens?"],
         [short, three, "Is this it?"],
     ]
-    batch = packed(sequences)
+    batch = packed(model, sequences)
     ours = model.vlm(batch, layers=range(4))
     singles = [theirs(peer, parts) for parts in sequences]
     for layer in range(4):
@@ -124,7 +146,7 @@ def test_every_hidden_state_packed_and_single(pair: tuple[Any, visavis.Model]) -
     logits = torch.cat([single.logits[0] for single in singles])
     assert_close(model.vlm.decoder.logits(ours[3]), logits, "logits of a mixed batch")
     for parts, single in zip(sequences, singles, strict=True):
-        alone = model.vlm.decoder.logits(model.vlm(packed([parts]))[-1])
+        alone = model.vlm.decoder.logits(model.vlm(packed(model, [parts]))[-1])
         assert_close(alone, single.logits[0], f"logits of {len(parts)} parts alone")
 
 
@@ -135,11 +157,11 @@ def test_a_cache_continues_where_the_picture_ends(
 ) -> None:
     _, model = pair
     decoder, parts = model.vlm.decoder, [*seen(model, (60, 20), frames=frames), "What is it? Yes!"]
-    batch = packed([parts])
+    batch = packed(model, [parts])
     whole = decoder.logits(model.vlm(batch)[-1])
     split = batch.num_tokens - 5
     cache = KVCache(decoder.config, dtype=torch.float32)
-    x = model.vlm.embed_inputs(batch)
+    x, _ = model.vlm.embed_inputs(batch)
     found = decoder(x[:split], batch.positions[:, :split], SequenceLayout((split,), (cache,)))[-1]
     rows = [decoder.logits(found)]
     ahead = int(batch.positions[:, :split].max()) + 1 - split

@@ -32,6 +32,7 @@ from visavis.checkpoints.transformers.load import (
     LlavaNextFormat,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
+    Qwen25VLFormat,
     TransformersFormat,
 )
 from visavis.errors import CheckpointError
@@ -93,6 +94,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaNextFormat,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
+    Qwen25VLFormat,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

@@ -24,6 +24,8 @@ class ImageGrid:
             patches).
         size: width and height of the upright original, where the tokens' layout depends on it.
         video: whether it is one; a video of one frame is still a video.
+        interval: seconds from one temporal patch of a video to the next, on average.
+        times: seconds at which each temporal patch of a video is shown, the mean of its frames.
     """
 
     frames: int = 1
@@ -31,6 +33,8 @@ class ImageGrid:
     columns: int = 0
     size: tuple[int, int] = (0, 0)
     video: bool = False
+    interval: float = 1.0
+    times: tuple[float, ...] = ()
 
     @property
     def views(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from visavis.errors import ContextLengthError, InputError
 from visavis.inputs import Message, Part, Prompt, Text, Video
-from visavis.model.config import VLMConfig
+from visavis.model.config import Qwen2VLTowerConfig, VLMConfig
 from visavis.model.image_tokens import count_tokens
 from visavis.model.rope import mrope_positions
 from visavis.processing.chat_formats import CHAT_FORMATS
@@ -403,7 +403,10 @@ class PromptEncoder:
             assert self.config.connector is not None
             length, merge = len(encoded.token_ids), self.config.connector.shuffle
             grids = [one.grid for one in images]
-            encoded.positions = mrope_positions(length, encoded.image_slots, grids, merge)
+            tower = self.config.tower
+            rate = tower.tokens_per_second if isinstance(tower, Qwen2VLTowerConfig) else 0
+            slots = encoded.image_slots
+            encoded.positions = mrope_positions(length, slots, grids, merge, rate)
 
     def instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
         """Return an item with an instruction joined to its text, after its images."""

@@ -162,6 +162,13 @@ class Qwen2VLFormat(TransformersFormat):
     target = ""
 
 
+class Qwen25VLFormat(TransformersFormat):
+    """Qwen2.5-VL as transformers writes it."""
+
+    kind, title, model_types = "qwen2_5_vl", "Qwen2.5-VL, transformers", ("qwen2_5_vl",)
+    target = ""
+
+
 def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
     """Return how images are sized and normalised, if the model takes any.
 

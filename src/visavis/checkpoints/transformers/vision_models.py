@@ -24,6 +24,7 @@ from visavis.checkpoints.transformers.config_reader import (
 )
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
 from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
+from visavis.checkpoints.transformers.qwen2_vl import KIND_2_5 as QWEN2_5_VL
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_config
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
 
@@ -115,7 +116,8 @@ LLAVAS = {
 
 
 def vlm_config(config: Json) -> VLMConfig:
-    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL.
+    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL
+    or Qwen2.5-VL.
 
     Raises:
         CheckpointError: another type, or a setting that no part of ours has.
@@ -123,10 +125,10 @@ def vlm_config(config: Json) -> VLMConfig:
     kind = config.get("model_type")
     if kind in KINDS:
         return VLMConfig(decoder=decoder_config(config))
-    if kind == QWEN2_VL:
+    if kind in (QWEN2_VL, QWEN2_5_VL):
         return qwen2_vl_config(config)
     if not isinstance(kind, str) or kind not in LLAVAS:
-        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL))
+        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL, QWEN2_5_VL))
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)

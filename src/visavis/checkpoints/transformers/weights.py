@@ -217,7 +217,7 @@ def write_tower(config: Json, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
-    """Return the names of a whole language model, llava or Qwen2-VL."""
+    """Return the names of a whole language model, llava or Qwen-VL."""
     if isinstance(ours.tower, Qwen2VLTowerConfig):
         return qwen2_vl_table(ours)
     prefix = "" if ours.tower is None else "language_model."
@@ -259,7 +259,7 @@ def _name_of(ours: str, tensors: Mapping[str, Tensor], table: NameTable) -> str:
 def _vlm_sizes(config: VLMConfig) -> Sizes:
     decoder = config.decoder
     vit = config.tower.second if isinstance(config.tower, MixtureConfig) else config.tower
-    tower = _tower_sizes(vit) if isinstance(vit, ViTConfig) else None
+    tower = _tower_sizes(vit) if isinstance(vit, ViTConfig | Qwen2VLTowerConfig) else None
 
     def sizes(layer: int) -> Mapping[str, int]:
         return {
@@ -272,7 +272,7 @@ def _vlm_sizes(config: VLMConfig) -> Sizes:
     return sizes
 
 
-def _tower_sizes(config: ViTConfig) -> Sizes:
+def _tower_sizes(config: ViTConfig | Qwen2VLTowerConfig) -> Sizes:
     return lambda _: {"width": config.width, "gate": config.ffn_width}
 
 
