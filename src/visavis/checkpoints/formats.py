@@ -34,6 +34,7 @@ from visavis.checkpoints.transformers.load import (
     Qwen2VLFormat,
     TransformersFormat,
 )
+from visavis.checkpoints.transformers.load_dual import DualEncoderFormat
 from visavis.errors import CheckpointError
 from visavis.utils import check_regular, suggest
 
@@ -93,6 +94,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaNextFormat,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
+    DualEncoderFormat,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

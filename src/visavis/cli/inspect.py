@@ -33,6 +33,7 @@ WAYS = {
     "pad": "padded to a square with the mean colour",
     "patches": "native resolution, in patches",
     "hd": "high-resolution tiles and a global view",
+    "naflex": "any aspect ratio, in patches",
 }
 
 
@@ -145,6 +146,8 @@ def _preprocessing(processor: ImageProcessorConfig | None) -> dict[str, str]:
             f"at most {most}, {len(tiles.grids)} grids ({tiles.axes}); each of several images is "
             f"{several}"
         )
+    if processor.naflex:
+        found["patches"] = f"at most {processor.naflex.max_patches}"
     if hd := processor.hd:
         found["tiles"] = f"at most {hd.num_crops}"
     if patches := processor.patches:

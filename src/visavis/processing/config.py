@@ -4,6 +4,7 @@
       tiles: AnyresConfig    LLaVA 1.6: a view of the whole and tiles of it (anyres.py)
       hd: Phi3VConfig        Phi-3.5-vision: a canvas of whole tiles (phi3v.py)
       patches: Qwen2VLConfig Qwen2-VL: patches at any resolution (qwen2_vl.py)
+      naflex: NaFlexSizes    SigLIP 2: patches of any aspect ratio (naflex.py)
       video: VideoConfig     which frames of a video are taken (video.py)
 
 They describe sizes and switches and check them; they open and resize nothing.
@@ -19,8 +20,9 @@ from typing import Any, Literal, TypeAlias, get_args
 from visavis.errors import InputError
 from visavis.utils import suggest
 
-Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd"]
+Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "naflex"]
 Resample: TypeAlias = Literal["bicubic", "bilinear"]
+MAX_PATCHES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,29 @@ class Phi3VConfig:
         for key in values:
             if key not in names:
                 raise InputError(f"hd config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class NaFlexSizes:
+    """How many patches an image becomes at most; published: 256, at test time up to 1024."""
+
+    max_patches: int = 256
+
+    def __post_init__(self) -> None:
+        number = self.max_patches
+        if type(number) is not int or not 1 <= number <= MAX_PATCHES:
+            raise InputError(
+                f"naflex config: max_patches is {number!r}, expected 1 to {MAX_PATCHES}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NaFlexSizes:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"naflex config: unknown key {key!r}; {suggest(key, names)}")
         return cls(**values)
 
 
@@ -197,9 +222,9 @@ class VideoConfig:
 class ImageProcessorConfig:
     """How a vision tower wants its images; saved with the weights."""
 
-    size: int  # pixels, side of the square the tower sees; with patches, of what makes one token
+    size: int  # pixels, side of the square the tower sees; with patches or naflex, of what makes one token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
-    # size, see qwen2_vl.py | hd: tiles, see phi3v.py
+    # size, see qwen2_vl.py | hd: tiles, see phi3v.py | naflex: patches, see naflex.py
     resize: Resize
     mean: tuple[float, float, float]  # RGB, of values in 0..1
     std: tuple[float, float, float]
@@ -207,6 +232,7 @@ class ImageProcessorConfig:
     crop_fraction: float = 1.0  # crop only: shortest edge becomes floor(size / crop_fraction)
     patches: Qwen2VLConfig | None = None
     hd: Phi3VConfig | None = None
+    naflex: NaFlexSizes | None = None
     tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see anyres.py
     video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
@@ -233,6 +259,8 @@ class ImageProcessorConfig:
             problems.append(f"size is {self.size}, but a token {self.patches.factor} pixels")
         if (self.resize == "hd") != (self.hd is not None):
             problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
+        if (self.resize == "naflex") != (self.naflex is not None):
+            problems.append(f"resize={self.resize!r}, but naflex is {self.naflex}")
         if self.tiles is not None and self.resize != "squash":
             problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
         elif (
@@ -269,6 +297,8 @@ class ImageProcessorConfig:
             tuples["patches"] = Qwen2VLConfig.from_dict(patches)
         if values.get("hd") is not None:
             tuples["hd"] = Phi3VConfig.from_dict(values["hd"])
+        if values.get("naflex") is not None:
+            tuples["naflex"] = NaFlexSizes.from_dict(values["naflex"])
         if values.get("tiles") is not None:
             tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
         if values.get("video") is not None:

@@ -15,6 +15,7 @@ from visavis.model.image_input import ImageGrid
 from visavis.processing.anyres import AnyresProcessor
 from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.images import decode_image, image_size
+from visavis.processing.naflex import NaFlexProcessor
 from visavis.processing.phi3v import Phi3VProcessor
 from visavis.processing.qwen2_vl import Qwen2VLProcessor
 from visavis.processing.resize import ImageProcessor
@@ -50,9 +51,12 @@ def image_processor(config: ImageProcessorConfig) -> ImageProcessor:
     """Return the sizing rule of a config."""
     if config.tiles is not None:
         return AnyresProcessor(config)
-    return {"patches": Qwen2VLProcessor, "hd": Phi3VProcessor}.get(config.resize, ImageProcessor)(
-        config
-    )
+    rules: dict[str, type[ImageProcessor]] = {
+        "patches": Qwen2VLProcessor,
+        "hd": Phi3VProcessor,
+        "naflex": NaFlexProcessor,
+    }
+    return rules.get(config.resize, ImageProcessor)(config)
 
 
 def grid_of(visual: Image | Video, config: ImageProcessorConfig, is_only_image: bool) -> ImageGrid:

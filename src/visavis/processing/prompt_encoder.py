@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from visavis.errors import ContextLengthError, InputError
 from visavis.inputs import Message, Part, Prompt, Text, Video
-from visavis.model.config import VLMConfig
+from visavis.model.config import ClipTextConfig, VLMConfig
 from visavis.model.image_tokens import count_tokens
 from visavis.model.rope import mrope_positions
 from visavis.processing.chat_formats import CHAT_FORMATS
@@ -216,7 +216,8 @@ class PromptEncoder:
 
     @property
     def can_chat(self) -> bool:
-        return bool(self.profile.chat_template or self.profile.jinja)
+        named = self.profile.chat_template or self.profile.jinja
+        return self.config.has_decoder and bool(named)
 
     @property
     def stop(self) -> str:
@@ -239,6 +240,7 @@ class PromptEncoder:
             InputError: the model cannot chat, or not about what the prompt holds.
             ContextLengthError: the prompt is longer than the model's context.
         """
+        self.need_decoder()
         prompt = self._timed(prompt)
         images, profile = self._references(prompt), self.profile
         settings = self._settings(images)
@@ -281,6 +283,12 @@ class PromptEncoder:
         if profile.text_form:
             text, visuals = prompt.text, prompt.visuals
             self._check_plain(instruction or "")
+            if text and visuals and not profile.visual_text_form:
+                raise InputError(
+                    f"an item holds images and a text, but {self.name} embeds either in a tower "
+                    "of its own and has no vector for both. Embed them apart; add the two vectors "
+                    "and normalise the sum if one vector has to stand for both."
+                )
             parts = [*visuals, Text(text)] if text else [*visuals]
             prefix, between, suffix = profile.around(bool(visuals), bool(text), instruction or "")
             prompt = Prompt.of(parts)
@@ -290,6 +298,8 @@ class PromptEncoder:
         tokenizer, specials = self.tokenizer, self.specials
         if self.text_tokenizer is not None:
             tokenizer, specials = self.text_tokenizer, plain_specials(self.text_tokenizer)
+        elif not self.config.has_decoder and images:  # no text, and none of its special tokens
+            specials = plain_specials(tokenizer)
         encoded = encode_plain(
             prompt,
             tokenizer,
@@ -302,7 +312,32 @@ class PromptEncoder:
         )
         if profile.embed_positions == "grid":
             self._place(encoded, images)
-        return self._prepared(encoded, images)
+        prepared = self._prepared(encoded, images)
+        self._pad(prepared)
+        return prepared
+
+    def _pad(self, prepared: PreparedPrompt) -> None:
+        """Fill a text up with padding tokens, where the text tower was trained to read them."""
+        tower = self.config.text_tower
+        if not isinstance(tower, ClipTextConfig) or not tower.padded or prepared.images:
+            return
+        assert self.specials.pad_id is not None
+        more = [self.specials.pad_id] * (tower.context_length - len(prepared.token_ids))
+        ids = prepared.token_ids
+        prepared.token_ids = more + ids if tower.padded == "left" else ids + more
+        prepared.loss_mask = [False] * len(prepared.token_ids)
+
+    def need_decoder(self) -> None:
+        """Refuse to chat without a language model.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not self.config.has_decoder:
+            raise InputError(
+                f"{self.name} is a dual encoder: it embeds texts and images and has no language "
+                "model that could answer. Use embed, or a model that chats, such as 'nano'."
+            )
 
     def _check_plain(self, instruction: str) -> None:
         """Refuse an instruction that would be read as special tokens, where it stands among them.
@@ -333,10 +368,13 @@ class PromptEncoder:
                 f"the prompt has no tokens: nothing of its text is left as {self.name} reads it, "
                 "perhaps only marks that its tokenizer drops. Give some text or an image."
             )
-        if length >= self.context_length:
+        most = self.context_length - self.config.has_decoder  # room for an answer
+        if not self.config.has_decoder and encoded.image_slots:
+            return encoded  # images alone, which no text tower reads
+        if length > most:
             raise ContextLengthError(
                 f"the prompt has {length} tokens ({sum(n for _, n in encoded.image_slots)} of them "
-                f"from images), but {self.name} reads at most {self.context_length - 1}. Shorten "
+                f"from images), but {self.name} reads at most {most}. Shorten "
                 "the text, split it into several items, or use fewer images."
             )
         return encoded

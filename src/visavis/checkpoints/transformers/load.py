@@ -29,12 +29,13 @@ from visavis.checkpoints.tensor_files import MAX_JSON_BYTES, read_json, read_ten
 from visavis.checkpoints.transformers.config_reader import Json, section
 from visavis.checkpoints.transformers.export import write_transformers
 from visavis.checkpoints.transformers.language_models import KINDS
-from visavis.checkpoints.transformers.processor import grids, processor_config
+from visavis.checkpoints.transformers.processor import grids, naflex_processor, processor_config
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
 from visavis.checkpoints.transformers.vision_models import vlm_config
 from visavis.checkpoints.transformers.weights import vlm_table
+from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
-from visavis.model.config import Qwen2VLTowerConfig, ViTConfig, VLMConfig
+from visavis.model.config import NaFlexConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
@@ -72,7 +73,7 @@ class TransformersFormat(FolderFormat):
         folder, adapters = detected.path, companions.adapters
         data = read_json(folder / CONFIG)
         config, processor = cls.read_config(folder)
-        table, files = vlm_table(data, config), weight_files(folder)
+        table, files = cls.names(data, config), weight_files(folder)
         opened = cls(
             detected=detected,
             companions=companions,
@@ -96,6 +97,11 @@ class TransformersFormat(FolderFormat):
             "chat template": "in the folder" if opened.jinja else "none",
         }
         return opened
+
+    @classmethod
+    def names(cls, data: Json, config: VLMConfig) -> NameTable:
+        """Return the names of its tensors."""
+        return vlm_table(data, config)
 
     @classmethod
     def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
@@ -183,6 +189,8 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
         if (folder / VIDEO_NAME).is_file():
             videos.insert(0, read_json(folder / VIDEO_NAME))
         return qwen2_vl_processor(settings[0], videos[0] if videos else None, config.tower)
+    if isinstance(config.tower, NaFlexConfig):
+        return naflex_processor(settings[0], config.tower)
     processor = processor_config(settings[0])
     if isinstance(config.tower, ViTConfig) and processor.size != config.tower.image_size:
         raise CheckpointError(

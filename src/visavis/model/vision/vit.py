@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.model.attention import SequenceLayout, attend
-from visavis.model.config import MixtureConfig, ViTConfig
+from visavis.model.config import ClipTextConfig, MixtureConfig, NaFlexConfig, ViTConfig
 from visavis.model.decoder import ACTIVATIONS
 from visavis.model.layers import Conv2d, Linear
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm attention and feed-forward, both with biases."""
+    """Pre-norm attention and feed-forward, both with biases; CLIP's text tower has it too."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig | NaFlexConfig | ClipTextConfig) -> None:
         super().__init__()
         width = config.width
         self.num_heads = config.num_heads
@@ -33,13 +33,20 @@ class ViTBlock(nn.Module):
         self.attn_scale = nn.Parameter(torch.ones(width)) if scaled else None
         self.ffn_scale = nn.Parameter(torch.ones(width)) if scaled else None
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, P, W]
-        num, length, width = x.shape
-        qkv = self.qkv(self.attn_norm(x)).view(num * length, 3 * self.num_heads, -1)
-        q, k, v = qkv.chunk(3, 1)  # each [N * P, heads, head_dim]
-        mixed = attend(q, k, v, SequenceLayout((length,) * num), causal=False).reshape(
-            num, length, width
-        )
+    def forward(
+        self, x: Tensor, layout: SequenceLayout | None = None, causal: bool = False
+    ) -> Tensor:
+        """Return the block's output for views [N, P, W], or for a packed stream [T, W].
+
+        Args:
+            layout: of a stream.
+        """
+        if layout is None:
+            layout = SequenceLayout((x.shape[1],) * len(x))
+        rows = x.shape[:-1].numel()
+        qkv = self.qkv(self.attn_norm(x)).view(rows, 3 * self.num_heads, -1)
+        q, k, v = qkv.chunk(3, 1)  # each [rows, heads, head_dim]
+        mixed = attend(q, k, v, layout, causal=causal).reshape(x.shape)
         mixed = self.out(mixed)
         x = x + (mixed if self.attn_scale is None else mixed * self.attn_scale)
         hidden = self.up(self.ffn_norm(x))
@@ -50,6 +57,31 @@ class ViTBlock(nn.Module):
             hidden = self.activation(hidden)
         hidden = self.down(hidden)
         return x + (hidden if self.ffn_scale is None else hidden * self.ffn_scale)
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling: a learned query attends to all patches, then a feed-forward."""
+
+    def __init__(self, config: ViTConfig | NaFlexConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.probe = nn.Parameter(torch.zeros(width))
+        self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
+        self.norm = nn.LayerNorm(width, config.norm_eps)
+        self.up, self.down = Linear(width, config.ffn_width), Linear(config.ffn_width, width)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [N, P, W] -> [N, W]
+        width, num = hidden.shape[-1], len(hidden)
+        weights, biases = self.qkv.weight.split(width), self.qkv.bias.split(width)
+        query = F.linear(self.probe, weights[0], biases[0])
+        key, value = (F.linear(hidden, weights[i], biases[i]) for i in (1, 2))
+        q = query.view(1, self.num_heads, 1, -1).expand(num, -1, -1, -1)
+        k, v = (x.view(num, -1, self.num_heads, q.shape[-1]).transpose(1, 2) for x in (key, value))
+        x: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).reshape(num, width))
+        pooled: Tensor = x + self.down(self.activation(self.up(self.norm(x))))
+        return pooled
 
 
 class ViT(nn.Module):
@@ -69,6 +101,7 @@ class ViT(nn.Module):
         self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else None
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.num_layers))
         self.post_norm = nn.LayerNorm(width, config.norm_eps) if config.post_norm else None
+        self.pool = AttentionPool(config) if config.pooling == "attention" else None
 
     def forward(self, pixels: Tensor, layer: int = -1) -> Tensor:
         """Return hidden states [N, prefix + P, W].
@@ -88,6 +121,14 @@ class ViT(nn.Module):
         """Return the last hidden state after the final norm, [N, prefix + P, W]."""
         assert self.post_norm is not None
         return self.post_norm(self(pixels))
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """Return one vector per view for a dual encoder, [N, W]."""
+        if self.pool is not None:
+            found: Tensor = self.pool(self.normed(pixels))
+            return found
+        assert self.post_norm is not None and self.config.class_token
+        return self.post_norm(self(pixels)[:, 0])
 
     def embed(self, pixels: Tensor) -> Tensor:
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, P, W]
