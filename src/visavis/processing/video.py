@@ -146,6 +146,32 @@ def middle_frame(video: Video) -> pil.Image:
         return reader.read([len(reader.times) // 2])[0]
 
 
+def duration(video: Video) -> float:
+    """Return the length of a video in seconds; no frame is decoded.
+
+    Raises:
+        ImageError: the video cannot be read.
+    """
+    with _open(video) as reader:
+        return reader.duration
+
+
+def read_between(video: Video, begin_s: float, end_s: float, number: int) -> Clip:
+    """Return up to `number` frames that are shown between two times, evenly spaced; at least the
+    one that is shown at `begin_s`.
+
+    Raises:
+        ImageError: the video cannot be read.
+    """
+    with _open(video) as reader:
+        first = max(bisect(reader.times, begin_s) - 1, 0)
+        last = max(bisect(reader.times, end_s - 1e-6), first + 1)
+        indices = sorted({int(i) for i in np.linspace(first, last - 1, number + 2)[1:-1]})
+        indices = indices or [first]
+        times = tuple(reader.times[index] for index in indices)
+        return Clip(tuple(reader.read(indices)), times, reader.duration)
+
+
 def _sample(reader: _Reader, config: VideoConfig, video: Video) -> list[int]:
     indices = sample(len(reader.times), reader.rate, config, video.frames)
     width, height = reader.size
