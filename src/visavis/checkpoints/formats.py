@@ -29,6 +29,7 @@ from visavis.checkpoints.sentence_transformers import SentenceTransformersFormat
 from visavis.checkpoints.tensor_files import StoredTensor
 from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (
+    Idefics3Format,
     LlavaNextFormat,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
@@ -95,6 +96,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaOnevisionFormat,
     Qwen2VLFormat,
     DualEncoderFormat,
+    Idefics3Format,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

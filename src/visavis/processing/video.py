@@ -87,6 +87,10 @@ def sample(total: int, rate: float, config: VideoConfig, asked: int | None = Non
             f"{wanted} frames of a video, but this model takes at most {config.max_frames}; ask "
             "for fewer"
         )
+    if config.sampling == "smolvlm":
+        return _smolvlm_sample(total, rate, config.fps or 1.0, wanted, asked is not None)
+    if config.sampling == "internvl":
+        return _internvl_sample(total, min(wanted, total))
     if asked is None and config.fps is not None:
         stepped = range(0, total, max(1, round(rate / config.fps)))
         if len(stepped) <= config.max_frames:
@@ -95,6 +99,22 @@ def sample(total: int, rate: float, config: VideoConfig, asked: int | None = Non
     if total <= wanted:
         return list(range(total))
     return [int(index) for index in np.linspace(0, total - 1, wanted)]
+
+
+def _smolvlm_sample(total: int, rate: float, fps: float, wanted: int, asked: bool) -> list[int]:
+    """Return SmolVLM2's frames: `fps` a second and at most `wanted`, or that many if they are asked
+    for; of videos much longer than that without their first and last second."""
+    duration, first, last = total / rate, 0, total - 1
+    if duration - 2 > wanted * fps:
+        first, last = int(rate), min(int(total - rate), total - 1)
+    number = wanted if asked else max(1, min(round(fps * duration), wanted))
+    return sorted({int(place) for place in np.linspace(first, last, number)})
+
+
+def _internvl_sample(total: int, wanted: int) -> list[int]:
+    """Return the frames in the middle of `wanted` equal parts, as InternVL takes them."""
+    places = total / wanted / 2 + np.arange(wanted) * (total / wanted)
+    return [int(place) for place in places.astype(np.float32)]
 
 
 def time_instruction(duration: float, times: Sequence[float]) -> str:
@@ -128,12 +148,12 @@ def survey(video: Video, config: VideoConfig) -> tuple[int, tuple[int, int]]:
         return len(indices), reader.read(indices[:1])[0].size
 
 
-def describe_times(video: Video, config: VideoConfig) -> str:
-    """Return `time_instruction` of the frames that `read_frames` will give; none is decoded where
-    the file says when they are shown."""
+def frame_times(video: Video, config: VideoConfig) -> tuple[tuple[float, ...], float]:
+    """Return the seconds of the frames that `read_frames` will give, and of the whole video; none
+    is decoded where the file says when they are shown."""
     with _open(video) as reader:
         indices = _sample(reader, config, video)
-        return time_instruction(reader.duration, [reader.times[index] for index in indices])
+        return tuple(reader.times[index] for index in indices), reader.duration
 
 
 def middle_frame(video: Video) -> pil.Image:
