@@ -159,8 +159,7 @@ class Model(Checkpoint):
     @property
     def num_parameters(self) -> int:
         """How many numbers the model has, packed ones too, shared ones once."""
-        decoder = self.vlm.decoder
-        tied = decoder.head if decoder.config.tied_head else None
+        tied = self.vlm.decoder.head if self.vlm.config.decoder.tied_head else None
         modules = (module for module in self.vlm.modules() if module is not tied)
         packed = [module for module in modules if isinstance(module, QuantizedLinear)]
         shared = {w.data_ptr(): w.numel() for w in self.vlm.parameters()}
@@ -373,6 +372,31 @@ class Model(Checkpoint):
         ):
             return embed_batch(self.vlm, batch, self.profile.pooling).cpu().numpy()
 
+    def classify(self, images: Sequence[Any], texts: Sequence[str]) -> np.ndarray:
+        """Return how likely each text belongs to each image, float32 [images, texts].
+
+        By the checkpoint's own scale: of CLIP a softmax over the texts, so that each row sums to
+        1; of SigLIP a sigmoid for each pair, so that none or several texts may fit.
+
+        Args:
+            images: what `embed` takes, without text.
+            texts: labels or captions, such as "a photo of a cat".
+
+        Raises:
+            InputError, ImageError, ContextLengthError: see `embed`; or the model is no CLIP or
+                SigLIP.
+        """
+        head = self.vlm.dual_head
+        if head is None:
+            raise InputError(
+                f"{self.name} has no scale that makes probabilities of its cosines; CLIP, SigLIP "
+                "and MetaCLIP checkpoints have one. Compare vectors of embed instead."
+            )
+        seen, read = self.embed(list(images)), self.embed(list(texts))
+        with torch.inference_mode():
+            cosines = torch.from_numpy(seen @ read.T).to(self.device)
+            return head.probabilities(cosines).cpu().numpy()
+
     def _check_finite(
         self, vectors: np.ndarray, items: Sequence[Any], numbers: Sequence[int]
     ) -> None:
@@ -393,7 +417,11 @@ class Model(Checkpoint):
         Args:
             prompt: an item as in `embed`, rendered with the chat template where there is one; or
                 a list of token ids, taken as they are.
+
+        Raises:
+            InputError: the model is a dual encoder without decoder; see `chat` for others.
         """
+        self.encoder.need_decoder()
         if isinstance(prompt, list) and prompt and all(isinstance(x, int) for x in prompt):
             prepared = PreparedPrompt(token_ids=prompt, loss_mask=[False] * len(prompt))
             self.encoder.checked(prepared)

@@ -132,7 +132,8 @@ def measure(model: Model, load_seconds: float, *, runs: int = 3) -> Iterator[str
     if runs < 1:
         raise InputError(f"runs is {runs}, expected at least 1.")
     yield "the machine"
-    dtype = model.vlm.decoder.dtype
+    model.encoder.need_decoder()
+    dtype = model.vlm.dtype
     machine = measure_machine(model.device, dtype)
     weights, read = decoder_weights(model)
     rows = [_load_row(model, load_seconds, machine)]

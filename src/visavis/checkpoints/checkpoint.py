@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visavis.checkpoints.tensor_files import DTYPES, INDEX
 from visavis.errors import CheckpointError
-from visavis.model.config import EfficientNetConfig, VLMConfig
+from visavis.model.config import ClipTextConfig, EfficientNetConfig, VLMConfig
 from visavis.model.quantized_linear import QuantizedLinear
 from visavis.model.vlm import VLM
 from visavis.processing.prompt_encoder import PromptEncoder
@@ -82,6 +82,9 @@ def blank(config: VLMConfig, dtype: torch.dtype) -> VLM:
         vlm = VLM(config).cast(dtype)
     if vlm.tower is not None and not isinstance(config.tower, EfficientNetConfig):
         vlm.tower.to(dtype)  # EfficientNet's convolutions lose too much in half precision
+    if isinstance(config.text_tower, ClipTextConfig):
+        assert vlm.text_tower is not None
+        vlm.text_tower.to(dtype)
     return vlm
 
 
@@ -211,8 +214,13 @@ def write_words(
     context_length: int,
     image_token: str = "",
     video_token: str = "",
+    chats: bool = True,
 ) -> list[Path]:
-    """Write the tokenizer's files, as transformers and `load_tokenizer` read them."""
+    """Write the tokenizer's files, as transformers and `load_tokenizer` read them.
+
+    Args:
+        chats: write generation_config.json, which says what ends an answer.
+    """
 
     def text(number: int | None) -> str | None:
         return None if number is None else tokenizer.id_to_token(number)
@@ -237,6 +245,8 @@ def write_words(
     tokenizer.save(str(folder / "tokenizer.json"))
     paths = [folder / f"{name}.json" for name in ("tokenizer_config", "generation_config")]
     write_json(paths[0], {key: value for key, value in settings.items() if value is not None})
+    if not chats:
+        return [folder / "tokenizer.json", paths[0]]
     write_json(paths[1], {key: value for key, value in generation.items() if value is not None})
     return [folder / "tokenizer.json", *paths]
 

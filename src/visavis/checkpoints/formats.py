@@ -29,12 +29,14 @@ from visavis.checkpoints.sentence_transformers import SentenceTransformersFormat
 from visavis.checkpoints.tensor_files import StoredTensor
 from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (
+    Idefics3Format,
     LlavaNextFormat,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
     Qwen25VLFormat,
     TransformersFormat,
 )
+from visavis.checkpoints.transformers.load_dual import DualEncoderFormat
 from visavis.errors import CheckpointError
 from visavis.utils import check_regular, suggest
 
@@ -95,6 +97,8 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaOnevisionFormat,
     Qwen2VLFormat,
     Qwen25VLFormat,
+    DualEncoderFormat,
+    Idefics3Format,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

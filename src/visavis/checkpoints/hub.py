@@ -31,7 +31,7 @@ SETTINGS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 # Files of which the first that is there is enough.
-WORDS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+WORDS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("spiece.model",))
 ADAPTER = (("adapter_model.safetensors",), ("adapter_model.bin",))
 WEIGHTS = (
     ("model.safetensors",),

@@ -19,6 +19,7 @@ PARTS = {  # attributes of a VLM
     "decoder": "language model",
     "text_tower": "text tower",
     "head": "embedding head",
+    "dual_head": "embedding head",
 }
 
 
@@ -57,16 +58,18 @@ def model_parts(config: VLMConfig) -> list[dict[str, Any]]:
         details["connector"] = connector.kind
         if hasattr(tower, "image_size"):
             details["connector"] += f", {tokens_per_view(config)} tokens per view"
-    if config.text_tower:
-        details["text_tower"] = (
-            f"BERT, {config.text_tower.num_layers} layers × {config.text_tower.width}"
-        )
+    if text := config.text_tower:
+        details["text_tower"] = f"{text.kind}, {text.num_layers} layers × {text.width}"
+        if not config.has_decoder:
+            details["text_tower"] += (
+                f", vocabulary {text.vocab_size}, context {text.context_length}"
+            )
     if head:
         of = "the towers" if head.text_width else f"layers {head.layers}"
-        details["head"] = f"{head.dim} dimensions from {of}"
+        details["head"] = details["dual_head"] = f"{head.dim} dimensions from {of}"
     found = []
     for attribute, name in PARTS.items():
-        if (module := getattr(vlm, attribute)) is not None:
+        if (module := getattr(vlm, attribute, None)) is not None:
             unique = {id(p): p.numel() for p in module.parameters()}
             found.append(
                 {"part": name, "parameters": sum(unique.values()), "details": details[attribute]}

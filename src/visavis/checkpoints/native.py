@@ -57,7 +57,13 @@ from visavis.checkpoints.low_rank import low_rank_pairs, merge
 from visavis.checkpoints.quantize import LowRank, Quantizer, WeightPart
 from visavis.checkpoints.tensor_files import StoredTensor, TensorFiles, read_tensors
 from visavis.errors import CheckpointError
-from visavis.model.config import Qwen2VLTowerConfig, VLMConfig, to_dict, vlm_config_from_dict
+from visavis.model.config import (
+    BertConfig,
+    Qwen2VLTowerConfig,
+    VLMConfig,
+    to_dict,
+    vlm_config_from_dict,
+)
 from visavis.model.image_tokens import tokens_per_view
 from visavis.model.quantized_linear import GROUP, Groups, QuantizedLinear, groups_of, quantize
 from visavis.model.vlm import VLM
@@ -246,8 +252,8 @@ class NativeFormat(CheckpointFormat):
 
     def text_tokenizer(self) -> Tokenizer | None:
         assert self.config is not None
-        if self.config.text_tower is None:
-            return None
+        if not isinstance(self.config.text_tower, BertConfig):
+            return None  # CLIP's is read by the folder's only tokenizer
         return read_tokenizer(self.path / TEXT_TOKENIZER)
 
     def state(self, quantizer: Quantizer) -> tuple[dict[str, Tensor], LowRank | None]:
@@ -306,7 +312,7 @@ def bundled_state(
     if packing.config.tower is not None:
         tower, _ = load_efficientnet(towers[0])
         state.update({f"tower.{name}": tensor for name, tensor in tower.items()})
-    if packing.config.text_tower is not None:
+    if isinstance(packing.config.text_tower, BertConfig):
         text = load_bert(towers[1], packing.config.text_tower)
         state.update({f"text_tower.{name}": tensor for name, tensor in text.items()})
     merge(state, {name: own[name] for name in own if name not in merged}, scale, folder)

@@ -95,6 +95,11 @@ class Quantizer:
                 f"precision {precision!r} on {device}, expected cpu: packed weights have no "
                 "product elsewhere yet. Use precision='bf16', or device='cpu'."
             )
+        if self.bits and not config.has_decoder:
+            raise InputError(
+                f"precision {precision!r} makes integers of a language model's matrices, and "
+                f"{where} is a dual encoder without one. Use precision='bf16' or 'f32'."
+            )
         kernels = native() if device == "cpu" else None
         if kernels is not None:
             fast = kernels.vv_level() != b"portable"
@@ -120,7 +125,7 @@ class Quantizer:
             del matrices[HEAD]
         small = sum(matrices.values()) <= MAX_DENSE_WEIGHTS
         self.keeps_dense = small and not self.native
-        if self.keeps_dense and not config.decoder.tied_head:
+        if self.keeps_dense and matrices and not config.decoder.tied_head:
             del matrices[EMBED]  # no product reads it
         self.matrices = set(matrices)
 
@@ -204,7 +209,7 @@ class Quantizer:
             path = name.removeprefix("decoder.").removesuffix(".weight")
             self._put(vlm.decoder, path, rows, (low_rank or {}).get(f"decoder.{path}"))
         self.threads.shutdown()
-        if self.native and can_run(vlm.decoder):
+        if self.native and self.config.has_decoder and can_run(vlm.decoder):
             vlm.decoder.compiled = NativeDecoder(vlm.decoder)
         if self.rows and not self.keeps_dense:
             give_back()  # what was needed on the way, 30 MB or more

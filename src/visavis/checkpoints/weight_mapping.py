@@ -202,7 +202,7 @@ class _Group:
     ) -> Tensor:
         """Return our tensor; what keeps it from being made is added to `problems`."""
         known = sizes(int(self.stars[0]) if self.stars else 0)
-        heights = [known[size] for size in self.row.sizes] or [shape[0]]
+        heights = [known[size] for size in self.row.sizes] or [*shape[:1]] or [1]
         whole, start, wrong = torch.empty(0), 0, []
         for place, (name, height) in enumerate(zip(self.names(), heights, strict=True)):
             if place not in self.found:
@@ -210,10 +210,10 @@ class _Group:
                 continue
             part = tensors[name]
             for _ in range(self.row.unit_axes):  # an axis that is not 1 stays and is refused
-                part = part.squeeze(0) if part.dim() > 1 else part
+                part = part.squeeze(0) if part.dim() > len(shape) else part
             if self.row.axes and part.shape[1:] == self.row.axes:
                 part = part.flatten(1)
-            wrong += _misshapen(name, part, (height, *shape[1:]))
+            wrong += _misshapen(name, part, (height, *shape[1:]) if shape else ())
             if wrong:
                 continue
             if len(heights) == 1:

@@ -33,6 +33,8 @@ WAYS = {
     "pad": "padded to a square with the mean colour",
     "patches": "native resolution, in patches",
     "hd": "high-resolution tiles and a global view",
+    "naflex": "any aspect ratio, in patches",
+    "split": "longest edge resized, square tiles and a global view",
 }
 
 
@@ -145,8 +147,13 @@ def _preprocessing(processor: ImageProcessorConfig | None) -> dict[str, str]:
             f"at most {most}, {len(tiles.grids)} grids ({tiles.axes}); each of several images is "
             f"{several}"
         )
+    if processor.naflex:
+        found["patches"] = f"at most {processor.naflex.max_patches}"
     if hd := processor.hd:
         found["tiles"] = f"at most {hd.num_crops}"
+    if split := processor.split:
+        most = -(-split.longest_edge // processor.size)
+        found["tiles"] = f"at most {most} × {most} and the whole" if split.cut else "none"
     if patches := processor.patches:
         found["patches"] = (
             f"{patches.patch} px, {patches.merge} × {patches.merge} per token, "

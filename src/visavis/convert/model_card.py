@@ -34,25 +34,30 @@ def model_card(
     """
     target, licence = TARGETS[to], source_licence(source)
     config = loaded.vlm.config
-    vision = config.tower is not None
+    vision, decoder, text = config.tower is not None, config.decoder, config.text_tower
     parts = {
-        "language model": f"{config.decoder.num_layers} layers × {config.decoder.width}",
+        "language model": f"{decoder.num_layers} layers × {decoder.width}"
+        if config.has_decoder
+        else None,
         "vision tower": config.tower.kind if config.tower else None,
         "connector": config.connector.kind if config.connector else None,
-        "text tower": f"BERT, {config.text_tower.num_layers} layers" if config.text_tower else None,
+        "text tower": f"{text.kind}, {text.num_layers} layers" if text else None,
         "embedding head": f"{config.head.dim} dimensions" if config.head else None,
     }
     names = {
         "auto": "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM",
         "reader": "AutoProcessor" if vision else "AutoTokenizer",
     }
+    task = "image-text-to-text" if vision else "text-generation"
+    if not config.has_decoder:
+        names["auto"], task = "AutoModel", "zero-shot-image-classification"
     usage = target.usage.format(folder=".", **names).rstrip()
     option = "--kind" if target.has_gguf_types else "--precision"
     front = [
         "---",
         *([f"license: {licence}"] if licence else []),
         f"library_name: {target.library}",
-        f"pipeline_tag: {'image-text-to-text' if vision else 'text-generation'}",
+        f"pipeline_tag: {task}",
         "---",
     ]
     lines = [

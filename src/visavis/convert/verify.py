@@ -374,7 +374,7 @@ def verify(done: Conversion) -> Verdict:
     min_cosine, max_kl = limits(done.precision, done.kind)
     asked = probes(done.loaded.vlm.tower is not None)
     expected = answers(Model.of(done.loaded), asked)
-    peer = TARGETS[done.target].peer
+    peer = TARGETS[done.target].peer if done.loaded.vlm.config.has_decoder else ""
     checks: list[Check] = []
     names = []
     try:
@@ -416,6 +416,10 @@ def answers(model: Model, asked: Sequence[Probe]) -> list[Answer]:
     for probe in asked:
         if probe.image is not None and not model.takes_images:
             found.append(Answer())
+            continue
+        if not model.vlm.config.has_decoder:  # embeds texts and images apart
+            alone = probe.text if probe.image is None else probe.image
+            found.append(Answer(vector=model.embed([alone])[0]))
             continue
         trace = model.trace(probe.item)
         found.append(

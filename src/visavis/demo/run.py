@@ -105,7 +105,7 @@ def title(path: str | Path) -> str:
 
 def _search(index: Index, query: str | Path) -> list[Hit]:
     """Return the best hits, without the query image itself."""
-    hits = index.search(query, k=NUM_HITS + 1)
+    hits = index.search(query, k=NUM_HITS + 1, mode="vector")  # not by file names
     itself = str(query.absolute()) if isinstance(query, Path) else ""
     return [hit for hit in hits if hit.source != itself][:NUM_HITS]
 

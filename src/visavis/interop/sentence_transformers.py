@@ -38,6 +38,8 @@ class VisavisModule(InputModule):
     def modalities(self) -> list[Any]:
         if not self.model.takes_images:
             return ["text"]
+        if not self.vlm.config.has_decoder:
+            return ["text", "image"]
         return ["text", "image", ("image", "text"), "message"]
 
     @property

@@ -86,7 +86,10 @@ class ViTConfig:
     post_norm: bool = True  # a norm after the last block
     layer_scale: bool = False  # DINOv2
     gated_ffn: bool = False  # DINOv2-giant: SwiGLU
+    pooling: Literal["mean", "class", "attention"] = "mean"  # of dual encoders: CLIP's, SigLIP's
     position_antialias: bool = False  # DINOv2 with registers: how positions are resized
+    position_buckets: bool = False  # Idefics3: each patch takes the nearest learned position
+    norm_output: bool = False  # the last hidden state is given after `post_norm`
     any_resolution: ClassVar[bool] = False
 
     @property
@@ -204,12 +207,41 @@ class MixtureConfig:
         return self.first.num_patches(shape)
 
 
-TowerConfig = ViTConfig | EfficientNetConfig | Qwen2VLTowerConfig | MixtureConfig
+@dataclass(frozen=True)
+class NaFlexConfig:
+    """SigLIP 2's tower for images of any aspect ratio (NaFlex, Tschannen et al. 2025).
+
+    Args:
+        num_positions: learned positions, a square of them, resized to each image's rows and
+            columns of patches.
+    """
+
+    patch_size: int
+    num_positions: int
+    width: int
+    num_layers: int
+    num_heads: int
+    ffn_width: int
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
+    norm_eps: float = 1e-6
+    kind: Literal["naflex"] = "naflex"
+    any_resolution: ClassVar[bool] = True
+    num_prefix_tokens: ClassVar[int] = 0
+    gated_ffn: ClassVar[bool] = False
+    layer_scale: ClassVar[bool] = False
+
+    def num_patches(self, shape: ImageGrid) -> int:
+        """Return how many patches the tower reads of an image or video."""
+        return shape.frames * shape.rows * shape.columns
+
+
+TowerConfig = ViTConfig | EfficientNetConfig | Qwen2VLTowerConfig | MixtureConfig | NaFlexConfig
 TOWERS: dict[str, type[TowerConfig]] = {
     "vit": ViTConfig,
     "efficientnet_lite": EfficientNetConfig,
     "qwen2_vl": Qwen2VLTowerConfig,
     "mixture": MixtureConfig,
+    "naflex": NaFlexConfig,
 }
 
 
@@ -233,6 +265,40 @@ class BertConfig:
     cls_id: int
     sep_id: int
     norm_eps: float = 1e-12
+    kind: ClassVar[str] = "BERT"
+
+
+@dataclass(frozen=True)
+class ClipTextConfig:
+    """The text tower of CLIP (Radford et al. 2021) or SigLIP (Zhai et al. 2023).
+
+    Args:
+        context_length: learned positions, the most tokens of a text, special ones included.
+        causal: a token sees those before it (CLIP) instead of the whole text (SigLIP).
+        pooling: the token that stands for the text: the first `eos_id`, the first of the highest
+            id (what CLIP's code takes where its config says 2), or the last.
+        padded: the side on which texts are filled up to `context_length` with padding tokens,
+            which the model was trained to read (SigLIP); empty: they are not.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    ffn_width: int
+    context_length: int
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu", "relu"]
+    norm_eps: float
+    causal: bool
+    pooling: Literal["eos", "highest", "last"]
+    eos_id: int = -1
+    padded: Literal["", "right", "left"] = ""
+    kind: Literal["CLIP"] = "CLIP"
+    gated_ffn: ClassVar[bool] = False
+    layer_scale: ClassVar[bool] = False
+
+
+TextTowerConfig = BertConfig | ClipTextConfig
 
 
 @dataclass(frozen=True)
@@ -254,6 +320,7 @@ class ConnectorConfig:
     shuffle: int = 1
     hidden_width: int = 0  # mlp: 0 is out_width, as in LLaVA; qformer: its width, 64 a head
     input_norm: bool = False  # mlp: a layer norm on the (folded) tower features
+    bias: bool = True  # linear, mlp: of their layers
     num_queries: int = 0  # resampler, qformer: learned queries; words: spelling tokens
     num_words: int = 0  # words: length of the list
     rms_norm: bool = False  # merger: its norm is an RMS norm (Qwen2.5-VL)
@@ -300,7 +367,9 @@ class HeadConfig:
     images alone need no pass through the decoder. With `text_width` the text side reads the
     pooled vector of the text tower, of that width, and `layers` is empty. With `num_classes` the
     image side starts from the names of the classes that the vision tower recognises
-    (`embedding_head.ClassNames`).
+    (`embedding_head.ClassNames`). With `scores` it is the head of a dual encoder without decoder
+    (`embedding_head.DualHead`), whose cosines become probabilities by a softmax over texts (CLIP)
+    or a sigmoid of each (SigLIP).
     """
 
     layers: tuple[int, ...]
@@ -308,6 +377,7 @@ class HeadConfig:
     tower_width: int = 0
     text_width: int = 0
     num_classes: int = 0
+    scores: Literal["", "softmax", "sigmoid"] = ""
 
 
 @dataclass(frozen=True)
@@ -317,6 +387,7 @@ class VLMConfig:
     `video_token_id` is the placeholder of videos where it differs from that of images.
     `drop_first_token` leaves out a patch, the upper left one, of towers without class token: what
     TinyLLaVA's models of SigLIP were trained with (docs/quirks.md), and no new model should.
+    A dual encoder without decoder has `no_decoder` as its decoder.
     """
 
     decoder: DecoderConfig
@@ -329,7 +400,12 @@ class VLMConfig:
     merge: ImageLayoutConfig = ImageLayoutConfig()
     video_token_id: int = -1
     drop_first_token: bool = False
-    text_tower: BertConfig | None = None
+    text_tower: TextTowerConfig | None = None
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether there is a language model; without one nothing but `embed` works."""
+        return self.decoder.num_layers > 0
 
     @property
     def features_per_image(self) -> int:
@@ -366,10 +442,27 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
         head = fields["head"]
         fields["head"] = HeadConfig(**{**head, "layers": tuple(head["layers"])})
     if fields.get("text_tower") is not None:
-        fields["text_tower"] = BertConfig(**fields["text_tower"])
+        text = fields["text_tower"]
+        fields["text_tower"] = (BertConfig if "kind" not in text else ClipTextConfig)(**text)
     if "merge" in fields:
         fields["merge"] = ImageLayoutConfig(**fields["merge"])
     return VLMConfig(**fields)
+
+
+def no_decoder(text: ClipTextConfig) -> DecoderConfig:
+    """Return the decoder of no layers of a dual encoder: only the vocabulary and context of its
+    text tower."""
+    return DecoderConfig(
+        vocab_size=text.vocab_size,
+        width=text.width,
+        num_layers=0,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=text.width,
+        ffn_width=text.ffn_width,
+        context_length=text.context_length,
+        tied_head=False,
+    )
 
 
 def decoder_config_from_dict(data: dict[str, Any]) -> DecoderConfig:

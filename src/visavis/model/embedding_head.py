@@ -69,6 +69,40 @@ class EmbeddingHead(nn.Module):
             return F.normalize(projected, dim=-1)
 
 
+class DualHead(nn.Module):
+    """Projections of a dual encoder without decoder, and the scale of its cosines.
+
+    CLIP projects both sides; SigLIP only texts, with a bias, and its scores have one too.
+    """
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        sigmoid = config.scores == "sigmoid"
+        self.text = Linear(config.text_width, config.dim, bias=sigmoid)
+        self.image = None if sigmoid else Linear(config.tower_width, config.dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.logit_bias = nn.Parameter(torch.zeros(())) if sigmoid else None
+
+    def texts(self, states: Tensor) -> Tensor:
+        """Return unit vectors of the text tower's states, float32 [B, dim]."""
+        return F.normalize(self.text(states), dim=-1)
+
+    def images(self, features: Tensor) -> Tensor:
+        """Return unit vectors of the vision tower's pooled features, float32 [V, dim]."""
+        return F.normalize(features if self.image is None else self.image(features), dim=-1)
+
+    def probabilities(self, cosines: Tensor) -> Tensor:
+        """Return how likely each text is to belong to an image, from cosines [images, texts].
+
+        CLIP: softmax(e^s cos) over the texts. SigLIP: sigmoid(e^s cos + b) of each pair.
+        """
+        logits = cosines * self.logit_scale.exp()
+        if self.logit_bias is None:
+            return logits.softmax(-1)
+        return (logits + self.logit_bias).sigmoid()
+
+
 def mean_per_group(rows: Tensor, owners: Tensor, num: int) -> Pooled:
     """Return the mean of each group's rows and whether it has any.
 

@@ -91,7 +91,9 @@ def typical_tokens(config: VLMConfig) -> int:
 
 
 def count_tokens(config: VLMConfig, shape: ImageGrid) -> int:
-    """Return how many tokens an image or video of this shape becomes."""
+    """Return how many tokens an image or video of this shape becomes; 1 in a dual encoder."""
+    if config.connector is None:
+        return 1
     if config.tower is not None and config.tower.any_resolution:
         assert config.connector is not None
         return connector_tokens(config.connector, config.tower.num_patches(shape))

@@ -1,8 +1,9 @@
-"""BERT as a text tower: the text side of a dual encoder, beside a decoder or without one.
+"""Text towers: the text side of a dual encoder, beside a decoder (BERT) or without one (CLIP,
+SigLIP). All take a packed stream.
 
 Devlin et al., "BERT" (2019): learned positions, post-norm blocks, exact GELU. Pooling is the mean
 over all tokens, `[CLS]` and `[SEP]` included, as sentence-transformers' mean pooling computes it.
-Takes a packed stream without padding.
+BERT takes a stream without padding; SigLIP's tower was trained on texts filled up with padding.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.model.attention import SequenceLayout, attend
-from visavis.model.config import BertConfig
+from visavis.model.config import BertConfig, ClipTextConfig, TextTowerConfig
 from visavis.model.embedding_head import mean_per_group
 from visavis.model.layers import Embedding, Linear
+from visavis.model.vision.vit import ViTBlock
 
 
 class BertBlock(nn.Module):
@@ -74,3 +76,46 @@ class BertEncoder(nn.Module):
             x = block(x, layout)
         found, _ = mean_per_group(x, token_ids.new_tensor(owners), len(lengths))
         return F.normalize(found.float(), dim=-1)
+
+
+class ClipTextEncoder(nn.Module):
+    """The text tower of CLIP or SigLIP: pre-norm blocks; one token's state stands for the text."""
+
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.width)
+        self.positions = nn.Parameter(torch.zeros(config.context_length, config.width))
+        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+
+    def forward(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the state of the token that stands for each text, float32 [B, W].
+
+        Args:
+            token_ids: int64 [T], texts with special and padding tokens, one after another.
+            lengths: tokens of each text, at least 1; they sum to T.
+        """
+        counts = list(lengths)
+        places = torch.cat([torch.arange(n, device=token_ids.device) for n in counts])
+        x = self.embed(token_ids) + self.positions[places]
+        layout = SequenceLayout(tuple(counts))
+        for block in self.blocks:
+            x = block(x, layout, causal=self.config.causal)
+        chosen = [self._chosen(own) for own in token_ids.split(counts)]
+        starts = torch.tensor([0, *counts[:-1]], device=x.device).cumsum(0)
+        found: Tensor = self.norm(x[starts + torch.stack(chosen)])
+        return found.float()
+
+    def _chosen(self, token_ids: Tensor) -> Tensor:
+        """Return the place of the token that stands for a text."""
+        if self.config.pooling == "last":
+            return token_ids.new_tensor(len(token_ids) - 1)
+        ends = self.config.pooling == "eos"
+        marked = (token_ids == self.config.eos_id).int() if ends else token_ids
+        return marked.argmax()  # the first of several
+
+
+def build_text_tower(config: TextTowerConfig) -> BertEncoder | ClipTextEncoder:
+    """Return the (randomly initialised) text tower that a config describes."""
+    return BertEncoder(config) if isinstance(config, BertConfig) else ClipTextEncoder(config)

@@ -1,4 +1,5 @@
-"""Vision-language model: vision tower, connector, decoder and an optional embedding head.
+"""Vision-language model: vision tower, connector, decoder and an optional embedding head; or a dual
+encoder without decoder: vision tower, text tower and head.
 
 Prompts, files, feature caches and sampling are in other parts of the package.
 """
@@ -9,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.model.attention import SequenceLayout
@@ -18,7 +20,7 @@ from visavis.model.connectors import build_connector
 from visavis.model.connectors.mlp import MLP
 from visavis.model.connectors.words import Words
 from visavis.model.decoder import Decoder, DeepStack
-from visavis.model.embedding_head import EmbeddingHead, mean_per_group
+from visavis.model.embedding_head import DualHead, EmbeddingHead, mean_per_group
 from visavis.model.image_input import ImageGrid, ImageInput
 from visavis.model.image_tokens import (
     Separators,
@@ -28,7 +30,7 @@ from visavis.model.image_tokens import (
     select,
 )
 from visavis.model.paged_kv_cache import Cache
-from visavis.model.text_tower import BertEncoder
+from visavis.model.text_tower import build_text_tower
 from visavis.model.vision import build_tower
 
 TOWER_BATCH = 4  # views per forward of the vision tower on the CPU
@@ -44,11 +46,16 @@ class VLM(nn.Module):
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
         self.config = config
-        self.decoder = Decoder(config.decoder)
+        if config.has_decoder:
+            self.decoder = Decoder(config.decoder)
         self.tower = build_tower(config.tower) if config.tower else None
         self.connector = build_connector(config.connector) if config.connector else None
-        self.head = EmbeddingHead(config.head, config.decoder.width) if config.head else None
-        self.text_tower = BertEncoder(config.text_tower) if config.text_tower else None
+        self.head, self.dual_head = None, None
+        if config.head is not None and config.head.scores:
+            self.dual_head = DualHead(config.head)
+        elif config.head is not None:
+            self.head = EmbeddingHead(config.head, config.decoder.width)
+        self.text_tower = build_text_tower(config.text_tower) if config.text_tower else None
         newline = config.merge.newline
         self.image_newline = nn.Parameter(torch.zeros(config.decoder.width)) if newline else None
         hd = config.connector if config.merge.kind == "hd" else None
@@ -56,10 +63,18 @@ class VLM(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> VLM:
         """Set what the decoder's matmuls compute in; all else stays float32."""
-        for module in self.decoder.modules():
+        for module in self.decoder.modules() if self.config.has_decoder else ():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.to(dtype)
         return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the decoder's matmuls compute in; of a dual encoder, its text tower's."""
+        if self.config.has_decoder:
+            return self.decoder.dtype
+        assert self.text_tower is not None
+        return next(self.text_tower.parameters()).dtype
 
     def tower_features(self, pixels: Tensor) -> Tensor:
         """Return the selected tower features of views [V, 3, S, S]: float32 [V, P, W]."""
@@ -70,6 +85,8 @@ class VLM(nn.Module):
 
     def see(self, visuals: Sequence[ImageInput]) -> list[ImageFeatures]:
         """Return the image tokens and mean tower features of images and videos."""
+        if self.dual_head is not None:
+            return self._see_vectors(visuals, self.dual_head)
         if self.config.tower is not None and self.config.tower.any_resolution:
             return self._see_patches(visuals)
         views = torch.cat([visual.pixels for visual in visuals])
@@ -77,6 +94,24 @@ class VLM(nn.Module):
         chunks = views.split(TOWER_BATCH) if views.device.type == "cpu" else (views,)
         features = torch.cat([self.tower_features(chunk) for chunk in chunks])
         return self.connect(features, [visual.shape for visual in visuals])
+
+    def _see_vectors(self, visuals: Sequence[ImageInput], head: DualHead) -> list[ImageFeatures]:
+        """Return a dual encoder's vector of each image or video, which is its one token too: the
+        mean of the unit vectors of its views (CLIP4Clip, Luo et al. 2021, for videos)."""
+        assert self.tower is not None
+        dtype = next(self.tower.parameters()).dtype
+        pixels = torch.cat([visual.pixels for visual in visuals]).to(dtype)
+        shapes = [visual.shape for visual in visuals]
+        if self.config.tower is not None and self.config.tower.any_resolution:
+            grids = [(shape.frames, shape.rows, shape.columns) for shape in shapes]
+            features = self.tower.pooled(pixels, grids)
+            counts = [shape.frames for shape in shapes]
+        else:
+            chunks = pixels.split(TOWER_BATCH) if pixels.device.type == "cpu" else (pixels,)
+            features = torch.cat([self.tower.pooled(chunk) for chunk in chunks])
+            counts = [shape.views for shape in shapes]
+        means = [own.mean(0) for own in head.images(features.float()).split(counts)]
+        return [(mean[None], mean) for mean in means]
 
     def _see_patches(self, visuals: Sequence[ImageInput]) -> list[ImageFeatures]:
         """See images and videos of any size: their patches stand in one stream."""
@@ -156,6 +191,8 @@ class VLM(nn.Module):
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Return unit vectors, float32 [B, dim], through the embedding head."""
+        if self.dual_head is not None:
+            return self._embed_dual(batch, self.dual_head)
         assert self.head is not None and self.config.head is not None
         batch, num = self.resolve_images(batch), len(batch.lengths)
         is_image, owners = batch.is_image, batch.owners
@@ -183,6 +220,22 @@ class VLM(nn.Module):
             text = text.index_copy(0, has_text.nonzero()[:, 0], means)
         pooled = mean_per_group(features, batch.image_owners, num)
         return self.head((text, has_text[:, None].float()), pooled)
+
+    def _embed_dual(self, batch: PackedBatch, head: DualHead) -> Tensor:
+        """Return unit vectors of texts and of images; no sequence has both."""
+        assert self.text_tower is not None
+        batch, num = self.resolve_images(batch), len(batch.lengths)
+        is_text = torch.ones(num, dtype=torch.bool, device=batch.token_ids.device)
+        found = torch.zeros(num, head.config.dim, device=batch.token_ids.device)
+        if batch.image_means is not None:
+            owners = batch.image_owners
+            is_text[owners] = False
+            found = mean_per_group(batch.image_means, owners, num)[0]
+        if is_text.any():
+            texts = batch.select(is_text)
+            states = self.text_tower(texts.token_ids, texts.lengths)
+            found = found.index_copy(0, is_text.nonzero()[:, 0], head.texts(states))
+        return F.normalize(found, dim=-1)
 
     def head_states(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states that the embedding head reads, side by side, [T, layers * D]."""

@@ -5,7 +5,8 @@
 A page is rendered with its longer side at `pdfium.PAGE_SIDE` pixels at any size on paper (about 140
 dpi for A4 and Letter): small print stays legible, and no page is larger than that squared. pdfium
 reads them (`pip install 'visavis[pdf]'`) in a child process with limits of time and memory; scripts
-in a document are never run. The text layer is not read: a model sees what is visible on a page.
+in a document are never run. A model sees what is visible on a page; only an index reads the text
+layer.
 """
 
 from __future__ import annotations
@@ -92,6 +93,16 @@ def render(page: Page) -> pil.Image:
     """
     size, rgb = _ask("render_page", page.document, page.number)
     return pil.frombytes("RGB", tuple(size), rgb)
+
+
+def page_text(page: Page) -> str:
+    """Return the text layer of a page, at most `pdfium.MAX_TEXT` characters; empty of a scan.
+
+    Raises:
+        ImageError: the document cannot be read, or the page takes too much time or memory.
+    """
+    text, _ = _ask("page_text", page.document, page.number)
+    return str(text)
 
 
 def _file(source: Path | bytes | str) -> Path | bytes:

@@ -10,6 +10,7 @@ from typing import Any
 from visavis.errors import ImageError, InputError
 
 PAGE_SIDE = 1600  # pixels, longer side of a rendered page
+MAX_TEXT = 100_000  # characters of one page
 _opened: list[tuple[Any, Any]] = []  # the document asked for last, and by what
 
 
@@ -37,6 +38,18 @@ def render_page(
             rgb = bitmap.to_pil().convert("RGB")
             assert rgb.size == size, (rgb.size, size)
             return list(size), rgb.tobytes()
+
+
+def page_text(
+    data: bytes, path: str, stamp: list[int], name: str, number: int
+) -> tuple[str, bytes]:
+    """Return the text layer of a page, as far as MAX_TEXT characters."""
+    with _named(name), closing(_page(_open(data, path, stamp), name, number)) as page:
+        with closing(page.get_textpage()) as layer:
+            number_of = min(max(layer.count_chars(), 0), MAX_TEXT)
+            text = layer.get_text_range(0, number_of) if number_of else ""
+        # Half characters cannot be stored, and NULs end a text elsewhere.
+        return text.encode("utf-8", "replace").decode().replace("\0", " "), b""
 
 
 def _pixels(page: Any) -> tuple[float, tuple[int, int]]:

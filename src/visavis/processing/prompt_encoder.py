@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from visavis.errors import ContextLengthError, InputError
 from visavis.inputs import Message, Part, Prompt, Text, Video
-from visavis.model.config import Qwen2VLTowerConfig, VLMConfig
+from visavis.model.config import ClipTextConfig, Qwen2VLTowerConfig, VLMConfig
 from visavis.model.image_tokens import count_tokens
 from visavis.model.rope import mrope_positions
 from visavis.processing.chat_formats import CHAT_FORMATS
@@ -33,6 +34,8 @@ from visavis.processing.image_processor import (
     times_of,
 )
 from visavis.processing.tokenizer import SpecialTokens
+from visavis.processing.video import time_instruction
+from visavis.processing.visual_text import STYLES, VisualText
 from visavis.utils import lookup
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ CHAT_FIELDS = (
     "jinja",
     "image_start",
     "image_end",
+    "image_text",
+    "video_jinja",
     "video_times",
 )  # the others are for embedding
 
@@ -57,6 +62,9 @@ class PromptConfig:
         jinja: a chat template's source; both empty: the checkpoint cannot chat.
         image_start, image_end: special tokens around each image's own (LLaVA 1.0's
             mm_use_im_start_end), within what `chat_template` writes there.
+        image_text: whose way to write an image or video, with text among its placeholders (see
+            `visual_text.py`); empty: one run of placeholders.
+        video_jinja: source of the chat template of prompts that hold a video; empty: `jinja`.
         video_times: whose sentence on a video's length and its frames' times stands after each
             video in chat; empty: nobody's.
         embed_prefix, embed_suffix: text around an item that is embedded.
@@ -79,6 +87,8 @@ class PromptConfig:
     jinja: str = ""
     image_start: str = ""
     image_end: str = ""
+    image_text: Literal["", "idefics3", "internvl"] = ""
+    video_jinja: str = ""
     video_times: Literal["", "llava-video"] = ""
     embed_prefix: str = ""
     embed_suffix: str = ""
@@ -188,8 +198,13 @@ class PreparedPrompt(Encoded):
         """A key for each token: its id, or the content key of its image and its place there. Needs
         images whose content is known (`ContentHasher.identify`)."""
         keys: list[Hashable] = list(self.token_ids)
-        for image, (start, count) in zip(self.images, self.image_slots, strict=True):
-            keys[start : start + count] = ((image.key, place) for place in range(count))
+        slots = iter(self.image_slots)
+        numbers = self.slots_per_image or [1] * len(self.images)
+        for image, number in zip(self.images, numbers, strict=True):
+            place = 0
+            for start, count in islice(slots, number):
+                keys[start : start + count] = ((image.key, place + n) for n in range(count))
+                place += count
         return tuple(keys)
 
 
@@ -216,7 +231,8 @@ class PromptEncoder:
 
     @property
     def can_chat(self) -> bool:
-        return bool(self.profile.chat_template or self.profile.jinja)
+        named = self.profile.chat_template or self.profile.jinja
+        return self.config.has_decoder and bool(named)
 
     @property
     def stop(self) -> str:
@@ -239,6 +255,7 @@ class PromptEncoder:
             InputError: the model cannot chat, or not about what the prompt holds.
             ContextLengthError: the prompt is longer than the model's context.
         """
+        self.need_decoder()
         prompt = self._timed(prompt)
         images, profile = self._references(prompt), self.profile
         settings = self._settings(images)
@@ -256,7 +273,7 @@ class PromptEncoder:
         else:
             encoded = encode_chat(
                 prompt,
-                self.template,
+                self._template_of(prompt),
                 self.tokenizer,
                 self.specials,
                 add_generation_prompt=add_generation_prompt,
@@ -281,6 +298,12 @@ class PromptEncoder:
         if profile.text_form:
             text, visuals = prompt.text, prompt.visuals
             self._check_plain(instruction or "")
+            if text and visuals and not profile.visual_text_form:
+                raise InputError(
+                    f"an item holds images and a text, but {self.name} embeds either in a tower "
+                    "of its own and has no vector for both. Embed them apart; add the two vectors "
+                    "and normalise the sum if one vector has to stand for both."
+                )
             parts = [*visuals, Text(text)] if text else [*visuals]
             prefix, between, suffix = profile.around(bool(visuals), bool(text), instruction or "")
             prompt = Prompt.of(parts)
@@ -290,6 +313,8 @@ class PromptEncoder:
         tokenizer, specials = self.tokenizer, self.specials
         if self.text_tokenizer is not None:
             tokenizer, specials = self.text_tokenizer, plain_specials(self.text_tokenizer)
+        elif not self.config.has_decoder and images:  # no text, and none of its special tokens
+            specials = plain_specials(tokenizer)
         encoded = encode_plain(
             prompt,
             tokenizer,
@@ -302,7 +327,32 @@ class PromptEncoder:
         )
         if profile.embed_positions == "grid":
             self._place(encoded, images)
-        return self._prepared(encoded, images)
+        prepared = self._prepared(encoded, images)
+        self._pad(prepared)
+        return prepared
+
+    def _pad(self, prepared: PreparedPrompt) -> None:
+        """Fill a text up with padding tokens, where the text tower was trained to read them."""
+        tower = self.config.text_tower
+        if not isinstance(tower, ClipTextConfig) or not tower.padded or prepared.images:
+            return
+        assert self.specials.pad_id is not None
+        more = [self.specials.pad_id] * (tower.context_length - len(prepared.token_ids))
+        ids = prepared.token_ids
+        prepared.token_ids = more + ids if tower.padded == "left" else ids + more
+        prepared.loss_mask = [False] * len(prepared.token_ids)
+
+    def need_decoder(self) -> None:
+        """Refuse to chat without a language model.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not self.config.has_decoder:
+            raise InputError(
+                f"{self.name} is a dual encoder: it embeds texts and images and has no language "
+                "model that could answer. Use embed, or a model that chats, such as 'nano'."
+            )
 
     def _check_plain(self, instruction: str) -> None:
         """Refuse an instruction that would be read as special tokens, where it stands among them.
@@ -333,10 +383,13 @@ class PromptEncoder:
                 f"the prompt has no tokens: nothing of its text is left as {self.name} reads it, "
                 "perhaps only marks that its tokenizer drops. Give some text or an image."
             )
-        if length >= self.context_length:
+        most = self.context_length - self.config.has_decoder  # room for an answer
+        if not self.config.has_decoder and encoded.image_slots:
+            return encoded  # images alone, which no text tower reads
+        if length > most:
             raise ContextLengthError(
                 f"the prompt has {length} tokens ({sum(n for _, n in encoded.image_slots)} of them "
-                f"from images), but {self.name} reads at most {self.context_length - 1}. Shorten "
+                f"from images), but {self.name} reads at most {most}. Shorten "
                 "the text, split it into several items, or use fewer images."
             )
         return encoded
@@ -354,12 +407,24 @@ class PromptEncoder:
                 "it instead, or name its format, visavis.load(…, chat_template='…'), one of: "
                 f"{', '.join(sorted(CHAT_FORMATS))}."
             )
+        return self._compiled(self.profile.jinja)
+
+    @cached_property
+    def video_template(self) -> ChatTemplate:
+        """The template of prompts that hold a video."""
+        return self._compiled(self.profile.video_jinja)
+
+    def _template_of(self, prompt: Prompt) -> ChatTemplate:
+        filmed = any(isinstance(one, Video) for one in prompt.visuals)
+        return self.video_template if filmed and self.profile.video_jinja else self.template
+
+    def _compiled(self, source: str) -> ChatTemplate:
         text = self.tokenizer.id_to_token
         bos, eos = (
             "" if number is None else text(number) or ""
             for number in (self.specials.bos_id, self.specials.eos_id)
         )
-        return ChatTemplate(self.profile.jinja, bos_token=bos, eos_token=eos)
+        return ChatTemplate(source, bos_token=bos, eos_token=eos)
 
     def _references(self, prompt: Prompt) -> tuple[ImageReference, ...]:
         if prompt.visuals and self.config.tower is None:
@@ -386,7 +451,8 @@ class PromptEncoder:
             for part in message.parts:
                 yield part
                 if isinstance(part, Video):
-                    yield Text(times_of(part, processor) + "\n")
+                    times, duration = times_of(part, processor)
+                    yield Text(time_instruction(duration, times) + "\n")
 
         return Prompt(tuple(replace(one, parts=tuple(timed(one))) for one in prompt.messages))
 
@@ -394,8 +460,18 @@ class PromptEncoder:
         return {
             "image_token_id": self.config.image_token_id,
             "video_token_id": self.config.video_token_id,
-            "tokens_per_image": [count_tokens(self.config, one.grid) for one in images],
+            "tokens_per_image": [self._written(one) for one in images],
         }
+
+    def _written(self, image: ImageReference) -> int | VisualText:
+        """Return how many placeholders an image becomes, or how it is written with text."""
+        count, style = count_tokens(self.config, image.grid), self.profile.image_text
+        if not style:
+            return count
+        assert self.processor is not None
+        visual = image.visual
+        times = times_of(visual, self.processor) if isinstance(visual, Video) else None
+        return STYLES[style](image.grid, count, times)
 
     def _place(self, encoded: Encoded, images: Sequence[ImageReference]) -> None:
         """Give a sequence its positions on three axes, where the decoder has them."""

@@ -41,6 +41,7 @@ from visavis.processing.tokenizer_conversion import (
     merges_from_scores,
     read_sentencepiece,
 )
+from visavis.processing.unigram import RULES, siglip_json, with_rules
 from visavis.utils import parse_json, suggest
 
 # Qwen2-VL's marks of things and places in a picture: users write them, and they end nothing.
@@ -192,7 +193,7 @@ def special_tokens(metadata: Mapping[str, Any]) -> SpecialTokens:
 
 
 # The first that is there is read; beside vocab.json stands merges.txt.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 # How the classes that wrote vocab.json cut text, and what they do to it first.
 CLASSES: dict[str, tuple[str, normalizers.Normalizer | None]] = {
     "GPT2Tokenizer": ("gpt-2", None),
@@ -221,8 +222,8 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
-    """Load `tokenizer.json`, else `tokenizer.model`, else `vocab.json` and `merges.txt`, with the
-    special tokens that the files beside it name.
+    """Load `tokenizer.json`, else `tokenizer.model`, else `vocab.json` and `merges.txt`, else SigLIP's
+    `spiece.model`, with the special tokens that the files beside it name.
 
     Raises:
         CheckpointError: all are absent, or one cannot be read.
@@ -233,12 +234,15 @@ def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
     for name in ("special_tokens_map", "tokenizer_config"):
         found = _json(folder / f"{name}.json")
         config |= {key: value for key, value in found.items() if value is not None}
-    if path.suffix == ".model":
+    if path.name == "spiece.model":
+        tokenizer = read_tokenizer(path, siglip_json(path, config))
+    elif path.suffix == ".model":
         tokenizer, config = _load_sentencepiece(path, config)
     elif path.name == "vocab.json":
         tokenizer = _load_byte_level(path, config)
     else:
-        tokenizer = read_tokenizer(path)
+        rules = RULES.get(str(config.get("tokenizer_class")), [])
+        tokenizer = read_tokenizer(path, with_rules(path, rules) if rules else None)
     added = tokenizer.get_added_tokens_decoder()
     by_text = {token.content: number for number, token in added.items() if token.special}
 

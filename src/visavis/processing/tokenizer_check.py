@@ -39,25 +39,17 @@ _PROBES = (
 )
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path, made: bytes | None = None) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json.
+
+    Args:
+        made: the tokenizer.json that was made of a file in another form; None: the path is one.
 
     Raises:
         CheckpointError: it cannot be read, or takes too much time or memory.
     """
     try:
-        content = path.read_bytes()
-        digest = hashlib.blake2b(content).digest()
-        if digest not in _passed:
-            memory = (1 << 30) + 32 * len(content)
-            function = "visavis.processing.tokenizer_check:try_tokenizer"
-            bounded.call(function, seconds=SECONDS, memory=memory, data=content)
-            _passed.add(digest)
-        with no_panic("loading it"):
-            tokenizer = Tokenizer.from_buffer(content)
-            tokenizer.no_padding()  # of a training run; encoding must not obey them
-            tokenizer.no_truncation()
-            return tokenizer
+        return _checked(path.read_bytes() if made is None else made)
     except (OSError, CheckpointError, bounded.BoundExceededError) as error:
         reason = str(error)
     except Exception as error:  # tokenizers' bare Exception
@@ -66,6 +58,25 @@ def read_tokenizer(path: Path) -> Tokenizer:
         f"cannot read {path}: {reason}. Expected the tokenizer that belongs to the weights in this "
         "folder; copy the folder again, tokenizer.json included"
     )
+
+
+def _checked(content: bytes) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json's bytes, tried in a child first.
+
+    Raises:
+        CheckpointError, BoundExceededError, Exception: it cannot be read, or takes too much.
+    """
+    digest = hashlib.blake2b(content).digest()
+    if digest not in _passed:
+        memory = (1 << 30) + 32 * len(content)
+        function = "visavis.processing.tokenizer_check:try_tokenizer"
+        bounded.call(function, seconds=SECONDS, memory=memory, data=content)
+        _passed.add(digest)
+    with no_panic("loading it"):
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.no_padding()  # of a training run; encoding must not obey them
+        tokenizer.no_truncation()
+        return tokenizer
 
 
 @contextmanager

@@ -60,10 +60,7 @@ def read_sentencepiece(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged, or of a kind that is not read.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"{size} bytes, expected at most {MAX_BYTES}")
-        return _metadata(path.read_bytes())
+        return _metadata(read_bounded(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read {path} as SentencePiece's tokenizer: {error}. The file is damaged, is a "
@@ -72,7 +69,39 @@ def read_sentencepiece(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _metadata(data: bytes) -> dict[str, Any]:
+def read_bounded(path: Path) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        ValueError: it is larger than any tokenizer.
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{size} bytes, expected at most {MAX_BYTES}")
+    return path.read_bytes()
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """A parsed model: pieces with scores and types, and the settings that change ids."""
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    trainer: Mapping[int, Any]
+    normalizer: Mapping[int, Any]
+
+    @property
+    def kind(self) -> int:
+        return _number(self.trainer.get(MODEL_TYPE, 1))
+
+
+def parse_sentencepiece(data: bytes) -> SentencePieceModel:
+    """Return the content of a SentencePiece model of any kind.
+
+    Raises:
+        ValueError: it is damaged, or writes spaces in another way.
+    """
     tokens, scores, types = [], [], []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -88,11 +117,17 @@ def _metadata(data: bytes) -> dict[str, Any]:
             normalizer = dict(_fields(_bytes(value)))
     if not tokens:
         raise ValueError("it holds no pieces, expected a vocabulary")
-    kind = _number(trainer.get(MODEL_TYPE, 1))
-    if kind != BPE:
-        raise ValueError(f"it is of kind {MODEL_TYPES.get(kind, kind)}, expected BPE")
     if _number(trainer.get(WHITESPACE_SUFFIX, 0)) or not _number(normalizer.get(ESCAPE_SPACE, 1)):
         raise ValueError("it writes spaces another way, expected ▁ before words")
+    return SentencePieceModel(tokens, scores, types, trainer, normalizer)
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    model = parse_sentencepiece(data)
+    tokens, scores, types = model.tokens, model.scores, model.types
+    trainer, normalizer = model.trainer, model.normalizer
+    if model.kind != BPE:
+        raise ValueError(f"it is of kind {MODEL_TYPES.get(model.kind, model.kind)}, expected BPE")
     if normalizer.get(CHARSMAP) or _number(normalizer.get(ONE_SPACE, 1)):
         raise ValueError("it rewrites texts first (NFKC, runs of spaces), expected plain ones")
     if UNUSED in types:

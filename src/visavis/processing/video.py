@@ -87,10 +87,12 @@ def sample(total: int, rate: float, config: VideoConfig, asked: int | None = Non
             f"{wanted} frames of a video, but this model takes at most {config.max_frames}; ask "
             "for fewer"
         )
-    if asked is None and config.fps is not None and config.min_frames:
-        wanted = max(int(total / rate * config.fps), config.min_frames)
-        wanted = min(wanted, config.max_frames, total)
-        return [int(index) for index in np.linspace(0, total - 1, wanted).round()]
+    if config.sampling == "smolvlm":
+        return _smolvlm_sample(total, rate, config.fps or 1.0, wanted, asked is not None)
+    if config.sampling == "internvl":
+        return _internvl_sample(total, min(wanted, total))
+    if config.sampling == "qwen3-vl":
+        return _qwen3_vl_sample(total, rate, config, asked)
     if asked is None and config.fps is not None:
         stepped = range(0, total, max(1, round(rate / config.fps)))
         if len(stepped) <= config.max_frames:
@@ -99,6 +101,29 @@ def sample(total: int, rate: float, config: VideoConfig, asked: int | None = Non
     if total <= wanted:
         return list(range(total))
     return [int(index) for index in np.linspace(0, total - 1, wanted)]
+
+
+def _smolvlm_sample(total: int, rate: float, fps: float, wanted: int, asked: bool) -> list[int]:
+    """Return SmolVLM2's frames: `fps` a second and at most `wanted`, or that many if they are asked
+    for; of videos much longer than that without their first and last second."""
+    duration, first, last = total / rate, 0, total - 1
+    if duration - 2 > wanted * fps:
+        first, last = int(rate), min(int(total - rate), total - 1)
+    number = wanted if asked else max(1, min(round(fps * duration), wanted))
+    return sorted({int(place) for place in np.linspace(first, last, number)})
+
+
+def _internvl_sample(total: int, wanted: int) -> list[int]:
+    """Return the frames in the middle of `wanted` equal parts, as InternVL takes them."""
+    places = total / wanted / 2 + np.arange(wanted) * (total / wanted)
+    return [int(place) for place in places.astype(np.float32)]
+
+
+def _qwen3_vl_sample(total: int, rate: float, config: VideoConfig, asked: int | None) -> list[int]:
+    """Return Qwen3-VL's frames: `fps` a second, from the first to the last."""
+    wanted = max(int(total / rate * (config.fps or 2.0)), config.min_frames, 1)
+    wanted = min(asked or wanted, config.max_frames, total)
+    return [int(index) for index in np.linspace(0, total - 1, wanted).round()]
 
 
 def time_instruction(duration: float, times: Sequence[float]) -> str:
@@ -160,12 +185,12 @@ def survey(video: Video, config: VideoConfig) -> Survey:
         return Survey(tuple(indices), len(reader.times), reader.rate, size)
 
 
-def describe_times(video: Video, config: VideoConfig) -> str:
-    """Return `time_instruction` of the frames that `read_frames` will give; none is decoded where
-    the file says when they are shown."""
+def frame_times(video: Video, config: VideoConfig) -> tuple[tuple[float, ...], float]:
+    """Return the seconds of the frames that `read_frames` will give, and of the whole video; none
+    is decoded where the file says when they are shown."""
     with _open(video) as reader:
         indices = _sample(reader, config, video)
-        return time_instruction(reader.duration, [reader.times[index] for index in indices])
+        return tuple(reader.times[index] for index in indices), reader.duration
 
 
 def middle_frame(video: Video) -> pil.Image:
@@ -176,6 +201,32 @@ def middle_frame(video: Video) -> pil.Image:
     """
     with _open(video) as reader:
         return reader.read([len(reader.times) // 2])[0]
+
+
+def duration(video: Video) -> float:
+    """Return the length of a video in seconds; no frame is decoded.
+
+    Raises:
+        ImageError: the video cannot be read.
+    """
+    with _open(video) as reader:
+        return reader.duration
+
+
+def read_between(video: Video, begin_s: float, end_s: float, number: int) -> Clip:
+    """Return up to `number` frames that are shown between two times, evenly spaced; at least the
+    one that is shown at `begin_s`.
+
+    Raises:
+        ImageError: the video cannot be read.
+    """
+    with _open(video) as reader:
+        first = max(bisect(reader.times, begin_s) - 1, 0)
+        last = max(bisect(reader.times, end_s - 1e-6), first + 1)
+        indices = sorted({int(i) for i in np.linspace(first, last - 1, number + 2)[1:-1]})
+        indices = indices or [first]
+        times = tuple(reader.times[index] for index in indices)
+        return Clip(tuple(reader.read(indices)), times, reader.duration)
 
 
 def _sample(reader: _Reader, config: VideoConfig, video: Video) -> list[int]:

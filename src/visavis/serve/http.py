@@ -149,7 +149,7 @@ class EndpointApp:
 def _dumped(result: BaseModel | dict[str, Any]) -> bytes:
     if isinstance(result, BaseModel):
         return result.model_dump_json(by_alias=True).encode()
-    return json.dumps(result).encode()
+    return json.dumps(result, allow_nan=False).encode()
 
 
 async def _nothing() -> Message:

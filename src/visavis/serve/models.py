@@ -91,8 +91,8 @@ class ServedModel:
 
     @property
     def number_type(self) -> str:
-        """The number type of the decoder's activations."""
-        return str(self.model.vlm.decoder.dtype).removeprefix("torch.")
+        """The number type of the activations of the decoder, or of a dual encoder's towers."""
+        return str(self.model.vlm.dtype).removeprefix("torch.")
 
     @property
     def on_gpu(self) -> bool:

@@ -77,16 +77,16 @@ def write_gguf(loaded: Checkpoint, path: str | Path, *, kind: str = "F16") -> li
         CheckpointError: a part that llama.cpp cannot run; nothing is written.
     """
     file_type = lookup("GGUF type", kind, FILE_TYPES)
+    if loaded.vlm.config.head is not None:
+        raise CheckpointError(
+            f"{loaded.name} has an embedding head, which GGUF has no place for; expected a model "
+            "that embeds by its last hidden states. Export it in visavis' own layout instead."
+        )
     path = Path(path)
     single = path.suffix == ".gguf"
     model = path if single else path / MODEL
     config = loaded.vlm.config.decoder
     name = architecture_of(config)
-    if loaded.vlm.head is not None:
-        raise CheckpointError(
-            f"{loaded.name} has an embedding head, which GGUF has no place for; expected a model "
-            "that embeds by its last hidden states. Export it in visavis' own layout instead."
-        )
     if loaded.vlm.tower is not None:
         check_exportable(loaded)
     metadata: dict[str, Any] = {

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from visavis.checkpoints.transformers.export_config import inexpressible
-from visavis.checkpoints.transformers.processor import FILTERS, processor_config
+from visavis.checkpoints.transformers.idefics3 import split_json
+from visavis.checkpoints.transformers.processor import FILTERS, NAFLEX, processor_config
 from visavis.errors import CheckpointError
 from visavis.processing.config import AnyresConfig, ImageProcessorConfig
 
@@ -37,9 +38,14 @@ def processor_json(config: ImageProcessorConfig) -> dict[str, Any]:
         "do_normalize": True,
         "do_convert_rgb": True,
     }
+    if config.naflex is not None:
+        patches = {"patch_size": config.size, "max_num_patches": config.naflex.max_patches}
+        return found | {"image_processor_type": NAFLEX, **patches}
     if config.tiles is not None:
         found["image_grid_pinpoints"] = pinpoints(config.tiles)
         found["do_pad"] = True
+    if config.split is not None:
+        return found | split_json(config)
     if config.tiles is not None and config.tiles.multi_image == "pad":
         found |= {"image_processor_type": "LlavaOnevisionImageProcessor", "size": square}
     elif config.tiles is not None:

@@ -26,15 +26,19 @@ from visavis.checkpoints.checkpoint_format import (
     refuse_quantised,
 )
 from visavis.checkpoints.tensor_files import MAX_JSON_BYTES, read_json, read_tensors, weight_files
-from visavis.checkpoints.transformers.config_reader import Json, section
+from visavis.checkpoints.transformers.config_reader import Json, require, section
 from visavis.checkpoints.transformers.export import write_transformers
+from visavis.checkpoints.transformers.idefics3 import CLASSES as SPLITTERS
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.idefics3 import VIDEO_TEMPLATE, idefics3_processor
 from visavis.checkpoints.transformers.language_models import KINDS
-from visavis.checkpoints.transformers.processor import grids, processor_config
+from visavis.checkpoints.transformers.processor import grids, naflex_processor, processor_config
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
 from visavis.checkpoints.transformers.vision_models import vlm_config
 from visavis.checkpoints.transformers.weights import vlm_table
+from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
-from visavis.model.config import Qwen2VLTowerConfig, ViTConfig, VLMConfig
+from visavis.model.config import NaFlexConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_encoder import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
@@ -72,7 +76,7 @@ class TransformersFormat(FolderFormat):
         folder, adapters = detected.path, companions.adapters
         data = read_json(folder / CONFIG)
         config, processor = cls.read_config(folder)
-        table, files = vlm_table(data, config), weight_files(folder)
+        table, files = cls.names(data, config), weight_files(folder)
         opened = cls(
             detected=detected,
             companions=companions,
@@ -98,11 +102,16 @@ class TransformersFormat(FolderFormat):
         return opened
 
     @classmethod
+    def names(cls, data: Json, config: VLMConfig) -> NameTable:
+        """Return the names of its tensors."""
+        return vlm_table(data, config)
+
+    @classmethod
     def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
         data = read_json(path / CONFIG)
         refuse_quantised(data, path)
         config = vlm_config(data)
-        processor = image_processor(config, path)
+        processor = image_processor(config, path, data.get("model_type"))
         _check_tiles(data, config, processor, path)
         return config, processor
 
@@ -169,7 +178,21 @@ class Qwen25VLFormat(TransformersFormat):
     target = ""
 
 
-def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
+class Idefics3Format(TransformersFormat):
+    """Idefics3, SmolVLM and SmolVLM2 as transformers writes them."""
+
+    kind, title, model_types = "idefics3", "Idefics3 or SmolVLM, transformers", IDEFICS3
+    target = ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        filmed = self.processor is not None and self.processor.video is not None
+        video_jinja = VIDEO_TEMPLATE if self.jinja and filmed else ""
+        return PromptConfig(jinja=self.jinja, image_text="idefics3", video_jinja=video_jinja)
+
+
+def image_processor(
+    config: VLMConfig, folder: Path, model_type: object
+) -> ImageProcessorConfig | None:
     """Return how images are sized and normalised, if the model takes any.
 
     Raises:
@@ -185,12 +208,21 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
             f"{folder} says nowhere how pictures are resized and normalised; expected "
             f"{' or '.join(names)} beside the weights, copy it from the model's source."
         )
+    videos = [inner for data in found if (inner := section(data, "video_processor"))]
+    if (folder / VIDEO_NAME).is_file():
+        videos.insert(0, read_json(folder / VIDEO_NAME))
+    video = videos[0] if videos else None
     if isinstance(config.tower, Qwen2VLTowerConfig):
-        videos = [inner for data in found if (inner := section(data, "video_processor"))]
-        if (folder / VIDEO_NAME).is_file():
-            videos.insert(0, read_json(folder / VIDEO_NAME))
-        return qwen2_vl_processor(settings[0], videos[0] if videos else None, config.tower)
-    processor = processor_config(settings[0])
+        return qwen2_vl_processor(settings[0], video, config.tower)
+    if isinstance(config.tower, NaFlexConfig):
+        return naflex_processor(settings[0], config.tower)
+    if model_type in IDEFICS3:
+        kind = str(settings[0].get("image_processor_type"))
+        known = kind.removesuffix("Fast").removesuffix("Pil") in SPLITTERS
+        require("image_processor_type", kind, known, " or ".join(SPLITTERS))
+        processor = idefics3_processor(settings[0], video, takes_videos=model_type == "smolvlm")
+    else:
+        processor = processor_config(settings[0])
     if isinstance(config.tower, ViTConfig) and processor.size != config.tower.image_size:
         raise CheckpointError(
             f"{folder} prepares pictures of {processor.size} pixels, but its vision tower takes "

@@ -11,7 +11,13 @@ from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import Json, count, require, without_nulls
 from visavis.errors import CheckpointError
-from visavis.processing.config import AnyresConfig, ImageProcessorConfig
+from visavis.model.config import NaFlexConfig
+from visavis.processing.config import (
+    MAX_PATCHES,
+    AnyresConfig,
+    ImageProcessorConfig,
+    NaFlexSizes,
+)
 from visavis.utils import suggest
 
 CLIP: dict[str, Any] = {
@@ -50,8 +56,16 @@ MULTI_IMAGE: dict[str, Any] = {
     "LlavaOnevisionImageProcessor": "pad",
 }
 OLD_NAMES = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
+NAFLEX = "Siglip2ImageProcessor"
+NAFLEX_DEFAULTS: dict[str, Any] = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 2,
+    "patch_size": 16,
+    "max_num_patches": 256,
+}
 MAX_TILES = 64  # a side of a canvas; more would be a mistake
-FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def processor_config(config: Json) -> ImageProcessorConfig:
@@ -90,6 +104,23 @@ def processor_config(config: Json) -> ImageProcessorConfig:
     return ImageProcessorConfig(size=crop, resize="crop", crop_fraction=fraction, **fields)
 
 
+def naflex_processor(config: Json, tower: NaFlexConfig) -> ImageProcessorConfig:
+    """Return how images become patches of SigLIP 2's tower.
+
+    Raises:
+        CheckpointError: another kind of processor, or a step that ours does not do.
+    """
+    found = config.get("image_processor_type")
+    kind = str(found).removesuffix("Fast").removesuffix("Pil")
+    require("image_processor_type", found, kind == NAFLEX, f"'{NAFLEX}'")
+    config = NAFLEX_DEFAULTS | without_nulls(config)
+    patch, most = count(config, "patch_size"), count(config, "max_num_patches")
+    require("patch_size", patch, patch == tower.patch_size, f"{tower.patch_size}, the tower's")
+    require("max_num_patches", most, most <= MAX_PATCHES, f"at most {MAX_PATCHES}")
+    naflex = NaFlexSizes(most)
+    return ImageProcessorConfig(patch, "naflex", **common_fields(config), naflex=naflex)
+
+
 def common_fields(config: Json) -> dict[str, Any]:
     """Return the fields that all image processors have: normalisation and resize filter.
 
@@ -103,7 +134,7 @@ def common_fields(config: Json) -> dict[str, Any]:
     require("rescale_factor", factor, in_unit, "1/255")
     resample = config["resample"]
     known = isinstance(resample, int) and resample in FILTERS
-    require("resample", resample, known, "2 (bilinear) or 3 (bicubic)")
+    require("resample", resample, known, "1 (lanczos), 2 (bilinear) or 3 (bicubic)")
     return {
         "mean": _three(config, "image_mean"),
         "std": _three(config, "image_std"),

@@ -22,6 +22,8 @@ from visavis.checkpoints.transformers.config_reader import (
     unknown_type,
     without_nulls,
 )
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.idefics3 import idefics3_config
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
 from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
 from visavis.checkpoints.transformers.qwen2_vl import KIND_2_5 as QWEN2_5_VL
@@ -116,8 +118,7 @@ LLAVAS = {
 
 
 def vlm_config(config: Json) -> VLMConfig:
-    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL
-    or Qwen2.5-VL.
+    """Return the model that a config.json describes.
 
     Raises:
         CheckpointError: another type, or a setting that no part of ours has.
@@ -127,8 +128,10 @@ def vlm_config(config: Json) -> VLMConfig:
         return VLMConfig(decoder=decoder_config(config))
     if kind in (QWEN2_VL, QWEN2_5_VL):
         return qwen2_vl_config(config)
+    if kind in IDEFICS3:
+        return idefics3_config(config)
     if not isinstance(kind, str) or kind not in LLAVAS:
-        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL, QWEN2_5_VL))
+        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL, QWEN2_5_VL, *IDEFICS3))
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from visavis.checkpoints.transformers.config_reader import Json
+from visavis.checkpoints.transformers.config_reader import Json, section
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.language_models import decoder_rows
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.vision_models import (
@@ -29,11 +30,17 @@ from visavis.checkpoints.weight_mapping import (
     to_theirs,
 )
 from visavis.errors import CheckpointError
-from visavis.model.config import MixtureConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
+from visavis.model.config import (
+    MixtureConfig,
+    NaFlexConfig,
+    Qwen2VLTowerConfig,
+    ViTConfig,
+    VLMConfig,
+)
 from visavis.model.vlm import VLM
 
 
-def _clip_rows(model: str) -> tuple[MappingRow, ...]:
+def clip_rows(model: str) -> tuple[MappingRow, ...]:
     """Rows of a CLIP or SigLIP vision tower."""
     embeddings = f"{model}.embeddings"
     rows = [
@@ -41,20 +48,32 @@ def _clip_rows(model: str) -> tuple[MappingRow, ...]:
         MappingRow("tower.positions", (f"{embeddings}.position_embedding.weight",)),
     ]
     for kind in ("weight", "bias"):
-        ours, theirs = "tower.blocks.*", f"{model}.encoder.layers.*"
-        qkv = tuple(f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv")
         rows += [
             MappingRow(f"tower.patch.{kind}", (f"{embeddings}.patch_embedding.{kind}",)),
             MappingRow(f"tower.pre_norm.{kind}", (f"{model}.pre_layrnorm.{kind}",)),  # sic
             MappingRow(f"tower.post_norm.{kind}", (f"{model}.post_layernorm.{kind}",)),
+        ]
+    return (*rows, *clip_block_rows("tower.blocks.*", f"{model}.encoder.layers.*", "width"))
+
+
+def clip_block_rows(ours: str, theirs: str, width: str) -> list[MappingRow]:
+    """Rows of the blocks of a CLIP or SigLIP tower, vision or text.
+
+    Args:
+        width: the name in `Sizes` of the rows of each of q, k and v.
+    """
+    rows = []
+    for kind in ("weight", "bias"):
+        qkv = tuple(f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv")
+        rows += [
             MappingRow(f"{ours}.attn_norm.{kind}", (f"{theirs}.layer_norm1.{kind}",)),
-            MappingRow(f"{ours}.qkv.{kind}", qkv, ("width", "width", "width")),
+            MappingRow(f"{ours}.qkv.{kind}", qkv, (width, width, width)),
             MappingRow(f"{ours}.out.{kind}", (f"{theirs}.self_attn.out_proj.{kind}",)),
             MappingRow(f"{ours}.ffn_norm.{kind}", (f"{theirs}.layer_norm2.{kind}",)),
             MappingRow(f"{ours}.up.{kind}", (f"{theirs}.mlp.fc1.{kind}",)),
             MappingRow(f"{ours}.down.{kind}", (f"{theirs}.mlp.fc2.{kind}",)),
         ]
-    return tuple(rows)
+    return rows
 
 
 def _dinov2_rows(prefix: str) -> tuple[MappingRow, ...]:
@@ -122,7 +141,7 @@ def tower_table(config: Json, prefix: str = "") -> NameTable:
     model = f"{prefix}vision_model"
     other_half = () if prefix else ("text_model.**", "*_projection.weight", "logit_*")
     return NameTable(
-        rows=_clip_rows(model),
+        rows=clip_rows(model),
         aliases=tuple((f"{prefix}{part}.**", f"{model}.{part}.**") for part in CLIP_PARTS),
         # SigLIP's attention pooling, and a buffer that old files carry.
         ignored=(f"{model}.head.**", f"{model}.embeddings.position_ids", *other_half),
@@ -217,9 +236,11 @@ def write_tower(config: Json, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
-    """Return the names of a whole language model, llava or Qwen-VL."""
+    """Return the names of a whole model."""
     if isinstance(ours.tower, Qwen2VLTowerConfig):
         return qwen2_vl_table(ours)
+    if config["model_type"] in IDEFICS3:
+        return _idefics3_table(config, ours)
     prefix = "" if ours.tower is None else "language_model."
     head = f"{prefix}lm_head"
     # A buffer that old files carry; and a tied head is the embeddings once more.
@@ -250,6 +271,20 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
     )
 
 
+def _idefics3_table(config: Json, ours: VLMConfig) -> NameTable:
+    """Return the names of an Idefics3 or SmolVLM."""
+    kind = section(config, "text_config").get("model_type", "llama")
+    fold = MappingRow(
+        "connector.layers.0.weight", ("model.connector.modality_projection.proj.weight",)
+    )
+    text = decoder_rows(kind, "", "lm_head", body="model.text_model")
+    ignored = ("lm_head.weight",) if ours.decoder.tied_head else ()
+    return NameTable(
+        rows=(*text, fold, *clip_rows("model.vision_model")),
+        ignored=("**.rotary_emb.inv_freq", *ignored),
+    )
+
+
 def _name_of(ours: str, tensors: Mapping[str, Tensor], table: NameTable) -> str:
     """Return the name under which a tensor of ours is stored."""
     found = {name: table.part_of(table.canonical(name)) for name in tensors}
@@ -259,7 +294,11 @@ def _name_of(ours: str, tensors: Mapping[str, Tensor], table: NameTable) -> str:
 def _vlm_sizes(config: VLMConfig) -> Sizes:
     decoder = config.decoder
     vit = config.tower.second if isinstance(config.tower, MixtureConfig) else config.tower
-    tower = _tower_sizes(vit) if isinstance(vit, ViTConfig | Qwen2VLTowerConfig) else None
+    tower = (
+        _tower_sizes(vit)
+        if isinstance(vit, ViTConfig | NaFlexConfig | Qwen2VLTowerConfig)
+        else None
+    )
 
     def sizes(layer: int) -> Mapping[str, int]:
         return {
@@ -267,12 +306,13 @@ def _vlm_sizes(config: VLMConfig) -> Sizes:
             "kv": decoder.per_layer(decoder.num_kv_heads, layer) * decoder.head_dim,
             "ffn": decoder.per_layer(decoder.ffn_width, layer),
             **(tower(layer) if tower else {}),
+            **({"text_width": config.text_tower.width} if config.text_tower else {}),
         }
 
     return sizes
 
 
-def _tower_sizes(config: ViTConfig | Qwen2VLTowerConfig) -> Sizes:
+def _tower_sizes(config: ViTConfig | NaFlexConfig | Qwen2VLTowerConfig) -> Sizes:
     return lambda _: {"width": config.width, "gate": config.ffn_width}
 
 

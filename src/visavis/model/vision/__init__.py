@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from visavis.model.config import EfficientNetConfig, MixtureConfig, Qwen2VLTowerConfig, TowerConfig
+from visavis.model.config import (
+    EfficientNetConfig,
+    MixtureConfig,
+    NaFlexConfig,
+    Qwen2VLTowerConfig,
+    TowerConfig,
+)
 
 
 def build_tower(config: TowerConfig) -> nn.Module:
@@ -17,6 +23,10 @@ def build_tower(config: TowerConfig) -> nn.Module:
         from visavis.model.vision.qwen2_vl import Qwen2VLTower
 
         return Qwen2VLTower(config)
+    if isinstance(config, NaFlexConfig):
+        from visavis.model.vision.naflex import NaFlexTower
+
+        return NaFlexTower(config)
     if isinstance(config, MixtureConfig):
         from visavis.model.vision.vit import TowerMixture
 
