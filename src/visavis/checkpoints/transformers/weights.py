@@ -280,7 +280,7 @@ def _idefics3_table(config: Json, ours: VLMConfig) -> NameTable:
     text = decoder_rows(kind, "", "lm_head", body="model.text_model")
     ignored = ("lm_head.weight",) if ours.decoder.tied_head else ()
     return NameTable(
-        rows=(*text, fold, *_clip_rows("model.vision_model")),
+        rows=(*text, fold, *clip_rows("model.vision_model")),
         ignored=("**.rotary_emb.inv_freq", *ignored),
     )
 
