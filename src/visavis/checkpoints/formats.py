@@ -33,6 +33,7 @@ from visavis.checkpoints.transformers.load import (
     LlavaNextFormat,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
+    Qwen3VLFormat,
     Qwen25VLFormat,
     TransformersFormat,
 )
@@ -97,6 +98,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaOnevisionFormat,
     Qwen2VLFormat,
     Qwen25VLFormat,
+    Qwen3VLFormat,
     DualEncoderFormat,
     Idefics3Format,
     Phi3VFormat,

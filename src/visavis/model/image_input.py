@@ -6,7 +6,7 @@ tokens of views are arranged. Resizing is in `processing`, arranging in `image_t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ class ImageGrid:
     video: bool = False
     interval: float = 1.0
     times: tuple[float, ...] = ()
+
+    def split(self, number: int) -> list[ImageGrid]:
+        """Return the grids of the runs that a prompt writes it in: itself, or each temporal patch
+        of a video by itself."""
+        assert number in (1, self.frames), f"{self} in {number} runs"
+        return [self] if number == 1 else [replace(self, frames=1)] * number
 
     @property
     def views(self) -> int:

@@ -62,7 +62,8 @@ def frequency_axes(sections: Sequence[int], interleaved: bool) -> Tensor:
     if interleaved:
         axes = [0] * len(axes)
         for axis in (1, 2):
-            axes[axis : 3 * sections[axis] : 3] = [axis] * sections[axis]
+            for place in range(axis, min(3 * sections[axis], len(axes)), 3):
+                axes[place] = axis
     return torch.tensor(axes, dtype=torch.int64, device="cpu")
 
 

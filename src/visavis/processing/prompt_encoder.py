@@ -87,7 +87,7 @@ class PromptConfig:
     jinja: str = ""
     image_start: str = ""
     image_end: str = ""
-    image_text: Literal["", "idefics3", "internvl"] = ""
+    image_text: Literal["", "idefics3", "internvl", "qwen3-vl"] = ""
     video_jinja: str = ""
     video_times: Literal["", "llava-video"] = ""
     embed_prefix: str = ""
@@ -470,7 +470,8 @@ class PromptEncoder:
             return count
         assert self.processor is not None
         visual = image.visual
-        times = times_of(visual, self.processor) if isinstance(visual, Video) else None
+        known = image.grid.times or not isinstance(visual, Video)
+        times = None if known else times_of(visual, self.processor)
         return STYLES[style](image.grid, count, times)
 
     def _place(self, encoded: Encoded, images: Sequence[ImageReference]) -> None:
@@ -478,7 +479,9 @@ class PromptEncoder:
         if images and self.config.decoder.mrope_sections:
             assert self.config.connector is not None
             length, merge = len(encoded.token_ids), self.config.connector.shuffle
-            grids = [one.grid for one in images]
+            numbers = encoded.slots_per_image or [1] * len(images)
+            runs = zip(images, numbers, strict=True)
+            grids = [grid for one, number in runs for grid in one.grid.split(number)]
             tower = self.config.tower
             rate = tower.tokens_per_second if isinstance(tower, Qwen2VLTowerConfig) else 0
             slots = encoded.image_slots

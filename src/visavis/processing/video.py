@@ -121,7 +121,9 @@ def _internvl_sample(total: int, wanted: int) -> list[int]:
 
 def _qwen3_vl_sample(total: int, rate: float, config: VideoConfig, asked: int | None) -> list[int]:
     """Return Qwen3-VL's frames: `fps` a second, from the first to the last."""
-    wanted = max(int(total / rate * (config.fps or 2.0)), config.min_frames, 1)
+    wanted = config.frames
+    if config.fps is not None:
+        wanted = max(int(total / rate * config.fps), config.min_frames, 1)
     wanted = min(asked or wanted, config.max_frames, total)
     return [int(index) for index in np.linspace(0, total - 1, wanted).round()]
 

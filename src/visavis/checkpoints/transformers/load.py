@@ -178,6 +178,16 @@ class Qwen25VLFormat(TransformersFormat):
     target = ""
 
 
+class Qwen3VLFormat(TransformersFormat):
+    """Qwen3-VL as transformers writes it."""
+
+    kind, title, model_types = "qwen3_vl", "Qwen3-VL, transformers", ("qwen3_vl",)
+    target = ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return PromptConfig(jinja=self.jinja, image_text="qwen3-vl")
+
+
 class Idefics3Format(TransformersFormat):
     """Idefics3, SmolVLM and SmolVLM2 as transformers writes them."""
 

@@ -26,7 +26,7 @@ from visavis.checkpoints.transformers.language_models import decoder_config, dec
 from visavis.checkpoints.transformers.processor import common_fields
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.model.config import ConnectorConfig, DecoderConfig, Qwen2VLTowerConfig, VLMConfig
-from visavis.processing.config import ImageProcessorConfig, Qwen2VLConfig
+from visavis.processing.config import ImageProcessorConfig, Qwen2VLConfig, VideoConfig
 
 KIND, KIND_2_5 = "qwen2_vl", "qwen2_5_vl"
 CLASS = "Qwen2VLImageProcessor"
@@ -78,6 +78,13 @@ PROCESSOR: dict[str, Any] = {
 }
 IMAGE_BOUNDS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}  # areas, for all that
 VIDEO_BOUNDS = {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}
+WHOLE_VIDEO_BOUNDS = {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768}
+VIDEO_SAMPLING: dict[str, Any] = {
+    "do_sample_frames": True,
+    "fps": 2,
+    "min_frames": 4,
+    "max_frames": 768,
+}
 
 
 def qwen2_vl_config(config: Json) -> VLMConfig:
@@ -229,47 +236,49 @@ def qwen2_vl_table(config: VLMConfig) -> NameTable:
     tower = config.tower
     assert isinstance(tower, Qwen2VLTowerConfig)
     axes = (3, tower.temporal_size, tower.patch_size, tower.patch_size)
+    third = bool(tower.position_side)  # Qwen3-VL
+    visual, body = ("model.visual", "model.language_model") if third else ("visual", "model")
     rows = [
-        MappingRow("tower.patch.weight", ("visual.patch_embed.proj.weight",), axes=axes),
-        MappingRow("tower.patch.bias", ("visual.patch_embed.proj.bias",)),
-        MappingRow("tower.positions", ("visual.pos_embed.weight",)),
+        MappingRow("tower.patch.weight", (f"{visual}.patch_embed.proj.weight",), axes=axes),
+        MappingRow("tower.patch.bias", (f"{visual}.patch_embed.proj.bias",)),
+        MappingRow("tower.positions", (f"{visual}.pos_embed.weight",)),
     ]
-    third = tower.patch_bias  # Qwen3-VL
     up, down = ("linear_fc1", "linear_fc2") if third else ("fc1", "fc2")
-    merger = "visual.merger"
     norm, first, second = (
         ("norm", "linear_fc1", "linear_fc2") if third else ("ln_q", "mlp.0", "mlp.2")
     )
+    block, more = f"{visual}.blocks.*", f"{visual}.deepstack_merger_list.*"
     parts = {
-        "tower.blocks.*.attn_norm": "visual.blocks.*.norm1",
-        "tower.blocks.*.qkv": "visual.blocks.*.attn.qkv",
-        "tower.blocks.*.out": "visual.blocks.*.attn.proj",
-        "tower.blocks.*.ffn_norm": "visual.blocks.*.norm2",
-        "tower.blocks.*.up": f"visual.blocks.*.mlp.{up}",
-        "tower.blocks.*.down": f"visual.blocks.*.mlp.{down}",
-        "connector.norm": f"{merger}.{norm}",
-        "connector.layers.0": f"{merger}.{first}",
-        "connector.layers.2": f"{merger}.{second}",
-        "connector.deepstack.*.norm": "visual.deepstack_merger_list.*.norm",
-        "connector.deepstack.*.layers.0": "visual.deepstack_merger_list.*.linear_fc1",
-        "connector.deepstack.*.layers.2": "visual.deepstack_merger_list.*.linear_fc2",
+        "tower.blocks.*.attn_norm": f"{block}.norm1",
+        "tower.blocks.*.qkv": f"{block}.attn.qkv",
+        "tower.blocks.*.out": f"{block}.attn.proj",
+        "tower.blocks.*.ffn_norm": f"{block}.norm2",
+        "tower.blocks.*.up": f"{block}.mlp.{up}",
+        "tower.blocks.*.down": f"{block}.mlp.{'down_proj' if tower.gated_ffn else down}",
+        "connector.norm": f"{visual}.merger.{norm}",
+        "connector.layers.0": f"{visual}.merger.{first}",
+        "connector.layers.2": f"{visual}.merger.{second}",
+        "connector.deepstack.*.norm": f"{more}.norm",
+        "connector.deepstack.*.layers.0": f"{more}.linear_fc1",
+        "connector.deepstack.*.layers.2": f"{more}.linear_fc2",
     }
     if tower.gated_ffn:
         del parts["tower.blocks.*.up"]
-        parts["tower.blocks.*.down"] = "visual.blocks.*.mlp.down_proj"
     for ours, theirs in parts.items():
         rows += [MappingRow(f"{ours}.{kind}", (f"{theirs}.{kind}",)) for kind in ("weight", "bias")]
     if tower.gated_ffn:
         for kind in ("weight", "bias"):
-            both = tuple(f"visual.blocks.*.mlp.{part}_proj.{kind}" for part in ("gate", "up"))
+            both = tuple(f"{block}.mlp.{part}_proj.{kind}" for part in ("gate", "up"))
             rows.append(MappingRow(f"tower.blocks.*.up.{kind}", both, ("gate", "gate")))
     tied = ("lm_head.weight",) if config.decoder.tied_head else ()
+    newer = ("model.visual.**", "model.language_model.**")
+    others = ("visual.**", "language_model.**" if third else "model.**")
     return NameTable(
-        rows=(*decoder_rows("qwen2", "", "lm_head"), *rows),
-        aliases=(
-            ("model.visual.**", "visual.**"),
-            ("model.language_model.**", "model.**"),
-        ),
+        rows=(*decoder_rows("qwen2", "", "lm_head", body=body), *rows),
+        # Qwen3-VL's other names are those of an embedder that was saved without its head.
+        aliases=(*((one, one) for one in newer), *zip(others, newer, strict=True))
+        if third
+        else tuple(zip(newer, others, strict=True)),
         ignored=("**.rotary_emb.inv_freq", "visual.rotary_pos_emb.inv_freq", *tied),
     )
 
@@ -293,7 +302,13 @@ def qwen2_vl_processor(
     for name, expected in (sides | {"merge_size": tower.merge}).items():
         require(name, config[name], config[name] == expected, f"{expected}, as the vision tower")
     least, most = _bounds(image, IMAGE_BOUNDS)
-    if video is None:  # files of 2024: their pictures' bounds, within those for frames
+    third = bool(tower.position_side)  # Qwen3-VL
+    for name in (*sides, "merge_size", "image_mean", "image_std") if video else ():
+        found = video.get(name) if video else None
+        require(name, found, found in (None, config[name]), f"{config[name]}, as of images")
+    if third:
+        video_least, video_most = _bounds(video or {}, WHOLE_VIDEO_BOUNDS)
+    elif video is None:  # files of 2024: their pictures' bounds, within those for frames
         video_least, video_most = least, max(least, min(most, VIDEO_BOUNDS["longest_edge"]))
     else:
         video_least, video_most = _bounds(video, VIDEO_BOUNDS)
@@ -305,8 +320,30 @@ def qwen2_vl_processor(
         max_pixels=most,
         video_min_pixels=video_least,
         video_max_pixels=video_most,
+        whole_videos=third,
     )
-    return ImageProcessorConfig(patches.factor, "patches", **common_fields(config), patches=patches)
+    return ImageProcessorConfig(
+        patches.factor,
+        "patches",
+        **common_fields(config),
+        patches=patches,
+        video=_sampling(video or {}) if third else None,
+    )
+
+
+def _sampling(video: Json) -> VideoConfig:
+    """Return which frames of a video Qwen3-VL's processor takes."""
+    settings = VIDEO_SAMPLING | without_nulls(video)
+    require(
+        "do_sample_frames", settings["do_sample_frames"], bool(settings["do_sample_frames"]), "true"
+    )
+    least, most = count(settings, "min_frames"), count(settings, "max_frames")
+    require("min_frames", least, least <= most, f"at most {most}, max_frames")
+    if "num_frames" in settings:
+        fixed = count(settings, "num_frames")
+        require("num_frames", fixed, fixed <= most, f"at most {most}, max_frames")
+        return VideoConfig(fixed, None, most, least, "qwen3-vl")
+    return VideoConfig(min(32, most), number(settings, "fps"), most, least, "qwen3-vl")
 
 
 def _bounds(config: Json, defaults: Json) -> tuple[int, int]:
