@@ -7,7 +7,8 @@ and the command line build on it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,17 +30,24 @@ from visavis.generate.streaming import Answer, Reply
 from visavis.generate.structured_output import Grammar
 from visavis.inputs import Prompt
 from visavis.memory import enough_memory
-from visavis.model.pooling import cut, embed_batch, embedding_dim, kept_dim, unusable_rows
+from visavis.model.batch import PackedBatch
+from visavis.model.pooling import (
+    cut,
+    embed_batch,
+    embed_multi_batch,
+    embedding_dim,
+    kept_dim,
+    unusable_rows,
+)
 from visavis.model.quantized_linear import QuantizedLinear
-from visavis.processing.collate import batches
 from visavis.processing.feature_cache import DiskFeatureCache
 from visavis.processing.image_encoder import ImageEncoder
 from visavis.processing.images import ContentHasher
+from visavis.processing.items import embedding_batches, list_items, list_prompts, name_item
 from visavis.processing.pdf import expand
 from visavis.processing.prompt_encoder import PreparedPrompt, PromptEncoder
 from visavis.utils import track
 
-DEFAULT_BATCH_TOKENS = 2048
 FEATURE_VERSION = 1  # raised when the code computes other features of the same image
 
 
@@ -149,7 +157,17 @@ class Model(Checkpoint):
 
     @property
     def embedding_dim(self) -> int:
-        """The length of a vector of `embed`."""
+        """The length of a vector of `embed`.
+
+        Raises:
+            InputError: the model gives an item many vectors and not one.
+        """
+        if self.has_multi_vectors:
+            raise InputError(
+                f"{self.name} embeds an item as many vectors, one per token, expected one for the "
+                "whole item: use embed_multi, and visavis.maxsim to compare two items, or another "
+                "model."
+            )
         return embedding_dim(self.vlm, self.profile.pooling)
 
     def __repr__(self) -> str:
@@ -179,6 +197,11 @@ class Model(Checkpoint):
     @property
     def takes_images(self) -> bool:
         return self.vlm.tower is not None
+
+    @property
+    def has_multi_vectors(self) -> bool:
+        """Whether it embeds an item as a vector per token (`embed_multi`) and not as one."""
+        return self.profile.pooling == "multi"
 
     def chat(
         self,
@@ -239,7 +262,7 @@ class Model(Checkpoint):
             InputError, ImageError, ContextLengthError, OutOfMemoryError: see `chat`.
             NonFiniteError: the model's logits hold NaN or infinity; the message names the prompt.
         """
-        listed = _listed(prompts)
+        listed = list_prompts(prompts)
         answers = [self.ask(Prompt.of(prompt), **options) for prompt in listed]
         of = {answer.sequence: answer for answer in answers}
         engine = self.engine(max_sequences)
@@ -249,7 +272,7 @@ class Model(Checkpoint):
                 pass
         except NonFiniteError as error:
             failed = next(i for i, one in enumerate(answers) if one.sequence.error is error)
-            name = _named(listed[failed])
+            name = name_item(listed[failed])
             message = f"prompt {failed + 1} of {len(listed)} ({name}): {error}"
             raise NonFiniteError(message) from error
         return [answer.reply for answer in answers]
@@ -330,33 +353,72 @@ class Model(Checkpoint):
             OutOfMemoryError: the message says what for, and what would take less.
             NonFiniteError: a vector holds NaN or infinity; the message names its item.
         """
-        batch_tokens = DEFAULT_BATCH_TOKENS if batch_tokens is None else batch_tokens
-        if batch_tokens < 1:
-            raise InputError(f"batch_tokens is {batch_tokens}, expected 1 or more.")
         dim = kept_dim(dim, self.embedding_dim)
-        listed = list(items) if isinstance(items, list | tuple | np.ndarray) else [items]
-        if isinstance(items, np.ndarray) and items.ndim in (2, 3):
-            listed = [items]
-        hasher = ContentHasher()
+        listed, hasher = list_items(items), ContentHasher()
         prepared = [self.prepare(Prompt.of(item), instruction, hasher) for item in listed]
         vectors = np.empty((len(prepared), dim), np.float32)
-        lengths = [len(one.token_ids) for one in prepared]
-        groups = list(batches(lengths, batch_tokens))
-        for group in track(groups, "embedding", weights=[len(g) for g in groups], show=progress):
+        for group in embedding_batches(prepared, batch_tokens, progress):
             found = self.embed_prepared([prepared[i] for i in group])
             vectors[group] = cut(torch.from_numpy(found), dim).numpy()
             self._check_finite(vectors[group], listed, group)
         return vectors
 
-    def prepare(
-        self, prompt: Prompt, instruction: str | None = None, hasher: ContentHasher | None = None
-    ) -> PreparedPrompt:
-        """Return an item that `embed_prepared` takes; for servers, which batch items of their own.
+    def embed_multi(
+        self,
+        items: Any,
+        *,
+        documents: bool = False,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> list[np.ndarray]:
+        """Return the unit vectors of every token of each item, float32 [tokens, D], in order.
+
+        `visavis.maxsim` compares two of them. An image is a document; a text is a query, unless
+        `documents` says that it is one to be found.
+
+        Args:
+            items: see `embed`; each is one text or one image.
+            documents: texts are documents: no query prefix and no augmentation tokens.
+            batch_tokens: see `embed`.
+            progress: show a bar on stderr.
 
         Raises:
-            InputError, ImageError, ContextLengthError: see `embed`.
+            InputError: the model has no multi-vector head, or an item is of another kind.
+            ImageError, ContextLengthError, OutOfMemoryError, NonFiniteError: see `embed`.
         """
-        return self.encoder.item(self._identified(prompt, hasher), instruction)
+        listed, hasher = list_items(items), ContentHasher()
+        if not self.has_multi_vectors:
+            raise InputError(
+                f"{self.name} embeds an item as one vector and has no multi-vector head: use "
+                "embed, or a model such as ColPali or ColQwen2."
+            )
+        prepared = [
+            self.prepare(Prompt.of(item), hasher=hasher, document=documents) for item in listed
+        ]
+        found: list[np.ndarray] = [np.empty(0)] * len(prepared)
+        for group in embedding_batches(prepared, batch_tokens, progress):
+            batch = self.embed_multi_prepared([prepared[i] for i in group])
+            for number, vectors in zip(group, batch, strict=True):
+                self._check_finite(vectors, listed, [number] * len(vectors))
+                found[number] = vectors
+        return found
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        instruction: str | None = None,
+        hasher: ContentHasher | None = None,
+        *,
+        document: bool = False,
+    ) -> PreparedPrompt:
+        """Return an item that `embed_prepared` or `embed_multi_prepared` takes; for servers, which
+        batch items of their own.
+
+        Raises:
+            InputError, ImageError, ContextLengthError: see `embed` and `embed_multi`.
+        """
+        identified = self._identified(prompt, hasher)
+        return self.encoder.item(identified, instruction, document=document)
 
     def embed_prepared(self, prepared: Sequence[PreparedPrompt]) -> np.ndarray:
         """Return one unit vector per prepared item, float32 [N, D], computed in one batch.
@@ -366,12 +428,18 @@ class Model(Checkpoint):
             OutOfMemoryError: the batch does not fit.
         """
         batch = self.image_encoder.pack(prepared)
-        with enough_memory(
-            f"embedding {len(prepared)} items of {batch.num_tokens} tokens, "
-            f"{len(batch.image_counts)} images",
-            "Use a smaller batch (batch_tokens), or shorten what is long.",
-        ):
+        with self._enough_memory(batch):
             return embed_batch(self.vlm, batch, self.profile.pooling).cpu().numpy()
+
+    def embed_multi_prepared(self, prepared: Sequence[PreparedPrompt]) -> list[np.ndarray]:
+        """Return the unit vectors of each prepared item, float32 [tokens, D], of one batch.
+
+        Raises:
+            ImageError, OutOfMemoryError: see `embed_prepared`.
+        """
+        batch = self.image_encoder.pack(prepared)
+        with self._enough_memory(batch):
+            return [one.cpu().numpy() for one in embed_multi_batch(self.vlm, batch)]
 
     def _check_finite(
         self, vectors: np.ndarray, items: Sequence[Any], numbers: Sequence[int]
@@ -381,11 +449,18 @@ class Model(Checkpoint):
         if wrong:
             others = f" and {len(wrong) - 1} more of its batch" if len(wrong) > 1 else ""
             raise NonFiniteError(
-                f"item {wrong[0] + 1} of {len(items)} ({_named(items[wrong[0]])}){others}: its "
+                f"item {wrong[0] + 1} of {len(items)} ({name_item(items[wrong[0]])}){others}: its "
                 "vector holds NaN or infinite numbers, or only zeros, expected a vector of length "
                 f"1. The weights of {self.name} are damaged, or overflow in this precision: try "
                 "precision='f32', or other weights."
             )
+
+    def _enough_memory(self, batch: PackedBatch) -> AbstractContextManager[None]:
+        return enough_memory(
+            f"embedding {len(batch.lengths)} items of {batch.num_tokens} tokens, "
+            f"{len(batch.image_counts)} images",
+            "Use a smaller batch (batch_tokens), or shorten what is long.",
+        )
 
     def trace(self, prompt: Any) -> Trace:
         """Return token ids, image slots, hidden states and logits of one prompt.
@@ -410,20 +485,3 @@ class Model(Checkpoint):
             hidden=hidden.cpu().numpy(),
             logits=logits.cpu().numpy(),
         )
-
-
-def _named(item: Any) -> str:
-    """Return the name of an item in messages: its files and the start of its text."""
-    prompt = Prompt.of(item)
-    parts = [part for message in prompt.messages for part in message.parts]
-    sources = [getattr(part, "source", None) for part in parts]
-    files = [str(source) for source in sources if isinstance(source, str | Path)]
-    text = " ".join(prompt.text.split())
-    shown = [*files, repr(text if len(text) <= 40 else f"{text[:40]}…")] if text else files
-    return " + ".join(shown) or "an image"
-
-
-def _listed(prompts: Iterable[Any]) -> list[Any]:
-    if isinstance(prompts, str | bytes | Mapping):
-        raise InputError(f"prompts are one {type(prompts).__name__}, expected a list of prompts.")
-    return list(prompts)

@@ -31,6 +31,7 @@ from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (
     LlavaNextFormat,
     LlavaOnevisionFormat,
+    MultiVectorFormat,
     Qwen2VLFormat,
     TransformersFormat,
 )
@@ -93,6 +94,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaNextFormat,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
+    MultiVectorFormat,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

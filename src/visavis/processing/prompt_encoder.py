@@ -65,9 +65,12 @@ class PromptConfig:
             and of both, with {instruction}, {visual} and {text}; where they are given they stand
             in the place of `embed_prefix`, `embed_suffix` and `instruction_form`. What they leave
             out, such as an instruction, the model is not given.
+        document_form: the same of a text that is to be found, in multi-vector models, whose
+            `text_form` is that of a query. They take one image or one text.
         default_instruction: the {instruction} of these forms where none is given.
         pooling: `head` is the trained embedding head, `last` the final hidden state of the last
             token, `first` that of the first, `mean` the mean of all; all are L2-normalised.
+            `multi` gives a vector per token, through the multi-vector head.
         instruction_form: how an instruction and a text are joined; both fields must occur.
         embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
             0, 1, 2, … as for text alone, which VLM2Vec trained with.
@@ -87,8 +90,9 @@ class PromptConfig:
     text_form: str = ""
     visual_form: str = ""
     visual_text_form: str = ""
+    document_form: str = ""
     default_instruction: str = ""
-    pooling: Literal["head", "last", "first", "mean"] = "last"
+    pooling: Literal["head", "last", "first", "mean", "multi"] = "last"
     instruction_form: str = "{instruction}\n{text}"
     embed_positions: Literal["grid", "flat"] = "grid"
     min_score: float = -1.0
@@ -99,12 +103,14 @@ class PromptConfig:
         form = f"{before}{{text}}{after}" if text else f"{before.rstrip()}{after}"
         return form.format(instruction=instruction, text=text)
 
-    def around(self, has_visuals: bool, has_text: bool, instruction: str) -> tuple[str, str, str]:
+    def around(
+        self, has_visuals: bool, has_text: bool, instruction: str, document: bool = False
+    ) -> tuple[str, str, str]:
         """Return the texts of the forms before, between and after the parts of an item.
 
         The second text is between the visuals and the text of the item.
         """
-        form = self.text_form
+        form = self.document_form if document else self.text_form
         if has_visuals:
             form = self.visual_text_form if has_text else self.visual_form
         before, _, after = form.partition("{visual}" if has_visuals else "{text}")
@@ -216,7 +222,8 @@ class PromptEncoder:
 
     @property
     def can_chat(self) -> bool:
-        return bool(self.profile.chat_template or self.profile.jinja)
+        named = self.profile.chat_template or self.profile.jinja
+        return bool(named) and self.profile.pooling != "multi"
 
     @property
     def stop(self) -> str:
@@ -239,6 +246,11 @@ class PromptEncoder:
             InputError: the model cannot chat, or not about what the prompt holds.
             ContextLengthError: the prompt is longer than the model's context.
         """
+        if self.profile.pooling == "multi":
+            raise InputError(
+                f"{self.name} is a multi-vector model, which embeds and writes no answers: use "
+                "embed_multi, or chat with the model that it was made from."
+            )
         prompt = self._timed(prompt)
         images, profile = self._references(prompt), self.profile
         settings = self._settings(images)
@@ -267,11 +279,14 @@ class PromptEncoder:
             _cut(encoded, cut)
         return self._prepared(encoded, images)
 
-    def item(self, prompt: Prompt, instruction: str | None = None) -> PreparedPrompt:
+    def item(
+        self, prompt: Prompt, instruction: str | None = None, *, document: bool = False
+    ) -> PreparedPrompt:
         """Return the ids of an item that is embedded.
 
         Args:
             instruction: what the vector is for; joined to the item's text as the profile says.
+            document: of multi-vector models: a text is to be found, and no query.
 
         Raises:
             InputError, ContextLengthError: see `chat`.
@@ -281,8 +296,12 @@ class PromptEncoder:
         if profile.text_form:
             text, visuals = prompt.text, prompt.visuals
             self._check_plain(instruction or "")
+            if profile.pooling == "multi":
+                self._check_single(prompt)
             parts = [*visuals, Text(text)] if text else [*visuals]
-            prefix, between, suffix = profile.around(bool(visuals), bool(text), instruction or "")
+            prefix, between, suffix = profile.around(
+                bool(visuals), bool(text), instruction or "", document
+            )
             prompt = Prompt.of(parts)
         else:
             prompt = self.instructed(prompt, instruction)
@@ -316,6 +335,21 @@ class PromptEncoder:
                     f"the instruction holds {token.content!r}, which {self.name} reads as a mark "
                     "of its prompt format; write the instruction without it"
                 )
+
+    def _check_single(self, prompt: Prompt) -> None:
+        """Refuse an item that multi-vector models were not trained with.
+
+        Raises:
+            InputError: it is neither one text nor one image.
+        """
+        visuals, text = prompt.visuals, prompt.text
+        videos = sum(isinstance(one, Video) for one in visuals)
+        if videos or len(visuals) + bool(text) != 1:
+            raise InputError(
+                f"the item holds {len(visuals) - videos} images, {videos} videos and "
+                f"{'a' if text else 'no'} text, but {self.name} embeds one text or one image: "
+                "give each text, image, page of a document or frame as an item of its own."
+            )
 
     def _prepared(self, encoded: Encoded, images: tuple[ImageReference, ...]) -> PreparedPrompt:
         return PreparedPrompt(**vars(self.checked(encoded)), images=images)
