@@ -31,6 +31,7 @@ from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (
     LlavaNextFormat,
     LlavaOnevisionFormat,
+    MultiVectorFormat,
     Qwen2VLFormat,
     TransformersFormat,
 )
@@ -95,6 +96,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaOnevisionFormat,
     Qwen2VLFormat,
     DualEncoderFormat,
+    MultiVectorFormat,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

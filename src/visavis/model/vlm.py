@@ -29,6 +29,7 @@ from visavis.model.image_tokens import (
     pack_image_features,
     select,
 )
+from visavis.model.layers import Linear
 from visavis.model.paged_kv_cache import Cache
 from visavis.model.text_tower import build_text_tower
 from visavis.model.vision import build_tower
@@ -54,6 +55,8 @@ class VLM(nn.Module):
         elif config.head is not None:
             self.head = EmbeddingHead(config.head, config.decoder.width)
         self.text_tower = build_text_tower(config.text_tower) if config.text_tower else None
+        dim = config.multi_vector_dim
+        self.multi_vector_head = Linear(config.decoder.width, dim) if dim else None
         newline = config.merge.newline
         self.image_newline = nn.Parameter(torch.zeros(config.decoder.width)) if newline else None
         hd = config.connector if config.merge.kind == "hd" else None
@@ -93,9 +96,7 @@ class VLM(nn.Module):
         features = torch.cat([self.tower_features(chunk) for chunk in chunks])
         return self.connect(features, [visual.shape for visual in visuals])
 
-    def _see_vectors(
-        self, visuals: Sequence[ImageInput], head: DualHead
-    ) -> list[ImageFeatures]:
+    def _see_vectors(self, visuals: Sequence[ImageInput], head: DualHead) -> list[ImageFeatures]:
         """Return a dual encoder's vector of each image or video, which is its one token too: the
         mean of the unit vectors of its views (CLIP4Clip, Luo et al. 2021, for videos)."""
         assert self.tower is not None

@@ -32,6 +32,7 @@ from visavis.processing.image_processor import (
     image_processor,
     times_of,
 )
+from visavis.processing.prompt_checks import check_chats, check_plain, check_single
 from visavis.processing.tokenizer import SpecialTokens
 from visavis.utils import lookup
 
@@ -65,9 +66,12 @@ class PromptConfig:
             and of both, with {instruction}, {visual} and {text}; where they are given they stand
             in the place of `embed_prefix`, `embed_suffix` and `instruction_form`. What they leave
             out, such as an instruction, the model is not given.
+        document_form: the same of a text that is to be found, in multi-vector models, whose
+            `text_form` is that of a query. They take one image or one text.
         default_instruction: the {instruction} of these forms where none is given.
         pooling: `head` is the trained embedding head, `last` the final hidden state of the last
             token, `first` that of the first, `mean` the mean of all; all are L2-normalised.
+            `multi` gives a vector per token, through the multi-vector head.
         instruction_form: how an instruction and a text are joined; both fields must occur.
         embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
             0, 1, 2, … as for text alone, which VLM2Vec trained with.
@@ -87,8 +91,9 @@ class PromptConfig:
     text_form: str = ""
     visual_form: str = ""
     visual_text_form: str = ""
+    document_form: str = ""
     default_instruction: str = ""
-    pooling: Literal["head", "last", "first", "mean"] = "last"
+    pooling: Literal["head", "last", "first", "mean", "multi"] = "last"
     instruction_form: str = "{instruction}\n{text}"
     embed_positions: Literal["grid", "flat"] = "grid"
     min_score: float = -1.0
@@ -99,12 +104,14 @@ class PromptConfig:
         form = f"{before}{{text}}{after}" if text else f"{before.rstrip()}{after}"
         return form.format(instruction=instruction, text=text)
 
-    def around(self, has_visuals: bool, has_text: bool, instruction: str) -> tuple[str, str, str]:
+    def around(
+        self, has_visuals: bool, has_text: bool, instruction: str, document: bool = False
+    ) -> tuple[str, str, str]:
         """Return the texts of the forms before, between and after the parts of an item.
 
         The second text is between the visuals and the text of the item.
         """
-        form = self.text_form
+        form = self.document_form if document else self.text_form
         if has_visuals:
             form = self.visual_text_form if has_text else self.visual_form
         before, _, after = form.partition("{visual}" if has_visuals else "{text}")
@@ -217,7 +224,7 @@ class PromptEncoder:
     @property
     def can_chat(self) -> bool:
         named = self.profile.chat_template or self.profile.jinja
-        return self.config.has_decoder and bool(named)
+        return self.config.has_decoder and bool(named) and self.profile.pooling != "multi"
 
     @property
     def stop(self) -> str:
@@ -240,7 +247,7 @@ class PromptEncoder:
             InputError: the model cannot chat, or not about what the prompt holds.
             ContextLengthError: the prompt is longer than the model's context.
         """
-        self.need_decoder()
+        check_chats(self.config, self.profile.pooling, self.name)
         prompt = self._timed(prompt)
         images, profile = self._references(prompt), self.profile
         settings = self._settings(images)
@@ -269,11 +276,14 @@ class PromptEncoder:
             _cut(encoded, cut)
         return self._prepared(encoded, images)
 
-    def item(self, prompt: Prompt, instruction: str | None = None) -> PreparedPrompt:
+    def item(
+        self, prompt: Prompt, instruction: str | None = None, *, document: bool = False
+    ) -> PreparedPrompt:
         """Return the ids of an item that is embedded.
 
         Args:
             instruction: what the vector is for; joined to the item's text as the profile says.
+            document: of multi-vector models: a text is to be found, and no query.
 
         Raises:
             InputError, ContextLengthError: see `chat`.
@@ -282,15 +292,19 @@ class PromptEncoder:
         prefix, between, suffix = profile.embed_prefix, "", profile.embed_suffix
         if profile.text_form:
             text, visuals = prompt.text, prompt.visuals
-            self._check_plain(instruction or "")
+            check_plain(self.tokenizer, instruction or "", self.name)
             if text and visuals and not profile.visual_text_form:
                 raise InputError(
                     f"an item holds images and a text, but {self.name} embeds either in a tower "
                     "of its own and has no vector for both. Embed them apart; add the two vectors "
                     "and normalise the sum if one vector has to stand for both."
                 )
+            if profile.pooling == "multi":
+                check_single(prompt, self.name)
             parts = [*visuals, Text(text)] if text else [*visuals]
-            prefix, between, suffix = profile.around(bool(visuals), bool(text), instruction or "")
+            prefix, between, suffix = profile.around(
+                bool(visuals), bool(text), instruction or "", document
+            )
             prompt = Prompt.of(parts)
         else:
             prompt = self.instructed(prompt, instruction)
@@ -326,31 +340,6 @@ class PromptEncoder:
         ids = prepared.token_ids
         prepared.token_ids = more + ids if tower.padded == "left" else ids + more
         prepared.loss_mask = [False] * len(prepared.token_ids)
-
-    def need_decoder(self) -> None:
-        """Refuse to chat without a language model.
-
-        Raises:
-            InputError: there is none.
-        """
-        if not self.config.has_decoder:
-            raise InputError(
-                f"{self.name} is a dual encoder: it embeds texts and images and has no language "
-                "model that could answer. Use embed, or a model that chats, such as 'nano'."
-            )
-
-    def _check_plain(self, instruction: str) -> None:
-        """Refuse an instruction that would be read as special tokens, where it stands among them.
-
-        Raises:
-            InputError: it holds the text of one.
-        """
-        for token in self.tokenizer.get_added_tokens_decoder().values():
-            if token.special and token.content in instruction:
-                raise InputError(
-                    f"the instruction holds {token.content!r}, which {self.name} reads as a mark "
-                    "of its prompt format; write the instruction without it"
-                )
 
     def _prepared(self, encoded: Encoded, images: tuple[ImageReference, ...]) -> PreparedPrompt:
         return PreparedPrompt(**vars(self.checked(encoded)), images=images)

@@ -29,6 +29,8 @@ from visavis.checkpoints.tensor_files import MAX_JSON_BYTES, read_json, read_ten
 from visavis.checkpoints.transformers.config_reader import Json, section
 from visavis.checkpoints.transformers.export import write_transformers
 from visavis.checkpoints.transformers.language_models import KINDS
+from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
+from visavis.checkpoints.transformers.multi_vector import multi_vector_prompts
 from visavis.checkpoints.transformers.processor import grids, naflex_processor, processor_config
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
 from visavis.checkpoints.transformers.vision_models import vlm_config
@@ -43,6 +45,7 @@ from visavis.processing.tokenizer import SpecialTokens
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PROCESSOR = "processor_config.json"
 VIDEO_NAME = "video_preprocessor_config.json"
 
 
@@ -168,6 +171,28 @@ class Qwen2VLFormat(TransformersFormat):
     target = ""
 
 
+class MultiVectorFormat(TransformersFormat):
+    """A multi-vector model, such as ColQwen2, as transformers writes it."""
+
+    kind, title = "multi_vector", "multi-vector model, transformers"
+    model_types, target = tuple(MULTI_VECTOR), ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        path = self.path / PROCESSOR
+        bos, pad = (
+            "" if number is None else tokenizer.id_to_token(number) or ""
+            for number in (specials.bos_id, specials.pad_id)
+        )
+        processor = read_json(path) if path.is_file() else {}
+        return multi_vector_prompts(self.settings, processor, bos=bos, pad=pad)
+
+    def special_tokens(
+        self, tokenizer: Tokenizer, specials: SpecialTokens, folder: Path
+    ) -> SpecialTokens:
+        found = super().special_tokens(tokenizer, specials, folder)
+        return replace(found, add_bos=False, appended=())  # the forms write what is around a text
+
+
 def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
     """Return how images are sized and normalised, if the model takes any.
 
@@ -176,7 +201,7 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
     """
     if config.tower is None:
         return None
-    names = ("preprocessor_config.json", "processor_config.json")
+    names = ("preprocessor_config.json", PROCESSOR)
     found = [read_json(folder / name) for name in names if (folder / name).is_file()]
     settings = [inner for data in found if (inner := _image_settings(data)) is not None]
     if not settings:

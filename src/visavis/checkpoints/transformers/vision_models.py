@@ -23,6 +23,8 @@ from visavis.checkpoints.transformers.config_reader import (
     without_nulls,
 )
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
+from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
+from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, with_multi_vectors
 from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_config
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
@@ -115,7 +117,8 @@ LLAVAS = {
 
 
 def vlm_config(config: Json) -> VLMConfig:
-    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL.
+    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL,
+    or a multi-vector model.
 
     Raises:
         CheckpointError: another type, or a setting that no part of ours has.
@@ -125,8 +128,10 @@ def vlm_config(config: Json) -> VLMConfig:
         return VLMConfig(decoder=decoder_config(config))
     if kind == QWEN2_VL:
         return qwen2_vl_config(config)
+    if kind in MULTI_VECTOR:
+        return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
     if not isinstance(kind, str) or kind not in LLAVAS:
-        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL))
+        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL, *MULTI_VECTOR))
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)
