@@ -30,7 +30,7 @@ PHONE: dict[str, Any] = {
 def chromium() -> Iterator[Any]:
     """Yield a browser."""
     playwright = pytest.importorskip(
-        "playwright.sync_api", reason="browser tests: pip install 'visavis[browser]'"
+        "playwright.sync_api", reason="browser tests: pip install 'visavis[clients]'"
     )
     path = os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:

@@ -21,6 +21,7 @@ from visavis.generate.streaming import Answer
 
 pytest.importorskip("av", reason="the index holds a video: pip install 'visavis[video]'")
 pytest.importorskip("pypdfium2", reason="the index holds a document: pip install 'visavis[pdf]'")
+pytestmark = pytest.mark.slow
 HOSTILE = "<img src=x onerror=alert(1)>.png"
 OLD = 981_000_000  # 2001-02-01
 NUM_IMAGES = 40
@@ -381,6 +382,15 @@ def test_axe_finds_nothing(browser: Any, address: str, settings: Any, name: str)
         page.locator("#help-open").click()
         assert axe_problems(page) == []
         screenshot(page, f"{name}-keys")
+
+
+def test_axe_sees_what_is_wrong(page: Any) -> None:
+    page.evaluate("document.querySelector('#question').removeAttribute('aria-label')")
+    page.evaluate("document.querySelector('#question').removeAttribute('placeholder')")
+    page.evaluate("document.querySelector('.status').style.color = '#ddd'")
+    open_item(page, "picture-001.png")
+    problems = " ".join(axe_problems(page))
+    assert "color-contrast" in problems and "label" in problems
 
 
 def test_nothing_is_wider_than_a_phone(browser: Any, address: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+from visavis.errors import InputError
 from visavis.utils import write_atomically
 
 DOCUMENT, VIDEO = "space-and-coffee.pdf", "a-day-in-images.mp4"
@@ -39,6 +40,23 @@ PARAGRAPHS = (
 FLYER = ("THE PIKOLO BAR", "Espresso, flat white, filter", "Open all night during launches")
 
 
+def make_media(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """Make the document and the video of some of the samples in a folder; keep those there.
+
+    Raises:
+        InputError: PyAV is not installed.
+    """
+    by_name = {path.stem.replace("-", " "): path for path in images}
+    document, video = folder / DOCUMENT, folder / VIDEO
+    if not {ON_SCAN, *SCENES} <= by_name.keys():
+        return []
+    if not document.is_file():
+        make_document(document, by_name)
+    if not video.is_file():
+        make_video(video, by_name)
+    return [document, video]
+
+
 def make_document(path: Path, samples: Mapping[str, Path]) -> None:
     """Write the document, of the text above and a scan with one of the samples."""
     with write_atomically(path) as temporary:
@@ -46,9 +64,18 @@ def make_document(path: Path, samples: Mapping[str, Path]) -> None:
 
 
 def make_video(path: Path, samples: Mapping[str, Path]) -> None:
-    """Write the video (H.264)."""
-    import av
+    """Write the video (H.264).
 
+    Raises:
+        InputError: PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        raise InputError(
+            "the demo makes a video with PyAV, which is not installed; run "
+            "`pip install 'visavis[demo]'`"
+        ) from None
     with write_atomically(path) as temporary:
         with av.open(str(temporary), "w", format="mp4") as container:
             stream: Any = container.add_stream("libx264", rate=FRAME_RATE)

@@ -191,7 +191,7 @@ function fill(tile, at) {
 
 function fillFrame(frame, item) {
   if (item.image) {
-    const image = element("img");
+    const image = element("img", item.kind);
     image.alt = ""; // the name stands below it
     image.loading = "lazy";
     image.decoding = "async";
