@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.anyres_files import save_next, save_onevision
 from tests.checkpoints.gguf.test_gguf_split import write_split
+from tests.checkpoints.idefics3_files import save_idefics3
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.cli.conftest import Run
@@ -117,11 +118,12 @@ def test_a_first_stage(run: Run, tmp_path: Path) -> None:
 
 
 def test_any_number_of_views(run: Run, tmp_path: Path) -> None:
-    """LLaVA-NeXT's tiles, OneVision's, Qwen2-VL's patches."""
+    """LLaVA-NeXT's tiles, OneVision's, Idefics3's, Qwen2-VL's patches."""
     for name, save in (
         ("llava_next", save_next),
         ("llava_onevision", save_onevision),
         ("qwen2_vl", save_qwen2_vl),
+        ("idefics3", save_idefics3),
     ):
         save(tmp_path / name)
         whole = facts(run, tmp_path / name)

@@ -105,8 +105,7 @@ def test_every_word_is_there_in_every_language() -> None:
         assert (
             re.findall(r"{\w+}", english)
             and sorted(re.findall(r"{\w+}", english)) == sorted(re.findall(r"{\w+}", german))
-            or "{" not in english + german
-        ), key
+        ) or "{" not in english + german, key
     known = {key for key, _, _ in pairs}
     html = (WEB_FOLDER / "index.html").read_text(encoding="utf-8")
     used = set(re.findall(r'data-t(?:-\w+)?="(\w+)"', html))

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         os.utime(path, (OLD, OLD))
     (folder / "old" / "picture-009.png").rename(folder / "old" / HOSTILE)
     write_pictures(folder / "new", NUM_IMAGES - 10, first_seed=10)
-    samples = {name: folder / "new" / "picture-010.png" for name in ("rocket launch", "cat")}
+    samples = dict.fromkeys(("rocket launch", "cat"), folder / "new" / "picture-010.png")
     samples["coffee"] = samples["cat"]
     (folder / "media").mkdir()
     make_document(folder / "media" / "report.pdf", samples)

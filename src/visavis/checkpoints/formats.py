@@ -29,6 +29,7 @@ from visavis.checkpoints.sentence_transformers import SentenceTransformersFormat
 from visavis.checkpoints.tensor_files import StoredTensor
 from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (
+    Idefics3Format,
     LlavaNextFormat,
     LlavaOnevisionFormat,
     MultiVectorFormat,
@@ -97,6 +98,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     Qwen2VLFormat,
     DualEncoderFormat,
     MultiVectorFormat,
+    Idefics3Format,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

@@ -88,6 +88,8 @@ class ViTConfig:
     gated_ffn: bool = False  # DINOv2-giant: SwiGLU
     pooling: Literal["mean", "class", "attention"] = "mean"  # of dual encoders: CLIP's, SigLIP's
     position_antialias: bool = False  # DINOv2 with registers: how positions are resized
+    position_buckets: bool = False  # Idefics3: each patch takes the nearest learned position
+    norm_output: bool = False  # the last hidden state is given after `post_norm`
     any_resolution: ClassVar[bool] = False
 
     @property
@@ -296,6 +298,7 @@ class ConnectorConfig:
     shuffle: int = 1
     hidden_width: int = 0  # mlp: 0 is out_width, as in LLaVA; qformer: its width, 64 a head
     input_norm: bool = False  # mlp: a layer norm on the (folded) tower features
+    bias: bool = True  # linear, mlp: of their layers
     num_queries: int = 0  # resampler, qformer: learned queries; words: spelling tokens
     num_words: int = 0  # words: length of the list
     word_width: int = 0  # words: numbers of an embedding vector

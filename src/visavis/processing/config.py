@@ -3,6 +3,7 @@
     ImageProcessorConfig   square: squashed, cropped or padded to one square view (resize.py)
       tiles: AnyresConfig    LLaVA 1.6: a view of the whole and tiles of it (anyres.py)
       hd: Phi3VConfig        Phi-3.5-vision: a canvas of whole tiles (phi3v.py)
+      split: SplitConfig     Idefics3, SmolVLM: tiles and a view of the whole (idefics3.py)
       patches: Qwen2VLConfig Qwen2-VL: patches at any resolution (qwen2_vl.py)
       naflex: NaFlexSizes    SigLIP 2: patches of any aspect ratio (naflex.py)
       video: VideoConfig     which frames of a video are taken (video.py)
@@ -20,9 +21,10 @@ from typing import Any, Literal, TypeAlias, get_args
 from visavis.errors import InputError
 from visavis.utils import suggest
 
-Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "naflex"]
-Resample: TypeAlias = Literal["bicubic", "bilinear"]
+Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "split", "naflex"]
+Resample: TypeAlias = Literal["bicubic", "bilinear", "lanczos"]
 MAX_PATCHES = 1 << 16
+MAX_EDGE = 4096  # pixels that Idefics3 enlarges the longer side of an image to at most
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,43 @@ class Phi3VConfig:
         for key in values:
             if key not in names:
                 raise InputError(f"hd config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How Idefics3 and SmolVLM cut images.
+
+    Args:
+        longest_edge: pixels that the longer side of an image is resized to before it is cut.
+        cut: whether it is cut; a view of the whole is all that is seen otherwise.
+        video_edge: pixels that the longer side of a frame is resized to before it becomes one
+            square view; 0: the model takes no videos.
+    """
+
+    longest_edge: int
+    cut: bool = True
+    video_edge: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, least in (("longest_edge", 1), ("video_edge", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= MAX_EDGE:
+                problems.append(f"{name} is {value!r}, expected {least} to {MAX_EDGE}")
+        cut: object = self.cut
+        if not isinstance(cut, bool):
+            problems.append(f"cut is {cut!r}, expected true or false")
+        if problems:
+            raise InputError(f"split config: {'; '.join(problems)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SplitConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"split config: unknown key {key!r}; {suggest(key, names)}")
         return cls(**values)
 
 
@@ -190,17 +229,24 @@ class VideoConfig:
         frames: how many, spread evenly from the first to the last.
         fps: instead, how many for each second, evenly spread `max_frames` if those are more.
         max_frames: the most there can be, also of those that a prompt asks for.
+        sampling: how they are spread: from the first to the last, or as SmolVLM2 or InternVL do
+            (video.py).
     """
 
     frames: int = 32
     fps: float | None = None
     max_frames: int = 128
+    sampling: Literal["even", "smolvlm", "internvl"] = "even"
 
     def __post_init__(self) -> None:
         for name in ("frames", "max_frames"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"video config: {name} is {value!r}, expected a positive int")
+        if self.sampling not in ("even", "smolvlm", "internvl"):
+            raise InputError(
+                f"video config: sampling is {self.sampling!r}, expected even, smolvlm or internvl"
+            )
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise InputError(f"video config: fps is {self.fps!r}, expected a number above 0")
         if self.frames > self.max_frames:
@@ -224,7 +270,8 @@ class ImageProcessorConfig:
 
     size: int  # pixels, side of the square the tower sees; patches, naflex: of what makes a token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
-    # size, see qwen2_vl.py | hd: tiles, see phi3v.py | naflex: patches, see naflex.py
+    # size, see qwen2_vl.py | hd: tiles, see phi3v.py | split: tiles, see idefics3.py | naflex:
+    # patches, see naflex.py
     resize: Resize
     mean: tuple[float, float, float]  # RGB, of values in 0..1
     std: tuple[float, float, float]
@@ -233,6 +280,7 @@ class ImageProcessorConfig:
     patches: Qwen2VLConfig | None = None
     hd: Phi3VConfig | None = None
     naflex: NaFlexSizes | None = None
+    split: SplitConfig | None = None
     tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see anyres.py
     video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
@@ -261,6 +309,8 @@ class ImageProcessorConfig:
             problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
         if (self.resize == "naflex") != (self.naflex is not None):
             problems.append(f"resize={self.resize!r}, but naflex is {self.naflex}")
+        if (self.resize == "split") != (self.split is not None):
+            problems.append(f"resize={self.resize!r}, but split is {self.split}")
         if self.tiles is not None and self.resize != "squash":
             problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
         elif (
@@ -299,6 +349,8 @@ class ImageProcessorConfig:
             tuples["hd"] = Phi3VConfig.from_dict(values["hd"])
         if values.get("naflex") is not None:
             tuples["naflex"] = NaFlexSizes.from_dict(values["naflex"])
+        if values.get("split") is not None:
+            tuples["split"] = SplitConfig.from_dict(values["split"])
         if values.get("tiles") is not None:
             tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
         if values.get("video") is not None:

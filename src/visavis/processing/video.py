@@ -27,12 +27,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
-import numpy as np
 from PIL import Image as pil
 
 from visavis.errors import ImageError, InputError, VisavisError
 from visavis.inputs import Video
 from visavis.processing.config import VideoConfig
+from visavis.processing.frame_sampling import sample
 from visavis.processing.images import MAX_PIXELS, decode_image, image_size
 from visavis.processing.media import frame_files, name_of, open_media
 
@@ -76,39 +76,6 @@ class Clip:
     duration: float  # seconds, of the whole video
 
 
-def sample(total: int, rate: float, config: VideoConfig, asked: int | None = None) -> list[int]:
-    """Return which of `total` frames to take, each at most once.
-
-    Args:
-        rate: frames per second of the video.
-        asked: a number of frames that goes before the config's.
-    """
-    wanted = asked or config.frames
-    if wanted > config.max_frames:
-        raise InputError(
-            f"{wanted} frames of a video, but this model takes at most {config.max_frames}; ask "
-            "for fewer"
-        )
-    if asked is None and config.fps is not None:
-        stepped = range(0, total, max(1, round(rate / config.fps)))
-        if len(stepped) <= config.max_frames:
-            return list(stepped)
-        wanted = config.max_frames
-    if total <= wanted:
-        return list(range(total))
-    return [int(index) for index in np.linspace(0, total - 1, wanted)]
-
-
-def time_instruction(duration: float, times: Sequence[float]) -> str:
-    """Return the text on the frames between video and question in LLaVA-Video's prompts."""
-    listed = ",".join(f"{time:.2f}s" for time in times)
-    return (
-        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly "
-        f"sampled from it. These frames are located at {listed}.Please answer the following "
-        "questions related to this video."
-    )
-
-
 def read_frames(video: Video, config: VideoConfig) -> Clip:
     """Return the frames a model is shown, in order.
 
@@ -130,12 +97,12 @@ def survey(video: Video, config: VideoConfig) -> tuple[int, tuple[int, int]]:
         return len(indices), next(reader.read(indices[:1])).size
 
 
-def describe_times(video: Video, config: VideoConfig) -> str:
-    """Return `time_instruction` of the frames that `read_frames` will give; none is decoded where
-    the file says when they are shown."""
+def frame_times(video: Video, config: VideoConfig) -> tuple[tuple[float, ...], float]:
+    """Return the seconds of the frames that `read_frames` will give, and of the whole video; none
+    is decoded where the file says when they are shown."""
     with open_video(video) as reader:
         indices = _sample(reader, config, video)
-        return time_instruction(reader.duration, [reader.times[index] for index in indices])
+        return tuple(reader.times[index] for index in indices), reader.duration
 
 
 def middle_frame(video: Video) -> pil.Image:

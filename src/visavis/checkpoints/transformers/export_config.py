@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import Json
+from visavis.checkpoints.transformers.idefics3 import idefics3_json
 from visavis.checkpoints.transformers.language_models import decoder_config
 from visavis.checkpoints.transformers.vision_models import vit_config, vlm_config
 from visavis.errors import CheckpointError
@@ -36,6 +37,8 @@ ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
 }
 MAX_SHOWN = 200  # characters of a strange setting
 OTHERS = "`--to native` and `--to sentence-transformers` keep every part"
@@ -48,6 +51,10 @@ def config_json(config: VLMConfig) -> dict[str, Any]:
         CheckpointError: transformers has no class for it; the part is named.
     """
     tower, connector = config.tower, config.connector
+    if isinstance(tower, ViTConfig) and tower.position_buckets:
+        found = idefics3_json(config, decoder_json(config.decoder))
+        if _read(vlm_config, found) == config:
+            return found
     if problems := strange_parts(config):
         raise inexpressible("; ".join(problems), "no class of transformers has such")
     if tower is None:

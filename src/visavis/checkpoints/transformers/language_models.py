@@ -436,11 +436,11 @@ DECODER_NAMES = {  # by model type; all others are called as Llama's are
 }
 
 
-def decoder_rows(kind: str, prefix: str, head: str) -> tuple[MappingRow, ...]:
+def decoder_rows(kind: str, prefix: str, head: str, *, body: str = "") -> tuple[MappingRow, ...]:
     """Rows of a language model; `prefix` (ends in a dot or is empty) and `head` are where its
-    body and its output layer hang."""
+    body and its output layer hang; `body` is where its body does, if it is called otherwise."""
     names = DECODER_NAMES.get(kind, DecoderNames())
-    body = f"{prefix}{names.body}"
+    body = body or f"{prefix}{names.body}"
     ours, theirs = "decoder.blocks.*", f"{body}.layers.*"
     attention, mlp = f"{theirs}.{names.attention}", f"{theirs}.{names.mlp}"
     rows = [

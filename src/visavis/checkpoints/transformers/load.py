@@ -26,8 +26,11 @@ from visavis.checkpoints.checkpoint_format import (
     refuse_quantised,
 )
 from visavis.checkpoints.tensor_files import MAX_JSON_BYTES, read_json, read_tensors, weight_files
-from visavis.checkpoints.transformers.config_reader import Json, section
+from visavis.checkpoints.transformers.config_reader import Json, require, section
 from visavis.checkpoints.transformers.export import write_transformers
+from visavis.checkpoints.transformers.idefics3 import CLASSES as SPLITTERS
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.idefics3 import VIDEO_TEMPLATE, idefics3_processor
 from visavis.checkpoints.transformers.language_models import KINDS
 from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
 from visavis.checkpoints.transformers.multi_vector import multi_vector_prompts
@@ -39,7 +42,7 @@ from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import NaFlexConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
 if TYPE_CHECKING:
@@ -111,7 +114,7 @@ class TransformersFormat(FolderFormat):
         data = read_json(path / CONFIG)
         refuse_quantised(data, path)
         config = vlm_config(data)
-        processor = image_processor(config, path)
+        processor = image_processor(config, path, data.get("model_type"))
         _check_tiles(data, config, processor, path)
         return config, processor
 
@@ -193,7 +196,21 @@ class MultiVectorFormat(TransformersFormat):
         return replace(found, add_bos=False, appended=())  # the forms write what is around a text
 
 
-def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
+class Idefics3Format(TransformersFormat):
+    """Idefics3, SmolVLM and SmolVLM2 as transformers writes them."""
+
+    kind, title, model_types = "idefics3", "Idefics3 or SmolVLM, transformers", IDEFICS3
+    target = ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        filmed = self.processor is not None and self.processor.video is not None
+        video_jinja = VIDEO_TEMPLATE if self.jinja and filmed else ""
+        return PromptConfig(jinja=self.jinja, image_text="idefics3", video_jinja=video_jinja)
+
+
+def image_processor(
+    config: VLMConfig, folder: Path, model_type: object
+) -> ImageProcessorConfig | None:
     """Return how images are sized and normalised, if the model takes any.
 
     Raises:
@@ -209,14 +226,21 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
             f"{folder} says nowhere how pictures are resized and normalised; expected "
             f"{' or '.join(names)} beside the weights, copy it from the model's source."
         )
+    videos = [inner for data in found if (inner := section(data, "video_processor"))]
+    if (folder / VIDEO_NAME).is_file():
+        videos.insert(0, read_json(folder / VIDEO_NAME))
+    video = videos[0] if videos else None
     if isinstance(config.tower, Qwen2VLTowerConfig):
-        videos = [inner for data in found if (inner := section(data, "video_processor"))]
-        if (folder / VIDEO_NAME).is_file():
-            videos.insert(0, read_json(folder / VIDEO_NAME))
-        return qwen2_vl_processor(settings[0], videos[0] if videos else None, config.tower)
+        return qwen2_vl_processor(settings[0], video, config.tower)
     if isinstance(config.tower, NaFlexConfig):
         return naflex_processor(settings[0], config.tower)
-    processor = processor_config(settings[0])
+    if model_type in IDEFICS3:
+        kind = str(settings[0].get("image_processor_type"))
+        known = kind.removesuffix("Fast").removesuffix("Pil") in SPLITTERS
+        require("image_processor_type", kind, known, " or ".join(SPLITTERS))
+        processor = idefics3_processor(settings[0], video, takes_videos=model_type == "smolvlm")
+    else:
+        processor = processor_config(settings[0])
     if isinstance(config.tower, ViTConfig) and processor.size != config.tower.image_size:
         raise CheckpointError(
             f"{folder} prepares pictures of {processor.size} pixels, but its vision tower takes "

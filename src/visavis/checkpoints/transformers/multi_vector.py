@@ -13,7 +13,7 @@ from visavis.checkpoints.transformers.config_reader import Json, count, require,
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 
 VLM = "vlm_config"
 HEAD = "embedding_proj_layer"

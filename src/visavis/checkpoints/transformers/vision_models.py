@@ -22,6 +22,8 @@ from visavis.checkpoints.transformers.config_reader import (
     unknown_type,
     without_nulls,
 )
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.idefics3 import idefics3_config
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
 from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, with_multi_vectors
@@ -117,8 +119,7 @@ LLAVAS = {
 
 
 def vlm_config(config: Json) -> VLMConfig:
-    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL,
-    or a multi-vector model.
+    """Return the model that a config.json describes.
 
     Raises:
         CheckpointError: another type, or a setting that no part of ours has.
@@ -130,8 +131,10 @@ def vlm_config(config: Json) -> VLMConfig:
         return qwen2_vl_config(config)
     if kind in MULTI_VECTOR:
         return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
+    if kind in IDEFICS3:
+        return idefics3_config(config)
     if not isinstance(kind, str) or kind not in LLAVAS:
-        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL, *MULTI_VECTOR))
+        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL, *MULTI_VECTOR, *IDEFICS3))
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)
