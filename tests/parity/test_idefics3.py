@@ -33,9 +33,9 @@ from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.transformers.export import write_transformers
 from visavis.model.vision.vit import position_buckets
 from visavis.processing.config import ImageProcessorConfig, SplitConfig, VideoConfig
+from visavis.processing.frame_sampling import sample
 from visavis.processing.idefics3 import Idefics3Processor
 from visavis.processing.tokenizer import build_tokenizer
-from visavis.processing.video import sample
 from visavis.processing.visual_text import number_words
 
 pytestmark = pytest.mark.parity

@@ -19,10 +19,11 @@ from visavis.errors import ImageError, InputError
 from visavis.inputs import Image, Video
 from visavis.processing import video as module
 from visavis.processing.config import ImageProcessorConfig, VideoConfig
+from visavis.processing.frame_sampling import sample, time_instruction
 from visavis.processing.image_processor import grid_of, pixels_of
 from visavis.processing.images import content_hash
 from visavis.processing.media import frame_files
-from visavis.processing.video import read_frames, sample, survey, time_instruction
+from visavis.processing.video import read_frames, survey
 
 av = pytest.importorskip("av")
 

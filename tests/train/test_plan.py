@@ -16,7 +16,7 @@ from visavis.checkpoints.formats import detect
 from visavis.checkpoints.inspect import model_parts
 from visavis.checkpoints.native import write_native
 from visavis.data.sources import open_data_source
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.train import cost_model
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import TrainModule

@@ -55,6 +55,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0  # token embeddings are multiplied by this (Gemma: sqrt(width))
     tied_head: bool = True
     sliding_window: int = 0  # tokens a query may look back, itself included; 0 = all
+    causal: bool = True  # False: every token sees its whole sequence (PaliGemma's prefix)
 
     def per_layer(self, value: PerLayer, layer: int) -> int:
         """Return the number for one layer of a field that may differ per layer."""
@@ -388,6 +389,8 @@ class VLMConfig:
     `drop_first_token` leaves out a patch, the upper left one, of towers without class token: what
     TinyLLaVA's models of SigLIP were trained with (docs/quirks.md), and no new model should.
     A dual encoder without decoder has `no_decoder` as its decoder.
+    `multi_vector_dim` is the length of the vectors that a linear layer makes of each token's last
+    hidden state (ColBERT, Khattab & Zaharia 2020; ColPali, Faysse et al. 2024); 0: no such layer.
     """
 
     decoder: DecoderConfig
@@ -401,6 +404,7 @@ class VLMConfig:
     video_token_id: int = -1
     drop_first_token: bool = False
     text_tower: TextTowerConfig | None = None
+    multi_vector_dim: int = 0
 
     @property
     def has_decoder(self) -> bool:

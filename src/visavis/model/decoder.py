@@ -111,7 +111,15 @@ class Block(nn.Module):
         else:  # one rotation for queries and keys: they stand side by side
             both, v = qkv.split((heads + kv_heads, kv_heads), 1)
             q, k = by_row(rotate, both, *rotary).split((heads, kv_heads), 1)
-        mixed = self.attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
+        mixed = self.attend(
+            q,
+            k,
+            v,
+            layout,
+            layer=self.layer,
+            causal=self.config.causal,
+            window=self.config.sliding_window,
+        )
         return apply_linear(self.out, mixed.reshape(x.shape[0], -1))  # [T, D]
 
     def feed_forward(self, x: Tensor) -> Tensor:

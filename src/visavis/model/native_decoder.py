@@ -210,6 +210,8 @@ def can_run(decoder: Decoder) -> bool:
     them or plain, and they are compiled."""
     if api.native() is None or decoder.norm.weight.device.type != "cpu":
         return False
+    if not decoder.config.causal:
+        return False
     if decoder.dtype not in PLAIN or decoder.config.activation not in api.ACTIVATIONS:
         return False
     blocks = [block for block in decoder.blocks if isinstance(block, Block)]

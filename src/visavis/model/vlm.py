@@ -29,6 +29,7 @@ from visavis.model.image_tokens import (
     pack_image_features,
     select,
 )
+from visavis.model.layers import Linear
 from visavis.model.paged_kv_cache import Cache
 from visavis.model.text_tower import build_text_tower
 from visavis.model.vision import build_tower
@@ -56,6 +57,8 @@ class VLM(nn.Module):
         elif config.head is not None:
             self.head = EmbeddingHead(config.head, config.decoder.width)
         self.text_tower = build_text_tower(config.text_tower) if config.text_tower else None
+        dim = config.multi_vector_dim
+        self.multi_vector_head = Linear(config.decoder.width, dim) if dim else None
         newline = config.merge.newline
         self.image_newline = nn.Parameter(torch.zeros(config.decoder.width)) if newline else None
         hd = config.connector if config.merge.kind == "hd" else None

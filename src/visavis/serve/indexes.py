@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,25 @@ class ScheduledModel:
         return self.served.submit_inputs(prepared).result()
 
 
+@dataclass(frozen=True)
+class _Preview:
+    """A preview of an item; equal ones show the same."""
+
+    source: str
+    content: str
+    size: int
+    item: StoredItem = field(compare=False)
+
+    def encode(self) -> bytes:
+        return encoded_image(self.item, self.size)
+
+
 class Indexes:
     """Indexes by name, opened on first use; methods block, so they run beside the event loop."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = paths
-        self._image = lru_cache(maxsize=KEPT_IMAGES)(encoded_image)
+        self._image = lru_cache(maxsize=KEPT_IMAGES)(_Preview.encode)
         self._opened: dict[str, Index] = {}
 
     def resolve(self, name: str | None) -> str:
@@ -102,7 +116,8 @@ class Indexes:
             raise InputError(
                 f"size is {size}, expected {IMAGE_SIZES.start} to {IMAGE_SIZES.stop - 1} pixels"
             )
-        return self._image(item_of(index, item_id), size)
+        item = item_of(index, item_id)
+        return self._image(_Preview(item.source, item.content, size, item))
 
     def close(self) -> None:
         """Close all files."""

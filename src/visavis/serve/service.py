@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from visavis.errors import InputError
+from visavis.serve.adding import FolderAdding
 from visavis.serve.config import ServerConfig, Side
 from visavis.serve.errors import ApiError
 from visavis.serve.fetch import Fetcher
@@ -138,6 +139,7 @@ class Service:
         # keep the preparation of what they wait for from running.
         self.index_executor = ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="index")
         self.indexes = Indexes(config.indexes)
+        self.adding = FolderAdding(config.allow_folders)
         self.examples: Sequence[str] = ()
         self.started = int(time.time())
         self.draining = False
@@ -290,6 +292,7 @@ class Service:
 
     def close(self) -> None:
         """Stop all threads; unfinished work fails."""
+        self.adding.stop()
         self.executor.shutdown(wait=False, cancel_futures=True)
         self.pool.close()
         self.index_executor.shutdown(wait=True, cancel_futures=True)

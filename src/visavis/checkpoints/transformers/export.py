@@ -46,7 +46,7 @@ from visavis.model.image_tokens import tokens_per_view
 from visavis.model.rope import Rope
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -32,6 +32,8 @@ from visavis.checkpoints.transformers.idefics3 import CLASSES as SPLITTERS
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.idefics3 import VIDEO_TEMPLATE, idefics3_processor
 from visavis.checkpoints.transformers.language_models import KINDS
+from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
+from visavis.checkpoints.transformers.multi_vector import multi_vector_prompts
 from visavis.checkpoints.transformers.processor import grids, naflex_processor, processor_config
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
 from visavis.checkpoints.transformers.vision_models import vlm_config
@@ -40,12 +42,13 @@ from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import NaFlexConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PROCESSOR = "processor_config.json"
 VIDEO_NAME = "video_preprocessor_config.json"
 
 
@@ -188,6 +191,28 @@ class Qwen3VLFormat(TransformersFormat):
         return PromptConfig(jinja=self.jinja, image_text="qwen3-vl")
 
 
+class MultiVectorFormat(TransformersFormat):
+    """A multi-vector model, such as ColQwen2, as transformers writes it."""
+
+    kind, title = "multi_vector", "multi-vector model, transformers"
+    model_types, target = tuple(MULTI_VECTOR), ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        path = self.path / PROCESSOR
+        bos, pad = (
+            "" if number is None else tokenizer.id_to_token(number) or ""
+            for number in (specials.bos_id, specials.pad_id)
+        )
+        processor = read_json(path) if path.is_file() else {}
+        return multi_vector_prompts(self.settings, processor, bos=bos, pad=pad)
+
+    def special_tokens(
+        self, tokenizer: Tokenizer, specials: SpecialTokens, folder: Path
+    ) -> SpecialTokens:
+        found = super().special_tokens(tokenizer, specials, folder)
+        return replace(found, add_bos=False, appended=())  # the forms write what is around a text
+
+
 class Idefics3Format(TransformersFormat):
     """Idefics3, SmolVLM and SmolVLM2 as transformers writes them."""
 
@@ -210,7 +235,7 @@ def image_processor(
     """
     if config.tower is None:
         return None
-    names = ("preprocessor_config.json", "processor_config.json")
+    names = ("preprocessor_config.json", PROCESSOR)
     found = [read_json(folder / name) for name in names if (folder / name).is_file()]
     settings = [inner for data in found if (inner := _image_settings(data)) is not None]
     if not settings:

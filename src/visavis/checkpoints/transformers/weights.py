@@ -7,6 +7,7 @@ the hub's is written. Configs are read in `language_models.py` and `vision_model
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from visavis.checkpoints.transformers.config_reader import Json, section
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.language_models import decoder_rows
+from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, multi_vector_table
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.vision_models import (
     parts,
@@ -237,6 +239,9 @@ def write_tower(config: Json, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
     """Return the names of a whole model."""
+    if ours.multi_vector_dim:
+        inner = vlm_table(multi_vector_parts(config), replace(ours, multi_vector_dim=0))
+        return multi_vector_table(config, inner)
     if isinstance(ours.tower, Qwen2VLTowerConfig):
         return qwen2_vl_table(ours)
     if config["model_type"] in IDEFICS3:
