@@ -169,6 +169,8 @@ class Qwen2VLConfig:
         temporal: frames in a patch.
         min_pixels, max_pixels: bounds of an image's area after resizing.
         video_min_pixels, video_max_pixels: the same of each frame; 0: as an image's.
+        total_pixels: of a video of N groups of `temporal` frames, each frame has at most an Nth of
+            this; 0: no such bound.
         whole_videos: these are bounds of the area of all frames of a video together (Qwen3-VL).
         extreme: what becomes of an image more than 200 times as long as wide: an error, or a
             square, as VLM2Vec does, which squashes images with a side below one token too.
@@ -183,12 +185,15 @@ class Qwen2VLConfig:
     video_min_pixels: int = 0
     video_max_pixels: int = 0
     whole_videos: bool = False
+    total_pixels: int = 0
     extreme: Literal["refuse", "square"] = "refuse"
     square: int = 0
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("patch", "merge", "temporal", "min_pixels", "max_pixels"), 1)
-        counts |= dict.fromkeys(("video_min_pixels", "video_max_pixels", "square"), 0)
+        counts |= dict.fromkeys(
+            ("video_min_pixels", "video_max_pixels", "square", "total_pixels"), 0
+        )
         problems = []
         for name, least in counts.items():
             value = getattr(self, name)
@@ -198,7 +203,7 @@ class Qwen2VLConfig:
             problems.append(f"extreme is {self.extreme!r}, expected refuse or square")
         if problems:
             raise InputError(f"patches config: {'; '.join(problems)}")
-        for least, most in (self.bounds(video=False), self.bounds(video=True)):
+        for least, most in (self.bounds(0), self.bounds(self.temporal)):
             if least > most:
                 raise InputError(
                     f"patches config: at least {least} and at most {most} pixels, expected room "
@@ -219,10 +224,14 @@ class Qwen2VLConfig:
         """Side in pixels of what becomes one token."""
         return self.patch * self.merge
 
-    def bounds(self, video: bool) -> tuple[int, int]:
-        """Return the smallest and largest area of an image or of a video's frame."""
-        least, most = (self.video_min_pixels, self.video_max_pixels) if video else (0, 0)
-        return least or self.min_pixels, most or self.max_pixels
+    def bounds(self, frames: int) -> tuple[int, int]:
+        """Return the smallest and largest area of an image, or of a frame of a video of so many."""
+        least, most = (self.video_min_pixels, self.video_max_pixels) if frames else (0, 0)
+        least, most = least or self.min_pixels, most or self.max_pixels
+        if frames and self.total_pixels:
+            share = self.total_pixels * self.temporal // frames
+            most = max(min(most, share), int(least * 1.05))
+        return least, most
 
 
 @dataclass(frozen=True)
@@ -372,6 +381,14 @@ ANYRES_SQUARES = {"vlm2vec-v1": 1344}
 PHI3V_CROPS = {"vlm2vec-v1": 4}
 VLM2VEC_FRAMES = 8
 _AS_PICTURES = {"video_min_pixels": 0, "video_max_pixels": 0}
+_QWEN3 = {
+    "min_pixels": 4 * 32 * 32,
+    "max_pixels": 1800 * 32 * 32,
+    "video_min_pixels": 128 * 32 * 32,
+    "video_max_pixels": 768 * 32 * 32,
+    "total_pixels": 10 * 768 * 32 * 32,
+    "whole_videos": False,
+}
 QWEN2_VL_SIZES: dict[str, dict[str, Any]] = {
     "vlm2vec-v1": {"square": 1344, **_AS_PICTURES},
     "vlm2vec-v2": {
@@ -380,6 +397,12 @@ QWEN2_VL_SIZES: dict[str, dict[str, Any]] = {
         "extreme": "square",
         **_AS_PICTURES,
     },
+    "qwen3-vl-embedding": _QWEN3,
+    "qwen3-vl-reranker": _QWEN3,
+}
+FRAMES = {
+    "qwen3-vl-embedding": VideoConfig(32, 1.0, 64, 4, "qwen3-vl"),
+    "qwen3-vl-reranker": VideoConfig(32, 1.0, 64, 4, "qwen3-vl"),
 }
 
 
@@ -387,7 +410,8 @@ def sized_as(config: ImageProcessorConfig, profile: str) -> ImageProcessorConfig
     """Return a config that sizes images and videos as the models of a profile were trained."""
     if config.patches and profile in QWEN2_VL_SIZES:
         sizes = replace(config.patches, **QWEN2_VL_SIZES[profile])
-        config = replace(config, patches=sizes, video=VideoConfig(frames=VLM2VEC_FRAMES))
+        video = FRAMES.get(profile, VideoConfig(frames=VLM2VEC_FRAMES))
+        config = replace(config, patches=sizes, video=video)
     if config.tiles and profile in ANYRES_SQUARES:
         config = replace(config, tiles=replace(config.tiles, square=ANYRES_SQUARES[profile]))
     if config.hd and profile in PHI3V_CROPS:

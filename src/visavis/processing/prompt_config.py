@@ -7,6 +7,7 @@ It is saved with the weights and never guessed from a name. `prompt_encoder.py` 
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +51,9 @@ class PromptConfig:
         instruction_form: how an instruction and a text are joined; both fields must occur.
         embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
             0, 1, 2, … as for text alone, which VLM2Vec trained with.
+        instruction_end: what ends an instruction of these forms that ends without punctuation.
+        reranker: whose question about a query and a document the model answers with yes or no (see
+            `reranker.py`); empty: it is no reranker.
         min_score: the cosine similarity of a text and an image below which an image most likely
             does not show what the text says, calibrated on held-out images; -1: not calibrated.
     """
@@ -73,6 +77,8 @@ class PromptConfig:
     pooling: Literal["head", "last", "first", "mean", "multi"] = "last"
     instruction_form: str = "{instruction}\n{text}"
     embed_positions: Literal["grid", "flat"] = "grid"
+    instruction_end: str = ""
+    reranker: Literal["", "qwen3-vl"] = ""
     min_score: float = -1.0
 
     def instructed(self, instruction: str, text: str) -> str:
@@ -93,6 +99,9 @@ class PromptConfig:
             form = self.visual_text_form if has_text else self.visual_form
         before, _, after = form.partition("{visual}" if has_visuals else "{text}")
         between, _, end = after.partition("{text}") if has_visuals and has_text else ("", "", after)
+        if self.instruction_end and (instruction := instruction.strip()):
+            ended = unicodedata.category(instruction[-1]).startswith("P")
+            instruction += "" if ended else self.instruction_end
         instruction = instruction or self.default_instruction
         return before.replace("{instruction}", instruction), between, end
 
@@ -112,6 +121,10 @@ _GME = (
 _E5V = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n \n"
+)
+_QWEN3 = (
+    "<|im_start|>system\n{{instruction}}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
 )
 PROFILES = {  # how published models embed, where their files do not say
     # LLaVE: the answer is a newline, and the newline after its end is what is pooled.
@@ -144,6 +157,18 @@ PROFILES = {  # how published models embed, where their files do not say
         visual_text_form=_GME.format("{visual}{text}"),
         default_instruction="You are a helpful assistant.",
     ),
+    # Qwen3-VL-Embedding: the same, without a word after the answer's start.
+    "qwen3-vl-embedding": PromptConfig(
+        embed_image_start="<|vision_start|>",
+        embed_image_end="<|vision_end|>",
+        text_form=_QWEN3.format("{text}"),
+        visual_form=_QWEN3.format("{visual}"),
+        visual_text_form=_QWEN3.format("{visual}{text}"),
+        default_instruction="Represent the user's input.",
+        instruction_end=".",
+    ),
+    # Qwen3-VL-Reranker.
+    "qwen3-vl-reranker": PromptConfig(reranker="qwen3-vl"),
     # E5-V: each kind of item is summed up in one word; instructions are not given.
     "e5-v": PromptConfig(
         text_form=_E5V.format("{text}\nSummary above sentence in one word: "),

@@ -133,10 +133,12 @@ def qwen_vl_processors(
         "merge_size": patches.merge,
         "temporal_patch_size": patches.temporal,
     }
-    image = (
-        common | {"image_processor_type": "Qwen2VLImageProcessor"} | _size(patches.bounds(False))
+    image = common | {"image_processor_type": "Qwen2VLImageProcessor"} | _size(patches.bounds(0))
+    video = (
+        common
+        | {"video_processor_type": VIDEO_CLASSES[kind]}
+        | _size(patches.bounds(patches.temporal))
     )
-    video = common | {"video_processor_type": VIDEO_CLASSES[kind]} | _size(patches.bounds(True))
     if config.video is not None:
         video |= _sampling(config.video)
     read = qwen2_vl_processor(image, video, model.tower)
@@ -169,6 +171,6 @@ def _size(bounds: tuple[int, int]) -> dict[str, Any]:
 def _spelled(config: ImageProcessorConfig) -> ImageProcessorConfig:
     """Return a config with a video's bounds written out."""
     assert config.patches is not None
-    least, most = config.patches.bounds(video=True)
+    least, most = config.patches.bounds(config.patches.temporal)
     patches = replace(config.patches, video_min_pixels=least, video_max_pixels=most)
     return replace(config, patches=patches)
