@@ -209,7 +209,7 @@ class Idefics3Format(TransformersFormat):
 
 
 def image_processor(
-    config: VLMConfig, folder: Path, model_type: object
+    config: VLMConfig, folder: Path, model_type: object = None
 ) -> ImageProcessorConfig | None:
     """Return how images are sized and normalised, if the model takes any.
 
