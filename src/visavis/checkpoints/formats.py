@@ -34,6 +34,8 @@ from visavis.checkpoints.transformers.load import (
     LlavaOnevisionFormat,
     MultiVectorFormat,
     Qwen2VLFormat,
+    Qwen3VLFormat,
+    Qwen25VLFormat,
     TransformersFormat,
 )
 from visavis.checkpoints.transformers.load_dual import DualEncoderFormat
@@ -96,6 +98,8 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaNextFormat,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
+    Qwen25VLFormat,
+    Qwen3VLFormat,
     DualEncoderFormat,
     MultiVectorFormat,
     Idefics3Format,

@@ -176,7 +176,8 @@ def encode_chat(
         ends = turn_ends(tokenizer, specials)
         learned = answer_mask(template.render, messages, ends, marks.around_answers)
     if takes_parts and visuals.written:
-        rendered, learned, found = write_out(rendered, learned, placeholder, visuals)
+        video = text_of.get(video_token_id, "")
+        rendered, learned, found = write_out(rendered, learned, placeholder, video, visuals)
         if found != len(prompt.visuals):
             _misplaced(len(prompt.visuals), found)
     encoded = Encoded()
@@ -331,7 +332,10 @@ class _Marks:
                 visual = next(self.visuals)
                 numbers = range(self.num_runs, self.num_runs + len(visual.counts))
                 written = visual.join([self._mark("i", number) for number in numbers])
-                pieces += [self._protect(text), self.image_start + written + self.image_end]
+                before, after = visual.marks
+                start = self.image_start.removesuffix(before)
+                end = self.image_end.removeprefix(after)
+                pieces += [self._protect(text), start + written + end]
                 self.num_runs = numbers.stop
                 text = ""
             elif with_text and isinstance(part, Text):

@@ -23,6 +23,8 @@ from visavis.utils import suggest
 
 Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "split", "naflex"]
 Resample: TypeAlias = Literal["bicubic", "bilinear", "lanczos"]
+Sampling: TypeAlias = Literal["even", "smolvlm", "internvl", "qwen3-vl"]
+SAMPLINGS: tuple[str, ...] = get_args(Sampling)
 MAX_PATCHES = 1 << 16
 MAX_EDGE = 4096  # pixels that Idefics3 enlarges the longer side of an image to at most
 
@@ -167,6 +169,7 @@ class Qwen2VLConfig:
         temporal: frames in a patch.
         min_pixels, max_pixels: bounds of an image's area after resizing.
         video_min_pixels, video_max_pixels: the same of each frame; 0: as an image's.
+        whole_videos: these are bounds of the area of all frames of a video together (Qwen3-VL).
         extreme: what becomes of an image more than 200 times as long as wide: an error, or a
             square, as VLM2Vec does, which squashes images with a side below one token too.
         square: side of the square that every image is squashed to first; 0: none.
@@ -179,6 +182,7 @@ class Qwen2VLConfig:
     max_pixels: int = 1003520
     video_min_pixels: int = 0
     video_max_pixels: int = 0
+    whole_videos: bool = False
     extreme: Literal["refuse", "square"] = "refuse"
     square: int = 0
 
@@ -229,29 +233,33 @@ class VideoConfig:
         frames: how many, spread evenly from the first to the last.
         fps: instead, how many for each second, evenly spread `max_frames` if those are more.
         max_frames: the most there can be, also of those that a prompt asks for.
-        sampling: how they are spread: from the first to the last, or as SmolVLM2 or InternVL do
-            (video.py).
+        min_frames: the fewest of Qwen3-VL's sampling, where a video has them.
+        sampling: how they are spread: from the first to the last, or as SmolVLM2, InternVL or
+            Qwen3-VL do (video.py).
     """
 
     frames: int = 32
     fps: float | None = None
     max_frames: int = 128
-    sampling: Literal["even", "smolvlm", "internvl"] = "even"
+    min_frames: int = 0
+    sampling: Sampling = "even"
 
     def __post_init__(self) -> None:
-        for name in ("frames", "max_frames"):
+        for name in ("frames", "max_frames", "min_frames"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            if type(value) is not int or value < (name != "min_frames"):
                 raise InputError(f"video config: {name} is {value!r}, expected a positive int")
-        if self.sampling not in ("even", "smolvlm", "internvl"):
+        if self.sampling not in SAMPLINGS:
             raise InputError(
-                f"video config: sampling is {self.sampling!r}, expected even, smolvlm or internvl"
+                f"video config: sampling is {self.sampling!r}, expected one of "
+                f"{', '.join(SAMPLINGS)}"
             )
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise InputError(f"video config: fps is {self.fps!r}, expected a number above 0")
-        if self.frames > self.max_frames:
+        if max(self.frames, self.min_frames) > self.max_frames:
             raise InputError(
-                f"video config: {self.frames} frames, expected at most max_frames={self.max_frames}"
+                f"video config: {max(self.frames, self.min_frames)} frames, expected at most "
+                f"max_frames={self.max_frames}"
             )
 
     @classmethod

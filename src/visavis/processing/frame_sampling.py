@@ -27,6 +27,8 @@ def sample(total: int, rate: float, config: VideoConfig, asked: int | None = Non
         return _smolvlm_sample(total, rate, config.fps or 1.0, wanted, asked is not None)
     if config.sampling == "internvl":
         return _internvl_sample(total, min(wanted, total))
+    if config.sampling == "qwen3-vl":
+        return _qwen3_vl_sample(total, rate, config, asked)
     if asked is None and config.fps is not None:
         stepped = range(0, total, max(1, round(rate / config.fps)))
         if len(stepped) <= config.max_frames:
@@ -51,6 +53,15 @@ def _internvl_sample(total: int, wanted: int) -> list[int]:
     """Return the frames in the middle of `wanted` equal parts, as InternVL takes them."""
     places = total / wanted / 2 + np.arange(wanted) * (total / wanted)
     return [int(place) for place in places.astype(np.float32)]
+
+
+def _qwen3_vl_sample(total: int, rate: float, config: VideoConfig, asked: int | None) -> list[int]:
+    """Return Qwen3-VL's frames: `fps` a second, from the first to the last."""
+    wanted = config.frames
+    if config.fps is not None:
+        wanted = max(int(total / rate * config.fps), config.min_frames, 1)
+    wanted = min(asked or wanted, config.max_frames, total)
+    return [int(index) for index in np.linspace(0, total - 1, wanted).round()]
 
 
 def time_instruction(duration: float, times: Sequence[float]) -> str:

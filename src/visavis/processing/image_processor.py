@@ -6,7 +6,7 @@ in its own file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,7 +73,12 @@ def grid_of(visual: Image | Video, config: ImageProcessorConfig, is_only_image: 
     """
     processor = image_processor(config)
     if isinstance(visual, Video):
-        return processor.video_grid(*survey(visual, processor.video))
+        found = survey(visual, processor.video)
+        grid = processor.video_grid(len(found.indices), found.size)
+        if config.patches is None:
+            return grid
+        temporal = config.patches.temporal
+        return replace(grid, interval=found.interval(temporal), times=found.times(temporal))
     if not processor.needs_size:
         return processor.grid((0, 0))
     known = visual.content.size if visual.content is not None else None

@@ -58,7 +58,7 @@ class PromptConfig:
     jinja: str = ""
     image_start: str = ""
     image_end: str = ""
-    image_text: Literal["", "idefics3", "internvl"] = ""
+    image_text: Literal["", "idefics3", "internvl", "qwen3-vl"] = ""
     video_jinja: str = ""
     video_times: Literal["", "llava-video"] = ""
     embed_prefix: str = ""

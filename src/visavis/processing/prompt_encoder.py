@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from visavis.errors import ContextLengthError, InputError
 from visavis.inputs import Message, Part, Prompt, Text, Video
-from visavis.model.config import ClipTextConfig, VLMConfig
+from visavis.model.config import ClipTextConfig, Qwen2VLTowerConfig, VLMConfig
 from visavis.model.image_tokens import count_tokens
 from visavis.model.rope import mrope_positions
 from visavis.processing.chat_formats import CHAT_FORMATS
@@ -307,8 +307,9 @@ class PromptEncoder:
         if not style:
             return count
         assert self.processor is not None
-        visual = image.visual
-        times = times_of(visual, self.processor) if isinstance(visual, Video) else None
+        visual, times = image.visual, None
+        if isinstance(visual, Video) and not image.grid.times:
+            times = times_of(visual, self.processor)
         return STYLES[style](image.grid, count, times)
 
     def _place(self, encoded: Encoded, images: Sequence[ImageReference]) -> None:
@@ -316,8 +317,13 @@ class PromptEncoder:
         if images and self.config.decoder.mrope_sections:
             assert self.config.connector is not None
             length, merge = len(encoded.token_ids), self.config.connector.shuffle
-            grids = [one.grid for one in images]
-            encoded.positions = mrope_positions(length, encoded.image_slots, grids, merge)
+            numbers = encoded.slots_per_image or [1] * len(images)
+            runs = zip(images, numbers, strict=True)
+            grids = [grid for one, number in runs for grid in one.grid.split(number)]
+            tower = self.config.tower
+            rate = tower.tokens_per_second if isinstance(tower, Qwen2VLTowerConfig) else 0
+            slots = encoded.image_slots
+            encoded.positions = mrope_positions(length, slots, grids, merge, rate)
 
     def instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
         """Return an item with an instruction joined to its text, after its images."""

@@ -89,12 +89,40 @@ def read_frames(video: Video, config: VideoConfig) -> Clip:
         return Clip(tuple(reader.read(indices)), times, reader.duration)
 
 
-def survey(video: Video, config: VideoConfig) -> tuple[int, tuple[int, int]]:
-    """Return how many frames `read_frames` will give, and width and height of the first one,
-    which alone is decoded."""
+@dataclass(frozen=True)
+class Survey:
+    """The frames that `read_frames` will give, before they are decoded.
+
+    Args:
+        indices: their numbers among all frames of the video.
+        total: frames of the whole video.
+        rate: its frames per second.
+        size: width and height of the first one.
+    """
+
+    indices: tuple[int, ...]
+    total: int
+    rate: float
+    size: tuple[int, int]
+
+    def times(self, temporal: int) -> tuple[float, ...]:
+        """Return when each group of `temporal` frames is shown, in seconds from the start: the mean
+        of its first and last frame. A last group that is short repeats the last frame."""
+        more = (*self.indices, *self.indices[-1:] * (-len(self.indices) % temporal))
+        groups = [more[at : at + temporal] for at in range(0, len(more), temporal)]
+        return tuple((one[0] / self.rate + one[-1] / self.rate) / 2 for one in groups)
+
+    def interval(self, temporal: int) -> float:
+        """Return the seconds from one group of `temporal` frames to the next, on average."""
+        return temporal * self.total / (self.rate * len(self.indices))
+
+
+def survey(video: Video, config: VideoConfig) -> Survey:
+    """Return the frames that `read_frames` will give; only the first one is decoded."""
     with open_video(video) as reader:
         indices = _sample(reader, config, video)
-        return len(indices), next(reader.read(indices[:1])).size
+        size = next(reader.read(indices[:1])).size
+        return Survey(tuple(indices), len(reader.times), reader.rate, size)
 
 
 def frame_times(video: Video, config: VideoConfig) -> tuple[tuple[float, ...], float]:

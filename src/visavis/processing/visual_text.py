@@ -5,6 +5,8 @@
         \\n<fake_token_around_image><global-img> P … <fake_token_around_image>
       a video: how many frames of how long a video, then each frame after its time
     InternVL            <img> P … </img>, of a video for each frame in a line of its own
+    Qwen3-VL            a video: for each pair of frames its time, <0.3 seconds>, and
+                        <|vision_start|> P … <|vision_end|>
 
 P stands for placeholders. Knows grids and times; opens no file and no tokenizer.
 """
@@ -23,6 +25,7 @@ from visavis.model.image_input import ImageGrid
 VIDEO = "<video>"  # what chat templates write for a video
 AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
 START, END = "<img>", "</img>"
+QWEN_MARKS = ("<|vision_start|>", "<|vision_end|>")
 ROUNDING = 1e-6  # seconds; times are multiples of a frame's duration that floats cannot hold
 UNITS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -42,10 +45,12 @@ class VisualText:
     Args:
         texts: what stands before the first run, between two, and after the last.
         counts: placeholders of each run; one less than there are texts.
+        marks: texts that templates write before and after a placeholder, and that `texts` hold.
     """
 
     texts: tuple[str, ...]
     counts: tuple[int, ...]
+    marks: tuple[str, str] = ("", "")
 
     @classmethod
     def plain(cls, count: int) -> VisualText:
@@ -95,9 +100,20 @@ def internvl_text(grid: ImageGrid, count: int, times: Times | None) -> VisualTex
     return VisualText(texts, (count // grid.frames,) * grid.frames)
 
 
+def qwen3_vl_text(grid: ImageGrid, count: int, times: Times | None) -> VisualText:
+    """Return how Qwen3-VL writes an image or video."""
+    if not grid.video:
+        return VisualText.plain(count)
+    start, end = QWEN_MARKS
+    starts = [f"<{time:.1f} seconds>{start}" for time in grid.times]
+    texts = (starts[0], *(f"{end}{one}" for one in starts[1:]), end)
+    return VisualText(texts, (count // grid.frames,) * grid.frames, QWEN_MARKS)
+
+
 STYLES: dict[str, Callable[[ImageGrid, int, Times | None], VisualText]] = {
     "idefics3": idefics3_text,
     "internvl": internvl_text,
+    "qwen3-vl": qwen3_vl_text,
 }
 
 
@@ -153,7 +169,7 @@ def visuals_of(
 
 
 def write_out(
-    rendered: str, learned: Sequence[bool], image: str, visuals: Visuals
+    rendered: str, learned: Sequence[bool], image: str, video: str, visuals: Visuals
 ) -> tuple[str, list[bool], int]:
     """Return a rendered prompt with all text of its images and videos written out.
 
@@ -161,6 +177,8 @@ def write_out(
         rendered: with one placeholder for each image and video.
         learned: for each of its characters whether it is; empty: none.
         image: the placeholder of an image, which becomes that of each run.
+        video: that of a video where the model has one; empty: templates write `VIDEO`, and runs
+            are an image's.
 
     Returns:
         the text, the stretched mask, and how many placeholders were found where an image or
@@ -169,12 +187,16 @@ def write_out(
     pieces: list[str] = []
     mask: list[bool] = []
     at = found = 0
-    for match in re.finditer(f"{re.escape(image)}|{VIDEO}", rendered):
+    for match in re.finditer(f"{re.escape(image)}|{re.escape(video or VIDEO)}", rendered):
         if found == len(visuals.texts) or (match[0] != image) != visuals.is_video[found]:
             break
         layout = visuals.texts[found]
-        written = layout.join([image] * len(layout.counts))
-        pieces += [rendered[at : match.start()], written]
-        mask += [*learned[at : match.start()], *list(learned[match.start() :][:1]) * len(written)]
-        at, found = match.end(), found + 1
+        run = video if video and visuals.is_video[found] else image
+        written = layout.join([run] * len(layout.counts))
+        (before, after), start, end = layout.marks, *match.span()
+        if rendered.endswith(before, at, start) and rendered.startswith(after, end):
+            start, end = start - len(before), end + len(after)
+        pieces += [rendered[at:start], written]
+        mask += [*learned[at:start], *list(learned[match.start() :][:1]) * len(written)]
+        at, found = end, found + 1
     return "".join([*pieces, rendered[at:]]), [*mask, *learned[at:]], found

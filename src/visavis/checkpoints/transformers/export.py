@@ -31,10 +31,17 @@ from visavis.checkpoints.transformers.export_config import (
 )
 from visavis.checkpoints.transformers.export_dual import write_dual_encoder
 from visavis.checkpoints.transformers.export_processor import pinpoints, processor_json
+from visavis.checkpoints.transformers.export_qwen_vl import qwen_vl_json, qwen_vl_processors
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.idefics3 import split_video_json
 from visavis.checkpoints.transformers.weights import write
-from visavis.model.config import DecoderConfig, RopeScaling, ViTConfig, VLMConfig
+from visavis.model.config import (
+    DecoderConfig,
+    Qwen2VLTowerConfig,
+    RopeScaling,
+    ViTConfig,
+    VLMConfig,
+)
 from visavis.model.image_tokens import tokens_per_view
 from visavis.model.rope import Rope
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
@@ -176,7 +183,8 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
     tokenizer = loaded.tokenizer
     if config.tower is not None and not has_placeholder(loaded):
         tokenizer, state, config = with_placeholders(tokenizer, state, config)
-    data = config_json(config)
+    any_size = isinstance(config.tower, Qwen2VLTowerConfig)
+    data = qwen_vl_json(config) if any_size else config_json(config)
     processor = loaded.processor
     if processor is not None and processor.tiles is not None:
         data["image_grid_pinpoints"] = pinpoints(processor.tiles)
@@ -217,15 +225,9 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
         lost = [one for one in lost if not one.startswith(KNOWN)]
     if config.tower is not None:
         assert processor is not None
-        settings = processor_json(processor)
-        _check_tiles(data["model_type"], processor)
         lost += ["videos"] if processor.video and not (video or loaded.profile.image_text) else []
-        files.append(write_json(folder / "preprocessor_config.json", settings))
-        if processor.split is not None and processor.split.video_edge:
-            filmed = split_video_json(processor, settings)
-            files.append(write_json(folder / "video_preprocessor_config.json", filmed))
-        whole = _processor(data, config, image, video)
-        files.append(write_json(folder / "processor_config.json", whole))
+        settings = _processors(data, config, processor, image, video)
+        files += [write_json(folder / name, one) for name, one in settings.items()]
     files += write_tensors(folder, write(data, state), dtype=dtype, progress=progress)
     return Written(files, lost)
 
@@ -311,6 +313,29 @@ def lost_settings(profile: PromptConfig) -> list[str]:
     if profile.chat_template and not chat_jinja(CHAT_FORMATS[profile.chat_template]):
         lost.append(f"the chat format {profile.chat_template!r}")
     return lost
+
+
+def _processors(
+    data: dict[str, Any],
+    config: VLMConfig,
+    processor: ImageProcessorConfig,
+    image: str,
+    video: str,
+) -> dict[str, dict[str, Any]]:
+    """Return the files that say how images are prepared, by their names.
+
+    Raises:
+        CheckpointError: the library's class prepares them otherwise.
+    """
+    if isinstance(config.tower, Qwen2VLTowerConfig):
+        return qwen_vl_processors(processor, config, data["model_type"])
+    settings = processor_json(processor)
+    _check_tiles(data["model_type"], processor)
+    whole = _processor(data, config, image, video)
+    files = {"preprocessor_config.json": settings, "processor_config.json": whole}
+    if processor.split is not None and processor.split.video_edge:
+        files["video_preprocessor_config.json"] = split_video_json(processor, settings)
+    return files
 
 
 def _check_tiles(kind: str, processor: ImageProcessorConfig) -> None:

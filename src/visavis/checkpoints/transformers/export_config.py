@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gemma": "GemmaForCausalLM",
@@ -192,7 +193,9 @@ def _common(config: DecoderConfig, kind: str) -> dict[str, Any]:
     }
     norm = "layer_norm_eps" if config.norm == "layer" else "rms_norm_eps"
     found[norm] = config.norm_eps
-    if kind == "gemma" or (isinstance(heads, int) and config.head_dim * heads != config.width):
+    if kind in ("gemma", "qwen3") or (
+        isinstance(heads, int) and config.head_dim * heads != config.width
+    ):
         found["head_dim"] = config.head_dim
     if config.rope_scaling is not None:
         found["rope_scaling"] = _rope_scaling(config.rope_scaling)
@@ -235,6 +238,10 @@ def _qwen2(config: DecoderConfig) -> dict[str, Any]:
     return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
 
 
+def _qwen3(config: DecoderConfig) -> dict[str, Any]:
+    return {**_qwen2(config), "attention_bias": config.qkv_bias}
+
+
 def _phi(config: DecoderConfig) -> dict[str, Any]:
     return {"partial_rotary_factor": config.rope_fraction}
 
@@ -264,6 +271,7 @@ FAMILIES: dict[str, Callable[[DecoderConfig], dict[str, Any]]] = {  # the plaine
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,
+    "qwen3": _qwen3,
     "gemma": _gemma,
     "phi3": _phi3,
     "phi": _phi,

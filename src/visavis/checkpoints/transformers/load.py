@@ -174,6 +174,23 @@ class Qwen2VLFormat(TransformersFormat):
     target = ""
 
 
+class Qwen25VLFormat(TransformersFormat):
+    """Qwen2.5-VL as transformers writes it."""
+
+    kind, title, model_types = "qwen2_5_vl", "Qwen2.5-VL, transformers", ("qwen2_5_vl",)
+    target = ""
+
+
+class Qwen3VLFormat(TransformersFormat):
+    """Qwen3-VL as transformers writes it."""
+
+    kind, title, model_types = "qwen3_vl", "Qwen3-VL, transformers", ("qwen3_vl",)
+    target = ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return PromptConfig(jinja=self.jinja, image_text="qwen3-vl")
+
+
 class MultiVectorFormat(TransformersFormat):
     """A multi-vector model, such as ColQwen2, as transformers writes it."""
 

@@ -45,7 +45,7 @@ class DualEncoderFormat(TransformersFormat):
         refuse_quantised(data, path)
         words = path / "tokenizer_config.json"
         config = dual_config(data, read_json(words) if words.is_file() else {})
-        return config, image_processor(config, path)
+        return config, image_processor(config, path, data.get("model_type"))
 
     def tokenizer(self) -> tuple[Tokenizer, SpecialTokens]:
         tokenizer, specials = super().tokenizer()

@@ -299,7 +299,11 @@ def _name_of(ours: str, tensors: Mapping[str, Tensor], table: NameTable) -> str:
 def _vlm_sizes(config: VLMConfig) -> Sizes:
     decoder = config.decoder
     vit = config.tower.second if isinstance(config.tower, MixtureConfig) else config.tower
-    tower = _tower_sizes(vit) if isinstance(vit, ViTConfig | NaFlexConfig) else None
+    tower = (
+        _tower_sizes(vit)
+        if isinstance(vit, ViTConfig | NaFlexConfig | Qwen2VLTowerConfig)
+        else None
+    )
 
     def sizes(layer: int) -> Mapping[str, int]:
         return {
@@ -313,7 +317,7 @@ def _vlm_sizes(config: VLMConfig) -> Sizes:
     return sizes
 
 
-def _tower_sizes(config: ViTConfig | NaFlexConfig) -> Sizes:
+def _tower_sizes(config: ViTConfig | NaFlexConfig | Qwen2VLTowerConfig) -> Sizes:
     return lambda _: {"width": config.width, "gate": config.ffn_width}
 
 

@@ -13,7 +13,7 @@
 #endif
 
 // Changes with every change of this file: a library that was compiled from another one is not used.
-#define VV_INTERFACE 1
+#define VV_INTERFACE 2
 
 VV_API int vv_interface(void);
 
@@ -121,8 +121,10 @@ VV_API int vv_product(const vv_linear *linear, const float *x, int64_t count, fl
 //   cosines, sines: float32 [T, rotary_dim]; the first half of the sines is negated.
 //   states: null, or for each layer, number 0 being the embeddings, float32 [T, width] that takes
 //      what comes out of it, or null.
+//   added: null, or for each layer float32 [T, width] that is added to what comes out of it, or
+//      null.
 //   scored: numbers of the tokens whose scores are wanted [num_scored].
 //   scores: float32 [num_scored, rows of the head].
 VV_API int vv_forward(const vv_model *model, const vv_sequence *sequences, int64_t num_sequences,
                       float *x, const float *cosines, const float *sines, float *const *states,
-                      const int64_t *scored, int64_t num_scored, float *scores, int32_t threads);
+                      const float *const *added, const int64_t *scored, int64_t num_scored, float *scores, int32_t threads);
