@@ -22,7 +22,7 @@ from tests.checkpoints.tinyllava_files import Peer, save_repository
 from tests.checkpoints.transformers_files import save_llava
 from tests.fakes import picture, write_tiny_checkpoint
 from tests.mmproj_files import compose, tiny_llama
-from tests.parity.qwen2_vl_files import save_qwen2_5_vl, save_qwen2_vl
+from tests.parity.qwen2_vl_files import save_qwen2_5_vl, save_qwen2_vl, save_qwen3_vl
 from tests.parity.test_llava_original_anyres import VARIANTS
 from tests.parity.test_llava_original_anyres import save as save_anyres
 from tests.processing.test_pdf import pdf_bytes
@@ -82,6 +82,7 @@ SYSTEMS: dict[str, Callable[[Path], visavis.Model]] = {
     "llave": saved(save_onevision, profile="llave"),
     "qwen2_vl": saved(save_qwen2_vl),
     "qwen2_5_vl": saved(save_qwen2_5_vl),
+    "qwen3_vl": saved(save_qwen3_vl),
     "vlm2vec-v2": saved(save_qwen2_vl, profile="vlm2vec-v2"),
     "phi3_v": saved(save_phi3v),
     "idefics3": saved(save_idefics3),

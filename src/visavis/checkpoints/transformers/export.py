@@ -34,6 +34,7 @@ from visavis.checkpoints.transformers.export_processor import pinpoints, process
 from visavis.checkpoints.transformers.export_qwen_vl import qwen_vl_json, qwen_vl_processors
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.idefics3 import split_video_json
+from visavis.checkpoints.transformers.qwen3_vl import KIND as QWEN3_VL
 from visavis.checkpoints.transformers.weights import write
 from visavis.model.config import (
     DecoderConfig,
@@ -221,7 +222,7 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
         files.append(folder / "chat_template.jinja")
         files[-1].write_text(template, encoding="utf-8")
     lost = lost_settings(loaded.profile)
-    if data["model_type"] in IDEFICS3:
+    if data["model_type"] in (*IDEFICS3, QWEN3_VL):
         lost = [one for one in lost if not one.startswith(KNOWN)]
     if config.tower is not None:
         assert processor is not None
