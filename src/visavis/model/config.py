@@ -91,6 +91,9 @@ class ViTConfig:
     position_antialias: bool = False  # DINOv2 with registers: how positions are resized
     position_buckets: bool = False  # Idefics3: each patch takes the nearest learned position
     norm_output: bool = False  # the last hidden state is given after `post_norm`
+    norm: Literal["layer", "rms"] = "layer"  # of blocks; InternViT-6B: rms
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMS norm on all heads' queries and keys together (InternViT-6B)
     any_resolution: ClassVar[bool] = False
 
     @property
