@@ -119,7 +119,7 @@ def test_a_first_stage(run: Run, tmp_path: Path) -> None:
 
 
 def test_any_number_of_views(run: Run, tmp_path: Path) -> None:
-    """LLaVA-NeXT's tiles, OneVision's, Idefics3's, InternVL's, the patches of Qwen2-VL and Qwen2.5-VL."""
+    """Tiles of LLaVA-NeXT, OneVision, Idefics3, InternVL; patches of Qwen2-VL and Qwen2.5-VL."""
     for name, save in (
         ("llava_next", save_next),
         ("llava_onevision", save_onevision),
