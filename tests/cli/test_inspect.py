@@ -17,7 +17,7 @@ from tests.checkpoints.internvl_files import save_internvl
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.cli.conftest import Run
-from tests.parity.qwen2_vl_files import save_qwen2_5_vl, save_qwen2_vl
+from tests.parity.qwen2_vl_files import save_qwen2_5_vl
 from visavis.checkpoints import tensor_files
 from visavis.checkpoints.gguf.decoder import decoder_state
 from visavis.checkpoints.gguf.reader import open_model
