@@ -20,7 +20,7 @@ from visavis.checkpoints.native import save_native
 from visavis.model.config import ConnectorConfig, DecoderConfig, HeadConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 

@@ -190,11 +190,6 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
         lambda c: c.update(video_token_id=999),
         "video_token_id to 999, expected 0 to 263",
     ),
-    "windowed successor": (
-        "config.json",
-        lambda c: c.update(model_type="qwen2_5_vl"),
-        "model_type 'qwen2_5_vl'",
-    ),
     "patches of another tower": (
         "preprocessor_config.json",
         lambda c: c.update(patch_size=14),

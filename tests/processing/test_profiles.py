@@ -9,7 +9,8 @@ import pytest
 from tests.fakes import byte_tokenizer, picture, tiny_model
 from visavis.errors import InputError
 from visavis.inputs import Image, Prompt, Text
-from visavis.processing.prompt_encoder import PROFILES, PromptEncoder
+from visavis.processing.prompt_config import PROFILES
+from visavis.processing.prompt_encoder import PromptEncoder
 
 IMAGE = "[IMG]"
 CHATML = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -102,8 +102,9 @@ def test_every_word_is_there_in_every_language() -> None:
     pairs = re.findall(r'^  (\w+): \[\s*"(.*?)",\s*"(.*?)",?\s*\]', table, re.MULTILINE)
     assert len(pairs) == len(re.findall(r"^  \w+: \[", table, re.MULTILINE)) > 80
     for key, english, german in pairs:
-        assert re.findall(r"{\w+}", english) and sorted(re.findall(r"{\w+}", english)) == sorted(
-            re.findall(r"{\w+}", german)
+        assert (
+            re.findall(r"{\w+}", english)
+            and sorted(re.findall(r"{\w+}", english)) == sorted(re.findall(r"{\w+}", german))
         ) or "{" not in english + german, key
     known = {key for key, _, _ in pairs}
     html = (WEB_FOLDER / "index.html").read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         os.utime(path, (OLD, OLD))
     (folder / "old" / "picture-009.png").rename(folder / "old" / HOSTILE)
     write_pictures(folder / "new", NUM_IMAGES - 10, first_seed=10)
-    samples = {name: folder / "new" / "picture-010.png" for name in ("rocket launch", "cat")}
+    samples = dict.fromkeys(("rocket launch", "cat"), folder / "new" / "picture-010.png")
     samples["coffee"] = samples["cat"]
     (folder / "media").mkdir()
     make_document(folder / "media" / "report.pdf", samples)
@@ -201,7 +201,9 @@ def test_pages_and_videos_open_at_their_place(page: Any) -> None:
     page.locator("#panel-video").wait_for()
     assert "#t=0" in page.get_attribute("#panel-video", "src")
     until(page, "document.querySelector('#panel-video').readyState >= 1")
-    assert page.evaluate("document.querySelector('#panel-video').duration") == pytest.approx(12, 0.1)
+    assert page.evaluate("document.querySelector('#panel-video').duration") == pytest.approx(
+        12, 0.1
+    )
 
 
 def test_more_like_this(page: Any) -> None:
@@ -297,9 +299,7 @@ def test_names_are_text(page: Any) -> None:
     assert page.locator("img[src=x]").count() == 0
 
 
-def test_a_folder_is_added_with_its_progress(
-    browser: Any, folder: Path, tmp_path: Path
-) -> None:
+def test_a_folder_is_added_with_its_progress(browser: Any, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "growing.idx"
     allowed = shutil.copytree(folder / "allowed", tmp_path / "allowed")
     (tmp_path / "allowed" / "outside").symlink_to(folder / "old")
@@ -314,7 +314,9 @@ def test_a_folder_is_added_with_its_progress(
         page.locator("#folder-error", has_text="outside of the allowed folder").wait_for()
         page.fill("#folder-path", "more")
         page.locator("#folder-form .primary").click()
-        page.locator("#adding-text", has_text="20 added, 0 changed, 0 known, 1 unreadable").wait_for()
+        page.locator(
+            "#adding-text", has_text="20 added, 0 changed, 0 known, 1 unreadable"
+        ).wait_for()
         status_has(page, "20 items in the index")
         page.locator("#adding summary").click()
         page.locator("#adding-list li", has_text="broken.png").wait_for()

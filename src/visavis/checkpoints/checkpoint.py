@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from visavis.processing.config import ImageProcessorConfig
-    from visavis.processing.prompt_encoder import PromptConfig
+    from visavis.processing.prompt_config import PromptConfig
     from visavis.processing.tokenizer import SpecialTokens
 
 

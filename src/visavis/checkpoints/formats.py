@@ -29,9 +29,13 @@ from visavis.checkpoints.sentence_transformers import SentenceTransformersFormat
 from visavis.checkpoints.tensor_files import StoredTensor
 from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (
+    Idefics3Format,
     LlavaNextFormat,
     LlavaOnevisionFormat,
+    MultiVectorFormat,
     Qwen2VLFormat,
+    Qwen3VLFormat,
+    Qwen25VLFormat,
     TransformersFormat,
 )
 from visavis.checkpoints.transformers.load_dual import DualEncoderFormat
@@ -94,7 +98,11 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaNextFormat,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
+    Qwen25VLFormat,
+    Qwen3VLFormat,
     DualEncoderFormat,
+    MultiVectorFormat,
+    Idefics3Format,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

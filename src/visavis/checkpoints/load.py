@@ -11,7 +11,7 @@ from visavis.checkpoints import bundled, hub
 from visavis.errors import CheckpointError, FetchError, InputError, UnknownNameError
 from visavis.processing.chat_formats import CHAT_FORMATS
 from visavis.processing.config import sized_as
-from visavis.processing.prompt_encoder import PROFILES
+from visavis.processing.prompt_config import PROFILES
 from visavis.utils import lookup, suggest
 
 if TYPE_CHECKING:

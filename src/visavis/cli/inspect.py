@@ -34,6 +34,7 @@ WAYS = {
     "patches": "native resolution, in patches",
     "hd": "high-resolution tiles and a global view",
     "naflex": "any aspect ratio, in patches",
+    "split": "longest edge resized, square tiles and a global view",
 }
 
 
@@ -150,6 +151,9 @@ def _preprocessing(processor: ImageProcessorConfig | None) -> dict[str, str]:
         found["patches"] = f"at most {processor.naflex.max_patches}"
     if hd := processor.hd:
         found["tiles"] = f"at most {hd.num_crops}"
+    if split := processor.split:
+        most = -(-split.longest_edge // processor.size)
+        found["tiles"] = f"at most {most} × {most} and the whole" if split.cut else "none"
     if patches := processor.patches:
         found["patches"] = (
             f"{patches.patch} px, {patches.merge} × {patches.merge} per token, "

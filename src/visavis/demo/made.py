@@ -1,7 +1,7 @@
 """A document and a video that the demo makes of the sample images.
 
-    space-and-coffee.pdf    page 1 holds text, page 2 is a scan: an image of a page, without text
-    a-day-in-images.mp4     three scenes of four seconds: the camera moves over an image in each
+space-and-coffee.pdf    page 1 holds text, page 2 is a scan: an image of a page, without text
+a-day-in-images.mp4     three scenes of four seconds: the camera moves over an image in each
 """
 
 from __future__ import annotations
@@ -167,7 +167,10 @@ def _pdf(text: bytes, scan: bytes) -> bytes:
         whole += f"{number} 0 obj\n".encode() + content + b"\nendobj\n"
     table = "".join(f"{place:010} 00000 n \n" for place in places)
     count = len(objects) + 1
-    return whole + (
-        f"xref\n0 {count}\n0000000000 65535 f \n{table}"
-        f"trailer\n<< /Size {count} /Root 1 0 R >>\nstartxref\n{len(whole)}\n%%EOF\n"
-    ).encode()
+    return (
+        whole
+        + (
+            f"xref\n0 {count}\n0000000000 65535 f \n{table}"
+            f"trailer\n<< /Size {count} /Root 1 0 R >>\nstartxref\n{len(whole)}\n%%EOF\n"
+        ).encode()
+    )

@@ -17,7 +17,7 @@ import numpy as np
 
 from visavis.evaluate.items import VISUAL, Item
 from visavis.inputs import Message, Part, Prompt, Text
-from visavis.processing.prompt_encoder import PROFILES, PromptConfig
+from visavis.processing.prompt_config import PROFILES, PromptConfig
 
 if TYPE_CHECKING:
     from visavis.api import Model

@@ -7,6 +7,7 @@ stream is float32 for any data type of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -110,7 +111,15 @@ class Block(nn.Module):
         else:  # one rotation for queries and keys: they stand side by side
             both, v = qkv.split((heads + kv_heads, kv_heads), 1)
             q, k = by_row(rotate, both, *rotary).split((heads, kv_heads), 1)
-        mixed = self.attend(q, k, v, layout, layer=self.layer, window=self.config.sliding_window)
+        mixed = self.attend(
+            q,
+            k,
+            v,
+            layout,
+            layer=self.layer,
+            causal=self.config.causal,
+            window=self.config.sliding_window,
+        )
         return apply_linear(self.out, mixed.reshape(x.shape[0], -1))  # [T, D]
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -123,6 +132,25 @@ class Block(nn.Module):
         return apply_linear(self.down, hidden)
 
 
+@dataclass(frozen=True)
+class DeepStack:
+    """Image features that are added between the first blocks (DeepStack, Meng et al. 2024).
+
+    Args:
+        positions: int64 [S], rows of the stream that belong to images.
+        features: float [S, D] of each of the first blocks, added to its output at these rows.
+    """
+
+    positions: Tensor
+    features: tuple[Tensor, ...]
+
+    def add(self, x: Tensor, block: int) -> Tensor:
+        """Return the output of a block, by its number from 0, with its features added [T, D]."""
+        if block >= len(self.features):
+            return x
+        return x.index_add(0, self.positions, self.features[block].to(x.dtype))
+
+
 class CompiledDecoder(Protocol):
     """Replacement of a decoder's forward pass, see `native_decoder.py`."""
 
@@ -131,7 +159,12 @@ class CompiledDecoder(Protocol):
         ...
 
     def forward(
-        self, x: Tensor, positions: Tensor, layout: SequenceLayout, layers: Collection[int]
+        self,
+        x: Tensor,
+        positions: Tensor,
+        layout: SequenceLayout,
+        layers: Collection[int],
+        deepstack: DeepStack | None,
     ) -> dict[int, Tensor]:
         """Do what `Decoder.forward` does."""
         ...
@@ -182,14 +215,16 @@ class Decoder(nn.Module):
         positions: Tensor,  # int64 [T], or [3, T] for M-RoPE
         layout: SequenceLayout,
         layers: Collection[int] = (-1,),
+        deepstack: DeepStack | None = None,
     ) -> dict[int, Tensor]:
         """Return the hidden states of the named layers, each float32 [T, D].
 
-        Layer 0 is `x` itself, n the output of block n; `num_layers` (or -1) is the output of
-        the last block after the final norm. Blocks past the highest named layer do not run.
+        Layer 0 is `x` itself, n the output of block n, before DeepStack's features are added to it;
+        `num_layers` (or -1) is the output of the last block after the final norm. Blocks past the
+        highest named layer do not run.
         """
         if self.compiled is not None and self.compiled.takes(x, layout):
-            return self.compiled.forward(x, positions, layout, layers)
+            return self.compiled.forward(x, positions, layout, layers, deepstack)
         last = self.config.num_layers
         wanted = {layer: layer % (last + 1) for layer in layers}
         found = {0: x}
@@ -201,6 +236,8 @@ class Decoder(nn.Module):
                 x = block(x, rotary, layout)
             if number in wanted.values():
                 found[number] = x
+            if deepstack is not None:
+                x = deepstack.add(x, number - 1)
         if max(wanted.values()) == last:
             found[last] = self.norm(x)
         for cache, length in zip(layout.caches, layout.lengths, strict=False):

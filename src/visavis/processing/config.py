@@ -3,6 +3,7 @@
     ImageProcessorConfig   square: squashed, cropped or padded to one square view (resize.py)
       tiles: AnyresConfig    LLaVA 1.6: a view of the whole and tiles of it (anyres.py)
       hd: Phi3VConfig        Phi-3.5-vision: a canvas of whole tiles (phi3v.py)
+      split: SplitConfig     Idefics3, SmolVLM: tiles and a view of the whole (idefics3.py)
       patches: Qwen2VLConfig Qwen2-VL: patches at any resolution (qwen2_vl.py)
       naflex: NaFlexSizes    SigLIP 2: patches of any aspect ratio (naflex.py)
       video: VideoConfig     which frames of a video are taken (video.py)
@@ -20,9 +21,12 @@ from typing import Any, Literal, TypeAlias, get_args
 from visavis.errors import InputError
 from visavis.utils import suggest
 
-Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "naflex"]
-Resample: TypeAlias = Literal["bicubic", "bilinear"]
+Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "split", "naflex"]
+Resample: TypeAlias = Literal["bicubic", "bilinear", "lanczos"]
+Sampling: TypeAlias = Literal["even", "smolvlm", "internvl", "qwen3-vl"]
+SAMPLINGS: tuple[str, ...] = get_args(Sampling)
 MAX_PATCHES = 1 << 16
+MAX_EDGE = 4096  # pixels that Idefics3 enlarges the longer side of an image to at most
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,43 @@ class Phi3VConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """How Idefics3 and SmolVLM cut images.
+
+    Args:
+        longest_edge: pixels that the longer side of an image is resized to before it is cut.
+        cut: whether it is cut; a view of the whole is all that is seen otherwise.
+        video_edge: pixels that the longer side of a frame is resized to before it becomes one
+            square view; 0: the model takes no videos.
+    """
+
+    longest_edge: int
+    cut: bool = True
+    video_edge: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, least in (("longest_edge", 1), ("video_edge", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= MAX_EDGE:
+                problems.append(f"{name} is {value!r}, expected {least} to {MAX_EDGE}")
+        cut: object = self.cut
+        if not isinstance(cut, bool):
+            problems.append(f"cut is {cut!r}, expected true or false")
+        if problems:
+            raise InputError(f"split config: {'; '.join(problems)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SplitConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"split config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class NaFlexSizes:
     """How many patches an image becomes at most; published: 256, at test time up to 1024."""
 
@@ -128,6 +169,7 @@ class Qwen2VLConfig:
         temporal: frames in a patch.
         min_pixels, max_pixels: bounds of an image's area after resizing.
         video_min_pixels, video_max_pixels: the same of each frame; 0: as an image's.
+        whole_videos: these are bounds of the area of all frames of a video together (Qwen3-VL).
         extreme: what becomes of an image more than 200 times as long as wide: an error, or a
             square, as VLM2Vec does, which squashes images with a side below one token too.
         square: side of the square that every image is squashed to first; 0: none.
@@ -140,6 +182,7 @@ class Qwen2VLConfig:
     max_pixels: int = 1003520
     video_min_pixels: int = 0
     video_max_pixels: int = 0
+    whole_videos: bool = False
     extreme: Literal["refuse", "square"] = "refuse"
     square: int = 0
 
@@ -190,22 +233,33 @@ class VideoConfig:
         frames: how many, spread evenly from the first to the last.
         fps: instead, how many for each second, evenly spread `max_frames` if those are more.
         max_frames: the most there can be, also of those that a prompt asks for.
+        min_frames: the fewest of Qwen3-VL's sampling, where a video has them.
+        sampling: how they are spread: from the first to the last, or as SmolVLM2, InternVL or
+            Qwen3-VL do (video.py).
     """
 
     frames: int = 32
     fps: float | None = None
     max_frames: int = 128
+    min_frames: int = 0
+    sampling: Sampling = "even"
 
     def __post_init__(self) -> None:
-        for name in ("frames", "max_frames"):
+        for name in ("frames", "max_frames", "min_frames"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            if type(value) is not int or value < (name != "min_frames"):
                 raise InputError(f"video config: {name} is {value!r}, expected a positive int")
+        if self.sampling not in SAMPLINGS:
+            raise InputError(
+                f"video config: sampling is {self.sampling!r}, expected one of "
+                f"{', '.join(SAMPLINGS)}"
+            )
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise InputError(f"video config: fps is {self.fps!r}, expected a number above 0")
-        if self.frames > self.max_frames:
+        if max(self.frames, self.min_frames) > self.max_frames:
             raise InputError(
-                f"video config: {self.frames} frames, expected at most max_frames={self.max_frames}"
+                f"video config: {max(self.frames, self.min_frames)} frames, expected at most "
+                f"max_frames={self.max_frames}"
             )
 
     @classmethod
@@ -222,9 +276,10 @@ class VideoConfig:
 class ImageProcessorConfig:
     """How a vision tower wants its images; saved with the weights."""
 
-    size: int  # pixels, side of the square the tower sees; with patches or naflex, of what makes one token
+    size: int  # pixels, side of the square the tower sees; patches, naflex: of what makes a token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
-    # size, see qwen2_vl.py | hd: tiles, see phi3v.py | naflex: patches, see naflex.py
+    # size, see qwen2_vl.py | hd: tiles, see phi3v.py | split: tiles, see idefics3.py | naflex:
+    # patches, see naflex.py
     resize: Resize
     mean: tuple[float, float, float]  # RGB, of values in 0..1
     std: tuple[float, float, float]
@@ -233,6 +288,7 @@ class ImageProcessorConfig:
     patches: Qwen2VLConfig | None = None
     hd: Phi3VConfig | None = None
     naflex: NaFlexSizes | None = None
+    split: SplitConfig | None = None
     tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see anyres.py
     video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
@@ -261,6 +317,8 @@ class ImageProcessorConfig:
             problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
         if (self.resize == "naflex") != (self.naflex is not None):
             problems.append(f"resize={self.resize!r}, but naflex is {self.naflex}")
+        if (self.resize == "split") != (self.split is not None):
+            problems.append(f"resize={self.resize!r}, but split is {self.split}")
         if self.tiles is not None and self.resize != "squash":
             problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
         elif (
@@ -299,6 +357,8 @@ class ImageProcessorConfig:
             tuples["hd"] = Phi3VConfig.from_dict(values["hd"])
         if values.get("naflex") is not None:
             tuples["naflex"] = NaFlexSizes.from_dict(values["naflex"])
+        if values.get("split") is not None:
+            tuples["split"] = SplitConfig.from_dict(values["split"])
         if values.get("tiles") is not None:
             tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
         if values.get("video") is not None:

@@ -10,7 +10,6 @@ from typing import Any
 from visavis.errors import ImageError, InputError
 
 PAGE_SIDE = 1600  # pixels, longer side of a rendered page
-MAX_TEXT = 100_000  # characters of one page
 _opened: list[tuple[Any, Any]] = []  # the document asked for last, and by what
 
 
@@ -41,15 +40,23 @@ def render_page(
 
 
 def page_text(
-    data: bytes, path: str, stamp: list[int], name: str, number: int
-) -> tuple[str, bytes]:
-    """Return the text layer of a page, as far as MAX_TEXT characters."""
-    with _named(name), closing(_page(_open(data, path, stamp), name, number)) as page:
-        with closing(page.get_textpage()) as layer:
-            number_of = min(max(layer.count_chars(), 0), MAX_TEXT)
-            text = layer.get_text_range(0, number_of) if number_of else ""
-        # Half characters cannot be stored, and NULs end a text elsewhere.
-        return text.encode("utf-8", "replace").decode().replace("\0", " "), b""
+    data: bytes, path: str, stamp: list[int], name: str, number: int, most: int
+) -> tuple[dict[str, str], bytes]:
+    """Return the text layer of a page, at most `most` characters of it, and the document's title
+    and the date it was made on, as `D:20240517140322+02'00'`."""
+    with _named(name):
+        document = _open(data, path, stamp)
+        known = document.get_metadata_dict(skip_empty=True)
+        with closing(_page(document, name, number)) as page, closing(page.get_textpage()) as layer:
+            text = layer.get_text_range(0, min(layer.count_chars(), most))
+        found = {
+            "text": text,
+            "title": known.get("Title", ""),
+            "date": known.get("CreationDate", ""),
+        }
+        return {
+            key: value[:most].encode("utf-8", "ignore").decode() for key, value in found.items()
+        }, b""
 
 
 def _pixels(page: Any) -> tuple[float, tuple[int, int]]:

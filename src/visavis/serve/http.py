@@ -170,7 +170,9 @@ async def form_of(scope: Scope, body: bytes, max_files: int) -> FormData:
 
     try:
         limit = max(len(body), 1)
-        return await Request(scope, receive).form(max_files=max_files, max_fields=16, max_part_size=limit)
+        return await Request(scope, receive).form(
+            max_files=max_files, max_fields=16, max_part_size=limit
+        )
     except HTTPException as error:
         message = f"the form is malformed: {error.detail}"
         raise ApiError(error.status_code, message, code="invalid_form") from None

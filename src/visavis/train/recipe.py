@@ -19,7 +19,7 @@ from visavis.data.sources import SourceConfig
 from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
 from visavis.processing.chat_formats import CHAT_FORMATS
-from visavis.processing.prompt_encoder import PROFILES
+from visavis.processing.prompt_config import PROFILES
 from visavis.utils import parse_yaml, suggest
 
 if TYPE_CHECKING:

@@ -26,9 +26,14 @@ from visavis.checkpoints.checkpoint_format import (
     refuse_quantised,
 )
 from visavis.checkpoints.tensor_files import MAX_JSON_BYTES, read_json, read_tensors, weight_files
-from visavis.checkpoints.transformers.config_reader import Json, section
+from visavis.checkpoints.transformers.config_reader import Json, require, section
 from visavis.checkpoints.transformers.export import write_transformers
+from visavis.checkpoints.transformers.idefics3 import CLASSES as SPLITTERS
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.idefics3 import VIDEO_TEMPLATE, idefics3_processor
 from visavis.checkpoints.transformers.language_models import KINDS
+from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
+from visavis.checkpoints.transformers.multi_vector import multi_vector_prompts
 from visavis.checkpoints.transformers.processor import grids, naflex_processor, processor_config
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
 from visavis.checkpoints.transformers.vision_models import vlm_config
@@ -37,12 +42,13 @@ from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import NaFlexConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PROCESSOR = "processor_config.json"
 VIDEO_NAME = "video_preprocessor_config.json"
 
 
@@ -108,7 +114,7 @@ class TransformersFormat(FolderFormat):
         data = read_json(path / CONFIG)
         refuse_quantised(data, path)
         config = vlm_config(data)
-        processor = image_processor(config, path)
+        processor = image_processor(config, path, data.get("model_type"))
         _check_tiles(data, config, processor, path)
         return config, processor
 
@@ -168,7 +174,60 @@ class Qwen2VLFormat(TransformersFormat):
     target = ""
 
 
-def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
+class Qwen25VLFormat(TransformersFormat):
+    """Qwen2.5-VL as transformers writes it."""
+
+    kind, title, model_types = "qwen2_5_vl", "Qwen2.5-VL, transformers", ("qwen2_5_vl",)
+    target = ""
+
+
+class Qwen3VLFormat(TransformersFormat):
+    """Qwen3-VL as transformers writes it."""
+
+    kind, title, model_types = "qwen3_vl", "Qwen3-VL, transformers", ("qwen3_vl",)
+    target = ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return PromptConfig(jinja=self.jinja, image_text="qwen3-vl")
+
+
+class MultiVectorFormat(TransformersFormat):
+    """A multi-vector model, such as ColQwen2, as transformers writes it."""
+
+    kind, title = "multi_vector", "multi-vector model, transformers"
+    model_types, target = tuple(MULTI_VECTOR), ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        path = self.path / PROCESSOR
+        bos, pad = (
+            "" if number is None else tokenizer.id_to_token(number) or ""
+            for number in (specials.bos_id, specials.pad_id)
+        )
+        processor = read_json(path) if path.is_file() else {}
+        return multi_vector_prompts(self.settings, processor, bos=bos, pad=pad)
+
+    def special_tokens(
+        self, tokenizer: Tokenizer, specials: SpecialTokens, folder: Path
+    ) -> SpecialTokens:
+        found = super().special_tokens(tokenizer, specials, folder)
+        return replace(found, add_bos=False, appended=())  # the forms write what is around a text
+
+
+class Idefics3Format(TransformersFormat):
+    """Idefics3, SmolVLM and SmolVLM2 as transformers writes them."""
+
+    kind, title, model_types = "idefics3", "Idefics3 or SmolVLM, transformers", IDEFICS3
+    target = ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        filmed = self.processor is not None and self.processor.video is not None
+        video_jinja = VIDEO_TEMPLATE if self.jinja and filmed else ""
+        return PromptConfig(jinja=self.jinja, image_text="idefics3", video_jinja=video_jinja)
+
+
+def image_processor(
+    config: VLMConfig, folder: Path, model_type: object = None
+) -> ImageProcessorConfig | None:
     """Return how images are sized and normalised, if the model takes any.
 
     Raises:
@@ -176,7 +235,7 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
     """
     if config.tower is None:
         return None
-    names = ("preprocessor_config.json", "processor_config.json")
+    names = ("preprocessor_config.json", PROCESSOR)
     found = [read_json(folder / name) for name in names if (folder / name).is_file()]
     settings = [inner for data in found if (inner := _image_settings(data)) is not None]
     if not settings:
@@ -184,14 +243,21 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
             f"{folder} says nowhere how pictures are resized and normalised; expected "
             f"{' or '.join(names)} beside the weights, copy it from the model's source."
         )
+    videos = [inner for data in found if (inner := section(data, "video_processor"))]
+    if (folder / VIDEO_NAME).is_file():
+        videos.insert(0, read_json(folder / VIDEO_NAME))
+    video = videos[0] if videos else None
     if isinstance(config.tower, Qwen2VLTowerConfig):
-        videos = [inner for data in found if (inner := section(data, "video_processor"))]
-        if (folder / VIDEO_NAME).is_file():
-            videos.insert(0, read_json(folder / VIDEO_NAME))
-        return qwen2_vl_processor(settings[0], videos[0] if videos else None, config.tower)
+        return qwen2_vl_processor(settings[0], video, config.tower)
     if isinstance(config.tower, NaFlexConfig):
         return naflex_processor(settings[0], config.tower)
-    processor = processor_config(settings[0])
+    if model_type in IDEFICS3:
+        kind = str(settings[0].get("image_processor_type"))
+        known = kind.removesuffix("Fast").removesuffix("Pil") in SPLITTERS
+        require("image_processor_type", kind, known, " or ".join(SPLITTERS))
+        processor = idefics3_processor(settings[0], video, takes_videos=model_type == "smolvlm")
+    else:
+        processor = processor_config(settings[0])
     if isinstance(config.tower, ViTConfig) and processor.size != config.tower.image_size:
         raise CheckpointError(
             f"{folder} prepares pictures of {processor.size} pixels, but its vision tower takes "

@@ -22,9 +22,16 @@ from visavis.checkpoints.transformers.config_reader import (
     unknown_type,
     without_nulls,
 )
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.idefics3 import idefics3_config
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
+from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
+from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, with_multi_vectors
 from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
+from visavis.checkpoints.transformers.qwen2_vl import KIND_2_5 as QWEN2_5_VL
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_config
+from visavis.checkpoints.transformers.qwen3_vl import KIND as QWEN3_VL
+from visavis.checkpoints.transformers.qwen3_vl import qwen3_vl_config
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
 
 VIT: dict[str, Any] = {
@@ -115,7 +122,7 @@ LLAVAS = {
 
 
 def vlm_config(config: Json) -> VLMConfig:
-    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL.
+    """Return the model that a config.json describes.
 
     Raises:
         CheckpointError: another type, or a setting that no part of ours has.
@@ -123,10 +130,17 @@ def vlm_config(config: Json) -> VLMConfig:
     kind = config.get("model_type")
     if kind in KINDS:
         return VLMConfig(decoder=decoder_config(config))
-    if kind == QWEN2_VL:
+    if kind in (QWEN2_VL, QWEN2_5_VL):
         return qwen2_vl_config(config)
+    if kind == QWEN3_VL:
+        return qwen3_vl_config(config)
+    if kind in MULTI_VECTOR:
+        return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
+    if kind in IDEFICS3:
+        return idefics3_config(config)
     if not isinstance(kind, str) or kind not in LLAVAS:
-        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL))
+        known = (*KINDS, *LLAVAS, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, *MULTI_VECTOR, *IDEFICS3)
+        raise unknown_type(kind, known)
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)

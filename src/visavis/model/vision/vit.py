@@ -108,19 +108,23 @@ class ViT(nn.Module):
 
         Args:
             layer: which hidden state: 0 is the embeddings, n the output of block n, negative
-                from the end. None of them passes the final norm (see `normed`).
+                from the end. Only the last passes the final norm, and only with `norm_output`.
         """
         x = self.embed(pixels)
         num_layers = self.config.num_layers
         number = layer if layer >= 0 else num_layers + 1 + layer
         for block in self.blocks[:number]:
             x = block(x)
+        if self.config.norm_output and number == num_layers:
+            assert self.post_norm is not None
+            x = self.post_norm(x)
         return x
 
     def normed(self, pixels: Tensor) -> Tensor:
         """Return the last hidden state after the final norm, [N, prefix + P, W]."""
         assert self.post_norm is not None
-        return self.post_norm(self(pixels))
+        last = self(pixels)
+        return last if self.config.norm_output else self.post_norm(last)
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """Return one vector per view for a dual encoder, [N, W]."""
@@ -134,7 +138,10 @@ class ViT(nn.Module):
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, P, W]
         grid = pixels.shape[-1] // self.config.patch_size
         patch_positions = self.positions[int(self.config.class_token) :]
-        x = x + resize_positions(patch_positions, grid, self.config.position_antialias)
+        if self.config.position_buckets:
+            x = x + patch_positions[position_buckets(self.config.grid, grid).to(x.device)]
+        else:
+            x = x + resize_positions(patch_positions, grid, self.config.position_antialias)
         if self.registers is not None:
             x = torch.cat((self.registers.expand(len(x), -1, -1), x), 1)
         if self.class_token is not None:
@@ -153,6 +160,18 @@ def resize_positions(positions: Tensor, grid: int, antialias: bool) -> Tensor:
         image, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias
     )
     return image.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(positions.dtype)
+
+
+def position_buckets(learned: int, grid: int) -> Tensor:
+    """Return which of learned x learned positions each patch of a grid x grid view takes, [P].
+
+    Computed in float32 as Idefics2 does, so that a place on the border of two positions is rounded
+    to the same one (https://arxiv.org/abs/2307.06304 and Idefics2VisionEmbeddings).
+    """
+    borders = torch.arange(1 / learned, 1.0, 1 / learned)
+    places = torch.arange(grid, dtype=torch.float32) * (1.0 / torch.tensor(grid))
+    index = torch.bucketize(places.clamp(max=1.0 - 1e-6), borders, right=True)
+    return (index[:, None] * learned + index).flatten()
 
 
 class TowerMixture(nn.Module):

@@ -103,9 +103,7 @@ def _conversation(text: Any) -> list[PageTurn]:
     return turns
 
 
-def _pieces(
-    shown: Sequence[Shown], items: dict[int, Piece], files: Sequence[Piece]
-) -> list[Piece]:
+def _pieces(shown: Sequence[Shown], items: dict[int, Piece], files: Sequence[Piece]) -> list[Piece]:
     pieces = []
     for one in shown:
         if one.item is not None and one.file is None:
