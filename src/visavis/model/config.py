@@ -320,7 +320,7 @@ class ConnectorConfig:
     of image tokens by its square; in `merger` (Qwen2-VL) they stand next to one another already.
     `mixture` has an MLP for each half of a mixture tower; `resampler` and `qformer` have `depth`
     blocks. `words` is `linear`, preceded by `num_queries` tokens that spell the words of a list
-    whose vectors are nearest to the image's.
+    whose vectors are nearest to the image's, those within `word_margin` of the nearest.
     """
 
     kind: str
@@ -336,6 +336,7 @@ class ConnectorConfig:
     rms_norm: bool = False  # merger: its norm is an RMS norm (Qwen2.5-VL)
     deepstack: int = 0  # merger: further mergers, for the decoder's first layers (Qwen3-VL)
     word_width: int = 0  # words: numbers of an embedding vector
+    word_margin: float = 0.0  # words: how much farther than the nearest a word may be; 0: any
 
 
 @dataclass(frozen=True)
