@@ -34,9 +34,9 @@ from visavis.checkpoints.transformers.export_processor import pinpoints, process
 from visavis.checkpoints.transformers.export_qwen_vl import qwen_vl_json, qwen_vl_processors
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.idefics3 import split_video_json
-from visavis.checkpoints.transformers.qwen3_vl import KIND as QWEN3_VL
 from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
 from visavis.checkpoints.transformers.internvl import TOKENS, ratio_video_json
+from visavis.checkpoints.transformers.qwen3_vl import KIND as QWEN3_VL
 from visavis.checkpoints.transformers.weights import write
 from visavis.model.config import (
     DecoderConfig,
