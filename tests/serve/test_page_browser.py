@@ -127,7 +127,8 @@ def test_nothing_moves_while_images_arrive(browser: Any, address: str) -> None:
     with page_at(browser, "about:blank") as page:
         page.add_init_script(
             "window.shifts = 0; new PerformanceObserver(list => {"
-            "for (const one of list.getEntries()) if (!one.hadRecentInput) window.shifts += one.value})"
+            "for (const one of list.getEntries()) "
+            "if (!one.hadRecentInput) window.shifts += one.value})"
             ".observe({type: 'layout-shift', buffered: true})"
         )
         page.goto(address)
