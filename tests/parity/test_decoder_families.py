@@ -73,6 +73,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"head_dim": 12},
     "qwen3, biases, tied": {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+    "qwen3, biases, tied, one key head": {
+        "head_dim": 8,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+    },
     "phi": {},
     "phi, one head per key head": {"num_key_value_heads": 4},
     "phi, a quarter rotates": {

@@ -16,6 +16,7 @@ import torch
 import visavis
 from tests.checkpoints.anyres_files import save_next, save_onevision
 from tests.checkpoints.idefics3_files import save_idefics3
+from tests.checkpoints.internvl_files import save_internvl
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
 from tests.checkpoints.phi3v_files import save_phi3v, tiny_tower
 from tests.checkpoints.tinyllava_files import Peer, save_repository
@@ -85,6 +86,7 @@ SYSTEMS: dict[str, Callable[[Path], visavis.Model]] = {
     "qwen3_vl": saved(save_qwen3_vl),
     "vlm2vec-v2": saved(save_qwen2_vl, profile="vlm2vec-v2"),
     "phi3_v": saved(save_phi3v),
+    "internvl": saved(save_internvl),
     "idefics3": saved(save_idefics3),
     "smolvlm": saved(lambda folder: save_idefics3(folder, smolvlm=True, scale=3)),
     "tinyllava": saved(lambda folder: save_repository(folder, Peer()), chat_template="vicuna_v1"),

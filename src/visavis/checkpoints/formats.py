@@ -30,6 +30,7 @@ from visavis.checkpoints.tensor_files import StoredTensor
 from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (
     Idefics3Format,
+    InternVLFormat,
     LlavaNextFormat,
     LlavaOnevisionFormat,
     MultiVectorFormat,
@@ -103,6 +104,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     DualEncoderFormat,
     MultiVectorFormat,
     Idefics3Format,
+    InternVLFormat,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

@@ -28,6 +28,7 @@ from visavis.index.files import (
     identified,
     stamp_of,
 )
+from visavis.index.filters import is_below
 from visavis.index.items import picture_of
 from visavis.index.store import IndexRow, KnownItem, VectorStore
 from visavis.processing.images import ContentHasher
@@ -91,6 +92,7 @@ class Adder:
         self._was_known: dict[str, bool] = {}  # source → it had other content
         self._is_same: set[str] = set()  # sources whose content is as it was
         self._changed_files: dict[str, set[str]] = {}  # path → sources that it has now
+        self._left_out: dict[str, Counter[tuple[str, str]]] = {}  # folder → (suffix, reason)
 
     def run(self, items: Sequence[Any], *, progress: bool) -> AddReport:
         """Add everything; Ctrl-C and errors keep every finished batch."""
@@ -101,6 +103,9 @@ class Adder:
             self._take(entries)
         self._flush()
         self._remove_superseded()
+        if self.report.added + self.report.changed + self.report.removed:
+            self.store.refresh()
+        self._keep_left_out()
         return self.report
 
     def _collect(self, items: Sequence[Any]) -> tuple[list[Path], list[Entry]]:
@@ -117,6 +122,9 @@ class Adder:
                 scan = scan_media(item, with_others=True)
                 self.report.failed += [(str(one), reason) for one, reason in scan.unreadable]
                 self.report.left_out += scan.left_out
+                if os.path.isdir(Path(item).expanduser()):
+                    place = os.path.abspath(Path(item).expanduser())
+                    self._left_out[place] = Counter(scan.left_out)
                 # Absolute, so that the index works from any folder; links stay as they were named.
                 files.update((Path(os.path.abspath(file)), None) for file in scan.files)
         return list(files), list(others.values())
@@ -261,6 +269,16 @@ class Adder:
             if gone:
                 self.store.remove(gone)
                 self.report.removed += len(gone)
+
+    def _keep_left_out(self) -> None:
+        """Keep how many files of each folder are not in the index, for its statistics."""
+        for source, _ in self.report.failed:
+            for folder, reasons in self._left_out.items():
+                if is_below(source, folder):
+                    reasons[Path(source).suffix.lower(), "cannot be read"] += 1
+        if self.store.exists():
+            for folder, reasons in self._left_out.items():
+                self.store.leave_out(folder, reasons)
 
 
 class _Reported(suppress):

@@ -1,4 +1,4 @@
-"""What is to be added to an index: files taken apart into items, and items from memory.
+"""Entries of an index: files taken apart into items, and items from memory.
 
 image ──► one item      document ──► one a page      video ──► one, or one a segment
 """

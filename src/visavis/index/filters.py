@@ -96,12 +96,16 @@ class Filter:
         """Return whether an item meets all conditions."""
         return (
             (not self.kinds or kind in self.kinds)
-            and (not self.folder or _is_below(path, self.folder))
-            and (not self.glob or fnmatch.fnmatchcase(source, self.glob))
+            and (not self.folder or is_below(path, self.folder))
+            and self.matches_source(source)
             and (self.after is None or (date is not None and date >= self.after))
             and (self.before is None or (date is not None and date < self.before))
             and self.matches_metadata(metadata)
         )
+
+    def matches_source(self, source: str) -> bool:
+        """Return whether a source matches the glob."""
+        return not self.glob or fnmatch.fnmatchcase(source, self.glob)
 
     def matches_metadata(self, metadata: Mapping[str, Any]) -> bool:
         """Return whether metadata holds all wanted values."""
@@ -118,7 +122,7 @@ def _add_condition(found: dict[str, Any], token: str) -> None:
         elif key in found:
             raise InputError(f"the filter has {key}: twice, expected it once")
         else:
-            found[key] = _date(key, value) if key in ("after", "before") else value
+            found[key] = local_date(key, value) if key in ("after", "before") else value
     elif named := _NAMED.fullmatch(token):
         raise InputError(f"unknown filter {named[1]!r}: {suggest(named[1], _KEYS)}")
     elif metadata := _METADATA.fullmatch(token):
@@ -127,8 +131,15 @@ def _add_condition(found: dict[str, Any], token: str) -> None:
         raise InputError(f"{token!r} is no filter; expected for example {_HELP}")
 
 
-def _date(key: str, text: str) -> float:
-    """Return Unix seconds of a local date: a year, a month, a day or a time in ISO 8601."""
+def local_date(key: str, text: str) -> float:
+    """Return Unix seconds of a local date: a year, a month, a day or a time in ISO 8601.
+
+    Args:
+        key: of the filter, for messages.
+
+    Raises:
+        InputError: it is no date.
+    """
     padded = text + {4: "-01-01", 7: "-01"}.get(len(text), "")
     try:
         return datetime.fromisoformat(padded).timestamp()
@@ -139,7 +150,8 @@ def _date(key: str, text: str) -> float:
         ) from None
 
 
-def _is_below(path: str, folder: str) -> bool:
+def is_below(path: str, folder: str) -> bool:
+    """Return whether a path lies in a folder or below it."""
     return path.startswith(folder if folder.endswith(os.sep) else folder + os.sep)
 
 

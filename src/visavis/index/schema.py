@@ -10,11 +10,13 @@ left_out   numbers of files that were not indexed, by place, suffix and reason
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import sqlite3
 
 from visavis.errors import StoreError
+from visavis.index.sql_values import to_sql
 
 APPLICATION_ID = 0x56495341  # "VISA": tells our files from other SQLite databases
 FORMAT_VERSION = 2
@@ -23,22 +25,30 @@ _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE vectors (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
-  content TEXT NOT NULL UNIQUE,
-  vector BLOB NOT NULL
+  space INTEGER NOT NULL,
+  content TEXT NOT NULL,
+  vector BLOB NOT NULL,
+  UNIQUE (content, space)
+);
+CREATE TABLE facets (
+  id INTEGER PRIMARY KEY,
+  kind TEXT NOT NULL,
+  folder TEXT NOT NULL,
+  metadata TEXT NOT NULL,
+  UNIQUE (kind, folder, metadata)
 );
 CREATE TABLE items (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
   slot INTEGER NOT NULL UNIQUE,
   vector INTEGER NOT NULL,
+  facet INTEGER NOT NULL,
   source TEXT NOT NULL UNIQUE,
-  kind TEXT NOT NULL,
   path TEXT NOT NULL,
   page INTEGER,
   begin_s REAL,
   end_s REAL,
   date REAL,
   place TEXT NOT NULL,
-  metadata TEXT NOT NULL,
   size INTEGER NOT NULL,
   mtime_ns INTEGER NOT NULL,
   parts INTEGER NOT NULL,
@@ -86,9 +96,19 @@ def make_tables(connection: sqlite3.Connection) -> None:
     for statement in _STATEMENTS:
         connection.execute(statement)
     new_generation(connection)
-    connection.execute("INSERT INTO meta VALUES ('next_slot', '1')")
+    connection.execute("INSERT INTO meta VALUES ('next_slot', '1'), ('space', '1')")
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+
+
+def facet_id(connection: sqlite3.Connection, kind: str, path: str, metadata: str) -> int:
+    """Return the number of a facet, kept now if it is new; `metadata` is a JSON object."""
+    values = (kind, to_sql(os.path.dirname(path)), metadata)
+    connection.execute("INSERT OR IGNORE INTO facets VALUES (NULL, ?, ?, ?)", values)
+    found = connection.execute(
+        "SELECT id FROM facets WHERE kind = ? AND folder = ? AND metadata = ?", values
+    ).fetchone()
+    return int(found[0])
 
 
 def new_generation(connection: sqlite3.Connection) -> None:

@@ -19,8 +19,9 @@ from visavis.errors import InputError, StoreError
 from visavis.index.adding import Adder, AddReport, as_items
 from visavis.index.files import Settings, checked_metadata
 from visavis.index.filters import Filter
-from visavis.index.items import preview, still_there
+from visavis.index.items import preview
 from visavis.index.open_store import open_store
+from visavis.index.overview import prune
 from visavis.index.store import StoredItem, VectorStore, WordMatch, check_meta
 from visavis.index.words import FUSION_K, fuse, query_words
 from visavis.inputs import Prompt
@@ -63,6 +64,10 @@ class Hit:
         if self.vector_score is not None:
             reasons.append(f"similarity {self.vector_score:.3f}")
         return "; ".join(reasons)
+
+    def is_weak(self, least: float) -> bool:
+        """Return whether nothing but a cosine below `least` speaks for it."""
+        return not self.words and self.vector_score is not None and self.vector_score < least
 
     def preview(self, size: int = 256) -> PILImage | str:
         """Return a preview, at most `size` pixels a side (of a video its middle frame), or
@@ -205,10 +210,18 @@ class Index:
         return self._hits(ranked, cosines, matches, k, offset)
 
     def similar(
-        self, item_id: int, k: int = 10, filter: Filter | str | None = None, *, offset: int = 0
+        self,
+        item_id: int,
+        k: int = 10,
+        filter: Filter | str | None = None,
+        *,
+        offset: int = 0,
+        with_itself: bool = False,
     ) -> list[Hit]:
-        """Return the items whose vectors are nearest to that of an item, without itself; nothing
-        is embedded.
+        """Return the items whose vectors are nearest to that of an item; nothing is embedded.
+
+        Args:
+            with_itself: the item is one of the hits.
 
         Raises:
             InputError: there is no such item.
@@ -219,17 +232,14 @@ class Index:
         if vector is None:
             raise InputError(f"the index has no item {item_id}")
         near = self.store.nearest(vector, k + offset + 1, Filter.of(filter))
-        near = [one for one in near if one[0] != item_id]
+        near = [one for one in near if with_itself or one[0] != item_id]
         return self._hits(near, dict(near), [], k, offset)
 
     def prune(self) -> list[str]:
         """Forget files that no longer exist, and pages that documents no longer have; return
         their sources."""
         self._must_exist()
-        num_pages: dict[Path, int] = {}
-        gone = [s for s, _ in self.store.file_items() if not still_there(s, num_pages)]
-        self.store.remove(gone)
-        return gone
+        return prune(self.store)
 
     def item(self, item_id: int) -> StoredItem | None:
         """Return one item by its number, for servers that hand out numbers instead of paths."""

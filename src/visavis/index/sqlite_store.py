@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from visavis.errors import NonFiniteError
 from visavis.index.filters import Filter
-from visavis.index.schema import damaged, new_generation
+from visavis.index.schema import damaged, facet_id, new_generation
 from visavis.index.sql_values import from_sql, readable, to_sql
 from visavis.index.sqlite_file import SqliteFile
+from visavis.index.sqlite_rows import SqliteRows
 from visavis.index.store import (
     FileState,
     IndexRow,
@@ -32,15 +32,16 @@ from visavis.index.store import (
     cosines,
 )
 
+SPACE = "(SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'space')"
 _CHUNK = 500  # values of one query
 COMMON = 4000  # a word that is in more items, and in more than a tenth of all, says too little
 _ITEM_COLUMNS = (
-    "i.id, i.source, v.content, i.kind, i.path, i.page, i.begin_s, i.end_s, i.date, i.place,"
-    " w.text, w.found_text, i.metadata, i.preview"
+    "i.id, i.source, v.content, f.kind, i.path, i.page, i.begin_s, i.end_s, i.date, i.place,"
+    " w.text, w.found_text, f.metadata, i.preview"
 )
 _ITEMS = (
     f"SELECT {_ITEM_COLUMNS} FROM items i LEFT JOIN vectors v ON v.id = i.vector"
-    " LEFT JOIN words w ON w.rowid = i.id"
+    " LEFT JOIN facets f ON f.id = i.facet LEFT JOIN words w ON w.rowid = i.id"
 )
 
 
@@ -57,7 +58,7 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = SqliteFile(path)
-        self._loaded: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+        self._rows = SqliteRows(self.file)
 
     @property
     def name(self) -> str:
@@ -68,6 +69,9 @@ class SqliteStore:
 
     def close(self) -> None:
         self.file.close()
+
+    def refresh(self) -> None:
+        self._rows.save()
 
     def meta(self) -> dict[str, str]:
         if not self.exists():
@@ -91,14 +95,17 @@ class SqliteStore:
         vector = _vector_id(connection, row)
         source = to_sql(row.source)
         old = connection.execute(
-            "SELECT id, slot, vector, metadata FROM items WHERE source = ?", (source,)
+            "SELECT i.id, i.slot, i.vector, f.metadata FROM items i"
+            " LEFT JOIN facets f ON f.id = i.facet WHERE i.source = ?",
+            (source,),
         ).fetchone()
-        kept = old[3] if old else "{}"
+        kept = (old and old[3]) or "{}"
         metadata = kept if row.metadata is None else _json(row.metadata)
+        facet = facet_id(connection, row.kind, row.path, metadata)
         values = (
-            *(slot, vector, source, row.kind, to_sql(row.path), row.page, row.begin_s, row.end_s),
-            *(row.date, readable(row.place), metadata),
-            *(row.stamp.size, row.stamp.mtime_ns, row.parts, row.settings, row.preview),
+            *(slot, vector, facet, source, to_sql(row.path), row.page, row.begin_s, row.end_s),
+            *(row.date, readable(row.place), row.stamp.size, row.stamp.mtime_ns, row.parts),
+            *(row.settings, row.preview),
         )
         if old is None:
             places = ", ".join("?" * len(values))
@@ -129,6 +136,14 @@ class SqliteStore:
                     connection.execute("DELETE FROM words WHERE rowid = ?", (found[0],))
                     connection.execute("INSERT INTO removed (slot) VALUES (?)", (found[1],))
                     _forget_vector(connection, found[2])
+
+    def folders(self) -> dict[tuple[str, str], int]:
+        rows = self.file.all(
+            "SELECT f.kind, f.folder, sum(i.number) FROM facets f JOIN"
+            " (SELECT facet, count(*) AS number FROM items GROUP BY facet) i ON i.facet = f.id"
+            " GROUP BY f.kind, f.folder ORDER BY f.kind, f.folder"
+        )
+        return {(kind, from_sql(folder)): number for kind, folder, number in rows}
 
     def leave_out(self, place: str, reasons: Mapping[tuple[str, str], int]) -> None:
         with self.file.writing() as connection:
@@ -172,7 +187,8 @@ class SqliteStore:
 
     def vectors_of(self, contents: Sequence[str]) -> dict[str, np.ndarray]:
         rows = self._chunked(
-            "SELECT content, vector FROM vectors WHERE content IN ({})", list(contents)
+            f"SELECT content, vector FROM vectors WHERE content IN ({{}}) AND space = {SPACE}",
+            list(contents),
         )
         return {content: self._vector(vector, content) for content, vector in rows}
 
@@ -192,7 +208,7 @@ class SqliteStore:
         if filter is None:
             rows = self.file.all(f"{_ITEMS} ORDER BY i.id LIMIT ? OFFSET ?", limit, offset)
             return [self._item(row) for row in rows]
-        ids = self._ids(filter)[offset : offset + limit].tolist()
+        ids = self._rows.ids(filter)[offset : offset + limit].tolist()
         found = self.items(ids)
         return [found[number] for number in ids if number in found]
 
@@ -215,7 +231,7 @@ class SqliteStore:
             return 0
         if filter is None:
             return int(self.file.all("SELECT count(*) FROM items")[0][0])
-        return len(self._ids(filter))
+        return len(self._rows.ids(filter))
 
     def left_out(self) -> dict[tuple[str, str], int]:
         rows = self.file.all(
@@ -229,13 +245,7 @@ class SqliteStore:
     def nearest(
         self, query: np.ndarray, limit: int, filter: Filter | None = None
     ) -> list[tuple[int, float]]:
-        ids, vectors = self._vectors(len(query))
-        if filter is not None:
-            kept = np.isin(ids, self._ids(filter))
-            ids, vectors = ids[kept], vectors[kept]
-        scores = cosines(vectors, query)
-        best = np.lexsort((ids, -scores))[:limit]
-        return [(int(ids[i]), float(scores[i])) for i in best]
+        return self._rows.nearest(query, limit, filter)
 
     def cosines(self, query: np.ndarray, ids: Sequence[int]) -> dict[int, float]:
         found = self.vectors(ids)
@@ -257,7 +267,7 @@ class SqliteStore:
                 total, had = found.get(number, (0.0, []))
                 found[number] = total + score, [*had, word]
         least = (len(useful) + 1) // 2
-        allowed = None if filter is None else set(self._ids(filter).tolist())
+        allowed = None if filter is None else set(self._rows.ids(filter).tolist())
         matches = [
             WordMatch(number, score, tuple(had))
             for number, (score, had) in found.items()
@@ -273,41 +283,6 @@ class SqliteStore:
             *(_quoted(word), limit + 1),
         )
         return bool(rows[0][0] > limit)
-
-    def _ids(self, filter: Filter) -> np.ndarray:
-        rows = self.file.all("SELECT id, source, kind, path, date, metadata FROM items ORDER BY id")
-        kept = [
-            row[0]
-            for row in rows
-            if filter.matches(
-                source=from_sql(row[1]),
-                kind=row[2],
-                path=from_sql(row[3]),
-                date=row[4],
-                metadata=self._metadata(row[0], row[5]),
-            )
-        ]
-        return np.array(kept, np.int64)
-
-    def _vectors(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
-        version = self.file.version()
-        if self._loaded is None or self._loaded[0] != version:
-            rows = self.file.all(
-                "SELECT i.id, v.vector, i.source FROM items i"
-                " LEFT JOIN vectors v ON v.id = i.vector ORDER BY i.id"
-            )
-            vectors = [self._vector(row[1], from_sql(row[2]), dim) for row in rows]
-            matrix = np.array(vectors, np.float32).reshape(len(rows), dim)
-            bad = np.flatnonzero(~np.isfinite(matrix).all(1))
-            if len(bad):
-                others = f", as do {len(bad) - 1} others" if len(bad) > 1 else ""
-                raise NonFiniteError(
-                    f"{self.path}: the vector of {from_sql(rows[bad[0]][2])} holds NaN or infinite "
-                    f"numbers{others}. The model that made it was damaged or overflowed. Make the "
-                    "index again with a model that works."
-                )
-            self._loaded = version, np.array([row[0] for row in rows], np.int64), matrix
-        return self._loaded[1:]
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -338,22 +313,13 @@ class SqliteStore:
             and all(isinstance(one, (int, float, type(None))) for one in (begin_s, end_s, date))
             and isinstance(preview, (bytes, type(None)))
         )
-        metadata = self._metadata(number, stored)
+        metadata = self._rows.metadata(stored)
         if not is_sound:
             raise damaged(self.name, f"item {number} has a value of another type")
         return StoredItem(
             *(number, from_sql(source), content, kind, from_sql(path), page, begin_s, end_s),
             *(date, place, text, found_text, metadata, preview),
         )
-
-    def _metadata(self, number: int, stored: object) -> dict[str, Any]:
-        try:
-            metadata = json.loads(stored)  # type: ignore[arg-type]
-        except (ValueError, TypeError, RecursionError):
-            metadata = None
-        if not isinstance(metadata, dict):
-            raise damaged(self.name, f"the metadata of item {number} is not a JSON object")
-        return metadata
 
 
 def _json(metadata: Mapping[str, Any]) -> str:
@@ -371,11 +337,13 @@ def _vector_id(connection: sqlite3.Connection, row: IndexRow) -> int:
     """Return the number of the vector of a content, kept now if it is new."""
     stored = row.vector.astype("<f4").tobytes()
     found = connection.execute(
-        "SELECT id, vector = ? FROM vectors WHERE content = ?", (stored, row.content)
+        f"SELECT id, vector = ? FROM vectors WHERE content = ? AND space = {SPACE}",
+        (stored, row.content),
     ).fetchone()
     if found is None:
         inserted = connection.execute(
-            "INSERT INTO vectors (content, vector) VALUES (?, ?)", (row.content, stored)
+            f"INSERT INTO vectors (space, content, vector) VALUES ({SPACE}, ?, ?)",
+            (row.content, stored),
         )
         return int(inserted.lastrowid or 0)
     if not found[1]:  # it was unusable, and other items share it

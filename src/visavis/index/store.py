@@ -1,4 +1,4 @@
-"""What an index keeps of an item, and what it needs from a store (`VectorStore`).
+"""Items as an index keeps them, and the store that it needs (`VectorStore`).
 
 Stores: a SQLite file (`sqlite_store.py`) and a PostgreSQL database. They give the same answers.
 """
@@ -6,7 +6,7 @@ Stores: a SQLite file (`sqlite_store.py`) and a PostgreSQL database. They give t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,7 +85,7 @@ class StoredItem:
     place: str
     text: str
     found_text: str
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Any] = field(hash=False)
     preview: bytes | None
 
     @property
@@ -96,7 +96,7 @@ class StoredItem:
 
 @dataclass(frozen=True)
 class KnownItem:
-    """What an index holds of a source: the content hash, and how its file was read."""
+    """A source in an index: its content hash, and how its file was read."""
 
     content: str
     stamp: Stamp
@@ -106,8 +106,8 @@ class KnownItem:
 
 @dataclass(frozen=True)
 class FileState:
-    """What an index holds of a file: stamp and settings at that time, number of items of the file
-    and of those that are in the index."""
+    """A file in an index: its stamp and settings at that time, the number of its items, and of
+    those that are in the index."""
 
     stamp: Stamp
     settings: str
@@ -140,6 +140,9 @@ class VectorStore(Protocol):
     def close(self) -> None:
         """Close it; everything put is kept."""
 
+    def refresh(self) -> None:
+        """Prepare searches after many items were added, so that the first one need not."""
+
     def meta(self) -> dict[str, str]:
         """Return model, fingerprint and dim of the first batch; empty for a new store."""
 
@@ -154,7 +157,7 @@ class VectorStore(Protocol):
         """Forget items by source."""
 
     def known(self, sources: Sequence[str]) -> dict[str, KnownItem]:
-        """Return what is known of those sources that are in the store."""
+        """Return those sources that are in the store."""
 
     def files(self, paths: Sequence[str]) -> dict[str, list[FileState]]:
         """Return the states of the items of files; one state for a file that is up to date."""
@@ -176,6 +179,10 @@ class VectorStore(Protocol):
 
     def file_items(self) -> Iterator[tuple[str, str]]:
         """Yield (source, path) of the items that are files, those added first first."""
+
+    def folders(self) -> dict[tuple[str, str], int]:
+        """Return (kind, folder of the file) → number of items; "" is the folder of items that are
+        no files."""
 
     def count(self, filter: Filter | None = None) -> int:
         """Return the number of items that match."""

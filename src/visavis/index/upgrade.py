@@ -7,7 +7,7 @@ from typing import Any
 
 from visavis.errors import StoreError
 from visavis.index.names import SourceName
-from visavis.index.schema import check_tables, damaged, make_tables
+from visavis.index.schema import check_tables, damaged, facet_id, make_tables
 from visavis.index.sql_values import from_sql, to_sql
 from visavis.index.words import file_words
 
@@ -39,8 +39,8 @@ def _upgrade(connection: sqlite3.Connection, name: str) -> None:
     make_tables(connection)
     connection.executemany("INSERT INTO meta VALUES (?, ?)", meta)
     connection.execute(
-        "INSERT INTO vectors (content, vector)"
-        " SELECT content, vector FROM old_items GROUP BY content ORDER BY min(id)"
+        "INSERT INTO vectors (space, content, vector)"
+        " SELECT 1, content, vector FROM old_items GROUP BY content ORDER BY min(id)"
     )
     slot = 1
     for row in connection.execute(
@@ -48,7 +48,7 @@ def _upgrade(connection: sqlite3.Connection, name: str) -> None:
         " FROM old_items o JOIN vectors v ON v.content = o.content ORDER BY o.id"
     ):
         try:
-            item, texts = _new_rows(row, slot)
+            item, texts = _new_rows(connection, row, slot)
         except (TypeError, ValueError, AttributeError) as error:
             raise damaged(name, f"item {row[0]} has a value of another type") from error
         connection.execute(f"INSERT INTO items VALUES ({', '.join('?' * len(item))})", item)
@@ -60,7 +60,9 @@ def _upgrade(connection: sqlite3.Connection, name: str) -> None:
     connection.execute("DROP TABLE old_items")
 
 
-def _new_rows(row: tuple[Any, ...], slot: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _new_rows(
+    connection: sqlite3.Connection, row: tuple[Any, ...], slot: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     number, stored, size, mtime_ns, is_file, text, preview, vector = row
     source = from_sql(stored)
     named = SourceName.parse(source)
@@ -70,7 +72,7 @@ def _new_rows(row: tuple[Any, ...], slot: int) -> tuple[tuple[Any, ...], tuple[A
     date = mtime_ns / 1e9 if is_file and mtime_ns else None
     page = named.page if is_file else None
     item = (
-        *(number, slot, vector, stored, kind, to_sql(path), page, None, None, date),
-        *("", "{}", size, mtime_ns, 0 if page else 1, "", preview),
+        *(number, slot, vector, facet_id(connection, kind, path, "{}"), stored, to_sql(path)),
+        *(page, None, None, date, "", size, mtime_ns, 0 if page else 1, "", preview),
     )
     return item, (number, text, found)

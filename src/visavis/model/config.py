@@ -91,6 +91,9 @@ class ViTConfig:
     position_antialias: bool = False  # DINOv2 with registers: how positions are resized
     position_buckets: bool = False  # Idefics3: each patch takes the nearest learned position
     norm_output: bool = False  # the last hidden state is given after `post_norm`
+    norm: Literal["layer", "rms"] = "layer"  # of blocks; InternViT-6B: rms
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMS norm on all heads' queries and keys together (InternViT-6B)
     any_resolution: ClassVar[bool] = False
 
     @property
@@ -230,6 +233,9 @@ class NaFlexConfig:
     num_prefix_tokens: ClassVar[int] = 0
     gated_ffn: ClassVar[bool] = False
     layer_scale: ClassVar[bool] = False
+    norm: ClassVar[Literal["layer", "rms"]] = "layer"
+    qkv_bias: ClassVar[bool] = True
+    qk_norm: ClassVar[bool] = False
 
     def num_patches(self, shape: ImageGrid) -> int:
         """Return how many patches the tower reads of an image or video."""
@@ -297,6 +303,9 @@ class ClipTextConfig:
     kind: Literal["CLIP"] = "CLIP"
     gated_ffn: ClassVar[bool] = False
     layer_scale: ClassVar[bool] = False
+    norm: ClassVar[Literal["layer", "rms"]] = "layer"
+    qkv_bias: ClassVar[bool] = True
+    qk_norm: ClassVar[bool] = False
 
 
 TextTowerConfig = BertConfig | ClipTextConfig
@@ -311,7 +320,7 @@ class ConnectorConfig:
     of image tokens by its square; in `merger` (Qwen2-VL) they stand next to one another already.
     `mixture` has an MLP for each half of a mixture tower; `resampler` and `qformer` have `depth`
     blocks. `words` is `linear`, preceded by `num_queries` tokens that spell the words of a list
-    whose vectors are nearest to the image's.
+    whose vectors are nearest to the image's, those within `word_margin` of the nearest.
     """
 
     kind: str
@@ -327,6 +336,7 @@ class ConnectorConfig:
     rms_norm: bool = False  # merger: its norm is an RMS norm (Qwen2.5-VL)
     deepstack: int = 0  # merger: further mergers, for the decoder's first layers (Qwen3-VL)
     word_width: int = 0  # words: numbers of an embedding vector
+    word_margin: float = 0.0  # words: how much farther than the nearest a word may be; 0: any
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ def load(path: Path) -> ctypes.CDLL:
             (POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
         ),
         ("vv_product", c_int, (POINTER(Linear), *many)),
+        ("vv_scan", c_int, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
         (
             "vv_forward",
             c_int,

@@ -3,6 +3,7 @@
     ImageProcessorConfig   square: squashed, cropped or padded to one square view (resize.py)
       tiles: AnyresConfig    LLaVA 1.6: a view of the whole and tiles of it (anyres.py)
       hd: Phi3VConfig        Phi-3.5-vision: a canvas of whole tiles (phi3v.py)
+      ratio: RatioConfig     InternVL: tiles and a view of the whole (internvl.py)
       split: SplitConfig     Idefics3, SmolVLM: tiles and a view of the whole (idefics3.py)
       patches: Qwen2VLConfig Qwen2-VL: patches at any resolution (qwen2_vl.py)
       naflex: NaFlexSizes    SigLIP 2: patches of any aspect ratio (naflex.py)
@@ -21,7 +22,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from visavis.errors import InputError
 from visavis.utils import suggest
 
-Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "split", "naflex"]
+Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "split", "ratio", "naflex"]
 Resample: TypeAlias = Literal["bicubic", "bilinear", "lanczos"]
 Sampling: TypeAlias = Literal["even", "smolvlm", "internvl", "qwen3-vl"]
 SAMPLINGS: tuple[str, ...] = get_args(Sampling)
@@ -133,6 +134,31 @@ class SplitConfig:
         for key in values:
             if key not in names:
                 raise InputError(f"split config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class RatioConfig:
+    """How many tiles an InternVL's image becomes at least and at most, a view of it aside."""
+
+    min_tiles: int = 1
+    max_tiles: int = 12
+
+    def __post_init__(self) -> None:
+        numbers = (self.min_tiles, self.max_tiles)
+        if not all(type(n) is int for n in numbers) or not 1 <= numbers[0] <= numbers[1]:
+            raise InputError(
+                f"ratio config: {numbers[0]!r} to {numbers[1]!r} tiles, expected two whole numbers "
+                "from 1 on"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RatioConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"ratio config: unknown key {key!r}; {suggest(key, names)}")
         return cls(**values)
 
 
@@ -287,8 +313,8 @@ class ImageProcessorConfig:
 
     size: int  # pixels, side of the square the tower sees; patches, naflex: of what makes a token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
-    # size, see qwen2_vl.py | hd: tiles, see phi3v.py | split: tiles, see idefics3.py | naflex:
-    # patches, see naflex.py
+    # size, see qwen2_vl.py | hd: tiles, see phi3v.py | split: tiles, see idefics3.py | ratio:
+    # tiles, see internvl.py | naflex: patches, see naflex.py
     resize: Resize
     mean: tuple[float, float, float]  # RGB, of values in 0..1
     std: tuple[float, float, float]
@@ -298,6 +324,7 @@ class ImageProcessorConfig:
     hd: Phi3VConfig | None = None
     naflex: NaFlexSizes | None = None
     split: SplitConfig | None = None
+    ratio: RatioConfig | None = None
     tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see anyres.py
     video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
@@ -328,6 +355,8 @@ class ImageProcessorConfig:
             problems.append(f"resize={self.resize!r}, but naflex is {self.naflex}")
         if (self.resize == "split") != (self.split is not None):
             problems.append(f"resize={self.resize!r}, but split is {self.split}")
+        if (self.resize == "ratio") != (self.ratio is not None):
+            problems.append(f"resize={self.resize!r}, but ratio is {self.ratio}")
         if self.tiles is not None and self.resize != "squash":
             problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
         elif (
@@ -368,6 +397,8 @@ class ImageProcessorConfig:
             tuples["naflex"] = NaFlexSizes.from_dict(values["naflex"])
         if values.get("split") is not None:
             tuples["split"] = SplitConfig.from_dict(values["split"])
+        if values.get("ratio") is not None:
+            tuples["ratio"] = RatioConfig.from_dict(values["ratio"])
         if values.get("tiles") is not None:
             tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
         if values.get("video") is not None:

@@ -106,9 +106,13 @@ class Indexes:
         return Prompt.of([*([visual] if visual is not None else []), *words])
 
     @staticmethod
-    def search(index: Index, query: Prompt, k: int, filter: str | None = None) -> list[FoundHit]:
-        """Return the nearest items; none of an index that holds nothing yet."""
-        return index.search(query, k, filter) if len(index) else []
+    def search(index: Index, query: Prompt, k: int, **options: Any) -> list[FoundHit]:
+        """Return the best items; none of an index that holds nothing yet.
+
+        Args:
+            options: see `Index.search`.
+        """
+        return index.search(query, k, **options) if len(index) else []
 
     def image(self, index: Index, item_id: int, size: int) -> bytes:
         """Return a JPEG of an item, `size` pixels on its longer side."""
@@ -154,8 +158,26 @@ def described(item: StoredItem, where: str) -> dict[str, Any]:
         "id": item.id,
         "name": title(item),
         "source": item.source,
+        "kind": item.kind,
+        "page": item.page,
+        "begin_s": item.begin_s,
+        "end_s": item.end_s,
+        "date": item.date,
+        "place": item.place,
         "text": item.text,
+        "metadata": dict(item.metadata),
         "image": f"{where}/{item.id}/image?v={item.content[:8]}" if has_image else None,
+    }
+
+
+def described_hit(hit: FoundHit, where: str) -> dict[str, Any]:
+    """Return the description of a hit for clients."""
+    return {
+        **described(hit.item, where),
+        "score": hit.score,
+        "vector_score": hit.vector_score,
+        "words": list(hit.words),
+        "why": hit.why,
     }
 
 

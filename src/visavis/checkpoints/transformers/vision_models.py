@@ -24,6 +24,9 @@ from visavis.checkpoints.transformers.config_reader import (
 )
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.idefics3 import idefics3_config
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import ORIGINAL as INTERNVL_CHAT
+from visavis.checkpoints.transformers.internvl import internvl_config, refuse_original
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
 from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, with_multi_vectors
@@ -138,8 +141,21 @@ def vlm_config(config: Json) -> VLMConfig:
         return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
     if kind in IDEFICS3:
         return idefics3_config(config)
+    if kind == INTERNVL:
+        return internvl_config(config)
+    if kind == INTERNVL_CHAT:
+        raise refuse_original()
     if not isinstance(kind, str) or kind not in LLAVAS:
-        known = (*KINDS, *LLAVAS, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, *MULTI_VECTOR, *IDEFICS3)
+        known = (
+            *KINDS,
+            *LLAVAS,
+            QWEN2_VL,
+            QWEN2_5_VL,
+            QWEN3_VL,
+            *MULTI_VECTOR,
+            *IDEFICS3,
+            INTERNVL,
+        )
         raise unknown_type(kind, known)
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)

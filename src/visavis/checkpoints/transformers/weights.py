@@ -14,6 +14,8 @@ from torch import Tensor
 
 from visavis.checkpoints.transformers.config_reader import Json, section
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import internvl_table
 from visavis.checkpoints.transformers.language_models import decoder_rows
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, multi_vector_table
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
@@ -246,6 +248,8 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
         return qwen2_vl_table(ours)
     if config["model_type"] in IDEFICS3:
         return _idefics3_table(config, ours)
+    if config["model_type"] == INTERNVL:
+        return internvl_table(config, ours)
     prefix = "" if ours.tower is None else "language_model."
     head = f"{prefix}lm_head"
     # A buffer that old files carry; and a tied head is the embeddings once more.

@@ -115,6 +115,12 @@ VV_API int vv_unpack(const vv_matrix *matrix, const int64_t *numbers, int64_t co
 VV_API int vv_product(const vv_linear *linear, const float *x, int64_t count, float *y,
                       int32_t threads);
 
+// Inner products of a query int16 [dim] and rows of codes int8 [*, dim]: those whose numbers are in
+// `rows`, or the first ones if it is null, int32 [count]. The caller sees to it that no sum overflows:
+// 127 times the sum of the query's absolute values is less than 2^31.
+VV_API int vv_scan(const int8_t *codes, const int64_t *rows, int64_t count, int64_t dim,
+                   const int16_t *query, int32_t *sums);
+
 // Extend sequences by their tokens.
 //   x: float32 [T, width], the embeddings of all sequences' tokens; becomes the hidden states
 //      after the last norm.

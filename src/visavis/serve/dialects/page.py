@@ -5,6 +5,7 @@ Bodies are HTML forms, which carry files. The conversation is in page_chat.py.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from datetime import datetime
@@ -92,7 +93,7 @@ async def facets(call: Call) -> Any:
     """Count the items of each kind and folder."""
 
     def work(index: Index) -> dict[str, Any]:
-        folders = Counter(str(PurePath(path).parent) for _, path in index.store.file_items())
+        folders = Counter(os.path.dirname(path) for _, path in index.store.file_items())
         shown = sorted(folders.most_common(MAX_FOLDERS))
         kinds = {kind: index.count(Filter(kinds=(kind,))) for kind in KINDS}
         return {

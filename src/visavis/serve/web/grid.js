@@ -200,6 +200,7 @@ function fillFrame(frame, item) {
     frame.append(image);
   } else frame.append(element("span", "words", item.text));
   if (item.kind === "video") frame.append(element("span", "badge", `▶ ${item.begin_s != null ? clock(item.begin_s) : ""}`));
+  if (item.words?.length) frame.append(element("span", "badge found", item.words.join(", ")));
   if (item.page) frame.append(element("span", "badge", t("pageOf", { page: item.page })));
 }
 

@@ -1,6 +1,6 @@
 // Searching: words, an image, both, or another item; filters; what is shown for them.
 
-import { $, button, element, form, json, request, showError } from "./api.js";
+import { $, button, element, form, json, showError } from "./api.js";
 import * as grid from "./grid.js";
 import { count, nodes, number, t } from "./strings.js";
 
@@ -220,17 +220,14 @@ $("filter-fields").onsubmit = (event) => {
 $("filter-fields").onchange = () => search();
 $("filter-fields").onreset = () => setTimeout(search); // after the fields are empty
 
-/** Say what the server is, and propose searches. */
+/** Show the first items, and say what the server is; kinds and folders come after that. */
 export async function start() {
-  try {
-    state.info = await (await request("/page/info")).json();
-  } catch (error) {
-    showError(error);
-    return;
-  }
-  showInfo();
-  showFacets().catch(showError);
-  await search();
+  const told = json("/page/info").then((info) => {
+    state.info = info;
+    showInfo();
+  });
+  await Promise.all([search(), told.catch(showError)]);
+  await showFacets().catch(showError);
 }
 
 export function showInfo() {
