@@ -28,6 +28,8 @@ from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
 from visavis.checkpoints.transformers.internvl import ORIGINAL as INTERNVL_CHAT
 from visavis.checkpoints.transformers.internvl import internvl_config, refuse_original
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
+from visavis.checkpoints.transformers.llava_onevision15 import onevision15_config
 from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, with_multi_vectors
 from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
@@ -141,6 +143,8 @@ def vlm_config(config: Json) -> VLMConfig:
         return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
     if kind in IDEFICS3:
         return idefics3_config(config)
+    if kind == ONEVISION_15:
+        return onevision15_config(config)
     if kind == INTERNVL:
         return internvl_config(config)
     if kind == INTERNVL_CHAT:
@@ -155,6 +159,7 @@ def vlm_config(config: Json) -> VLMConfig:
             *MULTI_VECTOR,
             *IDEFICS3,
             INTERNVL,
+            ONEVISION_15,
         )
         raise unknown_type(kind, known)
     text, vision = parts(config)
