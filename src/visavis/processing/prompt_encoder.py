@@ -164,7 +164,7 @@ class PromptEncoder:
                     "and normalise the sum if one vector has to stand for both."
                 )
             if profile.pooling == "multi":
-                check_single(prompt, self.name)
+                check_single(prompt, instruction or "", self.name)
             parts = [*visuals, Text(text)] if text else [*visuals]
             prefix, between, suffix = profile.around(
                 bool(visuals), bool(text), instruction or "", document
