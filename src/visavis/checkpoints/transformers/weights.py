@@ -22,6 +22,7 @@ from visavis.checkpoints.transformers.llava_onevision15 import onevision15_table
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, multi_vector_table
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.vision_models import (
+    PALIGEMMA,
     parts,
     vision_part,
     vit_config,
@@ -262,11 +263,12 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
         return NameTable(decoder_rows(config["model_type"], prefix, head), ignored=ignored)
     text, vision = parts(config)
     tower = tower_table(vision, "vision_tower.")
+    layers = ("linear",) if config["model_type"] == PALIGEMMA else ("linear_1", "linear_2")
     connector = [
         MappingRow(
-            f"connector.layers.{ours_at}.{kind}", (f"multi_modal_projector.{theirs}.{kind}",)
+            f"connector.layers.{2 * place}.{kind}", (f"multi_modal_projector.{theirs}.{kind}",)
         )
-        for ours_at, theirs in ((0, "linear_1"), (2, "linear_2"))
+        for place, theirs in enumerate(layers)
         for kind in ("weight", "bias")
     ]
     newer = (
