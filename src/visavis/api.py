@@ -76,7 +76,8 @@ def load(
         device: "auto", "cpu" or "cuda".
         chat_template: the chat format, by name, of a checkpoint that does not bring its own.
         profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2",
-            "llave", "gme", "e5-v", "qwen3-vl-embedding", "qwen3-vl-reranker" or "plain".
+            "llave", "gme", "ops-mm", "b3", "unime-v2", "e5-v", "qwen3-vl-embedding",
+            "qwen3-vl-reranker" or "plain".
         base: the language model that a folder without one was trained on.
         vision_tower: the folder of a vision tower that the checkpoint names and does not hold, or
             the mmproj file of a .gguf model.

@@ -134,8 +134,8 @@ class EfficientNetConfig:
 
 @dataclass(frozen=True)
 class Qwen2VLTowerConfig:
-    """The towers of any resolution of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches of two frames,
-    rotary positions.
+    """The towers of any resolution of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision-1.5:
+    patches of one or two frames, rotary positions.
 
     Args:
         temporal_size: frames in a patch.
@@ -148,6 +148,8 @@ class Qwen2VLTowerConfig:
             patches; 0: none.
         deepstack_blocks: numbers of the blocks after which features are taken beside the last
             ones, for the decoder's first layers (DeepStack, Meng et al. 2024).
+        class_token: a class token before each image or frame, and a norm before the first block
+            (RICE-ViT, `vision/rice.py`).
     """
 
     width: int
@@ -168,6 +170,7 @@ class Qwen2VLTowerConfig:
     tokens_per_second: int = 0
     position_side: int = 0
     deepstack_blocks: tuple[int, ...] = ()
+    class_token: bool = False
     any_resolution: ClassVar[bool] = True
     num_prefix_tokens: ClassVar[int] = 0
 
@@ -334,6 +337,7 @@ class ConnectorConfig:
     num_queries: int = 0  # resampler, qformer: learned queries; words: spelling tokens
     num_words: int = 0  # words: length of the list
     rms_norm: bool = False  # merger: its norm is an RMS norm (Qwen2.5-VL)
+    norm_eps: float = 1e-6  # merger: of its norm
     deepstack: int = 0  # merger: further mergers, for the decoder's first layers (Qwen3-VL)
     word_width: int = 0  # words: numbers of an embedding vector
     word_margin: float = 0.0  # words: how much farther than the nearest a word may be; 0: any

@@ -408,9 +408,8 @@ class ImageProcessorConfig:
 
 # How published embedding models size images and videos, by the name of their profile, where the
 # config of their base model has other numbers.
-ANYRES_SQUARES = {"vlm2vec-v1": 1344}
+ANYRES_SQUARES = {"vlm2vec-v1": 1344, "unime-v2": 1344}
 PHI3V_CROPS = {"vlm2vec-v1": 4}
-VLM2VEC_FRAMES = 8
 _AS_PICTURES = {"video_min_pixels": 0, "video_max_pixels": 0}
 _QWEN3 = {
     "min_pixels": 4 * 32 * 32,
@@ -420,18 +419,26 @@ _QWEN3 = {
     "total_pixels": 10 * 768 * 32 * 32,
     "whole_videos": False,
 }
+_VLM2VEC_V2 = {
+    "min_pixels": 4 * 28 * 28,
+    "max_pixels": 1280 * 28 * 28,
+    "extreme": "square",
+    **_AS_PICTURES,
+}
+_GME = {"min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28}
 QWEN2_VL_SIZES: dict[str, dict[str, Any]] = {
     "vlm2vec-v1": {"square": 1344, **_AS_PICTURES},
-    "vlm2vec-v2": {
-        "min_pixels": 4 * 28 * 28,
-        "max_pixels": 1280 * 28 * 28,
-        "extreme": "square",
-        **_AS_PICTURES,
-    },
+    "vlm2vec-v2": _VLM2VEC_V2,
+    "b3": _VLM2VEC_V2,
+    "unime-v2": {"square": 1344},
+    "gme": _GME,
+    "ops-mm": _GME,
     "qwen3-vl-embedding": _QWEN3,
     "qwen3-vl-reranker": _QWEN3,
 }
 FRAMES = {
+    "vlm2vec-v1": VideoConfig(frames=8),
+    "vlm2vec-v2": VideoConfig(frames=8),
     "qwen3-vl-embedding": VideoConfig(32, 1.0, 64, 4, "qwen3-vl"),
     "qwen3-vl-reranker": VideoConfig(32, 1.0, 64, 4, "qwen3-vl"),
 }
@@ -441,8 +448,9 @@ def sized_as(config: ImageProcessorConfig, profile: str) -> ImageProcessorConfig
     """Return a config that sizes images and videos as the models of a profile were trained."""
     if config.patches and profile in QWEN2_VL_SIZES:
         sizes = replace(config.patches, **QWEN2_VL_SIZES[profile])
-        video = FRAMES.get(profile, VideoConfig(frames=VLM2VEC_FRAMES))
-        config = replace(config, patches=sizes, video=video)
+        config = replace(config, patches=sizes)
+    if config.patches and profile in FRAMES:
+        config = replace(config, video=FRAMES[profile])
     if config.tiles and profile in ANYRES_SQUARES:
         config = replace(config, tiles=replace(config.tiles, square=ANYRES_SQUARES[profile]))
     if config.hd and profile in PHI3V_CROPS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,6 +127,14 @@ _QWEN3 = (
     "<|im_start|>system\n{{instruction}}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
+_SYSTEM = PromptConfig(
+    embed_image_start="<|vision_start|>",
+    embed_image_end="<|vision_end|>",
+    text_form=_GME.format("{text}"),
+    visual_form=_GME.format("{visual}"),
+    visual_text_form=_GME.format("{visual}{text}"),
+    default_instruction="You are a helpful assistant.",
+)
 PROFILES = {  # how published models embed, where their files do not say
     # LLaVE: the answer is a newline, and the newline after its end is what is pooled.
     "llave": PromptConfig(
@@ -148,14 +157,21 @@ PROFILES = {  # how published models embed, where their files do not say
         instruction_form="{instruction} {text}",
         embed_positions="flat",
     ),
-    # GME: the instruction is the system's message.
-    "gme": PromptConfig(
-        embed_image_start="<|vision_start|>",
-        embed_image_end="<|vision_end|>",
-        text_form=_GME.format("{text}"),
-        visual_form=_GME.format("{visual}"),
-        visual_text_form=_GME.format("{visual}{text}"),
-        default_instruction="You are a helpful assistant.",
+    # GME and Ops-MM-embedding-v1: the instruction is the system's message.
+    "gme": _SYSTEM,
+    "ops-mm": _SYSTEM,
+    # B3 and UniME-V2 grew from VLM2Vec. B3 has the lines of its first version; what its targets
+    # begin with ("Represent the answer: ") is part of their text. UniME-V2's own examples have a
+    # blank after the image; MMEB's data bring their lines along.
+    "b3": PromptConfig(
+        embed_image_end="\n",
+        instruction_form="{instruction} {text}\n",
+        embed_positions="flat",
+    ),
+    "unime-v2": PromptConfig(
+        embed_image_end=" ",
+        instruction_form="{instruction} {text}",
+        embed_positions="flat",
     ),
     # Qwen3-VL-Embedding: the same, without a word after the answer's start.
     "qwen3-vl-embedding": PromptConfig(
@@ -180,3 +196,18 @@ PROFILES = {  # how published models embed, where their files do not say
     # Nothing around an item; its instruction in a line of its own.
     "plain": PromptConfig(),
 }
+
+# Classes of code that a checkpoint names (and that is never run) -> how it embeds.
+CLASSES = {"GmeQwen2VL": "gme"}
+
+
+def stated_profile(settings: Mapping[str, Any]) -> str:
+    """Return the name of the profile that a config.json calls for; empty: it says nothing.
+
+    Its `auto_map` names the class of an embedder's own code, such as
+    "modeling_gme_qwen2vl.GmeQwen2VL".
+    """
+    named = settings.get("auto_map")
+    classes = named.values() if isinstance(named, Mapping) else ()
+    found = {CLASSES.get(str(one).rpartition(".")[2], "") for one in classes} - {""}
+    return found.pop() if len(found) == 1 else ""

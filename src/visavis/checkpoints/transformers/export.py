@@ -36,6 +36,8 @@ from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.idefics3 import split_video_json
 from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
 from visavis.checkpoints.transformers.internvl import TOKENS, ratio_video_json
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
+from visavis.checkpoints.transformers.qwen2_vl import KIND_2_5 as QWEN2_5_VL
 from visavis.checkpoints.transformers.qwen3_vl import KIND as QWEN3_VL
 from visavis.checkpoints.transformers.weights import write
 from visavis.model.config import (
@@ -333,7 +335,8 @@ def _processors(
         CheckpointError: the library's class prepares them otherwise.
     """
     if isinstance(config.tower, Qwen2VLTowerConfig):
-        return qwen_vl_processors(processor, config, data["model_type"])
+        kind = QWEN2_5_VL if data["model_type"] == ONEVISION_15 else data["model_type"]
+        return qwen_vl_processors(processor, config, kind)
     settings = processor_json(processor)
     _check_tiles(data["model_type"], processor)
     whole = _processor(data, config, image, video)

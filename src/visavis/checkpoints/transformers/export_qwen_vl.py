@@ -11,6 +11,7 @@ from typing import Any
 
 from visavis.checkpoints.transformers.export_config import ACTIVATIONS, decoder_json, inexpressible
 from visavis.checkpoints.transformers.export_processor import NUMBERS
+from visavis.checkpoints.transformers.llava_onevision15 import onevision15_json
 from visavis.checkpoints.transformers.qwen2_vl import KIND, KIND_2_5, qwen2_vl_processor
 from visavis.checkpoints.transformers.qwen3_vl import KIND as KIND_3
 from visavis.checkpoints.transformers.vision_models import vlm_config
@@ -37,8 +38,22 @@ def qwen_vl_json(config: VLMConfig) -> dict[str, Any]:
     for part, name in ((config.head, "the embedding head"), (config.text_tower, "the text tower")):
         if part is not None:
             raise inexpressible(name, "no class of transformers has such")
+    if tower.class_token:
+        found = onevision15_json(config, decoder_json(config.decoder))
+    else:
+        found = _qwen_vl(config, tower)
+    try:
+        read = vlm_config(found)
+    except CheckpointError as error:
+        raise inexpressible("the model", str(error)) from error
+    if read != config:
+        raise inexpressible(f"the vision tower or connector ({config.connector})", "Qwen's differ")
+    return found
+
+
+def _qwen_vl(config: VLMConfig, tower: Qwen2VLTowerConfig) -> dict[str, Any]:
     kind = KIND_3 if tower.position_side else KIND_2_5 if tower.window else KIND
-    found = {
+    return {
         "architectures": [f"{CLASSES[kind]}ForConditionalGeneration"],
         "model_type": kind,
         "text_config": {**_text(config), "model_type": f"{kind}_text"},
@@ -47,13 +62,6 @@ def qwen_vl_json(config: VLMConfig) -> dict[str, Any]:
         "video_token_id": config.video_token_id,
         "tie_word_embeddings": config.decoder.tied_head,
     }
-    try:
-        read = vlm_config(found)
-    except CheckpointError as error:
-        raise inexpressible("the model", str(error)) from error
-    if read != config:
-        raise inexpressible(f"the vision tower or connector ({config.connector})", "Qwen's differ")
-    return found
 
 
 def _text(config: VLMConfig) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
 from visavis.checkpoints.transformers.internvl import ORIGINAL as INTERNVL_CHAT
 from visavis.checkpoints.transformers.internvl import PLACEHOLDER, internvl_processor
 from visavis.checkpoints.transformers.language_models import KINDS
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
 from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
 from visavis.checkpoints.transformers.multi_vector import multi_vector_prompts
 from visavis.checkpoints.transformers.processor import grids, naflex_processor, processor_config
@@ -169,6 +170,13 @@ class LlavaOnevisionFormat(TransformersFormat):
 
     kind, title = "llava_onevision", "LLaVA-OneVision, transformers"
     model_types, target = ("llava_onevision",), ""
+
+
+class LlavaOnevision15Format(TransformersFormat):
+    """LLaVA-OneVision-1.5 as published, without its code."""
+
+    kind, title = ONEVISION_15, "LLaVA-OneVision-1.5"
+    model_types, target = (ONEVISION_15,), ""
 
 
 class Qwen2VLFormat(TransformersFormat):
