@@ -29,6 +29,6 @@ def test_they_refuse(name: str, target: str, tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "in", precision="f32", device="cpu")
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(CheckpointError, match=r"expected|cannot"):
+    with pytest.raises(CheckpointError, match="expected|cannot|can be written here"):
         TARGETS[target].save(loaded, out, kind="F32")
     assert list(out.iterdir()) == []
