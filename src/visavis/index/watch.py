@@ -154,8 +154,13 @@ def apply(
     missing = [path for path in paths if not os.path.exists(path)]
     if missing and index.store.exists():
         gone = [source for path in missing for source in index.store.sources_of(str(path))]
-        folders = [path for path in missing if not path.suffix]
-        _remove(index, roots, gone or _gone_below(index, folders), report)
+        known = {folder for _, folder in index.store.folders()}
+        folders = [
+            path
+            for path in missing
+            if any(one == str(path) or is_below(one, str(path)) for one in known)
+        ]
+        _remove(index, roots, [*gone, *_gone_below(index, folders)], report)
     return report
 
 
