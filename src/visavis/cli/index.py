@@ -21,7 +21,7 @@ from visavis.cli.common import (
     show_progress,
     visuals_of,
 )
-from visavis.cli.index_care import export, prune, repair, stats
+from visavis.cli.index_care import export, load, prune, repair, stats
 from visavis.errors import InputError
 
 if TYPE_CHECKING:
@@ -286,6 +286,7 @@ index.command()(prune)
 index.command()(stats)
 index.command()(export)
 index.command()(repair)
+index.command()(load)
 
 
 def _open(path: str, model: str, loading: Loading) -> Index:

@@ -25,14 +25,13 @@ from visavis.index.extract import ExtractedText, found_text
 from visavis.index.items import kind_of
 from visavis.index.ocr import check_ocr
 from visavis.index.shard_plan import CorpusItem, PlannedShard, file_system, read_items, write_file
-from visavis.index.store import IndexRow
+from visavis.index.store import IndexRow, VectorStore
 from visavis.index.words import file_words
 from visavis.processing.images import ContentHasher
 from visavis.utils import track
 
 if TYPE_CHECKING:
     from visavis.api import Model
-    from visavis.index.search import Index
 
 BATCH_ITEMS = 32  # embedded together
 LOADED_ITEMS = 1000  # put into an index at a time
@@ -176,7 +175,7 @@ def done_shards(output: str) -> list[str]:
         ) from error
 
 
-def load_shards(index: Index, shards: str, *, progress: bool = False) -> tuple[int, int]:
+def load_shards(store: VectorStore, shards: str, *, progress: bool = False) -> tuple[int, int]:
     """Put the items of shards into an index; nothing is embedded.
 
     Returns:
@@ -195,8 +194,9 @@ def load_shards(index: Index, shards: str, *, progress: bool = False) -> tuple[i
         meta = {key: str(value) for key, value in _meta(shards, name).items()}
         for rows, failed in _batches(shards, name):
             if rows:
-                index.store.put(rows, {key: meta[key] for key in ("model", "fingerprint", "dim")})
+                store.put(rows, {key: meta[key] for key in ("model", "fingerprint", "dim")})
             num_put, num_failed = num_put + len(rows), num_failed + failed
+    store.refresh()
     return num_put, num_failed
 
 
