@@ -94,8 +94,10 @@ def measured(browser: object, address: str, items: int) -> dict[str, object]:
             begun = "performance.now()"
             until(page, f"document.querySelector('#status').textContent.includes('{items:,}')")
             found[f"{name}: items listed, ms"] = round(page.evaluate(begun))
-            until(page, "[...document.querySelectorAll('.hit img')].slice(0, 8)"
-                  ".every(one => one.complete)")
+            until(
+                page,
+                "[...document.querySelectorAll('.hit img')].slice(0, 8).every(one => one.complete)",
+            )
             found[f"{name}: first images, ms"] = round(page.evaluate(begun))
             found[f"{name}: first contentful paint, ms"] = round(page.evaluate(PAINT))
             if name == "cold":

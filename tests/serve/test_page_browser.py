@@ -126,8 +126,8 @@ def test_only_rows_near_the_screen_are_in_the_document(page: Any) -> None:
 def test_nothing_moves_while_images_arrive(browser: Any, address: str) -> None:
     with page_at(browser, "about:blank") as page:
         page.add_init_script(
-            "window.shifts = 0; new PerformanceObserver(list => {for (const one of list.getEntries())"
-            " if (!one.hadRecentInput) window.shifts += one.value})"
+            "window.shifts = 0; new PerformanceObserver(list => list.getEntries().forEach(one => {"
+            "if (!one.hadRecentInput) window.shifts += one.value}))"
             ".observe({type: 'layout-shift', buffered: true})"
         )
         page.goto(address)

@@ -24,9 +24,7 @@ WINDOW: dict[str, Any] = {"viewport": {"width": 1120, "height": 720}}
 
 
 @pytest.fixture(scope="module")
-def address(
-    tmp_path_factory: pytest.TempPathFactory, nano_files: dict[str, Path]
-) -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory, nano_files: dict[str, Path]) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("walk")
     images = copy_samples(folder / "images")
     model = visavis.load("nano")

@@ -76,15 +76,17 @@ def make_video(path: Path, samples: Mapping[str, Path]) -> None:
             "the demo makes a video with PyAV, which is not installed; run "
             "`pip install 'visavis[demo]'`"
         ) from None
-    with write_atomically(path) as temporary:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream: Any = container.add_stream("libx264", rate=FRAME_RATE)
-            stream.width, stream.height = VIDEO_SIZE
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "26", "preset": "fast", "threads": "1"}
-            for frame in _frames([samples[name] for name in SCENES]):
-                container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-            container.mux(stream.encode())
+    with (
+        write_atomically(path) as temporary,
+        av.open(str(temporary), "w", format="mp4") as container,
+    ):
+        stream: Any = container.add_stream("libx264", rate=FRAME_RATE)
+        stream.width, stream.height = VIDEO_SIZE
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "26", "preset": "fast", "threads": "1"}
+        for frame in _frames([samples[name] for name in SCENES]):
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
 
 
 def _frames(images: Sequence[Path]) -> Iterator[Image.Image]:
