@@ -18,7 +18,6 @@ import torch
 from visavis.checkpoints.bundled import cache_dir
 from visavis.checkpoints.checkpoint import Checkpoint
 from visavis.checkpoints.load import load_checkpoint
-from visavis.embedder import Embedder
 from visavis.errors import InputError, NonFiniteError
 from visavis.generate.beam_search import BeamSearch
 from visavis.generate.config import GenerationConfig
@@ -34,6 +33,7 @@ from visavis.processing.feature_cache import DiskFeatureCache
 from visavis.processing.items import list_prompts, name_item
 from visavis.processing.prompt_checks import need_decoder
 from visavis.processing.prompt_encoder import PreparedPrompt
+from visavis.reranker import Reranker
 from visavis.utils import track
 
 FEATURE_VERSION = 1  # raised when the code computes other features of the same image
@@ -76,7 +76,8 @@ def load(
         device: "auto", "cpu" or "cuda".
         chat_template: the chat format, by name, of a checkpoint that does not bring its own.
         profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2",
-            "llave", "gme", "e5-v" or "plain".
+            "llave", "gme", "ops-mm", "b3", "unime-v2", "e5-v", "qwen3-vl-embedding",
+            "qwen3-vl-reranker" or "plain".
         base: the language model that a folder without one was trained on.
         vision_tower: the folder of a vision tower that the checkpoint names and does not hold, or
             the mmproj file of a .gguf model.
@@ -111,7 +112,7 @@ def load(
 
 
 @dataclass(repr=False, eq=False)
-class Model(Embedder):
+class Model(Reranker):
     """A vision-language model that chats and embeds: a checkpoint with its caches. Made by `load`.
 
     Attributes:

@@ -38,6 +38,7 @@ FOLDERS: dict[str, tuple[dict[str, Any], str, str]] = {
             ("llava_onevision", "llava_onevision"),
             ("qwen2_vl", "qwen2_vl"),
             ("qwen2_5_vl", "qwen2_5_vl"),
+            ("qwen3_vl", "qwen3_vl"),
             ("phi3_v", "phi3_v"),
             ("tinyllava", "tinyllava"),
         )

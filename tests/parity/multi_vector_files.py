@@ -9,16 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
+    ColPaliConfig,
+    ColPaliForRetrieval,
+    ColPaliProcessor,
     ColQwen2Config,
     ColQwen2ForRetrieval,
     ColQwen2Processor,
+    PaliGemmaConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2VLConfig,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from tests.fakes import byte_tokenizer
 from tests.parity import qwen2_vl_files as qwen2_vl
 from tests.parity.peers import randomized
 
@@ -84,4 +92,50 @@ def _save(folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> Pe
     return Peer(model, processor)
 
 
-SAVE: dict[str, Callable[..., Peer]] = {"colqwen2": save_colqwen2}
+def save_colpali(folder: Path, **settings: Any) -> Peer:
+    """Write a ColPali with its tokenizer and processor."""
+    text = {
+        "model_type": "gemma",
+        "vocab_size": 1424,  # the processor adds places and segments
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "image_size": 32,
+        "patch_size": 8,
+        "vision_use_head": False,
+    }
+    bytewise = byte_tokenizer()
+    image = bytewise.token_to_id("<image>")
+    bytewise.add_special_tokens([AddedToken(text, special=True) for text in ("<bos>", "<pad>")])
+    inner = PaliGemmaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise,
+        bos_token="<bos>",
+        pad_token="<pad>",
+        eos_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    images: Any = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    images.image_seq_length = 16
+    config = ColPaliConfig(vlm_config=inner.to_dict(), **settings)
+    return _save(folder, ColPaliForRetrieval(config), ColPaliProcessor(images, tokenizer))
+
+
+SAVE: dict[str, Callable[..., Peer]] = {"colpali": save_colpali, "colqwen2": save_colqwen2}

@@ -1,4 +1,5 @@
-"""Files of Qwen2.5-VL: both generations, the time axis, damage, training, and written again."""
+"""Files of Qwen2.5-VL and Qwen3-VL: both generations, the time axis, damage, training, and written
+again."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from tests.parity.qwen2_vl_files import (
     peer_inputs,
     save_qwen2_5_vl,
     save_qwen2_vl,
+    save_qwen3_vl,
 )
 from visavis.checkpoints.transformers.export import write_transformers
 from visavis.errors import CheckpointError
@@ -30,7 +32,11 @@ from visavis.train.recipe import Recipe
 from visavis.train.runner import run_recipe
 
 pytestmark = pytest.mark.parity
-SAVE = {"Qwen2-VL": save_qwen2_vl, "Qwen2.5-VL": save_qwen2_5_vl}
+SAVE = {
+    "Qwen2-VL": save_qwen2_vl,
+    "Qwen2.5-VL": save_qwen2_5_vl,
+    "Qwen3-VL": save_qwen3_vl,
+}
 PROMPT: dict[str, Any] = {"image": noise((60, 41), 1), "text": "What is it?"}
 
 
@@ -186,10 +192,64 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+DAMAGE_3: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "more mergers than blocks": (
+        "config.json",
+        lambda c: c["text_config"].update(num_hidden_layers=1),
+        "deepstack_visual_indexes to 2, expected at most 1 of them",
+    ),
+    "a merger after no block": (
+        "config.json",
+        lambda c: c["vision_config"].update(deepstack_visual_indexes=[-1, 2]),
+        r"deepstack_visual_indexes to \[-1, 2\], expected numbers of the 4 blocks",
+    ),
+    "positions in no square": (
+        "config.json",
+        lambda c: c["vision_config"].update(num_position_embeddings=26),
+        "num_position_embeddings to 26, expected a square",
+    ),
+    "absurd positions": (
+        "config.json",
+        lambda c: c["vision_config"].update(num_position_embeddings=10**14),
+        "num_position_embeddings to 100000000000000, expected a positive whole number",
+    ),
+    "axes in blocks": (
+        "config.json",
+        lambda c: c["text_config"]["rope_parameters"].update(mrope_interleaved=False),
+        "mrope_interleaved to False, expected true",
+    ),
+    "sections": (
+        "config.json",
+        lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[4, 4, 4]),
+        r"mrope_section to \[4, 4, 4\], expected three, 8 in all",
+    ),
+    "a model of experts": (
+        "config.json",
+        lambda c: c.update(model_type="qwen3_vl_moe"),
+        "model_type 'qwen3_vl_moe'.*did you mean 'qwen3_vl'",
+    ),
+    "frames out of bounds": (
+        "video_preprocessor_config.json",
+        lambda c: c.update(min_frames=20),
+        "min_frames to 20, expected at most 16",
+    ),
+    "frames as they are": (
+        "video_preprocessor_config.json",
+        lambda c: c.update(do_sample_frames=False),
+        "do_sample_frames to False, expected true",
+    ),
+    "videos of other colours": (
+        "video_preprocessor_config.json",
+        lambda c: c.update(image_mean=[0.1, 0.2, 0.3]),
+        r"image_mean to \[0.1, 0.2, 0.3\], expected .*, as of images",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGE, *DAMAGE_3])
 def test_what_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
-    save_qwen2_5_vl(tmp_path)
-    file, change, message = DAMAGE[name]
+    (save_qwen2_5_vl if name in DAMAGE else save_qwen3_vl)(tmp_path)
+    file, change, message = (DAMAGE | DAMAGE_3)[name]
     edit(tmp_path / file, change)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)

@@ -80,11 +80,24 @@ def _qwen2_5_vl(width: int, ffn: int, layers: int, heads: int, kv: int, **more: 
     return {**sizes, "vision_config": vision}
 
 
+def _qwen3_vl(width: int, ffn: int, layers: int, heads: int, vision: Json, **more: Any) -> Json:
+    text = _sizes("qwen3_vl_text", width, ffn, layers, heads, 8)
+    text |= {"max_position_embeddings": 262144, "rope_theta": 5e6}
+    whole = {"model_type": "qwen3_vl", "text_config": text}
+    return {**whole, "vision_config": {**vision, "out_hidden_size": width}, **more}
+
+
 def _llava_next(language_model: str, vocab_size: int) -> Json:
     text = {**LANGUAGE_MODELS[language_model], "vocab_size": vocab_size}
     return {"model_type": "llava_next", "text_config": text}
 
 
+_SMALL_TOWER: Json = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
 _CLIP_336 = "openai/clip-vit-large-patch14-336"
 _PHI3V: Json = {
     "model_type": "phi3_v",
@@ -99,6 +112,9 @@ MODELS: dict[str, Json] = {
     "Qwen/Qwen2-VL-7B-Instruct": _qwen2_vl(3584, 18944, 28, 4),
     "Qwen/Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(2048, 11008, 36, 16, 2, vocab_size=151936, **_TIED),
     "Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(3584, 18944, 28, 28, 4),
+    "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16, _SMALL_TOWER, **_TIED),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32, _SMALL_TOWER, **_TIED),
+    "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(4096, 12288, 36, 32, {}),
     "microsoft/Phi-3.5-vision-instruct": _PHI3V,
     "llava-hf/llava-v1.6-mistral-7b-hf": _llava_next("mistralai/Mistral-7B-Instruct-v0.2", 32064),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _llava_next("lmsys/vicuna-7b-v1.5", 32064),
@@ -113,6 +129,7 @@ MODELS: dict[str, Json] = {
 PROCESSORS: dict[str, Json] = {  # preprocessor_config.json, by model_type
     "qwen2_vl": {"image_processor_type": "Qwen2VLImageProcessor"},
     "qwen2_5_vl": {"image_processor_type": "Qwen2VLImageProcessor"},
+    "qwen3_vl": {"image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 16},
     "phi3_v": {"image_processor_type": "Phi3VImageProcessor", "num_crops": 16},
     "llava_next": {
         "image_processor_type": "LlavaNextImageProcessor",

@@ -30,7 +30,9 @@ from visavis.checkpoints.tensor_files import StoredTensor
 from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (
     Idefics3Format,
+    InternVLFormat,
     LlavaNextFormat,
+    LlavaOnevision15Format,
     LlavaOnevisionFormat,
     MultiVectorFormat,
     Qwen2VLFormat,
@@ -96,6 +98,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaFormat,
     TransformersFormat,
     LlavaNextFormat,
+    LlavaOnevision15Format,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
     Qwen25VLFormat,
@@ -103,6 +106,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     DualEncoderFormat,
     MultiVectorFormat,
     Idefics3Format,
+    InternVLFormat,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

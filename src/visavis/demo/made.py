@@ -84,8 +84,9 @@ def make_video(path: Path, samples: Mapping[str, Path]) -> None:
         stream.width, stream.height = VIDEO_SIZE
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "26", "preset": "fast", "threads": "1"}
+        frame_of: Any = av.VideoFrame.from_image
         for frame in _frames([samples[name] for name in SCENES]):
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+            container.mux(stream.encode(frame_of(frame)))
         container.mux(stream.encode())
 
 
@@ -97,9 +98,8 @@ def _frames(images: Sequence[Path]) -> Iterator[Image.Image]:
             whole = ImageOps.fit(opened.convert("RGB"), (VIDEO_SIZE[0] * 2, VIDEO_SIZE[1] * 2))
         for number in range(count):
             margin = 0.15 * number / count
-            box = tuple(
-                side * edge for edge in (margin, 1 - margin) for side in whole.size
-            )  # left, top, right, bottom
+            wide, high = whole.size
+            box = (wide * margin, high * margin, wide * (1 - margin), high * (1 - margin))
             yield whole.resize(VIDEO_SIZE, Image.Resampling.BILINEAR, box=box)
 
 

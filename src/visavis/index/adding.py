@@ -208,13 +208,13 @@ class Adder:
         if not entries:
             return []
         try:
-            return list(self.model.embed([embedded(entry) for entry in entries]))
+            return list(self.model.embed(embedded(entries)))
         except VisavisError:
             return [self._embedded_one(entry) for entry in entries]
 
     def _embedded_one(self, entry: Entry) -> np.ndarray | VisavisError:
         try:
-            vector: np.ndarray = self.model.embed([embedded(entry)])[0]
+            vector: np.ndarray = self.model.embed(embedded([entry]))[0]
         except VisavisError as error:
             return error
         return vector

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from visavis.errors import InputError
 from visavis.index.items import kind_of, source_of
 from visavis.index.names import SourceName, page_source, segment_source
-from visavis.index.segments import Segment, segment_video, segments
+from visavis.index.segments import Segment, segment_videos, segments
 from visavis.index.store import NO_STAMP, KnownItem, Stamp
 from visavis.inputs import Document, Prompt, Text, Video, Visual
 from visavis.processing.images import ContentHasher
@@ -194,12 +195,19 @@ def identified(entry: Entry, hasher: ContentHasher) -> tuple[Entry, str]:
     return replace(entry, prompt=prompt), prompt.content_key(hasher.hash)
 
 
-def embedded(entry: Entry) -> Prompt:
-    """Return the prompt of an entry that is embedded.
+def embedded(entries: Sequence[Entry]) -> list[Prompt]:
+    """Return the prompts of entries that are embedded; consecutive segments of one video are read
+    from it at once.
 
     Raises:
         ImageError: the video of a segment cannot be read.
     """
-    if entry.segment is None:
-        return entry.prompt
-    return Prompt.of(segment_video(Path(entry.path), entry.segment))
+    prompts: list[Prompt] = []
+    for path, group in groupby(entries, lambda one: one.path if one.segment else ""):
+        sharing = list(group)
+        if path:
+            cut = [entry.segment for entry in sharing if entry.segment]
+            prompts += [Prompt.of(video) for video in segment_videos(Path(path), cut)]
+        else:
+            prompts += [entry.prompt for entry in sharing]
+    return prompts

@@ -196,7 +196,8 @@ def _prompt(item: StoredItem, hasher: ContentHasher) -> Prompt:
             f"{item.source} has changed since it was indexed; add it again with the old model "
             "first, or remove it"
         )
-    return embedded(entry)
+    (prompt,) = embedded([entry])
+    return prompt
 
 
 def _texts(item: StoredItem) -> list[dict[str, str]]:

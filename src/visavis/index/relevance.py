@@ -3,8 +3,8 @@
     loss(window)    = cos(query, image) - cos(query, image with the window in its mean colour)
     relevance(cell) = mean loss of the windows that cover the cell
 
-Occlusion (Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", 2014,
-section 4.2) with overlapping windows, whose losses are averaged as RISE averages those of its masks
+Occlusion (Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", 2014, section
+4.2) with overlapping windows, whose losses are averaged as RISE averages those of its masks
 (Petsiuk et al., 2018). It needs only `embed`, so dual encoders and models that embed through their
 decoder are explained alike, and by the same number that ranks the hits.
 """

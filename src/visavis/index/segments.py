@@ -74,9 +74,9 @@ def segment_image(path: Path, segment: Segment) -> Image:
     Raises:
         ImageError: it cannot be read as a video, or its frames are too large.
     """
-    (frame,) = segment_video(path, segment, frames=1).source
-    assert isinstance(frame, Image)
-    return frame
+    middle = (segment.begin_s + segment.end_s) / 2
+    (clip,) = clips_at(Video(path), [[middle]])
+    return Image(clip.frames[0])
 
 
 def segment_videos(path: Path, wanted: Sequence[Segment], frames: int = FRAMES) -> Generator[Video]:

@@ -104,12 +104,16 @@ def _rounds(
     options: dict[str, Any],
 ) -> Iterator[WatchReport]:
     """Yield a report of each burst of changes until everything is to be scanned again."""
+    new_folders: set[Path] = set()
     try:
         for burst in changes:
-            if burst:
-                report = apply(index, roots, [Path(path) for _, path in burst], **options)
+            paths = {Path(path) for _, path in burst}
+            if paths or new_folders:
+                report = apply(index, roots, sorted(paths | new_folders), **options)
                 if not report.is_empty:
                     yield report
+            # What came into a new folder before the system reported on it is found a step later.
+            new_folders = {path for path in paths if path.is_dir()}
             if time.monotonic() > until or not all(map(is_reachable, roots)):
                 return
     except OSError:  # a folder disappeared: it is waited for

@@ -91,6 +91,9 @@ class ViTConfig:
     position_antialias: bool = False  # DINOv2 with registers: how positions are resized
     position_buckets: bool = False  # Idefics3: each patch takes the nearest learned position
     norm_output: bool = False  # the last hidden state is given after `post_norm`
+    norm: Literal["layer", "rms"] = "layer"  # of blocks; InternViT-6B: rms
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMS norm on all heads' queries and keys together (InternViT-6B)
     any_resolution: ClassVar[bool] = False
 
     @property
@@ -131,8 +134,8 @@ class EfficientNetConfig:
 
 @dataclass(frozen=True)
 class Qwen2VLTowerConfig:
-    """The towers of any resolution of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches of two frames,
-    rotary positions.
+    """The towers of any resolution of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision-1.5:
+    patches of one or two frames, rotary positions.
 
     Args:
         temporal_size: frames in a patch.
@@ -145,6 +148,8 @@ class Qwen2VLTowerConfig:
             patches; 0: none.
         deepstack_blocks: numbers of the blocks after which features are taken beside the last
             ones, for the decoder's first layers (DeepStack, Meng et al. 2024).
+        class_token: a class token before each image or frame, and a norm before the first block
+            (RICE-ViT, `vision/rice.py`).
     """
 
     width: int
@@ -165,6 +170,7 @@ class Qwen2VLTowerConfig:
     tokens_per_second: int = 0
     position_side: int = 0
     deepstack_blocks: tuple[int, ...] = ()
+    class_token: bool = False
     any_resolution: ClassVar[bool] = True
     num_prefix_tokens: ClassVar[int] = 0
 
@@ -230,6 +236,9 @@ class NaFlexConfig:
     num_prefix_tokens: ClassVar[int] = 0
     gated_ffn: ClassVar[bool] = False
     layer_scale: ClassVar[bool] = False
+    norm: ClassVar[Literal["layer", "rms"]] = "layer"
+    qkv_bias: ClassVar[bool] = True
+    qk_norm: ClassVar[bool] = False
 
     def num_patches(self, shape: ImageGrid) -> int:
         """Return how many patches the tower reads of an image or video."""
@@ -297,6 +306,9 @@ class ClipTextConfig:
     kind: Literal["CLIP"] = "CLIP"
     gated_ffn: ClassVar[bool] = False
     layer_scale: ClassVar[bool] = False
+    norm: ClassVar[Literal["layer", "rms"]] = "layer"
+    qkv_bias: ClassVar[bool] = True
+    qk_norm: ClassVar[bool] = False
 
 
 TextTowerConfig = BertConfig | ClipTextConfig
@@ -311,7 +323,7 @@ class ConnectorConfig:
     of image tokens by its square; in `merger` (Qwen2-VL) they stand next to one another already.
     `mixture` has an MLP for each half of a mixture tower; `resampler` and `qformer` have `depth`
     blocks. `words` is `linear`, preceded by `num_queries` tokens that spell the words of a list
-    whose vectors are nearest to the image's.
+    whose vectors are nearest to the image's, those within `word_margin` of the nearest.
     """
 
     kind: str
@@ -325,8 +337,10 @@ class ConnectorConfig:
     num_queries: int = 0  # resampler, qformer: learned queries; words: spelling tokens
     num_words: int = 0  # words: length of the list
     rms_norm: bool = False  # merger: its norm is an RMS norm (Qwen2.5-VL)
+    norm_eps: float = 1e-6  # merger: of its norm
     deepstack: int = 0  # merger: further mergers, for the decoder's first layers (Qwen3-VL)
     word_width: int = 0  # words: numbers of an embedding vector
+    word_margin: float = 0.0  # words: how much farther than the nearest a word may be; 0: any
 
 
 @dataclass(frozen=True)

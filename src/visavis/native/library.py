@@ -19,7 +19,7 @@ from pathlib import Path
 from visavis.errors import InputError
 
 VARIABLE = "VISAVIS_NATIVE"
-INTERFACE = 2  # VV_INTERFACE
+INTERFACE = 3  # VV_INTERFACE
 LEVELS = ("avx512", "avx2", "neon", "portable")
 FILE_NAME = {"win32": "visavis_native.dll", "darwin": "libvisavis_native.dylib"}.get(
     sys.platform, "libvisavis_native.so"

@@ -16,6 +16,7 @@ from visavis.processing.anyres import AnyresProcessor
 from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.idefics3 import Idefics3Processor
 from visavis.processing.images import decode_image, image_size
+from visavis.processing.internvl import InternVLProcessor
 from visavis.processing.naflex import NaFlexProcessor
 from visavis.processing.phi3v import Phi3VProcessor
 from visavis.processing.qwen2_vl import Qwen2VLProcessor
@@ -56,6 +57,7 @@ def image_processor(config: ImageProcessorConfig) -> ImageProcessor:
         "patches": Qwen2VLProcessor,
         "hd": Phi3VProcessor,
         "split": Idefics3Processor,
+        "ratio": InternVLProcessor,
         "naflex": NaFlexProcessor,
     }
     return rules.get(config.resize, ImageProcessor)(config)

@@ -53,12 +53,17 @@ def check_plain(tokenizer: Tokenizer, instruction: str, name: str) -> None:
             )
 
 
-def check_single(prompt: Prompt, name: str) -> None:
+def check_single(prompt: Prompt, instruction: str, name: str) -> None:
     """Refuse an item that multi-vector models were not trained with.
 
     Raises:
-        InputError: it is neither one text nor one image.
+        InputError: it is neither one text nor one image, or has an instruction.
     """
+    if instruction:
+        raise InputError(
+            f"the instruction is {instruction[:60]!r}, but {name} has prompts of its own and takes "
+            "none; leave it, or make it part of the query."
+        )
     visuals, text = prompt.visuals, prompt.text
     videos = sum(isinstance(one, Video) for one in visuals)
     if videos or len(visuals) + bool(text) != 1:

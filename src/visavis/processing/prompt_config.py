@@ -7,6 +7,8 @@ It is saved with the weights and never guessed from a name. `prompt_encoder.py` 
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +52,9 @@ class PromptConfig:
         instruction_form: how an instruction and a text are joined; both fields must occur.
         embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
             0, 1, 2, … as for text alone, which VLM2Vec trained with.
+        instruction_end: what ends an instruction of these forms that ends without punctuation.
+        reranker: whose question about a query and a document the model answers with yes or no (see
+            `reranker.py`); empty: it is no reranker.
         min_score: the cosine similarity of a text and an image below which an image most likely
             does not show what the text says, calibrated on held-out images; -1: not calibrated.
     """
@@ -73,6 +78,8 @@ class PromptConfig:
     pooling: Literal["head", "last", "first", "mean", "multi"] = "last"
     instruction_form: str = "{instruction}\n{text}"
     embed_positions: Literal["grid", "flat"] = "grid"
+    instruction_end: str = ""
+    reranker: Literal["", "qwen3-vl"] = ""
     min_score: float = -1.0
 
     def instructed(self, instruction: str, text: str) -> str:
@@ -93,6 +100,9 @@ class PromptConfig:
             form = self.visual_text_form if has_text else self.visual_form
         before, _, after = form.partition("{visual}" if has_visuals else "{text}")
         between, _, end = after.partition("{text}") if has_visuals and has_text else ("", "", after)
+        if self.instruction_end and (instruction := instruction.strip()):
+            ended = unicodedata.category(instruction[-1]).startswith("P")
+            instruction += "" if ended else self.instruction_end
         instruction = instruction or self.default_instruction
         return before.replace("{instruction}", instruction), between, end
 
@@ -112,6 +122,18 @@ _GME = (
 _E5V = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n \n"
+)
+_QWEN3 = (
+    "<|im_start|>system\n{{instruction}}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+_SYSTEM = PromptConfig(
+    embed_image_start="<|vision_start|>",
+    embed_image_end="<|vision_end|>",
+    text_form=_GME.format("{text}"),
+    visual_form=_GME.format("{visual}"),
+    visual_text_form=_GME.format("{visual}{text}"),
+    default_instruction="You are a helpful assistant.",
 )
 PROFILES = {  # how published models embed, where their files do not say
     # LLaVE: the answer is a newline, and the newline after its end is what is pooled.
@@ -135,15 +157,34 @@ PROFILES = {  # how published models embed, where their files do not say
         instruction_form="{instruction} {text}",
         embed_positions="flat",
     ),
-    # GME: the instruction is the system's message.
-    "gme": PromptConfig(
+    # GME and Ops-MM-embedding-v1: the instruction is the system's message.
+    "gme": _SYSTEM,
+    "ops-mm": _SYSTEM,
+    # B3 and UniME-V2 grew from VLM2Vec. B3 has the lines of its first version; what its targets
+    # begin with ("Represent the answer: ") is part of their text. UniME-V2's own examples have a
+    # blank after the image; MMEB's data bring their lines along.
+    "b3": PromptConfig(
+        embed_image_end="\n",
+        instruction_form="{instruction} {text}\n",
+        embed_positions="flat",
+    ),
+    "unime-v2": PromptConfig(
+        embed_image_end=" ",
+        instruction_form="{instruction} {text}",
+        embed_positions="flat",
+    ),
+    # Qwen3-VL-Embedding: the same, without a word after the answer's start.
+    "qwen3-vl-embedding": PromptConfig(
         embed_image_start="<|vision_start|>",
         embed_image_end="<|vision_end|>",
-        text_form=_GME.format("{text}"),
-        visual_form=_GME.format("{visual}"),
-        visual_text_form=_GME.format("{visual}{text}"),
-        default_instruction="You are a helpful assistant.",
+        text_form=_QWEN3.format("{text}"),
+        visual_form=_QWEN3.format("{visual}"),
+        visual_text_form=_QWEN3.format("{visual}{text}"),
+        default_instruction="Represent the user's input.",
+        instruction_end=".",
     ),
+    # Qwen3-VL-Reranker.
+    "qwen3-vl-reranker": PromptConfig(reranker="qwen3-vl"),
     # E5-V: each kind of item is summed up in one word; instructions are not given.
     "e5-v": PromptConfig(
         text_form=_E5V.format("{text}\nSummary above sentence in one word: "),
@@ -155,3 +196,18 @@ PROFILES = {  # how published models embed, where their files do not say
     # Nothing around an item; its instruction in a line of its own.
     "plain": PromptConfig(),
 }
+
+# Classes of code that a checkpoint names (and that is never run) -> how it embeds.
+CLASSES = {"GmeQwen2VL": "gme"}
+
+
+def stated_profile(settings: Mapping[str, Any]) -> str:
+    """Return the name of the profile that a config.json calls for; empty: it says nothing.
+
+    Its `auto_map` names the class of an embedder's own code, such as
+    "modeling_gme_qwen2vl.GmeQwen2VL".
+    """
+    named = settings.get("auto_map")
+    classes = named.values() if isinstance(named, Mapping) else ()
+    found = {CLASSES.get(str(one).rpartition(".")[2], "") for one in classes} - {""}
+    return found.pop() if len(found) == 1 else ""

@@ -157,14 +157,14 @@ class PromptEncoder:
         if profile.text_form:
             text, visuals = prompt.text, prompt.visuals
             check_plain(self.tokenizer, instruction or "", self.name)
-            if text and visuals and not profile.visual_text_form:
+            if profile.pooling == "multi":
+                check_single(prompt, instruction or "", self.name)
+            elif text and visuals and not profile.visual_text_form:
                 raise InputError(
                     f"an item holds images and a text, but {self.name} embeds either in a tower "
                     "of its own and has no vector for both. Embed them apart; add the two vectors "
                     "and normalise the sum if one vector has to stand for both."
                 )
-            if profile.pooling == "multi":
-                check_single(prompt, self.name)
             parts = [*visuals, Text(text)] if text else [*visuals]
             prefix, between, suffix = profile.around(
                 bool(visuals), bool(text), instruction or "", document

@@ -88,7 +88,7 @@ def resized(size: tuple[int, int], config: Qwen2VLConfig, frames: int = 0) -> tu
     Raises:
         ImageError: it is too long and narrow.
     """
-    factor, (least, most) = config.factor, config.bounds(bool(frames))
+    factor, (least, most) = config.factor, config.bounds(frames)
     if config.square:
         size = (config.square, config.square)
     elif config.extreme == "square":

@@ -290,7 +290,7 @@ _LISTED = 4  # files
 
 
 def _frames_of(data: BinaryIO, name: str) -> _Frames:
-    """Return the frames of a file; a file that has not changed is listed once."""
+    """Return the frames of a file; an unchanged file is listed once."""
     try:
         status = os.fstat(data.fileno())
     except (OSError, ValueError):  # bytes in memory

@@ -41,7 +41,8 @@ class ScheduledModel:
     def embed(self, items: Sequence[Any]) -> np.ndarray:
         """Return one unit vector per item, float32 [N, D]; waits for them."""
         prepared = [self.served.model.prepare(Prompt.of(item)) for item in items]
-        return self.served.submit_inputs(prepared).result()
+        vectors: np.ndarray = self.served.submit_inputs(prepared).result()
+        return vectors
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class ConnectorRecipe(_Strict):
     hidden_width: Annotated[int, Field(ge=0)] = 0
     input_norm: bool = False
     num_queries: Annotated[int, Field(ge=0)] = 0
+    word_margin: Annotated[float, Field(ge=0)] = 0.0
 
     @field_validator("kind")
     @classmethod

@@ -34,6 +34,11 @@ from visavis.checkpoints.transformers.export_processor import pinpoints, process
 from visavis.checkpoints.transformers.export_qwen_vl import qwen_vl_json, qwen_vl_processors
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.idefics3 import split_video_json
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import TOKENS, ratio_video_json
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
+from visavis.checkpoints.transformers.qwen2_vl import KIND_2_5 as QWEN2_5_VL
+from visavis.checkpoints.transformers.qwen3_vl import KIND as QWEN3_VL
 from visavis.checkpoints.transformers.weights import write
 from visavis.model.config import (
     DecoderConfig,
@@ -161,13 +166,14 @@ TILES = {"llava_next": "tile", "llava_onevision": "pad"}  # of several pictures
 LLAMA_3 = RopeScaling("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 # Of a profile: in the template, or known of the model type.
 IN_TEMPLATE = ("chat_template", "jinja", "image_start", "image_end")
-KNOWN = ("image_text", "video_jinja")
+KNOWN = ("image_text", "video_jinja")  # of Idefics3 and InternVL
 PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
+    "internvl": "InternVLProcessor",
 }
 
 
@@ -212,6 +218,7 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
         context_length=config.decoder.context_length,
         image_token=image,
         video_token=video,
+        tokens=TOKENS if data["model_type"] == INTERNVL else {},
     )
     template = chat_template(loaded.profile, image, video)
     if image and loaded.profile.jinja and template == loaded.profile.jinja:
@@ -221,7 +228,7 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
         files.append(folder / "chat_template.jinja")
         files[-1].write_text(template, encoding="utf-8")
     lost = lost_settings(loaded.profile)
-    if data["model_type"] in IDEFICS3:
+    if data["model_type"] in (*IDEFICS3, INTERNVL, QWEN3_VL):
         lost = [one for one in lost if not one.startswith(KNOWN)]
     if config.tower is not None:
         assert processor is not None
@@ -328,13 +335,16 @@ def _processors(
         CheckpointError: the library's class prepares them otherwise.
     """
     if isinstance(config.tower, Qwen2VLTowerConfig):
-        return qwen_vl_processors(processor, config, data["model_type"])
+        kind = QWEN2_5_VL if data["model_type"] == ONEVISION_15 else data["model_type"]
+        return qwen_vl_processors(processor, config, kind)
     settings = processor_json(processor)
     _check_tiles(data["model_type"], processor)
     whole = _processor(data, config, image, video)
     files = {"preprocessor_config.json": settings, "processor_config.json": whole}
     if processor.split is not None and processor.split.video_edge:
         files["video_preprocessor_config.json"] = split_video_json(processor, settings)
+    if processor.ratio is not None:
+        files["video_preprocessor_config.json"] = ratio_video_json(processor, settings)
     return files
 
 
@@ -358,9 +368,10 @@ def _grown(tensor: Tensor, rows: int) -> Tensor:
 
 def _processor(data: dict[str, Any], config: VLMConfig, image: str, video: str) -> dict[str, Any]:
     """Return processor_config.json: how many placeholders an image becomes."""
-    if data["model_type"] in IDEFICS3:
+    if data["model_type"] in (*IDEFICS3, INTERNVL):
+        name = "image_seq_length" if data["model_type"] == INTERNVL else "image_seq_len"
         kind = PROCESSORS[data["model_type"]]
-        return {"processor_class": kind, "image_seq_len": tokens_per_view(config)}
+        return {"processor_class": kind, name: tokens_per_view(config)}
     tower = config.tower
     assert isinstance(tower, ViTConfig)
     found: dict[str, Any] = {

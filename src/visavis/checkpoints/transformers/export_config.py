@@ -14,6 +14,7 @@ from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import Json
 from visavis.checkpoints.transformers.idefics3 import idefics3_json
+from visavis.checkpoints.transformers.internvl import internvl_json
 from visavis.checkpoints.transformers.language_models import decoder_config
 from visavis.checkpoints.transformers.vision_models import vit_config, vlm_config
 from visavis.errors import CheckpointError
@@ -40,6 +41,7 @@ ARCHITECTURES = {
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
 }
 MAX_SHOWN = 200  # characters of a strange setting
 OTHERS = "`--to native` and `--to sentence-transformers` keep every part"
@@ -52,8 +54,10 @@ def config_json(config: VLMConfig) -> dict[str, Any]:
         CheckpointError: transformers has no class for it; the part is named.
     """
     tower, connector = config.tower, config.connector
-    if isinstance(tower, ViTConfig) and tower.position_buckets:
-        found = idefics3_json(config, decoder_json(config.decoder))
+    normed = connector is not None and connector.input_norm
+    if isinstance(tower, ViTConfig) and (tower.position_buckets or normed):
+        write = idefics3_json if tower.position_buckets else internvl_json
+        found = write(config, decoder_json(config.decoder))
         if _read(vlm_config, found) == config:
             return found
     if problems := strange_parts(config):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from visavis.checkpoints.adapters import merged
 from visavis.checkpoints.checkpoint import Checkpoint, Written
@@ -31,7 +31,11 @@ from visavis.checkpoints.transformers.export import write_transformers
 from visavis.checkpoints.transformers.idefics3 import CLASSES as SPLITTERS
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.idefics3 import VIDEO_TEMPLATE, idefics3_processor
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import ORIGINAL as INTERNVL_CHAT
+from visavis.checkpoints.transformers.internvl import PLACEHOLDER, internvl_processor
 from visavis.checkpoints.transformers.language_models import KINDS
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
 from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
 from visavis.checkpoints.transformers.multi_vector import multi_vector_prompts
 from visavis.checkpoints.transformers.processor import grids, naflex_processor, processor_config
@@ -71,6 +75,7 @@ class TransformersFormat(FolderFormat):
     )
     peer = "transformers"
     library = "transformers"
+    placeholders: ClassVar[dict[str, tuple[str, ...]]] = {}  # texts of these tokens, if unusual
 
     jinja: str
 
@@ -138,7 +143,7 @@ class TransformersFormat(FolderFormat):
             if number < 0:
                 continue
             text = tokenizer.id_to_token(number)
-            usual = (f"<{visual}>", f"<|{visual}_pad|>")
+            usual = self.placeholders.get(visual, (f"<{visual}>", f"<|{visual}_pad|>"))
             others = {one: id for one in usual if (id := tokenizer.token_to_id(one)) is not None}
             if text is None or (others and text not in usual):
                 found = "has no such token" if text is None else f"has {text!r} there"
@@ -165,6 +170,13 @@ class LlavaOnevisionFormat(TransformersFormat):
 
     kind, title = "llava_onevision", "LLaVA-OneVision, transformers"
     model_types, target = ("llava_onevision",), ""
+
+
+class LlavaOnevision15Format(TransformersFormat):
+    """LLaVA-OneVision-1.5 as published, without its code."""
+
+    kind, title = ONEVISION_15, "LLaVA-OneVision-1.5"
+    model_types, target = (ONEVISION_15,), ""
 
 
 class Qwen2VLFormat(TransformersFormat):
@@ -225,6 +237,17 @@ class Idefics3Format(TransformersFormat):
         return PromptConfig(jinja=self.jinja, image_text="idefics3", video_jinja=video_jinja)
 
 
+class InternVLFormat(TransformersFormat):
+    """InternVL3 and InternVL3.5 as transformers writes them; the original layout is refused."""
+
+    kind, title = "internvl", "InternVL, transformers"
+    model_types, target = (INTERNVL, INTERNVL_CHAT), ""
+    placeholders: ClassVar[dict[str, tuple[str, ...]]] = {"image": (PLACEHOLDER,)}
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return PromptConfig(jinja=self.jinja, image_text="internvl")
+
+
 def image_processor(
     config: VLMConfig, folder: Path, model_type: object = None
 ) -> ImageProcessorConfig | None:
@@ -251,7 +274,9 @@ def image_processor(
         return qwen2_vl_processor(settings[0], video, config.tower)
     if isinstance(config.tower, NaFlexConfig):
         return naflex_processor(settings[0], config.tower)
-    if model_type in IDEFICS3:
+    if model_type == INTERNVL:
+        processor = internvl_processor(settings[0], video)
+    elif model_type in IDEFICS3:
         kind = str(settings[0].get("image_processor_type"))
         known = kind.removesuffix("Fast").removesuffix("Pil") in SPLITTERS
         require("image_processor_type", kind, known, " or ".join(SPLITTERS))

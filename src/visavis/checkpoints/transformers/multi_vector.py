@@ -45,6 +45,15 @@ class MultiVector:
 
 
 KINDS = {
+    "colpali": MultiVector(
+        vlm="paligemma",
+        image="<image>",
+        visual_prompt_prefix="Describe the image.",
+        query_prefix="Question: ",
+        document="<image>{bos}{prefix}\n",
+        query="{bos}{prefix}{text}{augmentation}\n",
+        passage="{bos}{text}",
+    ),
     "colqwen2": MultiVector(
         vlm="qwen2_vl",
         image="<|image_pad|>",
@@ -131,11 +140,12 @@ def multi_vector_prompts(config: Json, processor: Json, *, bos: str, pad: str) -
             f"visual_prompt_prefix is {texts['visual_prompt_prefix']!r}, expected {kind.image!r} "
             "in it once: that is where the image stands; copy processor_config.json again."
         )
-    if not pad:
-        raise CheckpointError(
-            "the tokenizer names no padding token, and queries are augmented with it; copy "
-            "tokenizer_config.json again."
-        )
+    for role, token in {"padding": pad, "beginning-of-sequence": bos}.items():
+        if not token and (role == "padding" or "{bos}" in kind.query):
+            raise CheckpointError(
+                f"the tokenizer names no {role} token, expected the one that stands in each "
+                "query; copy tokenizer_config.json again."
+            )
     query = kind.query.replace("{prefix}", texts["query_prefix"])
     augmentation = pad * NUM_AUGMENTATION_TOKENS
     return PromptConfig(

@@ -8,7 +8,7 @@ Language models are in `language_models.py`, tensor names in `weights.py`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import (
@@ -24,7 +24,12 @@ from visavis.checkpoints.transformers.config_reader import (
 )
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
 from visavis.checkpoints.transformers.idefics3 import idefics3_config
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import ORIGINAL as INTERNVL_CHAT
+from visavis.checkpoints.transformers.internvl import internvl_config, refuse_original
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
+from visavis.checkpoints.transformers.llava_onevision15 import onevision15_config
 from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, with_multi_vectors
 from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
@@ -120,6 +125,13 @@ LLAVAS = {
     ),
 }
 
+PALIGEMMA = "paligemma"
+LLAVAS[PALIGEMMA] = Llava(
+    "gemma",
+    SIGLIP | {"model_type": "siglip_vision_model"},
+    {"image_token_id": 256000, "projection_dim": 2048},
+)
+
 
 def vlm_config(config: Json) -> VLMConfig:
     """Return the model that a config.json describes.
@@ -138,9 +150,27 @@ def vlm_config(config: Json) -> VLMConfig:
         return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
     if kind in IDEFICS3:
         return idefics3_config(config)
+    if kind == ONEVISION_15:
+        return onevision15_config(config)
+    if kind == INTERNVL:
+        return internvl_config(config)
+    if kind == INTERNVL_CHAT:
+        raise refuse_original()
     if not isinstance(kind, str) or kind not in LLAVAS:
-        known = (*KINDS, *LLAVAS, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, *MULTI_VECTOR, *IDEFICS3)
+        known = (
+            *KINDS,
+            *LLAVAS,
+            QWEN2_VL,
+            QWEN2_5_VL,
+            QWEN3_VL,
+            *MULTI_VECTOR,
+            *IDEFICS3,
+            INTERNVL,
+            ONEVISION_15,
+        )
         raise unknown_type(kind, known)
+    if kind == PALIGEMMA:
+        return _paligemma_config(config)
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)
@@ -168,6 +198,25 @@ def vlm_config(config: Json) -> VLMConfig:
         select_layer=layer,
         select_feature="patch" if select == "default" else "class_patch",
         merge=_merge(kind, config),
+    )
+
+
+def _paligemma_config(config: Json) -> VLMConfig:
+    """Return a PaliGemma, all of whose prompt is its prefix: every token sees every other."""
+    text, vision = parts(config)
+    both_ways = text.get("use_bidirectional_attention")
+    known = both_ways in (None, True)
+    require("use_bidirectional_attention", both_ways, known, "true or null")
+    decoder = replace(decoder_config(text | {"use_bidirectional_attention": None}), causal=False)
+    tower = replace(vit_config(vision), norm_output=True)
+    config = LLAVAS[PALIGEMMA].settings | without_nulls(config)
+    width = count(config, "projection_dim")
+    require("projection_dim", width, width == decoder.width, f"{decoder.width}")
+    return VLMConfig(
+        decoder=decoder,
+        tower=tower,
+        connector=ConnectorConfig("linear", tower.width, decoder.width),
+        image_token_id=_placeholder(config, "image", decoder.vocab_size),
     )
 
 
@@ -245,7 +294,7 @@ def vit_config(config: Json) -> ViTConfig:
     )
 
 
-def parts(config: Json) -> tuple[Json, Json]:
+def parts(config: Json) -> tuple[dict[str, Any], Json]:
     """Return the text and vision configs of a llava, with what they take from the outer one."""
     defaults = LLAVAS[config["model_type"]]
     text = {"model_type": defaults.text} | section(config, "text_config")

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from visavis.checkpoints.transformers.config_reader import Json, section
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import internvl_table
 from visavis.checkpoints.transformers.language_models import decoder_rows
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
+from visavis.checkpoints.transformers.llava_onevision15 import onevision15_table
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, multi_vector_table
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.vision_models import (
+    PALIGEMMA,
     parts,
     vision_part,
     vit_config,
@@ -242,10 +247,14 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
     if ours.multi_vector_dim:
         inner = vlm_table(multi_vector_parts(config), replace(ours, multi_vector_dim=0))
         return multi_vector_table(config, inner)
+    if config["model_type"] == ONEVISION_15:
+        return onevision15_table(ours)
     if isinstance(ours.tower, Qwen2VLTowerConfig):
         return qwen2_vl_table(ours)
     if config["model_type"] in IDEFICS3:
         return _idefics3_table(config, ours)
+    if config["model_type"] == INTERNVL:
+        return internvl_table(config, ours)
     prefix = "" if ours.tower is None else "language_model."
     head = f"{prefix}lm_head"
     # A buffer that old files carry; and a tied head is the embeddings once more.
@@ -254,11 +263,12 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
         return NameTable(decoder_rows(config["model_type"], prefix, head), ignored=ignored)
     text, vision = parts(config)
     tower = tower_table(vision, "vision_tower.")
+    layers = ("linear",) if config["model_type"] == PALIGEMMA else ("linear_1", "linear_2")
     connector = [
         MappingRow(
-            f"connector.layers.{ours_at}.{kind}", (f"multi_modal_projector.{theirs}.{kind}",)
+            f"connector.layers.{2 * place}.{kind}", (f"multi_modal_projector.{theirs}.{kind}",)
         )
-        for ours_at, theirs in ((0, "linear_1"), (2, "linear_2"))
+        for place, theirs in enumerate(layers)
         for kind in ("weight", "bias")
     ]
     newer = (

@@ -27,7 +27,7 @@ class Merger(Connector):
         super().__init__(config)
         norm = nn.RMSNorm if config.rms_norm else nn.LayerNorm
         inside = config.in_width * config.shuffle**2
-        self.norm = norm(config.in_width, NORM_EPS)
+        self.norm = norm(config.in_width, config.norm_eps)
         self.layers = mlp(inside, inside, config.out_width, depth=2)
         self.deepstack = nn.ModuleList(_FoldedMerger(config) for _ in range(config.deepstack))
 

@@ -14,6 +14,8 @@ from visavis.model.config import ClipTextConfig, MixtureConfig, NaFlexConfig, Vi
 from visavis.model.decoder import ACTIVATIONS
 from visavis.model.layers import Conv2d, Linear
 
+QK_NORM_EPS = 1e-6  # in the library's code, not in its config
+
 
 class ViTBlock(nn.Module):
     """Pre-norm attention and feed-forward, both with biases; CLIP's text tower has it too."""
@@ -22,10 +24,13 @@ class ViTBlock(nn.Module):
         super().__init__()
         width = config.width
         self.num_heads = config.num_heads
-        self.attn_norm = nn.LayerNorm(width, config.norm_eps)
-        self.qkv = Linear(width, 3 * width)
+        norm = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+        self.attn_norm = norm(width, config.norm_eps)
+        self.qkv = Linear(width, 3 * width, bias=config.qkv_bias)
+        self.q_norm = nn.RMSNorm(width, QK_NORM_EPS) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(width, QK_NORM_EPS) if config.qk_norm else None
         self.out = Linear(width, width)
-        self.ffn_norm = nn.LayerNorm(width, config.norm_eps)
+        self.ffn_norm = norm(width, config.norm_eps)
         self.up = Linear(width, config.ffn_width * (1 + config.gated_ffn))
         self.down = Linear(config.ffn_width, width)
         self.activation, self.gated = ACTIVATIONS[config.activation], config.gated_ffn
@@ -44,8 +49,11 @@ class ViTBlock(nn.Module):
         if layout is None:
             layout = SequenceLayout((x.shape[1],) * len(x))
         rows = x.shape[:-1].numel()
-        qkv = self.qkv(self.attn_norm(x)).view(rows, 3 * self.num_heads, -1)
-        q, k, v = qkv.chunk(3, 1)  # each [rows, heads, head_dim]
+        qkv = self.qkv(self.attn_norm(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv.chunk(3, -1)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), -1)
+        q, k, v = qkv.view(rows, 3 * self.num_heads, -1).chunk(3, 1)  # each [rows, heads, head_dim]
         mixed = attend(q, k, v, layout, causal=causal).reshape(x.shape)
         mixed = self.out(mixed)
         x = x + (mixed if self.attn_scale is None else mixed * self.attn_scale)

@@ -13,7 +13,7 @@
 #endif
 
 // Changes with every change of this file: a library that was compiled from another one is not used.
-#define VV_INTERFACE 2
+#define VV_INTERFACE 3
 
 VV_API int vv_interface(void);
 

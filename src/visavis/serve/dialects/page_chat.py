@@ -124,5 +124,7 @@ def _item(index: Index, number: int) -> Piece:
 async def _file(upload: UploadFile) -> Piece:
     media_type = upload.content_type or ""
     kinds: dict[str, Kind] = {"video/": "video", "application/pdf": "document"}
-    kind = next((kind for start, kind in kinds.items() if media_type.startswith(start)), "image")
+    kind: Kind = next(
+        (kind for start, kind in kinds.items() if media_type.startswith(start)), "image"
+    )
     return Piece(kind, await upload.read())

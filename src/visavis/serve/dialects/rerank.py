@@ -1,4 +1,8 @@
-"""Reranking (Jina's and Cohere's shape) and scoring (vLLM's), by the cosine of embeddings."""
+"""Reranking (Jina's and Cohere's shape) and scoring (vLLM's), by the cosine of embeddings.
+
+Of a multi-vector model it is the mean of the best cosines of the query's vectors: MaxSim divided by
+their number.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from visavis.errors import InputError
+from visavis.model.maxsim import maxsim
 from visavis.serve.dialects.pieces import pieces_of
 from visavis.serve.http import Call, Endpoint
 from visavis.serve.media import Piece
@@ -22,9 +27,10 @@ async def rerank(call: Call) -> BaseModel:
     body: schemas.RerankRequest = call.body
     inputs = [_pieces(body.query), *map(_pieces, body.documents)]
     found = await call.service.embed(
-        body.model, inputs, instruction=body.instruction, num_queries=1
+        body.model, inputs, instruction=body.instruction, num_queries=1, multi=True
     )
-    similarities = found.vectors[1:] @ found.vectors[0]  # [N]
+    documents = found.of_inputs[1:]
+    similarities = _similarities([found.of_inputs[0]] * len(documents), documents)
     order = np.argsort(-similarities, kind="stable")[: body.top_n]
     results = [
         schemas.RerankResult(
@@ -55,13 +61,11 @@ async def score(call: Call) -> BaseModel:
         )
     inputs = [*map(_pieces, first), *map(_pieces, second)]
     found = await call.service.embed(
-        body.model, inputs, instruction=body.instruction, num_queries=len(first)
+        body.model, inputs, instruction=body.instruction, num_queries=len(first), multi=True
     )
-    ours, theirs = found.vectors[: len(first)], found.vectors[len(first) :]
-    data = [
-        schemas.Score(index=index, score=float(cosine))
-        for index, cosine in enumerate(np.sum(ours * theirs, axis=1))
-    ]
+    ours, theirs = list(found.of_inputs[: len(first)]), found.of_inputs[len(first) :]
+    cosines = _similarities(ours * (len(theirs) // len(ours)), theirs)
+    data = [schemas.Score(index=i, score=float(cosine)) for i, cosine in enumerate(cosines)]
     return schemas.ScoreResponse(
         id=call.request_id,
         created=int(time.time()),
@@ -79,6 +83,18 @@ def _pieces(item: str | schemas.RerankItem) -> list[Piece]:
     image = [Piece("image", item.image)] if item.image is not None else []
     text = [Piece("text", item.text)] if item.text is not None else []
     return [*image, *text]
+
+
+def _similarities(queries: Sequence[np.ndarray], documents: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the similarity of each query and document, float [N]: of vectors [D] their cosine,
+    of [tokens, D] the mean of the best cosines of the query's."""
+    pairs = zip(queries, documents, strict=True)
+    return np.array(
+        [
+            float(query @ document) if query.ndim == 1 else maxsim(query, document) / len(query)
+            for query, document in pairs
+        ]
+    )
 
 
 def _listed(side: Any) -> Sequence[Any]:

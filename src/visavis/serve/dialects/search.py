@@ -55,9 +55,7 @@ def found(
     has_words = body.text is not None and bool(body.text.strip())
     if body.like is not None and not has_words and not body.negative:  # its vector is known
         item_of(index, body.like)
-        return index.similar(
-            body.like, body.k, conditions, offset=body.offset, with_itself=True
-        )
+        return index.similar(body.like, body.k, conditions, offset=body.offset, with_itself=True)
     return indexes.search(
         index,
         indexes.query(index, body.text or "", image, body.like),
