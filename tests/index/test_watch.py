@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import picture, tiny_model, write_pictures
+from tests.fakes import picture, write_pictures
+from tests.index.kills import PixelModel
 from visavis import Index
 from visavis.index import watch as following
 from visavis.index.watch import WatchReport, apply, is_reachable, scan, watch
@@ -19,7 +20,7 @@ from visavis.index.watch import WatchReport, apply, is_reachable, scan, watch
 
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[Index]:
-    with Index(tmp_path / "test.idx", tiny_model()) as opened:
+    with Index(tmp_path / "test.idx", PixelModel()) as opened:
         yield opened
 
 
