@@ -43,7 +43,7 @@ def test_a_scan_adds_changes_and_removes(folder: Path, index: Index) -> None:
     assert vars(scan(index, [folder])) == vars(WatchReport(added=5))
     shutil.rmtree(folder / "b")
     picture(99).save(folder / "a" / "picture-000.png")
-    index.add({"text": "not a file"})
+    index.add({"source": "not a file", "image": picture(7)})
     assert vars(scan(index, [folder])) == vars(WatchReport(changed=1, removed=2))
     assert sources(index) == {*files(folder), "not a file"}
 
