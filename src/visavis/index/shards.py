@@ -40,7 +40,7 @@ _KEY = b"visavis"
 
 @dataclass
 class ShardReport:
-    """What has become a shard: number of rows, and (source, reason) of those without a vector."""
+    """Result of writing a shard: number of rows, and (source, reason) of what failed in them."""
 
     number: int
     items: int = 0
