@@ -223,7 +223,8 @@ def test_a_damaged_shard_is_an_error(corpus, tmp_path):
 
 def test_vectors_are_read_by_other_programs(corpus, tmp_path):
     output = tmp_path / "shards"
-    ShardWriter(tiny_model(), str(output)).write(make_plan([str(corpus / "a")], 99).shards[0])
+    (shard,) = kept_plan(str(output), [str(corpus / "a")], 99).shards
+    ShardWriter(tiny_model(), str(output)).write(shard)
     table = parquet.read_table(output)
     vectors = np.stack(table.column("vector").combine_chunks().to_numpy(zero_copy_only=False))
     assert vectors.shape == (6, 16) and vectors.dtype == np.float32

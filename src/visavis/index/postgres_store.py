@@ -45,7 +45,7 @@ from visavis.index.store import (
 from visavis.index.word_counts import K1, B, count_words, inverse_frequency, stems_of
 
 SLACK = 64  # more candidates than wanted, whose exact order may differ from pgvector's
-EF_SEARCH = 200  # candidates that HNSW keeps
+EF_SEARCH = 800  # candidates that HNSW keeps
 _ITEMS = (
     "SELECT i.id, i.source, v.content, i.kind, i.path, i.page, i.begin_s, i.end_s, i.date,"
     " i.place, i.text, i.found_text, i.metadata, i.preview FROM visavis_items i"

@@ -40,7 +40,7 @@ _KEY = b"visavis"
 
 @dataclass
 class ShardReport:
-    """What has become a shard: number of rows, and (source, reason) of those without a vector."""
+    """Result of writing a shard: number of rows, and (source, reason) of what failed in them."""
 
     number: int
     items: int = 0
@@ -96,7 +96,7 @@ class ShardWriter:
         rows += self._rows(waiting, hasher, report)
         report.items = len(rows)
         report.failed += [(row["source"], row["error"]) for row in rows if row["error"]]
-        write_file(self.output, shard.name, _encoded(rows, self.meta))
+        write_file(self.output, shard.name, encoded(rows, self.meta))
         return report
 
     def _rows(
@@ -214,7 +214,8 @@ def _batches(shards: str, name: str) -> Iterator[tuple[list[IndexRow], int]]:
             yield rows, len(vectors) - len(rows)
 
 
-def _encoded(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> bytes:
+def encoded(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> bytes:
+    """Return rows as a Parquet file."""
     import pyarrow as arrow
     from pyarrow import parquet
 
