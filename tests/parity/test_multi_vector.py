@@ -15,6 +15,8 @@ import visavis
 from tests.parity.multi_vector_files import SAVE, Peer
 from tests.parity.peers import TOLERANCE
 from tests.parity.qwen2_vl_files import noise
+from visavis.checkpoints.inspect import model_parts
+from visavis.checkpoints.transformers.export import write_transformers
 from visavis.errors import CheckpointError, InputError
 from visavis.inputs import Prompt
 
@@ -70,6 +72,22 @@ def test_scores_are_those_of_the_processor(pair: Pair) -> None:
     ours = [[visavis.maxsim(query, document) for document in documents] for query in queries]
     assert np.allclose(ours, theirs.numpy(), atol=TOLERANCE)
     assert np.ptp(ours, axis=1).min() > 0.01, "all images score alike"
+
+
+def test_it_is_written_as_the_stock_class_reads_it(pair: Pair, tmp_path: Path) -> None:
+    model, peer = pair
+    assert not write_transformers(model, tmp_path).lost
+    again = load(tmp_path)
+    assert again.vlm.config == model.vlm.config and again.profile == model.profile
+    assert again.processor == model.processor
+    for item in (QUERIES[0], IMAGES[0]):
+        assert (again.embed_multi(item)[0] == model.embed_multi(item)[0]).all()
+    stock = type(peer.model).from_pretrained(tmp_path).eval()
+    expected = Peer(stock, peer.processor).embed(IMAGES[0])
+    assert abs(expected - peer.embed(IMAGES[0])).max() <= 1e-6
+    processor = Peer(stock, type(peer.processor).from_pretrained(tmp_path))
+    for item in (QUERIES[0], IMAGES[0]):
+        assert processor.ids(item) == peer.ids(item)
 
 
 def test_what_it_does_not_do_is_said(pair: Pair) -> None:
@@ -201,3 +219,9 @@ def test_older_files_of_modernbert_list_no_layers(tmp_path: Path) -> None:
     change(tmp_path / "config.json", older)
     assert load(tmp_path).vlm.config == config
     assert config.decoder.local_layers == (1, 2, 4) and config.decoder.local_window == 7
+
+
+def test_inspect_shows_the_head(pair: Pair) -> None:
+    parts = {part["part"]: part for part in model_parts(pair[0].vlm.config)}
+    head = parts["multi-vector head"]
+    assert head["details"] == "128 numbers for each token" and head["parameters"] == 33 * 128
