@@ -1,4 +1,4 @@
-"""Reranking (Jina's and Cohere's shape), by the scores of a reranker or the cosine of embeddings, and
+"""Reranking (Jina's and Cohere's shape), by a reranker's scores or the cosine of embeddings, and
 scoring (vLLM's), by the cosine.
 
 Of a multi-vector model it is the mean of the best cosines of the query's vectors: MaxSim divided by
