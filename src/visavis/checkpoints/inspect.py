@@ -61,7 +61,9 @@ def model_parts(config: VLMConfig) -> list[dict[str, Any]]:
     if text := config.text_tower:
         details["text_tower"] = f"{text.kind}, {text.num_layers} layers × {text.width}"
         if not config.has_decoder:
-            details["text_tower"] += f", vocabulary {text.vocab_size}, context {text.context_length}"
+            details["text_tower"] += (
+                f", vocabulary {text.vocab_size}, context {text.context_length}"
+            )
     if head:
         of = "the towers" if head.text_width else f"layers {head.layers}"
         details["head"] = details["dual_head"] = f"{head.dim} dimensions from {of}"

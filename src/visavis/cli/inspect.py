@@ -111,7 +111,7 @@ def quirks(config: VLMConfig) -> dict[str, str]:
         "merge": config.merge,
         "vision tower": config.tower,
         "connector": config.connector,
-        "language model": config.decoder,
+        "language model": config.decoder if config.has_decoder else None,
         "text tower": config.text_tower,
         "embedding head": config.head,
     }

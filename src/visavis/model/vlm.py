@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class VLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the decoder's matmuls compute in; of a dual encoder, its text tower's."""
+        """The number type of the decoder's matrix products; of a dual encoder, its text tower's."""
         if self.config.has_decoder:
             return self.decoder.dtype
         assert self.text_tower is not None
@@ -93,22 +94,21 @@ class VLM(nn.Module):
         features = torch.cat([self.tower_features(chunk) for chunk in chunks])
         return self.connect(features, [visual.shape for visual in visuals])
 
-    def _see_vectors(
-        self, visuals: Sequence[ImageInput], head: DualHead
-    ) -> list[ImageFeatures]:
+    def _see_vectors(self, visuals: Sequence[ImageInput], head: DualHead) -> list[ImageFeatures]:
         """Return a dual encoder's vector of each image or video, which is its one token too: the
         mean of the unit vectors of its views (CLIP4Clip, Luo et al. 2021, for videos)."""
         assert self.tower is not None
         dtype = next(self.tower.parameters()).dtype
         pixels = torch.cat([visual.pixels for visual in visuals]).to(dtype)
         shapes = [visual.shape for visual in visuals]
+        pooled: Any = self.tower.pooled  # ViT's or NaFlexTower's
         if self.config.tower is not None and self.config.tower.any_resolution:
             grids = [(shape.frames, shape.rows, shape.columns) for shape in shapes]
-            features = self.tower.pooled(pixels, grids)
+            features = pooled(pixels, grids)
             counts = [shape.frames for shape in shapes]
         else:
             chunks = pixels.split(TOWER_BATCH) if pixels.device.type == "cpu" else (pixels,)
-            features = torch.cat([self.tower.pooled(chunk) for chunk in chunks])
+            features = torch.cat([pooled(chunk) for chunk in chunks])
             counts = [shape.views for shape in shapes]
         means = [own.mean(0) for own in head.images(features.float()).split(counts)]
         return [(mean[None], mean) for mean in means]

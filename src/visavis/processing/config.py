@@ -222,7 +222,7 @@ class VideoConfig:
 class ImageProcessorConfig:
     """How a vision tower wants its images; saved with the weights."""
 
-    size: int  # pixels, side of the square the tower sees; with patches or naflex, of what makes one token
+    size: int  # pixels, side of the square the tower sees; of any resolution: of one token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
     # size, see qwen2_vl.py | hd: tiles, see phi3v.py | naflex: patches, see naflex.py
     resize: Resize

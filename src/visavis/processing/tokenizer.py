@@ -222,8 +222,8 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
-    """Load `tokenizer.json`, else `tokenizer.model`, else `vocab.json` and `merges.txt`, else SigLIP's
-    `spiece.model`, with the special tokens that the files beside it name.
+    """Load `tokenizer.json`, else `tokenizer.model`, else `vocab.json` and `merges.txt`, else
+    SigLIP's `spiece.model`, with the special tokens that the files beside it name.
 
     Raises:
         CheckpointError: all are absent, or one cannot be read.

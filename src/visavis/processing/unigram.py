@@ -96,7 +96,10 @@ def siglip_json(path: Path, config: Mapping[str, Any]) -> bytes:
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     marks = [i for i, kind in enumerate(model.types) if kind in (UNKNOWN, CONTROL)]
     flags = {"single_word": False, "lstrip": True, "rstrip": True, "normalized": False}
-    one, last = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    one, last = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+    )
     two = {"Sequence": {"id": "B", "type_id": 0}}
     whole = {
         "version": "1.0",

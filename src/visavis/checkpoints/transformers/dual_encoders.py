@@ -1,6 +1,7 @@
 """Configs and tensor names of CLIP, SigLIP, SigLIP 2 and MetaCLIP 2: two towers and no decoder.
 
-    vision_model.*   text_model.*   visual_projection, text_projection (CLIP)   logit_scale, logit_bias
+    vision_model.*   text_model.*   visual_projection, text_projection (CLIP)
+    logit_scale, logit_bias (SigLIP)
 
 SigLIP 2 of one resolution has SigLIP's classes; `siglip2` is the one for any aspect ratio (NaFlex).
 """
@@ -132,7 +133,7 @@ def _text_tower(config: Json, kind: str, padded: Any) -> ClipTextConfig:
     )
 
 
-def _naflex(vision: Json) -> NaFlexConfig:
+def _naflex(vision: dict[str, Any]) -> NaFlexConfig:
     config = NAFLEX | vision
     require("num_channels", (n := config.get("num_channels", 3)), n == 3, "3")
     width, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
@@ -179,6 +180,8 @@ def dual_table(config: VLMConfig) -> NameTable:
         ]
     ignored = tuple(f"{part}.embeddings.position_ids" for part in ("vision_model", text))
     # modules of the library until 5.x had one model more inside
-    aliases = (("text_model.text_model.**", "text_model.**"),)
-    aliases += (("vision_model.vision_model.**", "vision_model.**"),)
+    aliases = (
+        ("text_model.text_model.**", "text_model.**"),
+        ("vision_model.vision_model.**", "vision_model.**"),
+    )
     return NameTable(tuple(rows), aliases, ignored)
