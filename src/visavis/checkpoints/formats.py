@@ -34,7 +34,7 @@ from visavis.checkpoints.transformers.load import (
     Qwen2VLFormat,
     TransformersFormat,
 )
-from visavis.checkpoints.transformers.load_dual import DualEncoderFormat
+from visavis.checkpoints.transformers.load_embedders import DualEncoderFormat, EmbeddingGemma2Format
 from visavis.errors import CheckpointError
 from visavis.utils import check_regular, suggest
 
@@ -95,6 +95,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaOnevisionFormat,
     Qwen2VLFormat,
     DualEncoderFormat,
+    EmbeddingGemma2Format,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

@@ -81,7 +81,7 @@ def find_settings(name_or_path: str | Path) -> Path:
 
 
 def _on_hub(name: str) -> hub.HubId | None:
-    """Return what a name stands for on the hub; a path that exists wins."""
+    """Return the hub id that a name stands for; a path that exists wins."""
     if os.path.exists(os.path.expanduser(name)):
         return None
     known = known_models().get(name)

@@ -34,6 +34,7 @@ WAYS = {
     "patches": "native resolution, in patches",
     "hd": "high-resolution tiles and a global view",
     "naflex": "any aspect ratio, in patches",
+    "gemma": "any aspect ratio, in squares of patches",
 }
 
 

@@ -418,7 +418,7 @@ def answers(model: Model, asked: Sequence[Probe]) -> list[Answer]:
         if probe.image is not None and not model.takes_images:
             found.append(Answer())
             continue
-        if not model.vlm.config.has_decoder:  # embeds texts and images apart
+        if not model.vlm.config.has_decoder:  # it embeds, and CLIP's like texts and images apart
             alone = probe.text[:SHORT] if probe.image is None else probe.image
             found.append(Answer(vector=model.embed([alone])[0]))
             continue

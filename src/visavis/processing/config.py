@@ -5,6 +5,7 @@
       hd: Phi3VConfig        Phi-3.5-vision: a canvas of whole tiles (phi3v.py)
       patches: Qwen2VLConfig Qwen2-VL: patches at any resolution (qwen2_vl.py)
       naflex: NaFlexSizes    SigLIP 2: patches of any aspect ratio (naflex.py)
+      gemma: GemmaSizes      EmbeddingGemma 2: squares of patches of any aspect ratio (gemma.py)
       video: VideoConfig     which frames of a video are taken (video.py)
 
 They describe sizes and switches and check them; they open and resize nothing.
@@ -20,7 +21,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from visavis.errors import InputError
 from visavis.utils import suggest
 
-Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "naflex"]
+Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "naflex", "gemma"]
 Resample: TypeAlias = Literal["bicubic", "bilinear"]
 MAX_PATCHES = 1 << 16
 
@@ -115,6 +116,29 @@ class NaFlexSizes:
         for key in values:
             if key not in names:
                 raise InputError(f"naflex config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class GemmaSizes:
+    """Side in patches of what becomes one token, and how many tokens an image becomes at most."""
+
+    merge: int = 3
+    max_tokens: int = 280
+
+    def __post_init__(self) -> None:
+        for name, most in (("merge", 64), ("max_tokens", MAX_PATCHES)):
+            number = getattr(self, name)
+            if type(number) is not int or not 1 <= number <= most:
+                raise InputError(f"gemma config: {name} is {number!r}, expected 1 to {most}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GemmaSizes:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"gemma config: unknown key {key!r}; {suggest(key, names)}")
         return cls(**values)
 
 
@@ -233,6 +257,7 @@ class ImageProcessorConfig:
     patches: Qwen2VLConfig | None = None
     hd: Phi3VConfig | None = None
     naflex: NaFlexSizes | None = None
+    gemma: GemmaSizes | None = None  # any aspect ratio, see gemma.py
     tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see anyres.py
     video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
@@ -261,6 +286,8 @@ class ImageProcessorConfig:
             problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
         if (self.resize == "naflex") != (self.naflex is not None):
             problems.append(f"resize={self.resize!r}, but naflex is {self.naflex}")
+        if (self.resize == "gemma") != (self.gemma is not None):
+            problems.append(f"resize={self.resize!r}, but gemma is {self.gemma}")
         if self.tiles is not None and self.resize != "squash":
             problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
         elif (
@@ -299,6 +326,8 @@ class ImageProcessorConfig:
             tuples["hd"] = Phi3VConfig.from_dict(values["hd"])
         if values.get("naflex") is not None:
             tuples["naflex"] = NaFlexSizes.from_dict(values["naflex"])
+        if values.get("gemma") is not None:
+            tuples["gemma"] = GemmaSizes.from_dict(values["gemma"])
         if values.get("tiles") is not None:
             tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
         if values.get("video") is not None:

@@ -14,6 +14,7 @@ from visavis.inputs import Content, Image, Video
 from visavis.model.image_input import ImageGrid
 from visavis.processing.anyres import AnyresProcessor
 from visavis.processing.config import ImageProcessorConfig
+from visavis.processing.gemma import GemmaProcessor
 from visavis.processing.images import decode_image, image_size
 from visavis.processing.naflex import NaFlexProcessor
 from visavis.processing.phi3v import Phi3VProcessor
@@ -55,6 +56,7 @@ def image_processor(config: ImageProcessorConfig) -> ImageProcessor:
         "patches": Qwen2VLProcessor,
         "hd": Phi3VProcessor,
         "naflex": NaFlexProcessor,
+        "gemma": GemmaProcessor,
     }
     return rules.get(config.resize, ImageProcessor)(config)
 

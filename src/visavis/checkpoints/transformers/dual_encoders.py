@@ -23,14 +23,8 @@ from visavis.checkpoints.transformers.config_reader import (
 from visavis.checkpoints.transformers.vision_models import CLIP, SIGLIP, vit_config
 from visavis.checkpoints.transformers.weights import clip_block_rows, clip_rows
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
-from visavis.model.config import (
-    ClipTextConfig,
-    HeadConfig,
-    NaFlexConfig,
-    ViTConfig,
-    VLMConfig,
-    no_decoder,
-)
+from visavis.model.config import HeadConfig, ViTConfig, VLMConfig, no_decoder
+from visavis.model.embedder_config import ClipTextConfig, NaFlexConfig
 
 CLIP_TEXT: dict[str, Any] = {
     "vocab_size": 49408,

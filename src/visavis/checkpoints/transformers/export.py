@@ -26,6 +26,7 @@ from visavis.checkpoints.checkpoint import (
 )
 from visavis.checkpoints.transformers.export_config import config_json, inexpressible
 from visavis.checkpoints.transformers.export_dual import write_dual_encoder
+from visavis.checkpoints.transformers.export_gemma import write_gemma
 from visavis.checkpoints.transformers.export_processor import pinpoints, processor_json
 from visavis.checkpoints.transformers.weights import write
 from visavis.model.config import DecoderConfig, RopeScaling, ViTConfig, VLMConfig
@@ -159,8 +160,10 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
     Raises:
         CheckpointError: a part that no stock class has; it is named.
     """
-    if not loaded.vlm.config.has_decoder:
+    if loaded.vlm.config.is_dual:
         return write_dual_encoder(loaded, folder, progress=progress)
+    if not loaded.vlm.config.has_decoder:
+        return write_gemma(loaded, folder, progress=progress)
     state, config = library_norms(whole_state(loaded.vlm), loaded.vlm.config)
     tokenizer = loaded.tokenizer
     if config.tower is not None and not has_placeholder(loaded):
