@@ -45,7 +45,8 @@ class Trace:
 
     Attributes:
         token_ids: int64 [T], image placeholders included.
-        image_slots: (first position, number of tokens) of each image.
+        image_slots: (first position, number of tokens) of each image; of several runs of tokens
+            where text stands among those of one image.
         hidden: float32 [T, D], after the final norm.
         logits: float32 [T, vocab].
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 from visavis.checkpoints.quantize import unpack_linears
 from visavis.model.attention import SequenceLayout
 from visavis.model.config import DecoderConfig, VLMConfig
-from visavis.model.decoder import Decoder
+from visavis.model.decoder import Decoder, DeepStack
 from visavis.model.image_input import ImageGrid
 from visavis.model.kv_cache import KVCache
 from visavis.model.native_decoder import NativeDecoder, can_run
@@ -247,3 +247,27 @@ def test_groups_come_back(bits: int) -> None:
         rows.values(torch.tensor([70]))
     with pytest.raises(ValueError, match="cannot be Q4_K"):
         NativeRows(1, 96, "Q4_K")
+
+
+def test_features_are_added_between_the_first_layers() -> None:
+    """DeepStack: as the modules do it, before and after the last layer, whole and in parts."""
+    positions = torch.tensor([1, 2, 5, 8])
+    for count in (1, 3):
+        features = tuple(torch.randn(len(positions), CONFIG.width) for _ in range(count))
+        decoder = random_decoder(num_layers=3)
+        x, places, layout = torch.randn(9, CONFIG.width), torch.arange(9), SequenceLayout((9,))
+        deepstack = DeepStack(positions, features)
+        expected = decoder(x, places, layout, range(4), deepstack)
+        plain = decoder(x, places, layout)[-1]
+        kernels = NativeDecoder(decoder)
+        found = kernels.forward(x, places, layout, range(4), deepstack)
+        for layer in range(4):
+            assert torch.allclose(found[layer], expected[layer], atol=2e-5), layer
+        assert not torch.allclose(expected[3], plain, atol=0.01)
+        cache, parts = new_cache(decoder), []
+        for rows in (slice(0, 3), slice(3, 9)):
+            own = (positions >= rows.start) & (positions < rows.stop)
+            part = DeepStack(positions[own] - rows.start, tuple(one[own] for one in features))
+            layout = SequenceLayout((rows.stop - rows.start,), (cache,))
+            parts.append(kernels.forward(x[rows], places[rows], layout, (-1,), part)[-1])
+        assert torch.equal(torch.cat(parts), found[3])

@@ -3,6 +3,7 @@ folder's own template, and its formulas on the stock class."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import visavis
 from tests.parity.peers import assert_close
 from tests.parity.qwen2_vl_files import TEMPLATE_3, noise, peer_inputs, save_qwen3_vl, tokenizer
+from tests.serve.serving import client_of, data_uri, serving
+from visavis.cli import app
 from visavis.errors import InputError
 from visavis.processing.config import ImageProcessorConfig, Qwen2VLConfig, sized_as
 from visavis.processing.qwen2_vl import Qwen2VLProcessor, resized
@@ -196,3 +200,53 @@ def test_what_a_model_is_not_is_said(
     save_qwen3_vl(tmp_path)
     with pytest.raises(InputError, match="has no tokens 'yes' and 'no'"):
         load(tmp_path, "qwen3-vl-reranker").rerank("a", ["b"])
+
+
+def test_the_command_orders_documents(
+    folder: tuple[Any, Path], reranker: visavis.Model, tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        noise((64, 64), number).save(tmp_path / f"{number}.png")
+    (tmp_path / "more.jsonl").write_text('{"image": "2.png", "text": "dog"}\n')
+    settings = ["--profile", "qwen3-vl-reranker", "--precision", "f32", "--device", "cpu"]
+    words = ["rerank", str(folder[1]), "a cat", "-t", "a cat", "-i", str(tmp_path / "1.png")]
+    words += ["--items", str(tmp_path / "more.jsonl"), "--query-image", str(tmp_path / "2.png")]
+    found = CliRunner().invoke(app, [*words, *settings, "--json"])
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)["results"]
+    query = {"image": tmp_path / "2.png", "text": "a cat"}
+    documents = ["a cat", tmp_path / "1.png", {"image": tmp_path / "2.png", "text": "dog"}]
+    scores = reranker.rerank(query, documents)
+    assert [row["index"] for row in rows] == (-scores).argsort().tolist()
+    assert np.allclose([row["score"] for row in rows], np.sort(scores)[::-1], atol=1e-6)
+    shown = CliRunner().invoke(app, [*words, *settings, "--top-k", "1"]).stdout
+    assert shown.split()[0] == f"{rows[0]['score']:.4f}" and len(shown.splitlines()) == 1
+    for wrong, message in (
+        (["rerank", str(folder[1]), "-t", "a"], "nothing to look for"),
+        (["rerank", str(folder[1]), "a"], "nothing to score"),
+        ([*words, "--top-k", "0"], "--top-k is 0, expected 1 or more"),
+    ):
+        refused = CliRunner().invoke(app, wrong)
+        assert refused.exit_code == 2 and message in refused.stderr
+
+
+def test_the_server_reranks_by_its_scores(reranker: visavis.Model) -> None:
+    image = noise((64, 64), 2)
+    documents: list[Any] = ["a cat", {"image": data_uri(image)}, {"text": "dog"}]
+    expected = reranker.rerank("a cat", ["a cat", image, "dog"], instruction="Find cats")
+    with serving(models={"judge": reranker}) as (address, _), client_of(address) as client:
+        body = {"model": "judge", "query": "a cat", "documents": documents, "top_n": 2}
+        for path in ("/v1/rerank", "/v2/rerank"):
+            response = client.post(path, json=body | {"instruction": "Find cats"})
+            assert response.status_code == 200, response.text
+            found = response.json()["results"]
+            order = (-expected).argsort()[:2].tolist()
+            assert [one["index"] for one in found] == order
+            scores = [one["relevance_score"] for one in found]
+            assert np.allclose(scores, expected[order], atol=1e-6)
+        refused = client.post("/v1/embeddings", json={"model": "judge", "input": "a cat"})
+        assert refused.status_code == 400 and "use rerank" in refused.text
+        wrong = client.post("/v1/rerank", json=body | {"documents": ["a", {"image": "x.png"}]})
+        assert wrong.status_code in (400, 422)
+        shown = client.post("/api/show", json={"model": "judge"})
+        assert "embedding" not in shown.json()["capabilities"]

@@ -4,6 +4,7 @@ formula."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
 )
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import (
+    smart_resize as smart_resize_video,
+)
 
 from visavis.errors import ImageError, InputError
 from visavis.processing.config import QWEN2_VL_SIZES as SIZES_OF
-from visavis.processing.config import ImageProcessorConfig, Qwen2VLConfig
+from visavis.processing.config import ImageProcessorConfig, Qwen2VLConfig, VideoConfig
+from visavis.processing.frame_sampling import sample
 from visavis.processing.qwen2_vl import Qwen2VLProcessor, resized
 
 CLIP: dict[str, Any] = {
@@ -123,3 +129,41 @@ def test_settings() -> None:
         ImageProcessorConfig(28, "squash", **CLIP, patches=Qwen2VLConfig())
     with pytest.raises(InputError, match="resize='patches', but patches are None"):
         ImageProcessorConfig(28, "patches", **CLIP)
+
+
+def test_whole_videos_are_sized_as_transformers_does() -> None:
+    """Qwen3-VL bounds the area of all frames together; frames below a token are made larger."""
+    bounds = {"video_min_pixels": 128 * 1024, "video_max_pixels": 768 * 1024}
+    config = Qwen2VLConfig(patch=16, whole_videos=True, **bounds)
+    sizes = np.random.default_rng(2).integers(3, 2000, (1500, 2)).tolist()
+    for number, (width, height) in enumerate(sizes):
+        frames = 2 + number % 40
+        scale = max(1.0, 32 / min(width, height))
+        if max(width, height) > 199 * min(width, height) * (1 if scale == 1 else 0.9):
+            continue
+        expected = smart_resize_video(
+            frames, height, width, 2, 32, bounds["video_min_pixels"], bounds["video_max_pixels"]
+        )
+        assert resized((width, height), config, frames)[::-1] == expected, (width, height, frames)
+
+
+def test_a_share_of_all_pixels_bounds_each_frame() -> None:
+    """As Qwen's own utilities do: at least 1.05 of the smallest area is left."""
+    config = Qwen2VLConfig(patch=16, total_pixels=100_000, video_min_pixels=20_000)
+    assert config.bounds(0) == (3136, 1003520)
+    assert config.bounds(2) == (20_000, 100_000)
+    assert config.bounds(8) == (20_000, 25_000)
+    assert config.bounds(64) == (20_000, 21_000)
+
+
+@pytest.mark.parametrize("fps", [2, 0.7])
+def test_frames_of_qwen3_vl_are_those_of_its_processor(fps: float) -> None:
+    settings = {"fps": fps, "min_frames": 4, "max_frames": 24, "num_frames": None}
+    config = VideoConfig(24, float(fps), 24, 4, "qwen3-vl")
+    for total in (1, 3, 4, 5, 29, 100, 1234):
+        for rate in (2.0, 24.0, 29.97, 60.0):
+            video = SimpleNamespace(total_num_frames=total, fps=rate)
+            peer = Qwen3VLVideoProcessor.sample_frames(SimpleNamespace(**settings), video)
+            assert sample(total, rate, config) == peer.tolist(), (total, rate)
+    asked = np.linspace(0, 99, 7).round().astype(int).tolist()
+    assert sample(100, 24.0, config, 7) == asked

@@ -123,8 +123,8 @@ def embed(
 
     from visavis.utils import write_atomically
 
-    named = [(text, text) for text in texts] + _named_visuals(images, videos, documents, whole)
-    named += _read_items(items) if items else []
+    named = [(text, text) for text in texts] + named_visuals(images, videos, documents, whole)
+    named += read_items(items) if items else []
     shown, wanted = [name for name, _ in named], [item for _, item in named]
     if not wanted:
         raise InputError(f"nothing to embed: --items {items} holds no lines")
@@ -160,7 +160,7 @@ def _check_alone(*others: object) -> None:
         )
 
 
-def _named_visuals(
+def named_visuals(
     images: list[Path], videos: list[Path], documents: list[Path], whole: bool
 ) -> list[tuple[Any, Any]]:
     """Return images, videos and document pages, each with its name."""
@@ -178,7 +178,7 @@ def _named_visuals(
     return found
 
 
-def _read_items(path: Path) -> list[tuple[Any, Any]]:
+def read_items(path: Path) -> list[tuple[Any, Any]]:
     """Return the item of each line of a JSON lines file as it stands there, and with its paths
     from the file's folder; errors name the line."""
     try:

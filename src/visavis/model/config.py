@@ -56,6 +56,11 @@ class DecoderConfig:
     tied_head: bool = True
     sliding_window: int = 0  # tokens a query may look back, itself included; 0 = all
     causal: bool = True  # False: every token sees its whole sequence (PaliGemma's prefix)
+    norm_bias: bool = True  # of layer norms
+    embed_norm: bool = False  # on the embeddings instead of before the first attention (ModernBERT)
+    local_layers: tuple[int, ...] = ()  # numbers from 0 of layers with a window of their own
+    local_window: int = 0  # theirs, as `sliding_window`; without `causal` in both directions
+    local_rope_base: float = 10000.0
 
     def per_layer(self, value: PerLayer, layer: int) -> int:
         """Return the number for one layer of a field that may differ per layer."""

@@ -251,7 +251,7 @@ class Qwen2VLConfig:
         return self.patch * self.merge
 
     def bounds(self, frames: int) -> tuple[int, int]:
-        """Return the smallest and largest area of an image, or of a frame of a video of so many."""
+        """Return the smallest and largest area of an image, or of each of this many frames."""
         least, most = (self.video_min_pixels, self.video_max_pixels) if frames else (0, 0)
         least, most = least or self.min_pixels, most or self.max_pixels
         if frames and self.total_pixels:

@@ -211,7 +211,7 @@ def internvl_processor(image: Json, video: Json | None) -> ImageProcessorConfig:
     fields, tile = common_fields(config), _square(config)
     least, most = count(config, "min_patches"), count(config, "max_patches")
     require("max_patches", most, least <= most <= MAX_TILES, f"{least} to {MAX_TILES}")
-    filmed = PROCESSOR | without_nulls(config if video is None else video)
+    filmed = config | without_nulls(video or {})
     frames = count({"num_frames": FRAMES} | filmed, "num_frames")
     side, own = _square(filmed), common_fields(filmed)
     require("size of videos", side, side == tile, f"{tile}, as of images")

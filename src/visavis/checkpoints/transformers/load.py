@@ -222,7 +222,9 @@ class MultiVectorFormat(TransformersFormat):
         self, tokenizer: Tokenizer, specials: SpecialTokens, folder: Path
     ) -> SpecialTokens:
         found = super().special_tokens(tokenizer, specials, folder)
-        return replace(found, add_bos=False, appended=())  # the forms write what is around a text
+        if not MULTI_VECTOR[self.settings["model_type"]].writes_bos:
+            return found
+        return replace(found, add_bos=False, appended=())
 
 
 class Idefics3Format(TransformersFormat):
@@ -276,7 +278,7 @@ def image_processor(
         return naflex_processor(settings[0], config.tower)
     if model_type == INTERNVL:
         processor = internvl_processor(settings[0], video)
-    elif model_type in IDEFICS3:
+    elif model_type in (*IDEFICS3, "colmodernvbert"):
         kind = str(settings[0].get("image_processor_type"))
         known = kind.removesuffix("Fast").removesuffix("Pil") in SPLITTERS
         require("image_processor_type", kind, known, " or ".join(SPLITTERS))

@@ -30,6 +30,8 @@ from visavis.checkpoints.transformers.internvl import internvl_config, refuse_or
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
 from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
 from visavis.checkpoints.transformers.llava_onevision15 import onevision15_config
+from visavis.checkpoints.transformers.modernvbert import KIND as MODERNVBERT
+from visavis.checkpoints.transformers.modernvbert import modernvbert_config
 from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, with_multi_vectors
 from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
@@ -150,6 +152,9 @@ def vlm_config(config: Json) -> VLMConfig:
         return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
     if kind in IDEFICS3:
         return idefics3_config(config)
+    if kind == MODERNVBERT:
+        vision = {"model_type": "siglip_vision_model"} | section(config, "vision_config")
+        return modernvbert_config(config, vit_config(vision))
     if kind == ONEVISION_15:
         return onevision15_config(config)
     if kind == INTERNVL:

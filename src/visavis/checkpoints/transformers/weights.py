@@ -19,6 +19,8 @@ from visavis.checkpoints.transformers.internvl import internvl_table
 from visavis.checkpoints.transformers.language_models import decoder_rows
 from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
 from visavis.checkpoints.transformers.llava_onevision15 import onevision15_table
+from visavis.checkpoints.transformers.modernvbert import KIND as MODERNVBERT
+from visavis.checkpoints.transformers.modernvbert import modernvbert_rows
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, multi_vector_table
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.vision_models import (
@@ -255,6 +257,10 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
         return _idefics3_table(config, ours)
     if config["model_type"] == INTERNVL:
         return internvl_table(config, ours)
+    if config["model_type"] == MODERNVBERT:
+        vision = {"model_type": "siglip_vision_model"} | section(config, "vision_config")
+        tower = tower_table(vision, "vision_model.")
+        return NameTable((*modernvbert_rows(), *tower.rows), tower.aliases, tower.ignored)
     prefix = "" if ours.tower is None else "language_model."
     head = f"{prefix}lm_head"
     # A buffer that old files carry; and a tied head is the embeddings once more.

@@ -245,7 +245,7 @@ async def show(call: Call) -> BaseModel:
             "visavis.context_length": model.context_length,
         }
         capabilities = []
-        if not model.has_multi_vectors:
+        if not (model.has_multi_vectors or model.is_reranker):
             info["visavis.embedding_length"] = model.embedding_dim
             capabilities.append("embedding")
         if model.encoder.can_chat:
