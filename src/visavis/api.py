@@ -68,7 +68,7 @@ def load(
     vision_tower: str | Path | None = None,
     image_cache: str | Path | None = None,
 ) -> Model:
-    """Load a model by bundled name (`nano`, `smollm2-135m`), folder or .gguf file.
+    """Load a model by name (`nano`, or another of `visavis models`), hub id, folder or .gguf file.
 
     Args:
         precision: "auto" keeps what a GGUF file quantises so, and computes in bfloat16 where the

@@ -55,6 +55,8 @@ def demo(
 
       visavis demo --no-serve --output demo/
 
+      visavis demo --model siglip2-base
+
       visavis demo --json > demo.json
     """
     serve = serve and not as_json
@@ -104,7 +106,8 @@ def _print_result(result: DemoResult) -> None:
         table.add_row(search.label, *cells)
     # A pipe has no width: rich would assume 80 columns and cut names short.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    typer.echo(f"{title(result.asked_about)}: {QUESTION}\n  {result.reply.text.strip()}\n")
+    if result.reply is not None:
+        typer.echo(f"{title(result.asked_about)}: {QUESTION}\n  {result.reply.text.strip()}\n")
     pace = f"{len(result.index)} items indexed in {result.index_seconds:.1f} s"
     typer.echo(f"{pace}; contact sheet: {result.sheet_path}")
 
@@ -127,6 +130,6 @@ def _print_json(result: DemoResult) -> None:
             ],
             "question": QUESTION,
             "image": str(result.asked_about),
-            "answer": result.reply.text,
+            "answer": None if result.reply is None else result.reply.text,
         }
     )

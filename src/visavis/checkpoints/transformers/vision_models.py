@@ -79,6 +79,7 @@ ONEVISION_TOWER: dict[str, Any] = {
     "image_size": 384,
     "patch_size": 14,
 }
+MAX_FEATURE_LAYERS = 16
 TOWERS = {
     "clip_vision_model": CLIP,
     "siglip_vision_model": SIGLIP,
@@ -180,8 +181,11 @@ def vlm_config(config: Json) -> VLMConfig:
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)
     layer, select = config["vision_feature_layer"], config["vision_feature_select_strategy"]
-    one = isinstance(layer, int) and -tower.num_layers - 1 <= layer <= tower.num_layers
-    require("vision_feature_layer", layer, one, f"one number of {tower.num_layers} layers")
+    layers = layer if isinstance(layer, list) else [layer]
+    known = range(-tower.num_layers - 1, tower.num_layers + 1)
+    fits = 0 < len(layers) <= MAX_FEATURE_LAYERS and all(type(n) is int for n in layers)
+    fits = fits and all(one in known for one in layers)
+    require("vision_feature_layer", layer, fits, f"one or some of {tower.num_layers} layers")
     require("vision_feature_select_strategy", select, select in ("default", "full"), "one of two")
     # "default" drops exactly the first token, whatever the tower is; tiles need a square of them.
     fits = select == "full" or tower.num_prefix_tokens == 1
@@ -195,12 +199,12 @@ def vlm_config(config: Json) -> VLMConfig:
     return VLMConfig(
         decoder=decoder,
         tower=tower,
-        connector=ConnectorConfig("mlp", tower.width, decoder.width, depth=2),
+        connector=ConnectorConfig("mlp", tower.width * len(layers), decoder.width, depth=2),
         image_token_id=_placeholder(config, "image", decoder.vocab_size),
         video_token_id=(
             _placeholder(config, "video", decoder.vocab_size) if "video_token_id" in config else -1
         ),
-        select_layer=layer,
+        select_layer=layer if isinstance(layer, int) else tuple(layer),
         select_feature="patch" if select == "default" else "class_patch",
         merge=_merge(kind, config),
     )
