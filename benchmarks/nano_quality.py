@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import visavis
+from visavis.checkpoints.checkpoint import has_bf16_instructions
 from visavis.data.datasets import Record, load_source, with_article
 from visavis.inputs import Image, Prompt
 from visavis.train.feature_store import FeatureStore
@@ -152,7 +153,8 @@ class Bench:
         self.model, self.data, self.store = model, data, None
         if features is not None:
             assert model.processor is not None
-            self.store = FeatureStore(features, model.vlm, model.processor, half=True)
+            half = has_bf16_instructions()  # as training does
+            self.store = FeatureStore(features, model.vlm, model.processor, half=half)
         self.sets = {name: load(name, data) for name in dict.fromkeys((*PHOTOS, *FIND))}
         self.images = {name: self.see(records) for name, records in self.sets.items()}
 

@@ -6,7 +6,9 @@ is mocked. Knows no test.
 
 from __future__ import annotations
 
+import json
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from visavis.checkpoints.native import save_native
 from visavis.model.config import ConnectorConfig, DecoderConfig, HeadConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 
@@ -87,6 +89,30 @@ def write_tiny_checkpoint(
     settings = '{"eos_token": "<|im_end|>", "bos_token": null, "add_bos_token": false}'
     (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
     return folder
+
+
+def write_tiny_multi_vector_checkpoint(folder: Path) -> Path:
+    """Write a folder of a model that gives a vector per token, 16 numbers each."""
+    config = replace(tiny_config(), head=None, multi_vector_dim=16)
+    write_tiny_checkpoint(folder, name="tiny-multi", config=config)
+    profile = PromptConfig(
+        text_form="Query: {text}<|endoftext|><|endoftext|>\n",
+        visual_form="{visual}<|im_start|>Describe the image.",
+        document_form="{text}",
+        pooling="multi",
+    )
+    path = folder / "visavis.json"
+    data = json.loads(path.read_text(encoding="utf-8")) | {"profile": profile.to_dict()}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return folder
+
+
+@cache
+def tiny_multi_vector_model() -> Model:
+    """Return one shared tiny multi-vector model; tests must not change it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tiny_multi_vector_checkpoint(Path(folder))
+        return load(path, precision="f32", device="cpu")
 
 
 @cache

@@ -15,7 +15,7 @@ from visavis.checkpoints.load import load_checkpoint
 from visavis.model.config import ConnectorConfig, ViTConfig
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 
 SIZE = 32
 SIGLIP = ViTConfig(SIZE, 8, 32, 2, 2, 64, "gelu_tanh", 2.0**-20, class_token=False, patch_bias=True)

@@ -16,13 +16,21 @@ from PIL import Image, ImageChops, ImageDraw
 
 import visavis
 from tests.fakes import picture, tiny_model, write_tiny_checkpoint
+from visavis.demo.made import SCENE_SECONDS, SCENES, TITLE, VIDEO, make_media
 from visavis.demo.run import NUM_HITS, PICTURE_QUERY, TEXT_QUERIES, run_demo
 from visavis.demo.samples import SAMPLES, Sample, copy_samples, credits_table
 from visavis.demo.sheet import LABEL_WIDTH, MARGIN, TILE, SheetRow, _font, draw_sheet, fit, wrap
 from visavis.errors import InputError
+from visavis.index.filters import KINDS
+from visavis.index.segments import segments
+from visavis.inputs import Document
+from visavis.processing.images import decode_image
+from visavis.processing.pdf import page_text, pages
 
 pytest.importorskip("skimage", reason="sample pictures: pip install 'visavis[demo]'")
 pytest.importorskip("sklearn", reason="sample pictures: pip install 'visavis[demo]'")
+pytest.importorskip("av", reason="the video: pip install 'visavis[demo]'")
+pytest.importorskip("pypdfium2", reason="the document: pip install 'visavis[demo]'")
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -50,7 +58,9 @@ def test_samples_that_are_not_installed_name_the_extra(tmp_path: Path) -> None:
 
 def test_the_demo_indexes_searches_and_asks(tmp_path: Path) -> None:
     result = run_demo(tiny_model(), tmp_path, progress=False)
-    assert len(result.index) == len(SAMPLES)
+    kinds = {kind: result.index.count(f"kind:{kind}") for kind in KINDS}
+    assert (kinds["image"], kinds["page"], kinds["text"]) == (len(SAMPLES), 2, 0)
+    assert kinds["video"] == len(SCENES)
     assert [search.query for search in result.searches[:-1]] == list(TEXT_QUERIES)
     picture_search = result.searches[-1]
     assert isinstance(picture_search.query, Path)
@@ -60,13 +70,27 @@ def test_the_demo_indexes_searches_and_asks(tmp_path: Path) -> None:
     with Image.open(result.sheet_path) as sheet:
         assert sheet.size[1] > len(result.searches) * TILE[1]
     other = run_demo(tiny_model(1), tmp_path, progress=False)  # beside it, not instead of it
-    assert len(other.index) == len(result.index) == len(SAMPLES)
+    assert len(other.index) == len(result.index) == sum(kinds.values())
     assert len(list(tmp_path.glob("*.idx"))) == 2
 
 
+def test_the_document_has_a_page_of_text_and_a_scan(tmp_path: Path) -> None:
+    document, video = make_media(tmp_path, copy_samples(tmp_path))
+    text_page, scan = pages(Document(document))
+    assert TITLE in page_text(text_page.source)["text"]
+    assert page_text(scan.source)["text"].strip() == ""
+    assert min(decode_image(scan).size) > 500
+    found = segments(video)
+    begins = [number * SCENE_SECONDS for number in range(len(SCENES))]
+    assert [scene.begin_s for scene in found] == pytest.approx(begins, abs=1.1)
+    before = document.read_bytes(), video.stat().st_mtime_ns
+    make_media(tmp_path, copy_samples(tmp_path))
+    assert before == (document.read_bytes(), video.stat().st_mtime_ns)
+
+
 def test_nano_finds_what_is_asked_for(tmp_path: Path, nano_files: dict[str, Path]) -> None:
-    """Every search of the demo has its image first, the coins second after a cell that looks like
-    one, and the answer names the animal."""
+    """Every search of the demo has its image first, or second after the video that shows it, the
+    coins second after a cell that looks like one, and the answer names the animal."""
     right = {
         "a cat": "cat.png",
         "a cup of coffee": "coffee.png",
@@ -78,12 +102,13 @@ def test_nano_finds_what_is_asked_for(tmp_path: Path, nano_files: dict[str, Path
     }
     result = run_demo(visavis.load("nano"), tmp_path, progress=False)
     found = {
-        search.query: [Path(hit.source).name for hit in search.hits[:2]]
+        search.query: [Path(hit.item.path).name for hit in search.hits[:2]]
         for search in result.searches
     }
     coins = right.pop("old coins")
     assert coins in found.pop("old coins")
-    assert {query: found[query][0] for query in right} == right
+    images = {query: [name for name in found[query] if name != VIDEO] for query in right}
+    assert {query: names[0] for query, names in images.items()} == right
     assert {*right, "old coins"} == set(TEXT_QUERIES)
     assert "cat" in result.reply.text.lower(), result.reply.text
 
@@ -126,7 +151,7 @@ def test_the_command_as_json(tmp_path: Path) -> None:
         [sys.executable, "-m", "visavis", *words], capture_output=True, text=True, check=True
     ).stdout
     whole = json.loads(printed)
-    assert whole["items"] == len(SAMPLES)
+    assert whole["items"] > len(SAMPLES)
     assert Path(whole["contact_sheet"]).is_file()
 
 

@@ -20,7 +20,7 @@ from visavis.model.connectors import CONNECTORS, connector_tokens
 from visavis.model.image_tokens import tokens_per_view
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.train.recipe import ConnectorRecipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "add-a-connector.md"

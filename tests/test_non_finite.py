@@ -119,13 +119,16 @@ def test_an_index_takes_the_others_and_lists_the_one(tmp_path: Path) -> None:
             index.search("quay")
 
 
+VECTOR_OF = "SELECT vector FROM items WHERE source = ?"
+
+
 def test_a_vector_of_nan_in_an_index_is_named(tmp_path: Path) -> None:
     model, path = load(write_tiny_checkpoint(tmp_path / "model")), tmp_path / "old.visavis"
     with Index(path, model) as index:
         index.add([{"text": "one"}, {"text": "two"}])
     with sqlite3.connect(path) as connection:
         bad = np.full(model.embedding_dim, np.nan, "<f4").tobytes()
-        connection.execute("UPDATE items SET vector = ? WHERE source = 'two'", (bad,))
+        connection.execute(f"UPDATE vectors SET vector = ? WHERE id = ({VECTOR_OF})", (bad, "two"))
     connection.close()
     with Index(path, model) as index:
         with pytest.raises(NonFiniteError, match="the vector of two"):
@@ -133,7 +136,8 @@ def test_a_vector_of_nan_in_an_index_is_named(tmp_path: Path) -> None:
         index.add([{"text": "two", "source": "copy"}])  # embedded again, not copied
         index.add([{"text": "two"}])
     with sqlite3.connect(path) as connection:
-        (found,) = connection.execute("SELECT vector FROM items WHERE source = 'copy'").fetchone()
+        query = f"SELECT vector FROM vectors WHERE id = ({VECTOR_OF})"
+        (found,) = connection.execute(query, ("copy",)).fetchone()
     connection.close()
     assert np.isfinite(np.frombuffer(found, "<f4")).all()
 

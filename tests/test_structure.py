@@ -45,7 +45,7 @@ errors, memory, utils, inputs, native
   <- processing
   <- generate, checkpoints
   <- data
-  <- api
+  <- embedder, reranker, api
   <- train, evaluate, index, convert, interop, bench
   <- serve, cli, demo
 """

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from visavis.generate.streaming import Reply
     from visavis.index import Hit, Index
     from visavis.inputs import Document, Image, Message, Prompt, Text, Video
+    from visavis.model.maxsim import maxsim
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Video",
     "VisavisError",
     "load",
+    "maxsim",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "visavis.generate.streaming": ("Reply",),
     "visavis.index": ("Hit", "Index"),
     "visavis.inputs": ("Document", "Image", "Message", "Prompt", "Text", "Video"),
+    "visavis.model.maxsim": ("maxsim",),
 }
 
 

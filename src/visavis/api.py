@@ -7,9 +7,8 @@ and the command line build on it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,14 @@ from visavis.generate.streaming import Answer, Reply
 from visavis.generate.structured_output import Grammar
 from visavis.inputs import Prompt
 from visavis.memory import enough_memory
-from visavis.model.pooling import cut, embed_batch, embedding_dim, kept_dim, unusable_rows
 from visavis.model.quantized_linear import QuantizedLinear
-from visavis.processing.collate import batches
 from visavis.processing.feature_cache import DiskFeatureCache
-from visavis.processing.image_encoder import ImageEncoder
-from visavis.processing.images import ContentHasher
-from visavis.processing.pdf import expand
-from visavis.processing.prompt_encoder import PreparedPrompt, PromptEncoder
+from visavis.processing.items import list_prompts, name_item
+from visavis.processing.prompt_checks import need_decoder
+from visavis.processing.prompt_encoder import PreparedPrompt
+from visavis.reranker import Reranker
 from visavis.utils import track
 
-DEFAULT_BATCH_TOKENS = 2048
 FEATURE_VERSION = 1  # raised when the code computes other features of the same image
 
 
@@ -49,7 +45,8 @@ class Trace:
 
     Attributes:
         token_ids: int64 [T], image placeholders included.
-        image_slots: (first position, number of tokens) of each image.
+        image_slots: (first position, number of tokens) of each image; of several runs of tokens
+            where text stands among those of one image.
         hidden: float32 [T, D], after the final norm.
         logits: float32 [T, vocab].
     """
@@ -80,7 +77,8 @@ def load(
         device: "auto", "cpu" or "cuda".
         chat_template: the chat format, by name, of a checkpoint that does not bring its own.
         profile: how to embed, by name, where the files do not say: "vlm2vec-v1", "vlm2vec-v2",
-            "llave", "gme", "e5-v" or "plain".
+            "llave", "gme", "ops-mm", "b3", "unime-v2", "e5-v", "qwen3-vl-embedding",
+            "qwen3-vl-reranker" or "plain".
         base: the language model that a folder without one was trained on.
         vision_tower: the folder of a vision tower that the checkpoint names and does not hold, or
             the mmproj file of a .gguf model.
@@ -115,16 +113,15 @@ def load(
 
 
 @dataclass(repr=False, eq=False)
-class Model(Checkpoint):
+class Model(Reranker):
     """A vision-language model that chats and embeds: a checkpoint with its caches. Made by `load`.
 
     Attributes:
-        image_encoder: encodes images; `image_encoder.cache` keeps their features.
         prefixes: keys and values of prompts that were read before; None: they are not kept.
     """
 
     def __post_init__(self) -> None:
-        self.image_encoder = ImageEncoder(self.vlm, self.processor)
+        super().__post_init__()
         self.prefixes: PrefixCache | None = PrefixCache()
 
     @classmethod
@@ -132,25 +129,10 @@ class Model(Checkpoint):
         """Return the model of a loaded checkpoint."""
         return cls(**vars(checkpoint))
 
-    @cached_property
-    def encoder(self) -> PromptEncoder:
-        """Turns prompts into ids; made once, with its chat template compiled once."""
-        return super().encoder
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.image_encoder.device
-
     @property
     def context_length(self) -> int:
         """The most tokens of a prompt and its answer together."""
         return self.vlm.config.decoder.context_length
-
-    @property
-    def embedding_dim(self) -> int:
-        """The length of a vector of `embed`."""
-        return embedding_dim(self.vlm, self.profile.pooling)
 
     def __repr__(self) -> str:
         millions = self.num_parameters / 1e6
@@ -174,10 +156,6 @@ class Model(Checkpoint):
             f"{FEATURE_VERSION}, torch {torch.__version__}, {self.fingerprint}, "
             f"{self.processor}, {types}, {self.device.type}"
         )
-
-    @property
-    def takes_images(self) -> bool:
-        return self.vlm.tower is not None
 
     def chat(
         self,
@@ -238,7 +216,7 @@ class Model(Checkpoint):
             InputError, ImageError, ContextLengthError, OutOfMemoryError: see `chat`.
             NonFiniteError: the model's logits hold NaN or infinity; the message names the prompt.
         """
-        listed = _listed(prompts)
+        listed = list_prompts(prompts)
         answers = [self.ask(Prompt.of(prompt), **options) for prompt in listed]
         of = {answer.sequence: answer for answer in answers}
         engine = self.engine(max_sequences)
@@ -248,7 +226,7 @@ class Model(Checkpoint):
                 pass
         except NonFiniteError as error:
             failed = next(i for i, one in enumerate(answers) if one.sequence.error is error)
-            name = _named(listed[failed])
+            name = name_item(listed[failed])
             message = f"prompt {failed + 1} of {len(listed)} ({name}): {error}"
             raise NonFiniteError(message) from error
         return [answer.reply for answer in answers]
@@ -286,13 +264,6 @@ class Model(Checkpoint):
             self.vlm, self.image_encoder, max_sequences=max_sequences, prefixes=self.prefixes
         )
 
-    def _identified(self, prompt: Prompt, hasher: ContentHasher | None = None) -> Prompt:
-        """Return a prompt with its documents as pages, and the content of its images known."""
-        prompt = expand(prompt)
-        if prompt.visuals and not self.takes_images:
-            return prompt  # the prompt encoder refuses it
-        return (hasher or ContentHasher()).identify(prompt)
-
     def _grammar(self, schema: Any, regex: str | None) -> Grammar:
         config = self.vlm.config.decoder
         return Grammar(
@@ -302,114 +273,6 @@ class Model(Checkpoint):
             schema=schema,
             regex=regex,
         )
-
-    def embed(
-        self,
-        items: Any,
-        *,
-        instruction: str | None = None,
-        dim: int | None = None,
-        batch_tokens: int | None = None,
-        progress: bool = False,
-    ) -> np.ndarray:
-        """Return one unit vector per item, float32 [N, D], in the order of the items.
-
-        Args:
-            items: a list of what `Prompt.of` takes (a str is text, a Path an image, or by its
-                suffix a video or document), or one item. A document is one item of all its pages.
-            instruction: what the vectors are for; joined to each item's text as the model's
-                profile says.
-            dim: keep only the first `dim` numbers, normalised again.
-            batch_tokens: tokens per forward pass; more is faster until memory runs out.
-            progress: show a bar on stderr.
-
-        Raises:
-            InputError, ImageError: an item cannot be used; the message names it.
-            ContextLengthError: an item is longer than the model's context.
-            OutOfMemoryError: the message says what for, and what would take less.
-            NonFiniteError: a vector holds NaN or infinity; the message names its item.
-        """
-        batch_tokens = DEFAULT_BATCH_TOKENS if batch_tokens is None else batch_tokens
-        if batch_tokens < 1:
-            raise InputError(f"batch_tokens is {batch_tokens}, expected 1 or more.")
-        dim = kept_dim(dim, self.embedding_dim)
-        listed = list(items) if isinstance(items, list | tuple | np.ndarray) else [items]
-        if isinstance(items, np.ndarray) and items.ndim in (2, 3):
-            listed = [items]
-        hasher = ContentHasher()
-        prepared = [self.prepare(Prompt.of(item), instruction, hasher) for item in listed]
-        vectors = np.empty((len(prepared), dim), np.float32)
-        lengths = [len(one.token_ids) for one in prepared]
-        groups = list(batches(lengths, batch_tokens))
-        for group in track(groups, "embedding", weights=[len(g) for g in groups], show=progress):
-            found = self.embed_prepared([prepared[i] for i in group])
-            vectors[group] = cut(torch.from_numpy(found), dim).numpy()
-            self._check_finite(vectors[group], listed, group)
-        return vectors
-
-    def prepare(
-        self, prompt: Prompt, instruction: str | None = None, hasher: ContentHasher | None = None
-    ) -> PreparedPrompt:
-        """Return an item that `embed_prepared` takes; for servers, which batch items of their own.
-
-        Raises:
-            InputError, ImageError, ContextLengthError: see `embed`.
-        """
-        return self.encoder.item(self._identified(prompt, hasher), instruction)
-
-    def embed_prepared(self, prepared: Sequence[PreparedPrompt]) -> np.ndarray:
-        """Return one unit vector per prepared item, float32 [N, D], computed in one batch.
-
-        Raises:
-            ImageError: an image cannot be read.
-            OutOfMemoryError: the batch does not fit.
-        """
-        batch = self.image_encoder.pack(prepared)
-        with enough_memory(
-            f"embedding {len(prepared)} items of {batch.num_tokens} tokens, "
-            f"{len(batch.image_counts)} images",
-            "Use a smaller batch (batch_tokens), or shorten what is long.",
-        ):
-            return embed_batch(self.vlm, batch, self.profile.pooling).cpu().numpy()
-
-    def classify(self, images: Sequence[Any], texts: Sequence[str]) -> np.ndarray:
-        """Return how likely each text belongs to each image, float32 [images, texts].
-
-        By the checkpoint's own scale: of CLIP a softmax over the texts, so that each row sums to
-        1; of SigLIP a sigmoid for each pair, so that none or several texts may fit.
-
-        Args:
-            images: what `embed` takes, without text.
-            texts: labels or captions, such as "a photo of a cat".
-
-        Raises:
-            InputError, ImageError, ContextLengthError: see `embed`; or the model is no CLIP or
-                SigLIP.
-        """
-        head = self.vlm.dual_head
-        if head is None:
-            raise InputError(
-                f"{self.name} has no scale that makes probabilities of its cosines; CLIP, SigLIP "
-                "and MetaCLIP checkpoints have one. Compare vectors of embed instead."
-            )
-        seen, read = self.embed(list(images)), self.embed(list(texts))
-        with torch.inference_mode():
-            cosines = torch.from_numpy(seen @ read.T).to(self.device)
-            return head.probabilities(cosines).cpu().numpy()
-
-    def _check_finite(
-        self, vectors: np.ndarray, items: Sequence[Any], numbers: Sequence[int]
-    ) -> None:
-        """Raise `NonFiniteError` if a vector, of the item of that number, is no unit vector."""
-        wrong = [numbers[row] for row in np.flatnonzero(unusable_rows(vectors)).tolist()]
-        if wrong:
-            others = f" and {len(wrong) - 1} more of its batch" if len(wrong) > 1 else ""
-            raise NonFiniteError(
-                f"item {wrong[0] + 1} of {len(items)} ({_named(items[wrong[0]])}){others}: its "
-                "vector holds NaN or infinite numbers, or only zeros, expected a vector of length "
-                f"1. The weights of {self.name} are damaged, or overflow in this precision: try "
-                "precision='f32', or other weights."
-            )
 
     def trace(self, prompt: Any) -> Trace:
         """Return token ids, image slots, hidden states and logits of one prompt.
@@ -421,7 +284,7 @@ class Model(Checkpoint):
         Raises:
             InputError: the model is a dual encoder without decoder; see `chat` for others.
         """
-        self.encoder.need_decoder()
+        need_decoder(self.vlm.config, self.name)
         if isinstance(prompt, list) and prompt and all(isinstance(x, int) for x in prompt):
             prepared = PreparedPrompt(token_ids=prompt, loss_mask=[False] * len(prompt))
             self.encoder.checked(prepared)
@@ -438,20 +301,3 @@ class Model(Checkpoint):
             hidden=hidden.cpu().numpy(),
             logits=logits.cpu().numpy(),
         )
-
-
-def _named(item: Any) -> str:
-    """Return the name of an item in messages: its files and the start of its text."""
-    prompt = Prompt.of(item)
-    parts = [part for message in prompt.messages for part in message.parts]
-    sources = [getattr(part, "source", None) for part in parts]
-    files = [str(source) for source in sources if isinstance(source, str | Path)]
-    text = " ".join(prompt.text.split())
-    shown = [*files, repr(text if len(text) <= 40 else f"{text[:40]}…")] if text else files
-    return " + ".join(shown) or "an image"
-
-
-def _listed(prompts: Iterable[Any]) -> list[Any]:
-    if isinstance(prompts, str | bytes | Mapping):
-        raise InputError(f"prompts are one {type(prompts).__name__}, expected a list of prompts.")
-    return list(prompts)

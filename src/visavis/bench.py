@@ -24,6 +24,7 @@ from visavis.model.quantized_linear import QuantizedLinear
 from visavis.processing.chat_template import Encoded
 from visavis.processing.collate import pack
 from visavis.processing.feature_cache import FeatureCache
+from visavis.processing.prompt_checks import need_decoder
 
 if TYPE_CHECKING:
     from visavis.api import Model
@@ -132,7 +133,7 @@ def measure(model: Model, load_seconds: float, *, runs: int = 3) -> Iterator[str
     if runs < 1:
         raise InputError(f"runs is {runs}, expected at least 1.")
     yield "the machine"
-    model.encoder.need_decoder()
+    need_decoder(model.vlm.config, model.name)
     dtype = model.vlm.dtype
     machine = measure_machine(model.device, dtype)
     weights, read = decoder_weights(model)

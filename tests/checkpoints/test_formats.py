@@ -37,6 +37,8 @@ FOLDERS: dict[str, tuple[dict[str, Any], str, str]] = {
             ("llava_next", "llava_next"),
             ("llava_onevision", "llava_onevision"),
             ("qwen2_vl", "qwen2_vl"),
+            ("qwen2_5_vl", "qwen2_5_vl"),
+            ("qwen3_vl", "qwen3_vl"),
             ("phi3_v", "phi3_v"),
             ("tinyllava", "tinyllava"),
         )

@@ -167,7 +167,7 @@ def test_an_index_that_is_none(run: Run, tiny: str, tmp_path: Path) -> None:
     (tmp_path / "p.idx").write_text("these are words " * 100)
     assert_one_line(run("index", "search", "p.idx", "words", "-m", tiny), "damaged")
     assert_one_line(run("index", "search", "typo.idx", "words", "-m", tiny), "typo.idx")
-    assert_one_line(run("index", "prune", "typo.idx", "-m", tiny), "typo.idx")
+    assert_one_line(run("index", "prune", "typo.idx"), "typo.idx")
 
 
 def test_a_folder_that_cannot_be_written(run: Run, tiny: str, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_index_add_and_search(run: Run, tiny: str, tmp_path: Path) -> None:
     hits = json.loads(run(*words, "--json").stdout)
     assert {Path(hit["source"]).name for hit in hits} == {"picture-000.png", "picture-001.png"}
     paths[0].unlink()
-    pruned = run("index", "prune", "p.idx", "--model", tiny, "--json")
+    pruned = run("index", "prune", "p.idx", "--json")
     assert json.loads(pruned.stdout) == {"removed": [str(paths[0])]}
 
 

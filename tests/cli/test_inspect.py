@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.anyres_files import save_next, save_onevision
 from tests.checkpoints.gguf.test_gguf_split import write_split
+from tests.checkpoints.idefics3_files import save_idefics3
+from tests.checkpoints.internvl_files import save_internvl
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
+from tests.checkpoints.onevision15_files import save_onevision15
 from tests.checkpoints.transformers_files import save_llava, save_qwen2
 from tests.cli.conftest import Run
-from tests.parity.qwen2_vl_files import save_qwen2_vl
+from tests.parity.qwen2_vl_files import save_qwen2_5_vl
 from visavis.checkpoints import tensor_files
 from visavis.checkpoints.gguf.decoder import decoder_state
 from visavis.checkpoints.gguf.reader import open_model
@@ -117,16 +120,20 @@ def test_a_first_stage(run: Run, tmp_path: Path) -> None:
 
 
 def test_any_number_of_views(run: Run, tmp_path: Path) -> None:
-    """LLaVA-NeXT's tiles, OneVision's, Qwen2-VL's patches."""
+    """Tiles of LLaVA-NeXT, OneVision, Idefics3, InternVL; patches of OneVision-1.5, Qwen2.5-VL."""
+    any_size = ("llavaonevision1_5", "qwen2_5_vl")
     for name, save in (
         ("llava_next", save_next),
         ("llava_onevision", save_onevision),
-        ("qwen2_vl", save_qwen2_vl),
+        ("idefics3", save_idefics3),
+        ("internvl", save_internvl),
+        ("llavaonevision1_5", save_onevision15),
+        ("qwen2_5_vl", save_qwen2_5_vl),
     ):
         save(tmp_path / name)
         whole = facts(run, tmp_path / name)
         assert whole["kind"] == name and whole["problems"] == []
-        assert whole["images"]["patches" if name == "qwen2_vl" else "tiles"]
+        assert whole["images"]["patches" if name in any_size else "tiles"]
     assert "mrope_sections=(2, 3, 3)" in whole["quirks"]["language model"]
 
 

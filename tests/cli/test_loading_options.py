@@ -29,7 +29,7 @@ from visavis.inputs import Document, Image, Page, Video
 pytest.importorskip("av")
 pytest.importorskip("pypdfium2")
 
-LOADING = ("chat", "embed", "demo", "index add", "index search", "index prune")
+LOADING = ("chat", "embed", "demo", "index add", "index search", "index watch")
 CONVERTING = ("base", "vision_tower", "chat_template")
 
 

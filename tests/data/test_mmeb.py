@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from visavis.data.formats.retrieval import task_instructions
-from visavis.processing.prompt_encoder import PROFILES
+from visavis.processing.prompt_config import PROFILES
 
 IMAGE, VIDEO = task_instructions("image"), task_instructions("video")
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from visavis.data.datasets import (
-    SOURCES,
-    TRAINING_SOURCES,
-    Record,
-    load_source,
-    with_article,
-    with_presence,
-)
+from visavis.data.datasets import SOURCES, TRAINING_SOURCES, Record, chat_pairs, load_source
+from visavis.data.kinds import ask_presence, kinds_of, with_article, with_presence
 from visavis.data.tar_shards import read_shards
 from visavis.errors import TrainError, UnknownNameError
 
@@ -99,6 +94,41 @@ def test_presence_is_asked_as_often_with_yes_as_with_no() -> None:
         (yes, _), (no, _) = record.questions
         assert with_article(record.label) in yes and record.label not in no
     assert with_presence(labelled("cat cat")) == labelled("cat cat"), "no other to ask about"
+
+
+def test_presence_is_asked_of_labels_and_kinds_by_a_coin() -> None:
+    records = labelled("owl goldfish rose owl wrench nothing-known " * 40)
+    asked = ask_presence(records, 4, seed=0)
+    pairs = [(record, *pair) for record in asked for pair in record.questions]
+    yes = [(record, question) for record, question, answer in pairs if answer == "Yes"]
+    no = [(record, question) for record, question, answer in pairs if answer == "No"]
+    assert 0.4 < len(yes) / len(pairs) < 0.6
+    assert 3 * len(asked) < len(pairs) <= 4 * len(asked)
+    for record, question in yes:
+        named = [with_article(name) for name in (record.label, *kinds_of(record))]
+        assert any(f" {name}" in question for name in named), question
+    for record, question in no:
+        for name in (record.label, *kinds_of(record)):
+            assert f" {with_article(name)}" not in question, question
+    assert any(" an animal" in question for _, question in yes)
+    assert asked == ask_presence(records, 4, seed=0) != ask_presence(records, 4, seed=1)
+
+
+def test_some_names_are_replaced_by_their_kind() -> None:
+    owl, other = labelled("owl nothing-known")
+    assert kinds_of(owl) == ["bird", "animal"] and kinds_of(other) == []
+
+    def answers(record: Record, general: float) -> list[str]:
+        draw = random.Random(0)
+        pairs = [
+            chat_pairs(record, draw, questions_per_example=1, max_caption_words=9, general=general)
+            for _ in range(200)
+        ]
+        return [answer for [[(_, answer)]] in pairs]
+
+    assert set(answers(owl, 0.0)) == {"A photo of an owl."}
+    assert 20 < answers(owl, 0.2).count("A photo of a bird.") < 60
+    assert set(answers(other, 0.2)) == {"A photo of a nothing-known."}
 
 
 @pytest.mark.shared

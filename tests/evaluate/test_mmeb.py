@@ -23,7 +23,7 @@ from visavis.evaluate.readers import beir, mmeb_image, mmeb_video, text
 from visavis.evaluate.run import Options, evaluate
 from visavis.evaluate.suite import load_suite
 from visavis.inputs import Prompt, Text
-from visavis.processing.prompt_encoder import PROFILES
+from visavis.processing.prompt_config import PROFILES
 
 V1, V2 = load_suite("mmeb-v1"), load_suite("mmeb-v2")
 

@@ -13,6 +13,7 @@ import torch
 
 import visavis
 from tests.fakes import picture, tiny_config, write_tiny_checkpoint
+from tests.parity.qwen2_vl_files import save_qwen2_vl
 from visavis.api import Model
 from visavis.generate.prefix_cache import PrefixCache
 from visavis.inputs import Prompt
@@ -113,6 +114,11 @@ def items() -> list[Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_families_answer_the_same(family: str, tmp_path: Path) -> None:
     check(make(family, tmp_path, "bf16"), items(), 6)
+
+
+def test_qwen2_vl_answers_the_same(tmp_path: Path) -> None:
+    save_qwen2_vl(tmp_path)
+    check(visavis.load(tmp_path, precision="bf16", device="cpu"), items()[::2], 6)
 
 
 @pytest.mark.parametrize("precision", ["f32", "int8"])

@@ -20,7 +20,7 @@ import visavis
 from tests.fakes import picture, tiny_model, write_pictures, write_tiny_checkpoint
 from visavis import Index
 from visavis.errors import ImageError, InputError, StoreError
-from visavis.index.search import BATCH_ITEMS
+from visavis.index.adding import BATCH_ITEMS
 
 
 class Counting:

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from visavis.errors import StoreError
-from visavis.index.store import IndexRow, Stamp, Store
+from visavis.index.filters import Filter
+from visavis.index.sqlite_store import SqliteStore
+from visavis.index.store import IndexRow, KnownItem, Stamp
 
 META = {"model": "tiny", "fingerprint": "abc", "dim": "4"}
 
@@ -23,68 +25,73 @@ META = {"model": "tiny", "fingerprint": "abc", "dim": "4"}
 def row(number: int, content: str = "") -> IndexRow:
     vector = np.eye(4, dtype=np.float32)[number % 4]
     return IndexRow(
-        f"/pictures/{number}.png", content or f"content {number}", vector, Stamp(number, 1)
+        f"/pictures/{number}.png", content or f"content {number}", vector, stamp=Stamp(number, 1)
     )
 
 
+def all_of(store: SqliteStore, dim: int = 4) -> dict[str, list[float]]:
+    """Return the vectors of all items by source, as a search reads them."""
+    near = store.nearest(np.ones(dim, np.float32), 10**6)
+    items = store.items([number for number, _ in near])
+    vectors = store.vectors(list(items))
+    return {items[number].source: vectors[number].tolist() for number in sorted(items)}
+
+
 def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
-    store = Store(tmp_path / "a.idx")
+    store = SqliteStore(tmp_path / "a.idx")
     store.put([row(0), row(1)], META)
     store.close()
-    store = Store(tmp_path / "a.idx")
+    store = SqliteStore(tmp_path / "a.idx")
     assert store.meta() == META
-    assert len(store) == 2
-    assert store.known("/pictures/1.png") == ("content 1", Stamp(1, 1))
-    assert store.known("/pictures/9.png") is None
-    ids, sources, vectors = store.matrix(4)
-    assert sources == ["/pictures/0.png", "/pictures/1.png"]
-    np.testing.assert_array_equal(vectors, np.eye(4, dtype=np.float32)[:2])
-    item = store.item(int(ids[1]))
-    assert item is not None and item.source == "/pictures/1.png"
+    assert store.count() == 2
+    known = {"/pictures/1.png": KnownItem("content 1", Stamp(1, 1), "", 1)}
+    assert store.known(["/pictures/1.png", "/pictures/9.png"]) == known
+    assert all_of(store) == {"/pictures/0.png": [1, 0, 0, 0], "/pictures/1.png": [0, 1, 0, 0]}
+    assert [item.source for item in store.first(9)] == ["/pictures/0.png", "/pictures/1.png"]
 
 
 def test_a_source_is_replaced_and_keeps_its_number(tmp_path: Path) -> None:
-    store = Store(tmp_path / "a.idx")
+    store = SqliteStore(tmp_path / "a.idx")
     store.put([row(0)], META)
-    number = store.items(1)[0].id
+    number = store.first(1)[0].id
     store.put([row(0, content="changed")], META)
-    assert len(store) == 1
-    assert store.items(1)[0].id == number
-    assert store.known("/pictures/0.png") == ("changed", Stamp(0, 1))
+    assert store.count() == 1
+    assert store.first(1)[0].id == number
+    assert store.known(["/pictures/0.png"])["/pictures/0.png"].content == "changed"
 
 
 def test_nothing_is_made_before_the_first_put(tmp_path: Path) -> None:
-    store = Store(tmp_path / "sub" / "a.idx")
-    assert len(store) == 0 and not store.exists()
+    store = SqliteStore(tmp_path / "sub" / "a.idx")
+    assert store.count() == 0 and not store.exists()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_bad_row_undoes_its_whole_batch(tmp_path: Path) -> None:
-    store = Store(tmp_path / "a.idx")
+    store = SqliteStore(tmp_path / "a.idx")
     store.put([row(0)], META)
     bad = IndexRow("x", None, np.zeros(4, np.float32))  # type: ignore[arg-type]
     with pytest.raises(StoreError):
         store.put([row(1), row(2), bad], META)
-    assert len(store) == 1
+    assert store.count() == 1
 
 
 def test_another_connection_is_noticed(tmp_path: Path) -> None:
-    one, two = Store(tmp_path / "a.idx"), Store(tmp_path / "a.idx")
+    one, two = SqliteStore(tmp_path / "a.idx"), SqliteStore(tmp_path / "a.idx")
     one.put([row(0)], META)
-    two = Store(tmp_path / "a.idx")
-    before = one.version()
+    two = SqliteStore(tmp_path / "a.idx")
+    before = one.file.version()
     two.put([row(1)], META)
-    assert one.version() != before
-    assert len(one) == 2
+    assert one.file.version() != before
+    assert one.count() == 2
 
 
 def test_another_model_is_refused_with_both_names(tmp_path: Path) -> None:
-    store = Store(tmp_path / "a.idx")
+    store = SqliteStore(tmp_path / "a.idx")
     store.put([row(0)], META)
     other = {"model": "other", "fingerprint": "xyz", "dim": "4"}
     with pytest.raises(StoreError, match=r"'tiny'.*abc.*'other'.*xyz.*[Ll]oad the model"):
         store.put([row(1)], other)
-    assert len(store) == 1
+    assert store.count() == 1
 
 
 @pytest.mark.parametrize("content", [b"not a database, only words" * 50, b"\x89PNG\r\n\x1a\n" * 99])
@@ -92,7 +99,7 @@ def test_a_file_that_is_no_database(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.idx"
     path.write_bytes(content)
     with pytest.raises(StoreError, match="is not an index or is damaged"):
-        Store(path)
+        SqliteStore(path)
     assert path.read_bytes() == content
 
 
@@ -103,55 +110,55 @@ def test_the_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
     connection.close()
     before = path.read_bytes()
     with pytest.raises(StoreError, match="of another program"):
-        Store(path)
+        SqliteStore(path)
     assert path.read_bytes() == before
 
 
 def test_a_newer_format_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.idx"
-    store = Store(path)
+    store = SqliteStore(path)
     store.put([row(0)], META)
     store.close()
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(StoreError, match=r"index format 99, expected 1"):
-        Store(path)
+    with pytest.raises(StoreError, match=r"index format 99, expected 2"):
+        SqliteStore(path)
 
 
 def test_a_truncated_file(tmp_path: Path) -> None:
     path = tmp_path / "a.idx"
-    store = Store(path)
+    store = SqliteStore(path)
     store.put([row(i) for i in range(500)], META)
     store.close()
     path.write_bytes(path.read_bytes()[:20_000])
-    with pytest.raises(StoreError, match=r"damaged.*delete it and add"):
-        Store(path).matrix(4)
+    with pytest.raises(StoreError, match=r"damaged.*index repair"):
+        all_of(SqliteStore(path))
 
 
 def test_a_vector_of_the_wrong_length(tmp_path: Path) -> None:
-    store = Store(tmp_path / "a.idx")
+    store = SqliteStore(tmp_path / "a.idx")
     store.put([row(0)], META)
     with pytest.raises(StoreError, match=r"has 16 bytes, not 32"):
-        store.matrix(8)
+        all_of(store, 8)
 
 
 def test_a_folder_is_no_index(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is a folder"):
-        Store(tmp_path)
+        SqliteStore(tmp_path)
 
 
 def test_a_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
-    store = Store(tmp_path / "a.idx")
+    store = SqliteStore(tmp_path / "a.idx")
     store.put([row(0)], META)
     # SQLite's own limit gives the very error of a full disk.
-    connection = store._open()
+    connection = store.file._open()
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
     connection.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreError, match=r"full.*free some space"):
         store.put([row(i) for i in range(1, 2000)], META)
     store.close()
-    assert len(Store(tmp_path / "a.idx")) == 1
+    assert SqliteStore(tmp_path / "a.idx").count() == 1
 
 
 def test_killed_inside_a_transaction(tmp_path: Path) -> None:
@@ -161,14 +168,15 @@ def test_killed_inside_a_transaction(tmp_path: Path) -> None:
 import sys, time
 import numpy as np
 from pathlib import Path
-from visavis.index.store import IndexRow, Store
+from visavis.index.sqlite_store import SqliteStore
+from visavis.index.store import IndexRow
 
 class Stuck:
     def astype(self, kind):  # called in the middle of `put`, after it has begun to write
         print("writing", flush=True)
         time.sleep(600)
 
-store = Store(Path({str(path)!r}))
+store = SqliteStore(Path({str(path)!r}))
 meta = {META!r}
 store.put([IndexRow("/first.png", "1", np.zeros(4, np.float32))], meta)
 second = IndexRow("/second.png", "2", np.zeros(4, np.float32))
@@ -180,19 +188,20 @@ store.put([second, IndexRow("/third.png", "3", Stuck())], meta)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    store = Store(path)
-    assert [item.source for item in store.items(9)] == ["/first.png"]
+    store = SqliteStore(path)
+    assert [item.source for item in store.first(9)] == ["/first.png"]
     store.put([row(7)], META)
-    assert len(store) == 2
+    assert store.count() == 2
 
 
 READER = """
 import os, sys
 from pathlib import Path
-from visavis.index.store import Store
+from visavis.index.sqlite_store import SqliteStore
 os.setuid(65534)
-store = Store(Path(sys.argv[1]))
-print(len(store), store.matrix(4)[1], store.version() == store.version())
+store = SqliteStore(Path(sys.argv[1]))
+same = store.file.version() == store.file.version()
+print(store.count(), [item.source for item in store.first(9)], same)
 try:
     store.put([], {})
 except Exception as error:
@@ -218,11 +227,11 @@ def test_an_index_is_read_with_rights_to_read_only(state: str) -> None:
         if state == "killed":
             write = (
                 "import sys, os, numpy as np; from pathlib import Path\n"
-                "from tests.index.test_store import META, row, Store\n"
-                "Store(Path(sys.argv[1])).put([row(0), row(1)], META); os._exit(9)"
+                "from tests.index.test_store import META, row, SqliteStore\n"
+                "SqliteStore(Path(sys.argv[1])).put([row(0), row(1)], META); os._exit(9)"
             )
             subprocess.run([sys.executable, "-c", write, path], check=False)
-        store = Store(path)
+        store = SqliteStore(path)
         store.put([row(0), row(1)], META)
         if state == "closed":
             store.close()
@@ -241,18 +250,18 @@ def test_changes_by_others_are_seen_with_rights_to_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.idx"
-    owner = Store(path)
+    owner = SqliteStore(path)
     owner.put([row(0)], META)
     access = os.access
     monkeypatch.setattr(os, "access", lambda *_: False)
-    reader = Store(path)
+    reader = SqliteStore(path)
     monkeypatch.setattr(os, "access", access)
-    before = reader.version()
-    assert len(reader) == 1
+    before = reader.file.version()
+    assert reader.count() == 1
     owner.put([row(1)], META)
-    assert reader.version() != before and len(reader) == 2
+    assert reader.file.version() != before and reader.count() == 2
     owner.close()
-    assert len(reader) == 2 and len(reader.matrix(4)[0]) == 2
+    assert reader.count() == 2 and len(all_of(reader)) == 2
     for write in (lambda: reader.put([row(3)], META), lambda: reader.remove(["x"])):
         with pytest.raises(StoreError, match="change the rights"):
             write()
@@ -260,10 +269,10 @@ def test_changes_by_others_are_seen_with_rights_to_read_only(
 
 def test_an_index_opens_while_another_process_writes(tmp_path: Path) -> None:
     path = tmp_path / "a.idx"
-    Store(path).put([row(0)], META)
+    SqliteStore(path).put([row(0)], META)
     writer = sqlite3.connect(path, isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
-    assert len(Store(path)) == 1  # without waiting for the writer
+    assert SqliteStore(path).count() == 1  # without waiting for the writer
     writer.rollback()
     writer.close()
 
@@ -291,7 +300,7 @@ FOREIGN_TABLES = {
 @pytest.mark.parametrize("name", FOREIGN_TABLES)
 def test_tables_that_are_not_those_of_an_index(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.idx"
-    store = Store(path)
+    store = SqliteStore(path)
     store.put([row(0)], META)
     store.close()
     with sqlite3.connect(path) as connection:
@@ -299,39 +308,53 @@ def test_tables_that_are_not_those_of_an_index(tmp_path: Path, name: str) -> Non
             connection.execute(statement)
     connection.close()
     with pytest.raises(StoreError, match="not an index or is damaged"):
-        Store(path)
+        SqliteStore(path)
 
 
-@pytest.mark.parametrize("column", ["source", "vector", "content", "text", "preview"])
-@pytest.mark.parametrize("value", [3, 2.5, "x", b"\xff\xfe", None])
+COLUMNS = (
+    *("items.source", "items.path", "items.page", "items.date", "items.facet", "items.slot"),
+    *("items.vector", "items.parts", "items.preview", "facets.kind", "facets.folder"),
+    *("facets.metadata", "vectors.content", "vectors.vector", "words_content.c0", "meta.value"),
+)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("value", [2.5, "x", b"\xff\xfe", 2**62])
 def test_cells_of_another_type(tmp_path: Path, column: str, value: object) -> None:
     """Rows of another program: an answer or one of our errors, nothing else."""
     path = tmp_path / "a.idx"
-    store = Store(path)
+    store = SqliteStore(path)
     store.put([row(0), row(1)], META)
     store.close()
+    table, name = column.split(".")
     with sqlite3.connect(path) as connection:
         try:
-            connection.execute(f"UPDATE items SET {column} = ? WHERE id = 1", (value,))
+            connection.execute(f"UPDATE {table} SET {name} = ? WHERE rowid = 1", (value,))
         except sqlite3.IntegrityError:  # NOT NULL
             return
     connection.close()
-    store = Store(path)
+    store = SqliteStore(path)
     for read in (
-        lambda: store.matrix(4),
-        lambda: store.items(9),
-        lambda: store.item(1),
-        lambda: store.vector_of("content 0"),
-        lambda: store.known("/pictures/0.png"),
-        store.file_sources,
+        lambda: all_of(store),
+        lambda: store.nearest(np.ones(4, np.float32), 2, Filter(kinds=("image",), glob="*")),
+        lambda: store.nearest(np.ones(4, np.float32), 2, Filter(metadata=(("a", "b"),))),
+        lambda: store.matching(["x"], 9),
+        lambda: store.first(9),
+        lambda: store.items([1]),
+        lambda: store.vectors_of(["content 0"]),
+        lambda: store.known(["/pictures/0.png"]),
+        lambda: store.files(["/pictures/0.png"]),
+        lambda: list(store.file_items()),
+        lambda: store.put([row(0), row(2)], META),
+        lambda: store.remove(["/pictures/0.png"]),
     ):
         try:
             read()
         except StoreError as error:
-            assert "not an index or is damaged" in str(error)
+            assert "not an index or is damaged" in str(error) or "was made with" in str(error)
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "b/" * 3000 + "c", "nul\0.idx", ""])
 def test_names_that_no_index_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(StoreError):
-        Store(tmp_path / name).put([row(0)], META)
+        SqliteStore(tmp_path / name).put([row(0)], META)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,3 +151,10 @@ def test_the_nearest_words_are_spelled_before_the_patches() -> None:
     assert tokens.shape == (3, connector_tokens(config, 16), 32) == (3, 5 + 4, 32)
     assert torch.equal(tokens[:, :5], table[spelled])
     assert not connector.word_vectors.requires_grad
+    # with a margin, words much farther than the nearest are left out
+    connector.config = replace(config, num_queries=9, word_margin=0.3)
+    spelled = connector.spelled(images)
+    assert spelled[0].tolist() == [8, 9, 1, 0, 0, 0, 0, 0, 0]
+    assert spelled[2].tolist() == [11, 12, 13, 1, 0, 0, 0, 0, 0]
+    connector.config = replace(config, num_queries=9, word_margin=0.4)
+    assert connector.spelled(images)[0].tolist() == [8, 9, 1, 11, 12, 13, 1, 0, 0]

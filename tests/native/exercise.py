@@ -177,6 +177,7 @@ def forward(
                 cos[0].ctypes.data,
                 cos[1].ctypes.data,
                 None,
+                None,
                 scored.ctypes.data,
                 total,
                 found.ctypes.data,

@@ -76,8 +76,8 @@ std::vector<float> pass(const vv_model &model, int64_t count) {
     std::vector<int64_t> all;
     for (int64_t i = 0; i < count; ++i) all.push_back(i);
     scores.resize((size_t)(count * 40));
-    if (vv_forward(&model, &sequence, 1, x.data(), cos.data(), sin.data(), nullptr, all.data(),
-                   count, scores.data(), 2))
+    if (vv_forward(&model, &sequence, 1, x.data(), cos.data(), sin.data(), nullptr, nullptr,
+                   all.data(), count, scores.data(), 2))
         exit(4);
     return scores;
 }

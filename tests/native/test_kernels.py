@@ -136,7 +136,7 @@ def test_refusals() -> None:
     with pytest.raises(api.NativeError, match="no room"):
         api.check(
             library.vv_forward(
-                ctypes.byref(model), sequence, 1, *[data.ctypes.data] * 2, *[None] * 3, 0, None, 1
+                ctypes.byref(model), sequence, 1, *[data.ctypes.data] * 2, *[None] * 4, 0, None, 1
             )
         )
     model.layers[0].kv_heads = 3

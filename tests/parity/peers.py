@@ -6,6 +6,13 @@ wrong activation would pass unseen. `randomized` makes every parameter matter.
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,3 +38,22 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str) -> None:
     difference = (ours - theirs).abs().max().item()
     print(f"{what}: max abs difference {difference:.2e}")  # shown by pytest -rP
     assert difference <= TOLERANCE, f"{what}: max abs difference {difference:.2e}"
+
+
+def peer_method(model: str, module: str, name: str) -> Callable[..., Any]:
+    """Return a method of a class of transformers, from its source: the module needs torchvision."""
+    spec = find_spec(f"transformers.models.{model}")
+    assert spec is not None and spec.submodule_search_locations
+    source = Path(spec.submodule_search_locations[0], f"{module}.py").read_text()
+    found = next(
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    )
+    for argument in [*found.args.args, *found.args.kwonlyargs]:
+        argument.annotation = None
+    found.returns = None
+    space: dict[str, Any] = {"np": np, "torch": torch}
+    exec(compile(ast.Module([found], []), module, "exec"), space)
+    method: Callable[..., Any] = space[name]
+    return method

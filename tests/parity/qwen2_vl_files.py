@@ -1,7 +1,9 @@
-"""A tiny Qwen2-VL folder in transformers' layout, and what its peer takes."""
+"""Tiny folders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL in transformers' layout, and what their peers
+take."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,14 @@ from PIL import Image
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -42,6 +49,43 @@ VISION: dict[str, Any] = {
     "mlp_ratio": 2,
     "patch_size": PATCH,
 }
+WINDOWED: dict[str, Any] = {  # windows of 2 x 2 tokens
+    "depth": 4,
+    "hidden_size": 48,
+    "out_hidden_size": 32,
+    "num_heads": 3,
+    "intermediate_size": 56,
+    "patch_size": PATCH,
+    "window_size": 4 * PATCH,
+    "fullatt_block_indexes": [1, 3],
+    "tokens_per_second": 2,
+}
+TEXT_3: dict[str, Any] = SIZES | {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]},
+}
+VISION_3: dict[str, Any] = {  # positions of a table of 5 x 5
+    "depth": 4,
+    "hidden_size": 48,
+    "out_hidden_size": 32,
+    "num_heads": 3,
+    "intermediate_size": 56,
+    "patch_size": PATCH,
+    "num_position_embeddings": 25,
+    "deepstack_visual_indexes": [0, 2],
+}
+VIDEO_3: dict[str, Any] = {  # what transformers writes with torchvision, which is not needed here
+    "video_processor_type": "Qwen3VLVideoProcessor",
+    "size": {"shortest_edge": 256, "longest_edge": 8192},
+    "patch_size": PATCH,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "fps": 2,
+    "min_frames": 4,
+    "max_frames": 16,
+    "do_sample_frames": True,
+}
 # Qwen2-VL's own.
 TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
@@ -62,21 +106,63 @@ TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Qwen3-VL-Instruct's own, without its part for tools.
+TEMPLATE_3 = (
+    "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' }}"
+    "{%- if messages[0].content is string %}{{- messages[0].content }}{%- else %}"
+    "{%- for content in messages[0].content %}{%- if 'text' in content %}"
+    "{{- content.text }}{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endif %}"
+    "{%- set image_count = namespace(value=0) %}{%- set video_count = namespace(value=0) %}"
+    '{%- for message in messages %}{%- if message.role == "user" %}'
+    "{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.content is string %}"
+    "{{- message.content }}{%- else %}{%- for content in message.content %}"
+    "{%- if content.type == 'image' or 'image' in content or 'image_url' in content %}"
+    "{%- set image_count.value = image_count.value + 1 %}"
+    "{%- if add_vision_id %}Picture {{ image_count.value }}: {% endif -%}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- elif content.type == 'video' or 'video' in content %}"
+    "{%- set video_count.value = video_count.value + 1 %}"
+    "{%- if add_vision_id %}Video {{ video_count.value }}: {% endif -%}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{%- elif 'text' in content %}{{- content.text }}{%- endif %}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}{%- elif message.role == \"assistant\" %}"
+    "{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.content is string %}"
+    "{{- message.content }}{%- else %}{%- for content_item in message.content %}"
+    "{%- if 'text' in content_item %}{{- content_item.text }}{%- endif %}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
 PROCESSOR = Qwen2VLImageProcessorPil(patch_size=PATCH, min_pixels=256, max_pixels=1600)
 
 
 def save_qwen2_vl(folder: Path, **text: Any) -> Qwen2VLForConditionalGeneration:
     """Write a model with its tokenizer, chat template and image processor; return the peer."""
-    config = Qwen2VLConfig(
-        text_config=SIZES | text,
-        vision_config=VISION,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-        **{key: text[key] for key in ("tie_word_embeddings",) if key in text},
-    )
-    peer = Qwen2VLForConditionalGeneration(config)
+    config = Qwen2VLConfig(text_config=SIZES | text, vision_config=VISION, **_whole(text))
+    return _saved(Qwen2VLForConditionalGeneration(config), folder)
+
+
+def save_qwen2_5_vl(folder: Path, **text: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """Write a Qwen2.5-VL as `save_qwen2_vl` does."""
+    config = Qwen2_5_VLConfig(text_config=SIZES | text, vision_config=WINDOWED, **_whole(text))
+    return _saved(Qwen2_5_VLForConditionalGeneration(config), folder)
+
+
+def save_qwen3_vl(folder: Path, **text: Any) -> Qwen3VLForConditionalGeneration:
+    """Write a Qwen3-VL as `save_qwen2_vl` does."""
+    config = Qwen3VLConfig(text_config=TEXT_3 | text, vision_config=VISION_3, **_whole(text))
+    peer = _saved(Qwen3VLForConditionalGeneration(config), folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE_3)
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_3))
+    return peer
+
+
+def _whole(text: dict[str, Any]) -> dict[str, Any]:
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+    ids |= {"vision_start_token_id": START, "vision_end_token_id": END}
+    return ids | {key: text[key] for key in ("tie_word_embeddings",) if key in text}
+
+
+def _saved(peer: PreTrainedModel, folder: Path) -> Any:
     randomized(peer)
     peer.save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -45,6 +47,7 @@ pytestmark = pytest.mark.parity
 CLASSES: dict[str, Any] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "phi": (PhiConfig, PhiForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "gemma": (GemmaConfig, GemmaForCausalLM),
@@ -67,6 +70,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 8,
         "max_window_layers": 0,
+    },
+    "qwen3": {"head_dim": 12},
+    "qwen3, biases, tied": {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+    "qwen3, biases, tied, one key head": {
+        "head_dim": 8,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
     },
     "phi": {},
     "phi, one head per key head": {"num_key_value_heads": 4},

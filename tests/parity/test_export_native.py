@@ -15,11 +15,14 @@ from transformers import CLIPVisionConfig, Dinov2Config
 
 import visavis
 from tests.checkpoints.anyres_files import save_onevision
+from tests.checkpoints.idefics3_files import save_idefics3
+from tests.checkpoints.internvl_files import save_internvl
+from tests.checkpoints.onevision15_files import save_onevision15
 from tests.checkpoints.phi3v_files import save_phi3v, tiny_tower
 from tests.checkpoints.tinyllava_files import DINOV2, Peer, save_repository, save_stage
 from tests.checkpoints.transformers_files import VISION, save_qwen2
 from tests.fakes import picture, write_tiny_checkpoint
-from tests.parity.qwen2_vl_files import save_qwen2_vl
+from tests.parity.qwen2_vl_files import save_qwen2_5_vl, save_qwen2_vl, save_qwen3_vl
 from tests.parity.test_gguf_families import build_peer
 from tests.parity.test_gguf_families import write as write_gguf_file
 from visavis.checkpoints.checkpoint import whole_state
@@ -35,6 +38,12 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "transformers, text": save_qwen2,
     "LLaVA-OneVision": save_onevision,
     "Qwen2-VL": save_qwen2_vl,
+    "Qwen2.5-VL": save_qwen2_5_vl,
+    "Qwen3-VL": save_qwen3_vl,
+    "Idefics3": save_idefics3,
+    "SmolVLM2": lambda folder: save_idefics3(folder, smolvlm=True, tied=True),
+    "InternVL": save_internvl,
+    "LLaVA-OneVision-1.5": save_onevision15,
     "Phi-3.5-vision": save_phi3v,
     "TinyLLaVA stage": lambda folder: save_stage(folder, Peer()),
     "TinyLLaVA, mixture of towers": lambda folder: save_repository(

@@ -34,7 +34,7 @@ from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, DecoderConfig, ViTConfig, VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
 pytestmark = pytest.mark.parity

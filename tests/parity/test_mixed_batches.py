@@ -15,13 +15,16 @@ import torch
 
 import visavis
 from tests.checkpoints.anyres_files import save_next, save_onevision
+from tests.checkpoints.idefics3_files import save_idefics3
+from tests.checkpoints.internvl_files import save_internvl
 from tests.checkpoints.llava_files import save_original, save_tower, tiny_peer
+from tests.checkpoints.onevision15_files import save_onevision15
 from tests.checkpoints.phi3v_files import save_phi3v, tiny_tower
 from tests.checkpoints.tinyllava_files import Peer, save_repository
 from tests.checkpoints.transformers_files import save_llava
 from tests.fakes import picture, write_tiny_checkpoint
 from tests.mmproj_files import compose, tiny_llama
-from tests.parity.qwen2_vl_files import save_qwen2_vl
+from tests.parity.qwen2_vl_files import save_qwen2_5_vl, save_qwen2_vl, save_qwen3_vl
 from tests.parity.test_llava_original_anyres import VARIANTS
 from tests.parity.test_llava_original_anyres import save as save_anyres
 from tests.processing.test_pdf import pdf_bytes
@@ -80,13 +83,19 @@ SYSTEMS: dict[str, Callable[[Path], visavis.Model]] = {
     "llava_onevision": saved(save_onevision),
     "llave": saved(save_onevision, profile="llave"),
     "qwen2_vl": saved(save_qwen2_vl),
+    "qwen2_5_vl": saved(save_qwen2_5_vl),
+    "qwen3_vl": saved(save_qwen3_vl),
     "vlm2vec-v2": saved(save_qwen2_vl, profile="vlm2vec-v2"),
     "phi3_v": saved(save_phi3v),
+    "internvl": saved(save_internvl),
+    "llava_onevision1_5": saved(save_onevision15),
+    "idefics3": saved(save_idefics3),
+    "smolvlm": saved(lambda folder: save_idefics3(folder, smolvlm=True, scale=3)),
     "tinyllava": saved(lambda folder: save_repository(folder, Peer()), chat_template="vicuna_v1"),
     "gguf": text_gguf,
     "gguf with mmproj": gguf,
 }
-NO_PICTURES, NO_VIDEOS = {"gguf"}, {"phi3_v"}
+NO_PICTURES, NO_VIDEOS = {"gguf"}, {"phi3_v", "idefics3"}
 NO_PAGES = {"vlm2vec-v2"}  # which it does not make smaller: too many tokens for a tiny context
 
 

@@ -35,7 +35,7 @@ from visavis.model.image_tokens import tokens_per_view
 from visavis.model.vision.vit import ViT
 from visavis.processing.chat_template import Encoded
 from visavis.processing.collate import pack
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.resize import process_image
 
 pytestmark = pytest.mark.parity

@@ -1,4 +1,5 @@
-"""Qwen2-VL against transformers: tower, hidden states, logits and answers, packed and cached."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL against transformers: tower, hidden states, logits and answers,
+packed and cached."""
 
 from __future__ import annotations
 
@@ -7,21 +8,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.vision_utils import get_vision_window_index
 
 import visavis
 from tests.parity.peers import assert_close
 from tests.parity.qwen2_vl_files import (
     END,
     IMAGE,
+    PATCH,
     START,
     VIDEO,
     noise,
     peer_inputs,
+    save_qwen2_5_vl,
     save_qwen2_vl,
+    save_qwen3_vl,
     tokenizer,
 )
 from visavis.model.attention import SequenceLayout
 from visavis.model.batch import PackedBatch
+from visavis.model.config import Qwen2VLTowerConfig
 from visavis.model.image_input import ImageGrid, ImageInput
 from visavis.model.kv_cache import KVCache
 from visavis.model.rope import mrope_positions
@@ -34,10 +42,19 @@ pytestmark = pytest.mark.parity
 SIZES = [(24, 16), (30, 41), (16, 16), (60, 20)]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, visavis.Model]:
-    folder = tmp_path_factory.mktemp("qwen2-vl")
-    peer = save_qwen2_vl(folder)
+FAMILIES = {
+    "Qwen2-VL": save_qwen2_vl,
+    "Qwen2.5-VL": save_qwen2_5_vl,
+    "Qwen3-VL": save_qwen3_vl,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, visavis.Model]:
+    folder = tmp_path_factory.mktemp(request.param)
+    peer = FAMILIES[request.param](folder)
     return peer, visavis.load(folder, precision="f32", device="cpu")
 
 
@@ -56,33 +73,39 @@ def seen(model: visavis.Model, *sizes: tuple[int, int], frames: int = 0) -> list
     return found
 
 
-def sequence(parts: list[str | ImageInput]) -> Encoded:
+def sequence(model: visavis.Model, parts: list[str | ImageInput]) -> Encoded:
     """Return ids of texts and visuals, with their positions on three axes."""
+    tower = model.vlm.config.tower
+    assert isinstance(tower, Qwen2VLTowerConfig)
     encoded, shapes = Encoded(), []
     for part in parts:
         if isinstance(part, str):
             encoded.add(list(part.encode()))
             continue
-        shapes.append(part.shape)
-        encoded.add([START])
-        encoded.add_image(VIDEO if part.shape.video else IMAGE, len(part.pixels) // 4)
-        encoded.add([END])
-    length = len(encoded.token_ids)
-    encoded.positions = mrope_positions(length, encoded.image_slots, shapes) if shapes else None
+        # Qwen3-VL writes each pair of a video's frames by itself.
+        runs = part.shape.frames if tower.position_side else 1
+        for number, shape in enumerate(part.shape.split(runs)):
+            shapes.append(shape)
+            encoded.add([*b" <0>"[: number * 4], START])
+            encoded.add_image(VIDEO if shape.video else IMAGE, len(part.pixels) // 4 // runs)
+            encoded.add([END])
+    length, rate = len(encoded.token_ids), tower.tokens_per_second
+    if shapes:
+        encoded.positions = mrope_positions(length, encoded.image_slots, shapes, 2, rate)
     return encoded
 
 
-def packed(sequences: list[list[str | ImageInput]]) -> PackedBatch:
-    batch = pack([sequence(parts) for parts in sequences])
+def packed(model: visavis.Model, sequences: list[list[str | ImageInput]]) -> PackedBatch:
+    batch = pack([sequence(model, parts) for parts in sequences])
     batch.visuals = tuple(
         part for parts in sequences for part in parts if isinstance(part, ImageInput)
     )
     return batch
 
 
-def theirs(peer: Any, parts: list[str | ImageInput]) -> Any:
+def theirs(peer: Any, model: visavis.Model, parts: list[str | ImageInput]) -> Any:
     visuals = [(part.pixels, part.shape) for part in parts if isinstance(part, ImageInput)]
-    inputs = peer_inputs(sequence(parts).token_ids, visuals)
+    inputs = peer_inputs(sequence(model, parts).token_ids, visuals)
     return peer(**inputs, output_hidden_states=True)
 
 
@@ -94,11 +117,17 @@ def test_tower_and_merger(pair: tuple[Any, visavis.Model]) -> None:
     patches = torch.cat([one.pixels for one in visuals])
     found = peer.model.visual(patches, grid_thw=torch.tensor(grids))
     assert model.vlm.tower is not None
-    assert_close(model.vlm.tower(patches, grids), found.last_hidden_state, "tower")
+    hidden = found.last_hidden_state
+    if isinstance(peer, Qwen2_5_VLForConditionalGeneration):  # the peer's are in windows
+        order, _ = get_vision_window_index(torch.tensor(grids), 2, 4 * PATCH, PATCH)
+        hidden = hidden.unflatten(0, (-1, 4))[order.argsort()].flatten(0, 1)
+    assert_close(model.vlm.tower(patches, grids)[:, : hidden.shape[1]], hidden, "tower")
     tokens, means = zip(*model.vlm.see(visuals), strict=True)
-    assert_close(torch.cat(tokens), found.pooler_output, "merger")
+    inner = getattr(found, "deepstack_features", None) or []
+    assert len(inner) == 2 * isinstance(peer, Qwen3VLForConditionalGeneration)
+    assert_close(torch.cat(tokens), torch.cat((found.pooler_output, *inner), -1), "mergers")
     sizes = [len(one.pixels) for one in visuals]
-    expected = [one.mean(0) for one in found.last_hidden_state.split(sizes)]
+    expected = [one.mean(0) for one in hidden.split(sizes)]
     assert_close(torch.stack(means), torch.stack(expected), "mean features")
 
 
@@ -115,16 +144,17 @@ def test_every_hidden_state_packed_and_single(pair: tuple[Any, visavis.Model]) -
         ["Look: ", film, "What happens?"],
         [short, three, "Is this it?"],
     ]
-    batch = packed(sequences)
-    ours = model.vlm(batch, layers=range(4))
-    singles = [theirs(peer, parts) for parts in sequences]
-    for layer in range(4):
+    batch = packed(model, sequences)
+    last = model.vlm.config.decoder.num_layers
+    ours = model.vlm(batch, layers=range(last + 1))
+    singles = [theirs(peer, model, parts) for parts in sequences]
+    for layer in range(last + 1):
         expected = torch.cat([single.hidden_states[layer][0] for single in singles])
         assert_close(ours[layer], expected, f"hidden state {layer} of a mixed batch")
     logits = torch.cat([single.logits[0] for single in singles])
-    assert_close(model.vlm.decoder.logits(ours[3]), logits, "logits of a mixed batch")
+    assert_close(model.vlm.decoder.logits(ours[last]), logits, "logits of a mixed batch")
     for parts, single in zip(sequences, singles, strict=True):
-        alone = model.vlm.decoder.logits(model.vlm(packed([parts]))[-1])
+        alone = model.vlm.decoder.logits(model.vlm(packed(model, [parts]))[-1])
         assert_close(alone, single.logits[0], f"logits of {len(parts)} parts alone")
 
 
@@ -135,18 +165,18 @@ def test_a_cache_continues_where_the_picture_ends(
 ) -> None:
     _, model = pair
     decoder, parts = model.vlm.decoder, [*seen(model, (60, 20), frames=frames), "What is it? Yes!"]
-    batch = packed([parts])
+    batch = packed(model, [parts])
     whole = decoder.logits(model.vlm(batch)[-1])
     split = batch.num_tokens - 5
     cache = KVCache(decoder.config, dtype=torch.float32)
-    x = model.vlm.embed_inputs(batch)
-    found = decoder(x[:split], batch.positions[:, :split], SequenceLayout((split,), (cache,)))[-1]
+    found = model.vlm(model.vlm.resolve_images(batch).between(0, split), caches=(cache,))[-1]
     rows = [decoder.logits(found)]
     ahead = int(batch.positions[:, :split].max()) + 1 - split
     assert ahead < 0, "positions fall behind tokens"
     for at in range(split, batch.num_tokens):
         position = torch.tensor([cache.length + ahead])
-        hidden = decoder(x[at : at + 1], position, SequenceLayout((1,), (cache,)))[-1]
+        x = decoder.embed_tokens(batch.token_ids[at : at + 1])
+        hidden = decoder(x, position, SequenceLayout((1,), (cache,)))[-1]
         rows.append(decoder.logits(hidden))
     assert_close(torch.cat(rows), whole, "token by token")
 
@@ -156,12 +186,23 @@ def template_ids(
 ) -> Any:
     """Return the peer's ids of one user message: its template, each placeholder expanded."""
     messages = [{"role": "user", "content": content}]
-    rendered = tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    counts = iter(shape.frames * shape.rows * shape.columns // 4 for shape in shapes)
-    ids: list[int] = []
-    for token in tokenizer()(rendered)["input_ids"]:
-        ids += [token] * (next(counts) if token in (IMAGE, VIDEO) else 1)
-    return ids
+    peer = tokenizer()
+    peer.chat_template = model.profile.jinja
+    rendered = peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for shape in shapes:
+        count = shape.frames * shape.rows * shape.columns // 4
+        pad = "<|video_pad|>" if shape.video else "<|image_pad|>"
+        written, found = pad.upper() * count, pad
+        if shape.video and model.profile.image_text:  # as Qwen3-VL's processor was published
+            found = f"<|vision_start|>{pad}<|vision_end|>"
+            frames = list(range(2 * shape.frames - 1))  # the last one counts twice
+            times = Qwen3VLProcessor._calculate_timestamps(None, frames, 2, 2)
+            run = found.replace(pad, pad.upper() * (count // shape.frames))
+            written = "".join(f"<{time:.1f} seconds>{run}" for time in times)
+        rendered = rendered.replace(found, written, 1)
+    for pad in ("<|video_pad|>", "<|image_pad|>"):
+        rendered = rendered.replace(pad.upper(), pad)
+    return peer(rendered)["input_ids"]
 
 
 @torch.no_grad()
@@ -209,8 +250,9 @@ def test_turns_before_and_typed_placeholders(pair: tuple[Any, visavis.Model]) ->
     trace = model.trace(prompt)
     assert [count for _, count in trace.image_slots] == [4]
     text = model.tokenizer.decode(trace.token_ids.tolist(), skip_special_tokens=False)
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     expected = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"{'' if model.profile.image_text else system}"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         f"{'<|image_pad|>' * 4}<|vision_end|><|image_pad|> here?<|im_end|>\n<|im_start|>assistant\n"
     )

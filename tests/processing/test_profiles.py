@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from tests.fakes import byte_tokenizer, picture, tiny_model
 from visavis.errors import InputError
 from visavis.inputs import Image, Prompt, Text
-from visavis.processing.prompt_encoder import PROFILES, PromptEncoder
+from visavis.processing.prompt_config import PROFILES, stated_profile
+from visavis.processing.prompt_encoder import PromptEncoder
 
 IMAGE = "[IMG]"
 CHATML = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -18,6 +20,14 @@ LLAMA3 = (
     "<|start_header_id|>assistant<|end_header_id|>\n\n \n"
 )
 
+SYSTEM = tuple(  # GME's and Ops-MM's, of gme_inference.py and ops_mm_embedding_v1.py
+    CHATML.format("Find it:", text) + "<|endoftext|>"
+    for text in (
+        "a cat",
+        f"<|vision_start|>{IMAGE}<|vision_end|>",
+        f"<|vision_start|>{IMAGE}<|vision_end|>a cat",
+    )
+)
 # By profile: an item of text, of an image, and of both, with the instruction "Find it:". VLM2Vec's,
 # LLaVE's and E5-V's are those of their own code; GME's is that of its model card and of mteb.
 EXPECTED = {
@@ -27,14 +37,10 @@ EXPECTED = {
         CHATML.format("You are a helpful assistant.", text) + "\n<|im_end|>\n"
         for text in ("Find it: a cat\n", f"{IMAGE}\nFind it:\n", f"{IMAGE}\nFind it: a cat\n")
     ),
-    "gme": tuple(
-        CHATML.format("Find it:", text) + "<|endoftext|>"
-        for text in (
-            "a cat",
-            f"<|vision_start|>{IMAGE}<|vision_end|>",
-            f"<|vision_start|>{IMAGE}<|vision_end|>a cat",
-        )
-    ),
+    "gme": SYSTEM,
+    "ops-mm": SYSTEM,
+    "b3": ("Find it: a cat\n", f"{IMAGE}\nFind it:\n", f"{IMAGE}\nFind it: a cat\n"),
+    "unime-v2": ("Find it: a cat", f"{IMAGE} Find it:", f"{IMAGE} Find it: a cat"),
     "e5-v": tuple(
         LLAMA3.format(text)
         for text in (
@@ -83,9 +89,30 @@ def test_marks_of_a_form_are_single_tokens() -> None:
     assert list(ids).count(start) == 3 and ids[-1] == gme.tokenizer.token_to_id("<|endoftext|>")
 
 
-def test_gme_has_an_instruction_of_its_own() -> None:
+@pytest.mark.parametrize("name", ["gme", "ops-mm"])
+def test_a_system_message_without_an_instruction(name: str) -> None:
     expected = CHATML.format("You are a helpful assistant.", "a cat") + "<|endoftext|>"
-    assert shown(encoder("gme"), Prompt.of("a cat"), None) == expected
+    assert shown(encoder(name), Prompt.of("a cat"), None) == expected
+
+
+def test_the_forms_that_vlm2vec_passed_on_have_plain_positions() -> None:
+    assert {PROFILES[name].embed_positions for name in ("b3", "unime-v2")} == {"flat"}
+    assert {PROFILES[name].embed_positions for name in ("gme", "ops-mm")} == {"grid"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"auto_map": {"AutoModel": "modeling_gme_qwen2vl.GmeQwen2VL"}}, "gme"),
+        ({"auto_map": {"AutoModel": "owner/gme--modeling_gme_qwen2vl.GmeQwen2VL"}}, "gme"),
+        ({"auto_map": {"AutoModel": "modeling_phi3_v.Phi3VForCausalLM"}}, ""),
+        ({"auto_map": ["modeling_gme_qwen2vl.GmeQwen2VL"]}, ""),
+        ({"auto_map": {"AutoModel": 7}}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_profile_that_a_config_names(settings: dict[str, Any], name: str) -> None:
+    assert stated_profile(settings) == name
 
 
 def test_marks_in_an_instruction_are_refused() -> None:

@@ -64,7 +64,7 @@ def test_extreme_pictures() -> None:
     square = Qwen2VLConfig(extreme="square")
     assert resized((6000, 29), square) == (980, 980)
     assert resized((2010, 10), square) == resized((27, 500), square) == (56, 56)
-    assert resized((27, 500), square, video=True) == (504, 504)
+    assert resized((27, 500), square, frames=2) == (504, 504)
     assert resized((640, 480), square) == resized((640, 480), Qwen2VLConfig())
 
 

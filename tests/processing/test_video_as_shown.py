@@ -68,7 +68,7 @@ def test_display_matrices_turn_and_mirror(clip, matrix):
     expected[shown_y, shown_x] = stored
     video = Video(bytes(data))
     assert np.array_equal(np.asarray(read_frames(video, ALL).frames[5]), expected)
-    assert survey(video, ALL)[1] == middle_frame(video).size == expected.shape[1::-1]
+    assert survey(video, ALL).size == middle_frame(video).size == expected.shape[1::-1]
 
 
 def edited(clip: Path, first: int, count: int) -> bytes:
@@ -93,7 +93,7 @@ def test_what_an_edit_list_hides_is_hidden(clip, first, count):
     few = VideoConfig(frames=3)
     times = read_frames(video, few).times
     assert times[0] == 0 and times[-1] <= count / 15
-    assert survey(video, ALL)[0] == count
+    assert len(survey(video, ALL).indices) == count
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 60), (0, 20), (17, 9)])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,8 +20,11 @@ from tests.fakes import picture, tiny_model, write_pictures
 from tests.serve.serving import data_uri, png, serving
 from visavis import Index
 from visavis.errors import InputError
+from visavis.index.filters import Filter
+from visavis.index.relevance import relevance
 from visavis.serve import listen, require_web_packages
 from visavis.serve.config import Limits
+from visavis.serve.dialects.page import WEB_FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +53,13 @@ def client(address: str) -> Iterator[httpx.Client]:
         yield opened
 
 
-def upload(content: bytes, name: str = "upload.png") -> dict[str, Any]:
-    return {"image": (name, content, "image/png")}
+def upload(content: bytes, field: str = "image") -> dict[str, Any]:
+    return {field: ("upload.png", content, "image/png")}
+
+
+def shown(client: httpx.Client, **parameters: Any) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = client.get("/page/items", params=parameters).json()["items"]
+    return items
 
 
 def ask(client: httpx.Client, messages: Any, **fields: Any) -> list[dict[str, Any]]:
@@ -60,33 +71,101 @@ def ask(client: httpx.Client, messages: Any, **fields: Any) -> list[dict[str, An
     return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event]
 
 
-def question(text: str = "What is it?") -> list[dict[str, str]]:
-    return [{"role": "user", "text": text}]
+def question(text: str = "What is it?", *images: dict[str, int]) -> list[dict[str, Any]]:
+    return [{"role": "user", "text": text, "images": list(images)}]
 
 
 def test_the_page_and_what_it_needs(client: httpx.Client) -> None:
     page = client.get("/")
     assert page.status_code == 200
     assert "unsafe" not in page.headers["content-security-policy"]
-    for part in ("page.js", "page.css", "icon.svg"):
+    for part in ("page.js", "page.css", "panel.css", "icon.svg"):
         assert f"/static/{part}" in page.text
         assert client.get(f"/static/{part}").status_code == 200
     assert "http" not in page.text.replace("http-equiv", ""), "the page needs nobody else"
 
 
-def test_info_lists_the_first_items(client: httpx.Client) -> None:
-    info = client.get("/page/info").json()
-    assert (info["model"], info["num_items"], info["examples"]) == ("tiny", 7, ["a cat"])
-    assert info["items"][0]["name"] == "picture-000.png"
-    words = next(item for item in info["items"] if item["text"])
-    assert words["image"] is None
+def test_every_module_of_the_page_is_served(client: httpx.Client) -> None:
+    waiting, seen = ["page.js"], set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        script = client.get(f"/static/{name}")
+        assert script.headers["content-type"].startswith("text/javascript")
+        waiting += set(re.findall(r'from "\./([\w.]+)"', script.text)) - seen - set(waiting)
+    assert seen == {path.name for path in WEB_FOLDER.glob("*.js")}
+
+
+def test_every_word_is_there_in_every_language() -> None:
+    words = (WEB_FOLDER / "strings.js").read_text(encoding="utf-8")
+    table = words[words.index("const WORDS") : words.index("export const LANGUAGES")]
+    pairs = re.findall(r'^  (\w+): \[\s*"(.*?)",\s*"(.*?)",?\s*\]', table, re.MULTILINE)
+    assert len(pairs) == len(re.findall(r"^  \w+: \[", table, re.MULTILINE)) > 80
+    for key, english, german in pairs:
+        assert (
+            re.findall(r"{\w+}", english)
+            and sorted(re.findall(r"{\w+}", english)) == sorted(re.findall(r"{\w+}", german))
+        ) or "{" not in english + german, key
+    known = {key for key, _, _ in pairs}
+    html = (WEB_FOLDER / "index.html").read_text(encoding="utf-8")
+    used = set(re.findall(r'data-t(?:-\w+)?="(\w+)"', html))
+    for path in WEB_FOLDER.glob("*.js"):
+        used |= set(re.findall(r'\b(?:t|count|nodes)\("(\w+)"', path.read_text(encoding="utf-8")))
+    assert used <= known, used - known
+
+
+def test_info_and_facets(client: httpx.Client, folder: Path) -> None:
+    assert client.get("/page/info").json() == {
+        "model": "tiny",
+        "chat": True,
+        "where": True,
+        "examples": ["a cat"],
+        "folders": [],
+    }
+    facets = client.get("/page/facets").json()
+    assert facets["kinds"] == {"image": 6, "page": 0, "video": 0, "text": 1}
+    assert facets["folders"] == [{"folder": str(folder / "pictures"), "count": 5}]
+
+
+def test_items_in_blocks_and_with_filters(client: httpx.Client, folder: Path) -> None:
+    whole = client.get("/page/items").json()
+    assert whole["total"] == 7
+    assert whole["items"][0]["name"] == "picture-000.png"
+    assert next(item for item in whole["items"] if item["kind"] == "text")["image"] is None
+    parts = [shown(client, offset=offset, limit=3) for offset in (0, 3, 6, 9)]
+    assert [item for part in parts for item in part] == whole["items"]
+    assert [item["kind"] for item in shown(client, kinds="text")] == ["text"]
+    assert len(shown(client, kinds="image,text")) == 7
+    assert len(shown(client, folder=folder / "pictures")) == 5
+    assert not shown(client, folder=folder / "pict")
+    today = date.today().isoformat()
+    assert len(shown(client, after=today, before=today)) == 5
+    assert not shown(client, before="2001-01-01")
 
 
 def test_search_by_words(client: httpx.Client, index: Index) -> None:
     hits = client.post("/page/search", data={"text": "some words", "k": "3"}).json()["hits"]
     expected = index.search("some words", k=3)
     assert [hit["source"] for hit in hits] == [hit.source for hit in expected]
-    assert [hit["score"] for hit in hits] == pytest.approx([h.score for h in expected], abs=1e-4)
+    assert [hit["score"] for hit in hits] == pytest.approx(
+        [hit.vector_score for hit in expected], abs=1e-4
+    )
+    assert [tuple(hit["words"]) for hit in hits] == [hit.words for hit in expected]
+
+
+def test_search_in_blocks_with_filters_and_negative_words(
+    client: httpx.Client, index: Index
+) -> None:
+    fields = {"text": "some words", "kinds": "image", "negative": "night"}
+    whole = client.post("/page/search", data=fields).json()
+    expected = index.search("some words", 10, Filter(kinds=("image",)), negative="night")
+    assert whole["total"] == len(expected) == 6
+    assert [hit["source"] for hit in whole["hits"]] == [hit.source for hit in expected]
+    parts = [
+        client.post("/page/search", data={**fields, "k": "4", "offset": str(offset)}).json()["hits"]
+        for offset in (0, 4)
+    ]
+    assert parts[0] + parts[1] == whole["hits"]
 
 
 def test_search_by_an_uploaded_picture(client: httpx.Client) -> None:
@@ -100,19 +179,19 @@ def test_search_by_picture_and_words(client: httpx.Client, index: Index) -> None
     response = client.post("/page/search", files=upload(png(picture(3))), data={"text": "at night"})
     expected = index.search({"image": picture(3), "text": "at night"})
     assert response.json()["hits"][0]["source"] == expected[0].source
-    assert response.json()["hits"][0]["score"] == pytest.approx(expected[0].score, abs=1e-4)
+    assert response.json()["hits"][0]["score"] == pytest.approx(expected[0].vector_score, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["picture-002.png", "item "])
-def test_search_like_an_item(client: httpx.Client, name: str) -> None:
-    items = client.get("/page/info").json()["items"]
-    item = next(item for item in items if item["name"].startswith(name))
+@pytest.mark.parametrize("name", ["picture-002.png", "item ", "only words"])
+def test_search_like_an_item(client: httpx.Client, index: Index, name: str) -> None:
+    item = next(item for item in shown(client) if item["name"].startswith(name))
     hits = client.post("/page/search", data={"like": str(item["id"])}).json()["hits"]
-    assert hits[0]["id"] == item["id"]
+    assert [hit["id"] for hit in hits] == [hit.item.id for hit in index.similar(item["id"], 10)]
+    assert item["id"] not in [hit["id"] for hit in hits]
 
 
 def test_pictures_by_number(client: httpx.Client) -> None:
-    items = client.get("/page/info").json()["items"]
+    items = shown(client)
     for item in items:
         if item["image"] is None:
             continue
@@ -141,9 +220,37 @@ def test_nothing_is_served_by_path(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code in (404, 405)
 
 
+def test_the_file_of_an_item(client: httpx.Client, index: Index) -> None:
+    items = shown(client)
+    first = items[0]
+    whole = client.get(first["file"])
+    assert whole.content == Path(first["source"]).read_bytes()
+    assert whole.headers["content-type"] == "image/png"
+    part = client.get(first["file"], headers={"range": "bytes=2-5"})
+    assert part.status_code == 206
+    assert part.content == whole.content[2:6]
+    for item in items[5:]:  # from memory
+        assert item["file"] is None
+        assert client.get(f"/page/items/{item['id']}/file").status_code == 404
+
+
+def test_where_it_looked(client: httpx.Client) -> None:
+    number = shown(client)[1]["id"]
+    found = client.post("/page/where", data={"text": "a cat", "like": str(number)}).json()
+    expected = relevance(tiny_model(), picture(1), "a cat")
+    assert expected is not None
+    assert (found["rows"], found["columns"]) == expected.cells.shape
+    assert np.allclose(found["relevance"], expected.cells, atol=2e-4)
+    files = {**upload(png(picture(1))), **upload(png(picture(2)), "query")}
+    by_image = client.post("/page/where", files=files).json()
+    expected = relevance(tiny_model(), picture(1), picture(2))
+    assert expected is not None
+    assert np.allclose(by_image["relevance"], expected.cells, atol=2e-4)
+
+
 def test_chat_streams_pieces(client: httpx.Client) -> None:
-    events = ask(client, question(), files=upload(png(picture(1))))
-    *pieces, last = events
+    asked = question("What is it?", {"file": 0})
+    *pieces, last = ask(client, asked, files=upload(png(picture(1)), "file"))
     text = "".join(event["piece"] for event in pieces)
     expected = tiny_model().chat("What is it?", [picture(1)])
     assert text == expected.text
@@ -151,16 +258,29 @@ def test_chat_streams_pieces(client: httpx.Client) -> None:
     assert last["done"] == expected.finish_reason
 
 
-def test_chat_keeps_the_picture_in_the_first_turn(client: httpx.Client) -> None:
-    number = client.get("/page/info").json()["items"][2]["id"]
-    turns = [*question("What?"), {"role": "assistant", "text": "A thing."}, *question("And why?")]
-    events = ask(client, turns, data={"like": str(number)})
+def test_chat_about_items_and_files_in_several_turns(client: httpx.Client) -> None:
+    number = shown(client)[2]["id"]
+    turns = [
+        *question("What?", {"item": number}),
+        {"role": "assistant", "text": "A thing."},
+        *question("And this one?", {"file": 1}, {"file": 0}),
+    ]
+    files = [("file", ("x.png", png(picture(seed)), "image/png")) for seed in (5, 6)]
+    events = ask(client, turns, files=files)
     first = [{"type": "image_url", "image_url": {"url": data_uri(picture(2))}}]
     history = [
         {"role": "user", "content": [*first, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": "A thing."},
     ]
-    expected = tiny_model().chat("And why?", history=history)
+    expected = tiny_model().chat("And this one?", [picture(6), picture(5)], history=history)
+    assert "".join(event.get("piece", "") for event in events) == expected.text
+
+
+def test_chat_about_a_text(client: httpx.Client) -> None:
+    item = next(item for item in shown(client) if item["kind"] == "text")
+    events = ask(client, question("What is it?", {"item": item["id"]}))
+    content = [{"type": "text", "text": "only words"}, {"type": "text", "text": "What is it?"}]
+    expected = tiny_model().chat_many([[{"role": "user", "content": content}]])[0]
     assert "".join(event.get("piece", "") for event in events) == expected.text
 
 
@@ -200,8 +320,20 @@ def test_requests_at_once_all_get_their_own_answer(address: str) -> None:
         ("/page/search", {"data": {"text": "  "}}, 400),
         ("/page/search", {"data": {"text": "x", "k": "many"}}, 400),
         ("/page/search", {"data": {"text": "x", "k": "0"}}, 400),
+        ("/page/search", {"data": {"text": "x", "offset": "-1"}}, 400),
+        ("/page/search", {"data": {"text": "x", "kinds": "song"}}, 400),
+        ("/page/search", {"data": {"text": "x", "after": "yesterday"}}, 400),
+        ("/page/search", {"data": {"text": "x", "image": "no file"}}, 400),
+        ("/page/where", {"data": {"like": "1"}}, 400),
+        ("/page/where", {"data": {"text": "x"}}, 400),
+        ("/page/where", {"data": {"text": "x", "like": "12345"}}, 404),
+        ("/page/where", {"data": {"text": "x"}, "files": upload(b"no picture")}, 415),
+        ("/page/adding", {"data": {"folder": "0", "path": "/etc"}}, 403),
         ("/page/search", {"data": {"like": "12345"}}, 404),
         ("/page/search", {"files": {"text": ("t.png", b"x", "image/png")}}, 400),
+        ("/page/chat", {"data": {"messages": json.dumps(question("x", {"file": 0}))}}, 400),
+        ("/page/chat", {"data": {"messages": json.dumps(question("x", {}))}}, 400),
+        ("/page/chat", {"data": {"messages": json.dumps(question("x", {"item": 12345}))}}, 404),
         ("/page/search", {"files": upload(b"no picture")}, 415),
         ("/page/search", {"files": upload(b"")}, 415),
         ("/page/chat", {"data": {"messages": "no json"}}, 400),
@@ -218,8 +350,8 @@ def test_bad_requests(client: httpx.Client, path: str, fields: dict[str, Any], s
 
 
 def test_a_question_that_cannot_be_answered_has_a_status(client: httpx.Client) -> None:
-    data = {"messages": json.dumps(question())}
-    unreadable = client.post("/page/chat", data=data, files=upload(b"no picture"))
+    data = {"messages": json.dumps(question("What?", {"file": 0}))}
+    unreadable = client.post("/page/chat", data=data, files=upload(b"no picture", "file"))
     assert unreadable.status_code == 415
     assert "not a picture" in unreadable.json()["error"]
     long = client.post("/page/chat", data={"messages": json.dumps(question("long " * 300))})
@@ -228,7 +360,8 @@ def test_a_question_that_cannot_be_answered_has_a_status(client: httpx.Client) -
 
 
 def test_a_damaged_picture_in_a_chat_is_an_event(client: httpx.Client) -> None:
-    (event,) = ask(client, question(), files=upload(png(picture(1))[:-40]))
+    asked = question("What?", {"file": 0})
+    (event,) = ask(client, asked, files=upload(png(picture(1))[:-40], "file"))
     assert "image" in event["error"] or "picture" in event["error"]
 
 

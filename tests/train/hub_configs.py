@@ -74,11 +74,30 @@ def _qwen2_vl(width: int, ffn: int, heads: int, kv: int, **more: Any) -> Json:
     return {**sizes, "vision_config": {"hidden_size": width}}
 
 
+def _qwen2_5_vl(width: int, ffn: int, layers: int, heads: int, kv: int, **more: Any) -> Json:
+    sizes = _sizes("qwen2_5_vl", width, ffn, layers, heads, kv, **_LONG, **more)
+    vision = {"hidden_size": 1280, "out_hidden_size": width, "tokens_per_second": 2}
+    return {**sizes, "vision_config": vision}
+
+
+def _qwen3_vl(width: int, ffn: int, layers: int, heads: int, vision: Json, **more: Any) -> Json:
+    text = _sizes("qwen3_vl_text", width, ffn, layers, heads, 8)
+    text |= {"max_position_embeddings": 262144, "rope_theta": 5e6}
+    whole = {"model_type": "qwen3_vl", "text_config": text}
+    return {**whole, "vision_config": {**vision, "out_hidden_size": width}, **more}
+
+
 def _llava_next(language_model: str, vocab_size: int) -> Json:
     text = {**LANGUAGE_MODELS[language_model], "vocab_size": vocab_size}
     return {"model_type": "llava_next", "text_config": text}
 
 
+_SMALL_TOWER: Json = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
 _CLIP_336 = "openai/clip-vit-large-patch14-336"
 _PHI3V: Json = {
     "model_type": "phi3_v",
@@ -91,6 +110,11 @@ _PHI3V: Json = {
 MODELS: dict[str, Json] = {
     "Qwen/Qwen2-VL-2B-Instruct": _qwen2_vl(1536, 8960, 12, 2, vocab_size=151936, **_TIED),
     "Qwen/Qwen2-VL-7B-Instruct": _qwen2_vl(3584, 18944, 28, 4),
+    "Qwen/Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(2048, 11008, 36, 16, 2, vocab_size=151936, **_TIED),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(3584, 18944, 28, 28, 4),
+    "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16, _SMALL_TOWER, **_TIED),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32, _SMALL_TOWER, **_TIED),
+    "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(4096, 12288, 36, 32, {}),
     "microsoft/Phi-3.5-vision-instruct": _PHI3V,
     "llava-hf/llava-v1.6-mistral-7b-hf": _llava_next("mistralai/Mistral-7B-Instruct-v0.2", 32064),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _llava_next("lmsys/vicuna-7b-v1.5", 32064),
@@ -104,6 +128,8 @@ MODELS: dict[str, Json] = {
 
 PROCESSORS: dict[str, Json] = {  # preprocessor_config.json, by model_type
     "qwen2_vl": {"image_processor_type": "Qwen2VLImageProcessor"},
+    "qwen2_5_vl": {"image_processor_type": "Qwen2VLImageProcessor"},
+    "qwen3_vl": {"image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 16},
     "phi3_v": {"image_processor_type": "Phi3VImageProcessor", "num_crops": 16},
     "llava_next": {
         "image_processor_type": "LlavaNextImageProcessor",

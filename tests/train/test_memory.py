@@ -19,7 +19,8 @@ from visavis.inputs import Prompt
 from visavis.model.config import ViTConfig
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig, PromptEncoder
+from visavis.processing.prompt_config import PromptConfig
+from visavis.processing.prompt_encoder import PromptEncoder
 from visavis.processing.tokenizer import SpecialTokens
 
 SIZE = 256  # pixels of a side: 0.8 MB a picture, as the model takes it

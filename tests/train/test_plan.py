@@ -16,7 +16,7 @@ from visavis.checkpoints.formats import detect
 from visavis.checkpoints.inspect import model_parts
 from visavis.checkpoints.native import write_native
 from visavis.data.sources import open_data_source
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.train import cost_model
 from visavis.train.data_loader import DataLoader
 from visavis.train.distributed import TrainModule
@@ -229,6 +229,11 @@ def test_operations_are_six_a_weight_where_all_is_trained() -> None:
         ("lmsys/vicuna-13b-v1.5", 13016),
         ("Qwen/Qwen2-VL-2B-Instruct", 2209),
         ("Qwen/Qwen2-VL-7B-Instruct", 8291),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3755),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8292),
+        ("Qwen/Qwen3-VL-2B-Instruct", 2128),
+        ("Qwen/Qwen3-VL-4B-Instruct", 4438),
+        ("Qwen/Qwen3-VL-8B-Instruct", 8767),
         ("microsoft/Phi-3.5-vision-instruct", 4147),
         ("llava-hf/llava-v1.6-mistral-7b-hf", 7567),
         ("somebody/llava-onevision-qwen2-0.5b-ov", 894),

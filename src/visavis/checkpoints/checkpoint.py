@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from visavis.processing.config import ImageProcessorConfig
-    from visavis.processing.prompt_encoder import PromptConfig
+    from visavis.processing.prompt_config import PromptConfig
     from visavis.processing.tokenizer import SpecialTokens
 
 
@@ -215,11 +216,13 @@ def write_words(
     context_length: int,
     image_token: str = "",
     video_token: str = "",
+    tokens: Mapping[str, str] = MappingProxyType({}),
     chats: bool = True,
 ) -> list[Path]:
     """Write the tokenizer's files, as transformers and `load_tokenizer` read them.
 
     Args:
+        tokens: further tokens by the names that a processor of the library has for them.
         chats: write generation_config.json, which says what ends an answer.
     """
 
@@ -234,7 +237,7 @@ def write_words(
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
     }
-    visuals = {"image_token": image_token, "video_token": video_token}
+    visuals = {"image_token": image_token, "video_token": video_token, **tokens}
     if any(visuals.values()):
         settings["extra_special_tokens"] = {name: token for name, token in visuals.items() if token}
     generation: dict[str, Any] = {

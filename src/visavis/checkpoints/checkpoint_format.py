@@ -29,7 +29,7 @@ from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import (
     SpecialTokens,
     has_tokenizer,

@@ -47,7 +47,7 @@ from visavis.model.connectors import build_connector
 from visavis.model.embedding_head import EmbeddingHead
 from visavis.model.vlm import VLM
 from visavis.processing.config import AnyresConfig, ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer_check import read_tokenizer
 from visavis.utils import lookup
 

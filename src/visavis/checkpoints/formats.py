@@ -29,9 +29,15 @@ from visavis.checkpoints.sentence_transformers import SentenceTransformersFormat
 from visavis.checkpoints.tensor_files import StoredTensor
 from visavis.checkpoints.tinyllava.load import TinyLlavaFormat
 from visavis.checkpoints.transformers.load import (
+    Idefics3Format,
+    InternVLFormat,
     LlavaNextFormat,
+    LlavaOnevision15Format,
     LlavaOnevisionFormat,
+    MultiVectorFormat,
     Qwen2VLFormat,
+    Qwen3VLFormat,
+    Qwen25VLFormat,
     TransformersFormat,
 )
 from visavis.checkpoints.transformers.load_embedders import DualEncoderFormat, EmbeddingGemma2Format
@@ -92,10 +98,16 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     LlavaFormat,
     TransformersFormat,
     LlavaNextFormat,
+    LlavaOnevision15Format,
     LlavaOnevisionFormat,
     Qwen2VLFormat,
+    Qwen25VLFormat,
+    Qwen3VLFormat,
     DualEncoderFormat,
     EmbeddingGemma2Format,
+    MultiVectorFormat,
+    Idefics3Format,
+    InternVLFormat,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

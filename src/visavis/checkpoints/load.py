@@ -14,7 +14,7 @@ from visavis.checkpoints.known_models import known_models
 from visavis.errors import CheckpointError, FetchError, InputError, UnknownNameError
 from visavis.processing.chat_formats import CHAT_FORMATS
 from visavis.processing.config import sized_as
-from visavis.processing.prompt_encoder import PROFILES
+from visavis.processing.prompt_config import PROFILES, stated_profile
 from visavis.utils import lookup, suggest
 
 if TYPE_CHECKING:
@@ -139,14 +139,15 @@ def load_checkpoint(
         vision_tower=None if vision_tower is None else resolve(vision_tower),
         fetch=True,
     )
-    loaded = _load(_opened(path, companions), precision, pick_device(device))
+    opened = _opened(path, companions)
+    loaded = _load(opened, precision, pick_device(device))
     if precision in INTEGERS:
         loaded.fingerprint = checkpoint_fingerprint(
             [], {"model": loaded.fingerprint, "bits": precision}
         )
     if chat_template:
         loaded.profile = replace(loaded.profile, chat_template=chat_template)
-    if profile:
+    if profile := profile or stated_profile(opened.settings):
         embed_as(loaded, profile)
     return loaded
 

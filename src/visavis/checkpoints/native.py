@@ -68,7 +68,7 @@ from visavis.model.image_tokens import tokens_per_view
 from visavis.model.quantized_linear import GROUP, Groups, QuantizedLinear, groups_of, quantize
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import (
     SpecialTokens,
     build_tokenizer,

@@ -39,7 +39,7 @@ from visavis.checkpoints.weight_mapping import MappingRow, NameTable
 from visavis.errors import CheckpointError
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, VLMConfig
 from visavis.processing.config import ImageProcessorConfig, Phi3VConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
 if TYPE_CHECKING:

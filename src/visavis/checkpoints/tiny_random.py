@@ -19,7 +19,7 @@ from visavis.model.config import ConnectorConfig, DecoderConfig, ViTConfig, VLMC
 from visavis.model.vision.vit import ViT
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 from visavis.utils import write_folder_atomically
 

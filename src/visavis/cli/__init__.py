@@ -36,6 +36,7 @@ from visavis.cli.inspect import inspect
 from visavis.cli.mcp import mcp
 from visavis.cli.mine import mine
 from visavis.cli.models import models
+from visavis.cli.rerank import rerank
 from visavis.cli.serve import serve
 from visavis.cli.train import train
 
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.command(rich_help_panel=USE)(demo)
 app.command(rich_help_panel=USE)(chat)
 app.command(rich_help_panel=USE)(embed)
+app.command(rich_help_panel=USE)(rerank)
 app.command(rich_help_panel=USE)(serve)
 app.command(rich_help_panel=USE)(models)
 app.add_typer(index, rich_help_panel=SEARCH)

@@ -65,6 +65,7 @@ def demo(
 
         require_web_packages()  # now, not after minutes of work
 
+    from visavis.demo.made import DOCUMENT_QUERY
     from visavis.demo.run import TEXT_QUERIES, run_demo
 
     loaded = loading.load(model)
@@ -81,7 +82,7 @@ def demo(
                 loaded,
                 result.index,
                 port=port,
-                examples=TEXT_QUERIES,
+                examples=(*TEXT_QUERIES, DOCUMENT_QUERY),
                 ready=lambda address: say(f"the page is at {address} (Ctrl-C ends it)"),
             )
 
@@ -107,7 +108,7 @@ def _print_result(result: DemoResult) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if result.reply is not None:
         typer.echo(f"{title(result.asked_about)}: {QUESTION}\n  {result.reply.text.strip()}\n")
-    pace = f"{len(result.index)} images indexed in {result.index_seconds:.1f} s"
+    pace = f"{len(result.index)} items indexed in {result.index_seconds:.1f} s"
     typer.echo(f"{pace}; contact sheet: {result.sheet_path}")
 
 

@@ -20,6 +20,7 @@ from visavis.cli.common import (
     show_progress,
     visuals_of,
 )
+from visavis.cli.corpus import CorpusOptions, embed_corpus
 from visavis.errors import InputError
 from visavis.utils import parse_json
 
@@ -46,9 +47,12 @@ def embed(
         ),
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write float32 [N, D] to this .npy file."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write float32 [N, D] to this .npy file; the shards of --corpus to this folder.",
         ),
     ] = None,
     instruction: Annotated[
@@ -58,6 +62,32 @@ def embed(
         int | None,
         typer.Option(metavar="N", help="Truncate embeddings to N dimensions (Matryoshka)."),
     ] = None,
+    corpus: Annotated[
+        list[str],
+        typer.Option(
+            "--corpus",
+            metavar="PATH",
+            help="Embed a folder, .parquet, .tar or URL (s3://…) into Parquet shards in the folder "
+            "--output; rerun to resume. Repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What embeds a corpus: local (this process) or ray (a Ray cluster).",
+        ),
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Processes of a Ray cluster that embed (all)."),
+    ] = None,
+    shard_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Files or rows of a shard.")
+    ] = 10_000,
+    ocr: Annotated[
+        bool, typer.Option("--ocr", help="Recognise text in images of a corpus, for searching.")
+    ] = False,
     as_json: JsonOption = False,
     *,
     loading: Loading,
@@ -73,21 +103,28 @@ def embed(
       visavis embed nano --items captions.jsonl --output vectors.npy
 
       visavis embed adapter/ --base Qwen/Qwen2-VL-2B-Instruct --profile vlm2vec-v2 -t "a cat"
+
+      visavis embed nano --corpus s3://bucket/photos --output s3://bucket/vectors --engine ray
     """
+    if corpus:
+        _check_alone(texts, images, videos, documents, items, dim)
+        options = CorpusOptions(engine, workers, shard_size, instruction or "", ocr)
+        embed_corpus(model, corpus, output, options, loading, as_json=as_json)
+        return
     if not (texts or images or videos or documents or items):
         raise InputError(
             "nothing to embed: give --text, --image, --video, --document or --items (each but "
-            "the last is repeatable)"
+            "the last is repeatable), or a whole --corpus"
         )
-    if output is not None and output.suffix != ".npy":
-        raise InputError(f"--output is {str(output)!r}, expected a name that ends in .npy")
+    if output is not None and not output.endswith(".npy"):
+        raise InputError(f"--output is {output!r}, expected a name that ends in .npy")
 
     import numpy as np
 
     from visavis.utils import write_atomically
 
-    named = [(text, text) for text in texts] + _named_visuals(images, videos, documents, whole)
-    named += _read_items(items) if items else []
+    named = [(text, text) for text in texts] + named_visuals(images, videos, documents, whole)
+    named += read_items(items) if items else []
     shown, wanted = [name for name, _ in named], [item for _, item in named]
     if not wanted:
         raise InputError(f"nothing to embed: --items {items} holds no lines")
@@ -95,11 +132,11 @@ def embed(
     vectors = loaded.embed(wanted, instruction=instruction, dim=dim, progress=show_progress())
     if output is not None:
         try:
-            with write_atomically(output) as temporary, temporary.open("wb") as file:
+            with write_atomically(Path(output)) as temporary, temporary.open("wb") as file:
                 np.save(file, vectors)
         except OSError as error:
             raise InputError(f"cannot write {output}: {error}") from error
-        summary = {"output": str(output), "shape": list(vectors.shape), "model": loaded.name}
+        summary = {"output": output, "shape": list(vectors.shape), "model": loaded.name}
         if as_json:
             print_json(summary)
         else:
@@ -113,7 +150,17 @@ def embed(
         print_json({"item": item, "vector": row})
 
 
-def _named_visuals(
+def _check_alone(*others: object) -> None:
+    """Refuse single items beside a corpus."""
+    if any(others):
+        raise InputError(
+            "--corpus stands beside --text, --image, --video, --document, --items or --dim; embed "
+            "single items in a command of their own, and cut the vectors of a corpus when it is "
+            "searched"
+        )
+
+
+def named_visuals(
     images: list[Path], videos: list[Path], documents: list[Path], whole: bool
 ) -> list[tuple[Any, Any]]:
     """Return images, videos and document pages, each with its name."""
@@ -131,7 +178,7 @@ def _named_visuals(
     return found
 
 
-def _read_items(path: Path) -> list[tuple[Any, Any]]:
+def read_items(path: Path) -> list[tuple[Any, Any]]:
     """Return the item of each line of a JSON lines file as it stands there, and with its paths
     from the file's folder; errors name the line."""
     try:

@@ -35,6 +35,8 @@ WAYS = {
     "hd": "high-resolution tiles and a global view",
     "naflex": "any aspect ratio, in patches",
     "gemma": "any aspect ratio, in squares of patches",
+    "ratio": "square tiles of the nearest aspect ratio and a global view",
+    "split": "longest edge resized, square tiles and a global view",
 }
 
 
@@ -151,6 +153,11 @@ def _preprocessing(processor: ImageProcessorConfig | None) -> dict[str, str]:
         found["patches"] = f"at most {processor.naflex.max_patches}"
     if hd := processor.hd:
         found["tiles"] = f"at most {hd.num_crops}"
+    if ratio := processor.ratio:
+        found["tiles"] = f"{ratio.min_tiles} to {ratio.max_tiles}, and the whole"
+    if split := processor.split:
+        most = -(-split.longest_edge // processor.size)
+        found["tiles"] = f"at most {most} × {most} and the whole" if split.cut else "none"
     if patches := processor.patches:
         found["patches"] = (
             f"{patches.patch} px, {patches.merge} × {patches.merge} per token, "

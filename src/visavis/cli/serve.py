@@ -64,6 +64,12 @@ def serve(
         list[str],
         typer.Option("--allow-origin", metavar="URL", help="Web site for CORS; repeatable."),
     ] = [],  # noqa: B006
+    allow_folder: Annotated[
+        list[Path],
+        typer.Option(
+            "--allow-folder", metavar="DIR", help="Folder the page may index; repeatable."
+        ),
+    ] = [],  # noqa: B006
     log_format: Annotated[
         str | None,
         typer.Option("--log-format", metavar="text|json", help="Format of the log on stderr."),
@@ -98,6 +104,7 @@ def serve(
         "allow_urls": allow_url,
         "allow_hosts": allow_host,
         "allow_origins": allow_origin,
+        "allow_folders": allow_folder,
         "log_format": log_format,
     }
     defaults = {name: value for name, value in vars(Loading()).items() if value}

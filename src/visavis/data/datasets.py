@@ -10,11 +10,12 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from visavis.data.kinds import kinds_of, with_article, with_presence
 from visavis.data.tar_shards import read_shards
 from visavis.errors import TrainError
 from visavis.inputs import Image, Stored, Video
@@ -34,12 +35,6 @@ ASK_LONG = (
     "What does this picture show? Describe it.",
     "Write a description of this image.",
     "Describe what you see in the picture.",
-)
-ASK_PRESENCE = (
-    "Is there {} in this picture?",
-    "Is there {}?",
-    "Does the picture show {}?",
-    "Can you see {} in the image?",
 )
 LONG_WORDS = 9  # captions of more words answer ASK_LONG
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+(?=[A-Z0-9(“\"])")
@@ -62,29 +57,33 @@ def shorten(text: str, max_words: int) -> str:
 
 
 def chat_pairs(
-    record: Record, draw: random.Random, *, questions_per_example: int, max_caption_words: int
+    record: Record,
+    draw: random.Random,
+    *,
+    questions_per_example: int,
+    max_caption_words: int,
+    general: float = 0.0,
 ) -> list[list[tuple[str, str]]]:
     """Return the conversations a record gives: its questions in random groups, its caption.
 
     A group never asks for what an earlier answer of it gives away more than needed: order is
-    random, so each question also comes first, where only the image can answer it.
+    random, so each question also comes first, where only the image can answer it. `general` is the
+    share of names that are replaced by their kind.
     """
     questions = list(record.questions)
     draw.shuffle(questions)
     starts = range(0, len(questions), questions_per_example)
     groups = [questions[start : start + questions_per_example] for start in starts]
     if record.label:
-        groups.append([(draw.choice(ASK_SHORT), f"A photo of {with_article(record.label)}.")])
+        name, kinds = record.label, kinds_of(record)
+        if kinds and draw.random() < general:
+            name = kinds[0]
+        groups.append([(draw.choice(ASK_SHORT), f"A photo of {with_article(name)}.")])
     elif record.caption:
         answer = shorten(record.caption, max_caption_words)
         asked = ASK_LONG if len(answer.split()) > LONG_WORDS else ASK_SHORT
         groups.append([(draw.choice(asked), answer)])
     return groups
-
-
-def with_article(name: str) -> str:
-    """Return "a cat" for "cat", "an owl" for "owl"."""
-    return f"{'an' if name[:1].lower() in tuple('aeiou') else 'a'} {name}"
 
 
 def text_to_match(record: Record, draw: random.Random) -> str:
@@ -392,27 +391,6 @@ def load_source(name: str, root: Path) -> list[Record]:
     """
     read, split = lookup("data source", name, SOURCES)
     return with_presence(list(read(root, split)))
-
-
-def with_presence(records: list[Record]) -> list[Record]:
-    """Return records with labels with a question about a thing that is there and one about a
-    thing that is not, as many with the answer yes as no."""
-    labels = sorted({record.group or record.label for record in records if record.label})
-    if len(labels) < 2:
-        return records
-    asked = []
-    for record in records:
-        draw, own = random.Random(f"presence/{record.key}"), record.group or record.label
-        others = [name for name in labels if name not in own and own not in name]
-        questions = record.questions
-        if record.label and others:
-            yes, no = with_article(own), with_article(draw.choice(others))
-            questions += (
-                (draw.choice(ASK_PRESENCE).format(yes), "Yes"),
-                (draw.choice(ASK_PRESENCE).format(no), "No"),
-            )
-        asked.append(replace(record, questions=questions))
-    return asked
 
 
 def is_made(visual: Image | Video) -> bool:

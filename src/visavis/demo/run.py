@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visavis.demo.made import make_media
 from visavis.demo.samples import copy_samples
 from visavis.demo.sheet import SheetRow, draw_sheet
 from visavis.errors import InputError
 from visavis.index import Hit, Index
+from visavis.index.names import SourceName, clock
 from visavis.utils import write_atomically
 
 if TYPE_CHECKING:
@@ -75,12 +77,13 @@ def run_demo(model: Model, folder: Path, *, progress: bool) -> DemoResult:
         )
     try:
         pictures = copy_samples(folder / "pictures")
+        made = make_media(folder / "pictures", pictures)
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error}; name another --output") from error
     # A file per model: vectors of another model, or of other weights, cannot be compared.
     index = Index(folder / f"pictures-{model.fingerprint}.idx", model)
     started = time.perf_counter()
-    index.add(pictures, progress=progress)
+    index.add([*pictures, *made], segments=True, progress=progress)
     index_seconds = time.perf_counter() - started
     queries: list[str | Path] = [*TEXT_QUERIES]
     by_name = {path.name: path for path in pictures}
@@ -102,14 +105,18 @@ def run_demo(model: Model, folder: Path, *, progress: bool) -> DemoResult:
     )
 
 
-def title(path: str | Path) -> str:
-    """Return "rocket launch" for ".../rocket-launch.jpg"."""
-    return Path(path).stem.replace("-", " ")
+def title(source: str | Path) -> str:
+    """Return "rocket launch" for ".../rocket-launch.jpg", with the page or time of an item."""
+    named = SourceName.parse(str(source))
+    words = Path(named.path).stem.replace("-", " ")
+    if named.page is not None:
+        return f"{words}, page {named.page}"
+    return words if named.begin_s is None else f"{words}, {clock(named.begin_s)}"
 
 
 def _search(index: Index, query: str | Path) -> list[Hit]:
     """Return the best hits, without the query image itself."""
-    hits = index.search(query, k=NUM_HITS + 1)
+    hits = index.search(query, k=NUM_HITS + 1, mode="vector")  # not by file names
     itself = str(query.absolute()) if isinstance(query, Path) else ""
     return [hit for hit in hits if hit.source != itself][:NUM_HITS]
 
@@ -126,7 +133,7 @@ def _write_sheet(path: Path, index: Index, searches: Sequence[Search]) -> Path:
         is_words = isinstance(search.query, str)
         picture = None if is_words else decode_image(search.query)
         rows.append(SheetRow(f"“{search.label}”" if is_words else search.label, hits, picture))
-    subtitle = f"{len(index)} pictures · model {index.model.name} · cosine similarity, best first"
+    subtitle = f"{len(index)} items · model {index.model.name} · cosine similarity, best first"
     sheet = draw_sheet("visavis: words and pictures in, pictures out", subtitle, rows)
     with write_atomically(path) as temporary:
         sheet.save(temporary, "PNG")

@@ -17,12 +17,12 @@ import numpy as np
 
 from visavis.evaluate.items import VISUAL, Item
 from visavis.inputs import Message, Part, Prompt, Text
-from visavis.processing.prompt_encoder import PROFILES, PromptConfig
+from visavis.processing.prompt_config import PROFILES, PromptConfig
 
 if TYPE_CHECKING:
     from visavis.api import Model
 
-VERBATIM = ("vlm2vec-v1", "vlm2vec-v2", "llave")
+VERBATIM = ("vlm2vec-v1", "vlm2vec-v2", "llave")  # and those with the same forms
 
 
 def profile_name(profile: PromptConfig) -> str:

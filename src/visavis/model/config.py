@@ -56,10 +56,18 @@ class DecoderConfig:
     rope_fraction: float = 1.0  # share of head_dim that rotates (Phi-2, StableLM: < 1)
     rope_scaling: RopeScaling | None = None
     mrope_sections: tuple[int, ...] = ()  # frequencies per axis (time, height, width), Qwen2-VL
+    mrope_interleaved: bool = False  # axes take turns instead of blocks of frequencies (Qwen3-VL)
     qk_norm: bool = False  # RMS norm on each head's query and key
     embedding_scale: float = 1.0  # token embeddings are multiplied by this (Gemma: sqrt(width))
     tied_head: bool = True
     sliding_window: int = 0  # tokens a query may look back, itself included; 0 = all
+    causal: bool = True  # False: every token sees its whole sequence (PaliGemma's prefix)
+    norm_bias: bool = True  # of layer norms
+    # ModernBERT: a norm on the embeddings, in the place of the one before the first attention
+    embed_norm: bool = False
+    local_layers: tuple[int, ...] = ()  # numbers from 0 of layers with a window of their own
+    local_window: int = 0  # theirs, as `sliding_window`; without `causal` in both directions
+    local_rope_base: float = 10000.0  # theirs
 
     def per_layer(self, value: PerLayer, layer: int) -> int:
         """Return the number for one layer of a field that may differ per layer."""
@@ -93,6 +101,11 @@ class ViTConfig:
     gated_ffn: bool = False  # DINOv2-giant: SwiGLU
     pooling: Literal["mean", "class", "attention"] = "mean"  # of dual encoders: CLIP's, SigLIP's
     position_antialias: bool = False  # DINOv2 with registers: how positions are resized
+    position_buckets: bool = False  # Idefics3: each patch takes the nearest learned position
+    norm_output: bool = False  # the last hidden state is given after `post_norm`
+    norm: Literal["layer", "rms"] = "layer"  # of blocks; InternViT-6B: rms
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMS norm on all heads' queries and keys together (InternViT-6B)
     any_resolution: ClassVar[bool] = False
 
     @property
@@ -133,18 +146,43 @@ class EfficientNetConfig:
 
 @dataclass(frozen=True)
 class Qwen2VLTowerConfig:
-    """Qwen2-VL's tower of any resolution: patches of two frames, rotary positions."""
+    """The towers of any resolution of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and LLaVA-OneVision-1.5:
+    patches of one or two frames, rotary positions.
+
+    Args:
+        temporal_size: frames in a patch.
+        merge: side of the square of patches that become one token.
+        window: side, in tokens, of the squares that attention is limited to; 0: whole images.
+        full_blocks: numbers of the blocks that attend to whole images all the same, from 0.
+        tokens_per_second: positions of M-RoPE that a second of a video takes; 0: each pair of
+            frames takes one.
+        position_side: side of the table of learned positions that is stretched to an image's
+            patches; 0: none.
+        deepstack_blocks: numbers of the blocks after which features are taken beside the last
+            ones, for the decoder's first layers (DeepStack, Meng et al. 2024).
+        class_token: a class token before each image or frame, and a norm before the first block
+            (RICE-ViT, `vision/rice.py`).
+    """
 
     width: int
     num_layers: int
     num_heads: int
     ffn_width: int
     patch_size: int = 14
-    temporal_size: int = 2  # frames in a patch
-    merge: int = 2  # side of the square of patches that become one token
+    temporal_size: int = 2
+    merge: int = 2
     activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
     norm_eps: float = 1e-6
     kind: Literal["qwen2_vl"] = "qwen2_vl"
+    norm: Literal["layer", "rms"] = "layer"
+    gated_ffn: bool = False
+    patch_bias: bool = False
+    window: int = 0
+    full_blocks: tuple[int, ...] = ()
+    tokens_per_second: int = 0
+    position_side: int = 0
+    deepstack_blocks: tuple[int, ...] = ()
+    class_token: bool = False
     any_resolution: ClassVar[bool] = True
     num_prefix_tokens: ClassVar[int] = 0
 
@@ -246,7 +284,8 @@ class ConnectorConfig:
     of image tokens by its square; in `merger` (Qwen2-VL) they stand next to one another already.
     `mixture` has an MLP for each half of a mixture tower; `resampler` and `qformer` have `depth`
     blocks; `pooled` averages squares of patches. `words` is `linear`, preceded by `num_queries`
-    tokens that spell the words of a list whose vectors are nearest to the image's.
+    tokens that spell the words of a list whose vectors are nearest to the image's, those within
+    `word_margin` of the nearest.
     """
 
     kind: str
@@ -256,9 +295,14 @@ class ConnectorConfig:
     shuffle: int = 1
     hidden_width: int = 0  # mlp: 0 is out_width, as in LLaVA; qformer: its width, 64 a head
     input_norm: bool = False  # mlp: a layer norm on the (folded) tower features
+    bias: bool = True  # linear, mlp: of their layers
     num_queries: int = 0  # resampler, qformer: learned queries; words: spelling tokens
     num_words: int = 0  # words: length of the list
+    rms_norm: bool = False  # merger: its norm is an RMS norm (Qwen2.5-VL)
+    norm_eps: float = 1e-6  # merger: of its norm
+    deepstack: int = 0  # merger: further mergers, for the decoder's first layers (Qwen3-VL)
     word_width: int = 0  # words: numbers of an embedding vector
+    word_margin: float = 0.0  # words: how much farther than the nearest a word may be; 0: any
 
 
 @dataclass(frozen=True)
@@ -322,6 +366,8 @@ class VLMConfig:
     `drop_first_token` leaves out a patch, the upper left one, of towers without class token: what
     TinyLLaVA's models of SigLIP were trained with (docs/quirks.md), and no new model should.
     A model that only embeds has `no_decoder` as its decoder.
+    `multi_vector_dim` is the length of the vectors that a linear layer makes of each token's last
+    hidden state (ColBERT, Khattab & Zaharia 2020; ColPali, Faysse et al. 2024); 0: no such layer.
     """
 
     decoder: DecoderConfig
@@ -335,6 +381,7 @@ class VLMConfig:
     video_token_id: int = -1
     drop_first_token: bool = False
     text_tower: TextTowerConfig | None = None
+    multi_vector_dim: int = 0
 
     @property
     def is_dual(self) -> bool:
@@ -371,7 +418,10 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
     tower = fields.get("tower")
     if tower is not None:
         parts = {n: ViTConfig(**tower[n]) for n in ("first", "second") if n in tower}  # mixture
-        fields["tower"] = TOWERS[tower["kind"]](**{**tower, **parts})
+        plain: dict[str, Any] = {
+            n: tuple(v) if isinstance(v, list) else v for n, v in tower.items()
+        }
+        fields["tower"] = TOWERS[tower["kind"]](**{**plain, **parts})
     if fields.get("connector") is not None:
         fields["connector"] = ConnectorConfig(**fields["connector"])
     if fields.get("head") is not None:

@@ -6,7 +6,7 @@ tokens of views are arranged. Resizing is in `processing`, arranging in `image_t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ class ImageGrid:
             patches).
         size: width and height of the upright original, where the tokens' layout depends on it.
         video: whether it is one; a video of one frame is still a video.
+        interval: seconds from one temporal patch of a video to the next, on average.
+        times: seconds at which each temporal patch of a video is shown, the mean of its frames.
     """
 
     frames: int = 1
@@ -31,6 +33,14 @@ class ImageGrid:
     columns: int = 0
     size: tuple[int, int] = (0, 0)
     video: bool = False
+    interval: float = 1.0
+    times: tuple[float, ...] = ()
+
+    def split(self, number: int) -> list[ImageGrid]:
+        """Return the grids of the runs that a prompt writes it in: itself, or each temporal patch
+        of a video by itself."""
+        assert number in (1, self.frames), f"{self} in {number} runs"
+        return [self] if number == 1 else [replace(self, frames=1)] * number
 
     @property
     def views(self) -> int:

@@ -31,6 +31,8 @@ from visavis.model.config import ImageLayoutConfig, VLMConfig
 from visavis.model.connectors import connector_tokens
 from visavis.model.image_input import ImageGrid
 
+TYPICAL_TOKENS = 256  # of an image, where they depend on its size
+
 
 class Separators(nn.Module):
     """The learned marks, as two rows [2, width]."""
@@ -79,6 +81,13 @@ def tokens_per_view(config: VLMConfig) -> int:
     if config.tower is None or config.connector is None:
         return 0
     return connector_tokens(config.connector, config.features_per_image)
+
+
+def typical_tokens(config: VLMConfig) -> int:
+    """Return about how many tokens an image of a usual size becomes, to spread work evenly."""
+    if config.tower is not None and config.tower.any_resolution:
+        return TYPICAL_TOKENS
+    return tokens_per_view(config)
 
 
 def count_tokens(config: VLMConfig, shape: ImageGrid) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from visavis.model.attention import SequenceLayout
 from visavis.model.config import DecoderConfig
-from visavis.model.decoder import Block, Decoder, Norm
+from visavis.model.decoder import Block, Decoder, DeepStack, Norm
 from visavis.model.kv_cache import KVCache
 from visavis.model.native_rows import PLAIN, library, linear_of, plain_matrix
 from visavis.model.paged_kv_cache import Cache
@@ -69,7 +69,12 @@ class NativeDecoder:
         )
 
     def forward(
-        self, x: Tensor, positions: Tensor, layout: SequenceLayout, layers: Collection[int]
+        self,
+        x: Tensor,
+        positions: Tensor,
+        layout: SequenceLayout,
+        layers: Collection[int],
+        deepstack: DeepStack | None = None,
     ) -> dict[int, Tensor]:
         """Do what `Decoder.forward` does."""
         last = len(self.model.layers[: self.model.num_layers])
@@ -78,10 +83,23 @@ class NativeDecoder:
         found = {n: torch.empty(x.shape) for n in set(wanted.values()) if n < last}
         out = torch.empty(x.shape)
         caches = [cache for cache in layout.caches if isinstance(cache, KVCache)]
+        added = (
+            []
+            if deepstack is None
+            else [
+                deepstack.add(torch.zeros(x.shape), number)
+                for number in range(len(deepstack.features))
+            ]
+        )
         for rows, lengths, own in self._parts(layout.lengths, caches):
-            part = {n: state[rows] for n, state in found.items()}
             out[rows] = self._run(
-                x[rows], positions[..., rows], own, lengths, layers=highest, states=part
+                x[rows],
+                positions[..., rows],
+                own,
+                lengths,
+                layers=highest,
+                states={n: state[rows] for n, state in found.items()},
+                added=[features[rows] for features in added],
             )
         found[last] = out
         return {layer: found[number] for layer, number in wanted.items()}
@@ -142,6 +160,7 @@ class NativeDecoder:
         *,
         layers: int,
         states: dict[int, Tensor] | None = None,
+        added: Sequence[Tensor] = (),
         scores: Tensor | None = None,
     ) -> Tensor:
         """Extend caches by tokens; return hidden states after the last norm."""
@@ -160,6 +179,10 @@ class NativeDecoder:
         if states:
             addresses = {n: state.data_ptr() for n, state in states.items()}
             wanted = (ctypes.c_void_p * (layers + 1))(*map(addresses.get, range(layers + 1)))
+        more = None
+        if added:
+            own = [features.data_ptr() for features in added[:layers]]
+            more = (ctypes.c_void_p * layers)(*own, *[None] * (layers - len(own)))
         numbers = torch.arange(0 if scores is None else len(x))
         api.check(
             library().vv_forward(
@@ -170,6 +193,7 @@ class NativeDecoder:
                 cos.data_ptr(),
                 sin.data_ptr(),
                 wanted,
+                more,
                 numbers.data_ptr(),
                 len(numbers),
                 None if scores is None else scores.data_ptr(),
@@ -185,6 +209,8 @@ def can_run(decoder: Decoder) -> bool:
     """Return whether the kernels compute this decoder: it is on the CPU, its linears are packed for
     them or plain, and they are compiled."""
     if api.native() is None or decoder.norm.weight.device.type != "cpu":
+        return False
+    if not decoder.config.causal:
         return False
     if decoder.dtype not in PLAIN or decoder.config.activation not in api.ACTIVATIONS:
         return False

@@ -1,6 +1,7 @@
 """Pooling: hidden states of packed sequences to unit vectors.
 
 Four kinds: the trained embedding head, the last token, the first token, the mean of all tokens.
+Multi-vector models (ColPali) keep a vector per token instead.
 """
 
 from __future__ import annotations
@@ -37,6 +38,14 @@ def pooled(vlm: VLM, batch: PackedBatch, pooling: str) -> Tensor:
     return F.normalize(found, dim=-1)
 
 
+@torch.inference_mode()
+def embed_multi_batch(vlm: VLM, batch: PackedBatch) -> list[Tensor]:
+    """Return unit vectors of every token, float32 [tokens, D] per sequence, without gradients."""
+    assert vlm.multi_vector_head is not None
+    vectors = vlm.multi_vector_head(vlm(batch)[-1])  # [T, D]
+    return list(F.normalize(vectors, dim=-1).split(batch.lengths))
+
+
 def unusable_rows(vectors: np.ndarray) -> np.ndarray:
     """Return which rows [N, D] are no unit vectors: they hold NaN or infinity, or only zeros, to
     which dividing by an infinite norm leads; bool [N]."""
@@ -51,6 +60,8 @@ def embedding_dim(vlm: VLM, pooling: str) -> int:
     if pooling == "head":
         assert vlm.config.head is not None
         return vlm.config.head.dim
+    if pooling == "multi":
+        return vlm.config.multi_vector_dim
     return vlm.config.decoder.width
 
 

@@ -17,7 +17,7 @@ class Rope:
 
     def __init__(self, config: DecoderConfig) -> None:
         self.dim = config.rotary_dim
-        self.sections = config.mrope_sections
+        self.axes = frequency_axes(config.mrope_sections, config.mrope_interleaved)
         # on the CPU even when the model around it is built on the meta device
         exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
         self.frequencies = scaled(1.0 / config.rope_base**exponent, config.rope_scaling)
@@ -47,13 +47,24 @@ class Rope:
         return found
 
     def _sectioned(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Each block of frequencies follows the position of its own axis (Qwen2-VL)."""
-        axis = torch.repeat_interleave(
-            torch.arange(len(self.sections)), torch.tensor(self.sections)
-        ).to(positions.device)  # [dim / 2]: which axis each frequency follows
+        """Each frequency follows the position of its own axis (Qwen2-VL)."""
+        axis = self.axes.to(positions.device)
         angles = positions[axis].T * self.frequencies.to(positions.device)  # [T, dim / 2]
         cos, sin = signed_tables(angles, self.magnitude)
         return cos.to(dtype), sin.to(dtype)
+
+
+def frequency_axes(sections: Sequence[int], interleaved: bool) -> Tensor:
+    """Return the axis (time, height, width) that each frequency follows, int64 [dim / 2]: one block
+    of frequencies after another; interleaved (Qwen3-VL) time, height, width, time, … as far as
+    each of the last two has frequencies, and time in the rest."""
+    axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
+    if interleaved:
+        axes = [0] * len(axes)
+        for axis in (1, 2):
+            for place in range(axis, min(3 * sections[axis], len(axes)), 3):
+                axes[place] = axis
+    return torch.tensor(axes, dtype=torch.int64, device="cpu")
 
 
 def signed_tables(angles: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -86,7 +97,11 @@ def scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
 
 
 def mrope_positions(
-    length: int, slots: Sequence[tuple[int, int]], shapes: Sequence[ImageGrid], merge: int = 2
+    length: int,
+    slots: Sequence[tuple[int, int]],
+    shapes: Sequence[ImageGrid],
+    merge: int = 2,
+    tokens_per_second: int = 0,
 ) -> Tensor:
     """Return the positions of one sequence, int64 [3, L]; the next token's is their maximum + 1.
 
@@ -95,6 +110,7 @@ def mrope_positions(
         slots: (start, number of tokens) of each image or video.
         shapes: their temporal patches, and rows and columns of patches.
         merge: side of the square of patches that become one token.
+        tokens_per_second: positions that a second of a video takes; 0: a temporal patch takes one.
     """
     pieces: list[Tensor] = []
     at = following = 0  # in the sequence; the next free position
@@ -102,11 +118,16 @@ def mrope_positions(
     for (start, count), shape in sorted(pairs, key=lambda pair: pair[0]):
         pieces.append(_text_positions(start - at, following))
         following += start - at
-        size = (shape.frames, shape.rows // merge, shape.columns // merge)
-        grid = torch.cartesian_prod(*(torch.arange(n) for n in size)).T  # [3, n]
+        step = tokens_per_second * shape.interval if tokens_per_second and shape.video else 1.0
+        axes = (
+            (torch.arange(shape.frames) * step).long(),
+            torch.arange(shape.rows // merge),
+            torch.arange(shape.columns // merge),
+        )
+        grid = torch.cartesian_prod(*axes).T  # [3, n]
         assert grid.shape[1] == count, f"{shape} has {grid.shape[1]} tokens, its slot {count}"
         pieces.append(grid + following)
-        following += max(size)
+        following += int(grid.max()) + 1
         at = start + count
     pieces.append(_text_positions(length - at, following))
     return torch.cat(pieces, 1)

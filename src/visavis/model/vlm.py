@@ -20,7 +20,7 @@ from visavis.model.config import VLMConfig
 from visavis.model.connectors import build_connector
 from visavis.model.connectors.mlp import MLP
 from visavis.model.connectors.words import Words
-from visavis.model.decoder import Decoder
+from visavis.model.decoder import Decoder, DeepStack
 from visavis.model.embedding_head import DualHead, EmbeddingHead, mean_per_group
 from visavis.model.gemma_encoder import GemmaEncoder
 from visavis.model.image_input import ImageGrid, ImageInput
@@ -31,13 +31,16 @@ from visavis.model.image_tokens import (
     pack_image_features,
     select,
 )
+from visavis.model.layers import Linear
 from visavis.model.paged_kv_cache import Cache
 from visavis.model.text_tower import BertEncoder, ClipTextEncoder, build_text_tower
 from visavis.model.vision import build_tower
 
 TOWER_BATCH = 4  # views per forward of the vision tower on the CPU
 
-ImageFeatures = tuple[Tensor, Tensor]  # tokens [n, D] and mean feature [W] of one image or video
+# Tokens [n, D] and mean feature [W] of one image or video; with DeepStack [n, (1 + K) D], what is
+# added after each of the first K blocks beside the tokens.
+ImageFeatures = tuple[Tensor, Tensor]
 
 
 class VLM(nn.Module):
@@ -56,6 +59,8 @@ class VLM(nn.Module):
         elif config.head is not None:
             self.head = EmbeddingHead(config.head, config.decoder.width)
         self.text_tower = build_text_tower(config.text_tower) if config.text_tower else None
+        dim = config.multi_vector_dim
+        self.multi_vector_head = Linear(config.decoder.width, dim) if dim else None
         newline = config.merge.newline
         self.image_newline = nn.Parameter(torch.zeros(config.decoder.width)) if newline else None
         hd = config.connector if config.merge.kind == "hd" else None
@@ -98,18 +103,17 @@ class VLM(nn.Module):
     def _see_vectors(self, visuals: Sequence[ImageInput], head: DualHead) -> list[ImageFeatures]:
         """Return a dual encoder's vector of each image or video, which is its one token too: the
         mean of the unit vectors of its views (CLIP4Clip, Luo et al. 2021, for videos)."""
-        assert self.tower is not None
-        dtype = next(self.tower.parameters()).dtype
+        tower: Any = self.tower
+        dtype = next(tower.parameters()).dtype
         pixels = torch.cat([visual.pixels for visual in visuals]).to(dtype)
         shapes = [visual.shape for visual in visuals]
-        pooled: Any = self.tower.pooled  # ViT's or NaFlexTower's
         if self.config.tower is not None and self.config.tower.any_resolution:
             grids = [(shape.frames, shape.rows, shape.columns) for shape in shapes]
-            features = pooled(pixels, grids)
+            features = tower.pooled(pixels, grids)
             counts = [shape.frames for shape in shapes]
         else:
             chunks = pixels.split(TOWER_BATCH) if pixels.device.type == "cpu" else (pixels,)
-            features = torch.cat([pooled(chunk) for chunk in chunks])
+            features = torch.cat([tower.pooled(chunk) for chunk in chunks])
             counts = [shape.views for shape in shapes]
         means = [own.mean(0) for own in head.images(features.float()).split(counts)]
         return [(mean[None], mean) for mean in means]
@@ -124,7 +128,8 @@ class VLM(nn.Module):
         features = self.tower(patches.to(dtype), grids).float()  # [P, W]
         tokens = self.connector(features[None])[0]
         counts = [count_tokens(self.config, shape) for shape in shapes]
-        means = [own.mean(0) for own in features.split([len(one.pixels) for one in visuals])]
+        last = features[:, : self.config.tower.width] if self.config.tower else features
+        means = [own.mean(0) for own in last.split([len(one.pixels) for one in visuals])]
         return list(zip(tokens.split(counts), means, strict=True))
 
     def connect(self, features: Tensor, shapes: Sequence[ImageGrid]) -> list[ImageFeatures]:
@@ -166,14 +171,17 @@ class VLM(nn.Module):
             image_means=torch.stack([mean for _, mean in seen]),
         )
 
-    def embed_inputs(self, batch: PackedBatch) -> Tensor:
-        """Return the decoder's input [T, D]: token embeddings with image tokens spliced in."""
+    def embed_inputs(self, batch: PackedBatch) -> tuple[Tensor, DeepStack | None]:
+        """Return the decoder's input [T, D], token embeddings with image tokens spliced in, and
+        what is added to the outputs of its first blocks where the model has DeepStack."""
         x = self.decoder.embed_tokens(batch.token_ids)
         batch = self.resolve_images(batch)
         if batch.image_positions is None:
-            return x
+            return x, None
         assert batch.image_tokens is not None
-        return merge_image_features(x, batch.image_tokens, batch.image_positions)
+        first, *others = batch.image_tokens.split(x.shape[-1], -1)
+        deepstack = DeepStack(batch.image_positions, tuple(others)) if others else None
+        return merge_image_features(x, first, batch.image_positions), deepstack
 
     def forward(
         self,
@@ -183,7 +191,8 @@ class VLM(nn.Module):
     ) -> dict[int, Tensor]:
         """Return hidden states of the named layers, each float32 [T, D] (see `Decoder.forward`)."""
         layout = SequenceLayout.of(batch.lengths, caches)
-        return self.decoder(self.embed_inputs(batch), batch.positions, layout, layers)
+        x, deepstack = self.embed_inputs(batch)
+        return self.decoder(x, batch.positions, layout, layers, deepstack)
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Return unit vectors, float32 [B, dim], through the embedding head."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from visavis.errors import InputError
 
 VARIABLE = "VISAVIS_NATIVE"
-INTERFACE = 1  # VV_INTERFACE
+INTERFACE = 3  # VV_INTERFACE
 LEVELS = ("avx512", "avx2", "neon", "portable")
 FILE_NAME = {"win32": "visavis_native.dll", "darwin": "libvisavis_native.dylib"}.get(
     sys.platform, "libvisavis_native.so"
@@ -151,10 +151,11 @@ def load(path: Path) -> ctypes.CDLL:
             (POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
         ),
         ("vv_product", c_int, (POINTER(Linear), *many)),
+        ("vv_scan", c_int, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
         (
             "vv_forward",
             c_int,
-            (POINTER(Model), POINTER(Sequence), c_int64, *(c_void_p,) * 4, *many),
+            (POINTER(Model), POINTER(Sequence), c_int64, *(c_void_p,) * 5, *many),
         ),
     ):
         function = getattr(library, name)

@@ -22,11 +22,10 @@ from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat
 from visavis.processing.jinja_extensions import GENERATION_MARKS
 from visavis.processing.jinja_sandbox import TemplateFailureError, check_syntax, render_bounded
 from visavis.processing.tokenizer import SpecialTokens, encode, encode_spans
+from visavis.processing.visual_text import VIDEO, Run, Visuals, VisualText, visuals_of, write_out
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_Placeholders = tuple[int, int]  # token id of an image or video, and how many it becomes
 
 
 @dataclass
@@ -34,13 +33,15 @@ class Encoded:
     """One sequence of ids.
 
     Attributes:
-        image_slots: (start, length) of each image's placeholders, in the order of the images.
+        image_slots: (start, length) of each run of placeholders, in the order of the images.
+        slots_per_image: how many of these runs each image has; empty: one each.
         loss_mask: which tokens are learned; all False with the generation prompt of jinja.
         positions: for M-RoPE, int64 [3, T] (see `model/rope.py`); None: 0, 1, 2, …
     """
 
     token_ids: list[int] = field(default_factory=list)
     image_slots: list[tuple[int, int]] = field(default_factory=list)
+    slots_per_image: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
     positions: Tensor | None = None
 
@@ -141,7 +142,7 @@ def encode_chat(
     specials: SpecialTokens,
     *,
     image_token_id: int,
-    tokens_per_image: Sequence[int],
+    tokens_per_image: Sequence[int | VisualText],
     video_token_id: int = -1,
     add_generation_prompt: bool = True,
 ) -> Encoded:
@@ -151,19 +152,20 @@ def encode_chat(
     model wants one, as the processors of such checkpoints do.
 
     Args:
-        tokens_per_image: number of placeholders of each image of the prompt, in order.
+        tokens_per_image: of each image of the prompt, in order, the number of its placeholders, or
+            how it is written where text stands among them.
         add_generation_prompt: write the start of an answer, and compute no loss mask.
 
     Raises:
         InputError: numbers of images differ, the template refuses the messages, or it does not
             show which tokens belong to an answer.
     """
-    visuals = _placeholders(prompt, image_token_id, video_token_id, tokens_per_image)
-    marks = _Marks(prompt, specials)
+    visuals = visuals_of(prompt, image_token_id, video_token_id, tokens_per_image)
+    marks = _Marks(prompt, specials, visuals)
     text_of = {number: text for text, number in specials.by_text.items()}
     placeholder = text_of.get(image_token_id, "")
     takes_parts = bool(placeholder) and template.takes_parts(placeholder)
-    apart = video_token_id >= 0  # from images
+    apart = video_token_id >= 0 or visuals.written  # from images
     messages = [
         {"role": m.role, "content": marks.parts(m, apart) if takes_parts else marks.content(m)}
         for m in prompt.messages
@@ -173,10 +175,15 @@ def encode_chat(
     if not add_generation_prompt and any(one["role"] == "assistant" for one in messages):
         ends = turn_ends(tokenizer, specials)
         learned = answer_mask(template.render, messages, ends, marks.around_answers)
+    if takes_parts and visuals.written:
+        video = text_of.get(video_token_id, "")
+        rendered, learned, found = write_out(rendered, learned, placeholder, video, visuals)
+        if found != len(prompt.visuals):
+            _misplaced(len(prompt.visuals), found)
     encoded = Encoded()
-    marks.encode(encoded, rendered, tokenizer, specials, visuals, learned)
+    marks.encode(encoded, rendered, tokenizer, specials, visuals.runs, learned)
     if takes_parts:
-        encoded = _expand(encoded, specials, visuals)
+        encoded = _expand(encoded, specials, visuals.runs)
     return _all_images(encoded, visuals)
 
 
@@ -186,7 +193,7 @@ def encode_plain(
     specials: SpecialTokens,
     *,
     image_token_id: int,
-    tokens_per_image: Sequence[int],
+    tokens_per_image: Sequence[int | VisualText],
     video_token_id: int = -1,
     prefix: str = "",
     suffix: str = "",
@@ -202,13 +209,13 @@ def encode_plain(
     Raises:
         InputError: numbers of images differ.
     """
-    visuals = _placeholders(prompt, image_token_id, video_token_id, tokens_per_image)
-    marks = _Marks(prompt, specials, image_start, image_end)
+    visuals = visuals_of(prompt, image_token_id, video_token_id, tokens_per_image)
+    marks = _Marks(prompt, specials, visuals, image_start, image_end)
     text = prefix + "\n".join(map(marks.content, prompt.messages)) + suffix
     encoded = Encoded()
     if specials.add_bos and specials.bos_id is not None:
         encoded.add([specials.bos_id])
-    marks.encode(encoded, text, tokenizer, specials, visuals)
+    marks.encode(encoded, text, tokenizer, specials, visuals.runs)
     encoded.add(specials.appended)
     return _all_images(encoded, visuals)
 
@@ -220,7 +227,7 @@ def encode_turns(
     specials: SpecialTokens,
     *,
     image_token_id: int,
-    tokens_per_image: Sequence[int],
+    tokens_per_image: Sequence[int | VisualText],
     video_token_id: int = -1,
     add_generation_prompt: bool = True,
     image_start: str = "",
@@ -237,9 +244,9 @@ def encode_turns(
     Raises:
         InputError: numbers of images differ, or the template has no such role here.
     """
-    visuals = _placeholders(prompt, image_token_id, video_token_id, tokens_per_image)
+    visuals = visuals_of(prompt, image_token_id, video_token_id, tokens_per_image)
     image_start, image_end = template.image_start + image_start, image_end + template.image_end
-    marks = _Marks(prompt, specials, image_start, image_end)
+    marks = _Marks(prompt, specials, visuals, image_start, image_end)
     pieces = list(_turn_pieces(prompt, template, marks))
     if add_generation_prompt:
         pieces.append((template.turns["assistant"].start, False))
@@ -252,7 +259,7 @@ def encode_turns(
     if specials.add_bos and specials.bos_id is not None:
         encoded.add([specials.bos_id])
     for text, learned in runs:
-        marks.encode(encoded, text, tokenizer, specials, visuals, learned)
+        marks.encode(encoded, text, tokenizer, specials, visuals.runs, learned)
     return _all_images(encoded, visuals)
 
 
@@ -293,9 +300,17 @@ class _Marks:
     """
 
     def __init__(
-        self, prompt: Prompt, specials: SpecialTokens, image_start: str = "", image_end: str = ""
+        self,
+        prompt: Prompt,
+        specials: SpecialTokens,
+        visuals: Visuals,
+        image_start: str = "",
+        image_end: str = "",
     ) -> None:
-        self.specials = specials
+        self.protected = specials.pattern
+        if visuals.written:
+            self.protected = re.compile(f"{specials.pattern.pattern}|{VIDEO}")
+        self.visuals = iter(visuals.texts)
         self.image_start, self.image_end = image_start, image_end
         typed = "".join(
             part.text for m in prompt.messages for part in m.parts if isinstance(part, Text)
@@ -307,16 +322,21 @@ class _Marks:
         self.pattern = re.compile(f"{self.opening}(i|s)([0-9]+){self.closing}")
         self.around_answers = (f"{self.opening}a{self.closing}", f"{self.opening}e{self.closing}")
         self.texts: list[str] = []  # special texts that were typed
-        self.num_images = 0
+        self.num_runs = 0
 
     def content(self, message: Message, with_text: bool = True) -> str:
         """Return one message's text with marks in it."""
         pieces, text = [], ""
         for part in message.parts:
             if isinstance(part, Image | Video):
-                mark = self._mark("i", self.num_images)
-                pieces += [self._protect(text), self.image_start + mark + self.image_end]
-                self.num_images += 1
+                visual = next(self.visuals)
+                numbers = range(self.num_runs, self.num_runs + len(visual.counts))
+                written = visual.join([self._mark("i", number) for number in numbers])
+                before, after = visual.marks
+                start = self.image_start.removesuffix(before)
+                end = self.image_end.removeprefix(after)
+                pieces += [self._protect(text), start + written + end]
+                self.num_runs = numbers.stop
                 text = ""
             elif with_text and isinstance(part, Text):
                 text += part.text  # joined first: parts may complete a special text together
@@ -344,7 +364,7 @@ class _Marks:
         rendered: str,
         tokenizer: Tokenizer,
         specials: SpecialTokens,
-        visuals: Sequence[_Placeholders],
+        runs: Sequence[Run],
         learned: Sequence[bool] = (),
     ) -> None:
         """Append a rendered text's ids: marks of images become placeholders, marks of typed
@@ -359,7 +379,7 @@ class _Marks:
                 index = int(value)
                 if index != len(encoded.image_slots):
                     _misplaced(index, len(encoded.image_slots))
-                encoded.add_image(*visuals[index])
+                encoded.add_image(*runs[index])
             elif not self.pattern.search(value):
                 _add_text(encoded, value, mask, tokenizer, specials)
             else:
@@ -386,7 +406,7 @@ class _Marks:
             self.texts.append(found[0])
             return self._mark("s", len(self.texts) - 1)
 
-        return self.specials.pattern.sub(mark, text)
+        return self.protected.sub(mark, text)
 
     def _mark(self, kind: str, number: int) -> str:
         return f"{self.opening}{kind}{number}{self.closing}"
@@ -429,47 +449,31 @@ def _split_specials(text: str, specials: SpecialTokens) -> Iterator[tuple[str, i
     yield text[at:], at, None
 
 
-def _expand(flat: Encoded, specials: SpecialTokens, visuals: Sequence[_Placeholders]) -> Encoded:
-    """Return ids in which each placeholder that a template wrote stands for a whole image or
-    video, the next of its kind: some templates move all images before all videos."""
+def _expand(flat: Encoded, specials: SpecialTokens, runs: Sequence[Run]) -> Encoded:
+    """Return ids in which each placeholder that a template wrote stands for a whole run, the next
+    of its kind: some templates move all images before all videos."""
     encoded, placed = Encoded(), []
     bos = specials.bos_id
     if specials.add_bos and bos is not None and flat.token_ids[:1] != [bos]:
         encoded.add([bos])
-    kinds = [token_id for token_id, _ in visuals]
+    kinds = [token_id for token_id, _ in runs]
     waiting = {kind: iter([i for i, one in enumerate(kinds) if one == kind]) for kind in kinds}
     for token_id, learned in zip(flat.token_ids, flat.loss_mask, strict=True):
         if token_id not in waiting:
             encoded.add([token_id], learned)
         elif (index := next(waiting[token_id], None)) is not None:
-            encoded.add_image(*visuals[index])
+            encoded.add_image(*runs[index])
             placed.append(index)
         else:
-            _misplaced(len(visuals), len(placed) + 1)
+            _misplaced(len(runs), len(placed) + 1)
     encoded.image_slots = [s for _, s in sorted(zip(placed, encoded.image_slots, strict=True))]
     return encoded
 
 
-def _placeholders(
-    prompt: Prompt, image_token_id: int, video_token_id: int, counts: Sequence[int]
-) -> list[_Placeholders]:
-    """Return the placeholders of each image and video, in order."""
-    visuals = prompt.visuals
-    if len(visuals) != len(counts):
-        raise InputError(
-            f"the messages hold {len(visuals)} images but sizes of {len(counts)} were given; "
-            "expected one size per image, in order"
-        )
-    apart = video_token_id >= 0  # from images
-    return [
-        (video_token_id if apart and isinstance(one, Video) else image_token_id, count)
-        for one, count in zip(visuals, counts, strict=True)
-    ]
-
-
-def _all_images(encoded: Encoded, visuals: Sequence[_Placeholders]) -> Encoded:
-    if len(encoded.image_slots) != len(visuals):
-        _misplaced(len(visuals), len(encoded.image_slots))
+def _all_images(encoded: Encoded, visuals: Visuals) -> Encoded:
+    if len(encoded.image_slots) != len(visuals.runs):
+        _misplaced(len(visuals.runs), len(encoded.image_slots))
+    encoded.slots_per_image = [len(text.counts) for text in visuals.texts]
     return encoded
 
 

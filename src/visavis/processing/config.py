@@ -3,6 +3,8 @@
     ImageProcessorConfig   square: squashed, cropped or padded to one square view (resize.py)
       tiles: AnyresConfig    LLaVA 1.6: a view of the whole and tiles of it (anyres.py)
       hd: Phi3VConfig        Phi-3.5-vision: a canvas of whole tiles (phi3v.py)
+      ratio: RatioConfig     InternVL: tiles and a view of the whole (internvl.py)
+      split: SplitConfig     Idefics3, SmolVLM: tiles and a view of the whole (idefics3.py)
       patches: Qwen2VLConfig Qwen2-VL: patches at any resolution (qwen2_vl.py)
       naflex: NaFlexSizes    SigLIP 2: patches of any aspect ratio (naflex.py)
       gemma: GemmaSizes      EmbeddingGemma 2: squares of patches of any aspect ratio (gemma.py)
@@ -21,9 +23,14 @@ from typing import Any, Literal, TypeAlias, get_args
 from visavis.errors import InputError
 from visavis.utils import suggest
 
-Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "naflex", "gemma"]
-Resample: TypeAlias = Literal["bicubic", "bilinear"]
+Resize: TypeAlias = Literal[
+    "squash", "crop", "pad", "patches", "hd", "split", "ratio", "naflex", "gemma"
+]
+Resample: TypeAlias = Literal["bicubic", "bilinear", "lanczos"]
+Sampling: TypeAlias = Literal["even", "smolvlm", "internvl", "qwen3-vl"]
+SAMPLINGS: tuple[str, ...] = get_args(Sampling)
 MAX_PATCHES = 1 << 16
+MAX_EDGE = 4096  # pixels that Idefics3 enlarges the longer side of an image to at most
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,68 @@ class Phi3VConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """How Idefics3 and SmolVLM cut images.
+
+    Args:
+        longest_edge: pixels that the longer side of an image is resized to before it is cut.
+        cut: whether it is cut; a view of the whole is all that is seen otherwise.
+        video_edge: pixels that the longer side of a frame is resized to before it becomes one
+            square view; 0: the model takes no videos.
+    """
+
+    longest_edge: int
+    cut: bool = True
+    video_edge: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, least in (("longest_edge", 1), ("video_edge", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= MAX_EDGE:
+                problems.append(f"{name} is {value!r}, expected {least} to {MAX_EDGE}")
+        cut: object = self.cut
+        if not isinstance(cut, bool):
+            problems.append(f"cut is {cut!r}, expected true or false")
+        if problems:
+            raise InputError(f"split config: {'; '.join(problems)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SplitConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"split config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class RatioConfig:
+    """How many tiles an InternVL's image becomes at least and at most, a view of it aside."""
+
+    min_tiles: int = 1
+    max_tiles: int = 12
+
+    def __post_init__(self) -> None:
+        numbers = (self.min_tiles, self.max_tiles)
+        if not all(type(n) is int for n in numbers) or not 1 <= numbers[0] <= numbers[1]:
+            raise InputError(
+                f"ratio config: {numbers[0]!r} to {numbers[1]!r} tiles, expected two whole numbers "
+                "from 1 on"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RatioConfig:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"ratio config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class NaFlexSizes:
     """How many patches an image becomes at most; published: 256, at test time up to 1024."""
 
@@ -152,6 +221,9 @@ class Qwen2VLConfig:
         temporal: frames in a patch.
         min_pixels, max_pixels: bounds of an image's area after resizing.
         video_min_pixels, video_max_pixels: the same of each frame; 0: as an image's.
+        total_pixels: of a video of N groups of `temporal` frames, each frame has at most an Nth of
+            this; 0: no such bound.
+        whole_videos: these are bounds of the area of all frames of a video together (Qwen3-VL).
         extreme: what becomes of an image more than 200 times as long as wide: an error, or a
             square, as VLM2Vec does, which squashes images with a side below one token too.
         square: side of the square that every image is squashed to first; 0: none.
@@ -164,12 +236,16 @@ class Qwen2VLConfig:
     max_pixels: int = 1003520
     video_min_pixels: int = 0
     video_max_pixels: int = 0
+    whole_videos: bool = False
+    total_pixels: int = 0
     extreme: Literal["refuse", "square"] = "refuse"
     square: int = 0
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("patch", "merge", "temporal", "min_pixels", "max_pixels"), 1)
-        counts |= dict.fromkeys(("video_min_pixels", "video_max_pixels", "square"), 0)
+        counts |= dict.fromkeys(
+            ("video_min_pixels", "video_max_pixels", "square", "total_pixels"), 0
+        )
         problems = []
         for name, least in counts.items():
             value = getattr(self, name)
@@ -179,7 +255,7 @@ class Qwen2VLConfig:
             problems.append(f"extreme is {self.extreme!r}, expected refuse or square")
         if problems:
             raise InputError(f"patches config: {'; '.join(problems)}")
-        for least, most in (self.bounds(video=False), self.bounds(video=True)):
+        for least, most in (self.bounds(0), self.bounds(self.temporal)):
             if least > most:
                 raise InputError(
                     f"patches config: at least {least} and at most {most} pixels, expected room "
@@ -200,10 +276,14 @@ class Qwen2VLConfig:
         """Side in pixels of what becomes one token."""
         return self.patch * self.merge
 
-    def bounds(self, video: bool) -> tuple[int, int]:
-        """Return the smallest and largest area of an image or of a video's frame."""
-        least, most = (self.video_min_pixels, self.video_max_pixels) if video else (0, 0)
-        return least or self.min_pixels, most or self.max_pixels
+    def bounds(self, frames: int) -> tuple[int, int]:
+        """Return the smallest and largest area of an image, or of each of this many frames."""
+        least, most = (self.video_min_pixels, self.video_max_pixels) if frames else (0, 0)
+        least, most = least or self.min_pixels, most or self.max_pixels
+        if frames and self.total_pixels:
+            share = self.total_pixels * self.temporal // frames
+            most = max(min(most, share), int(least * 1.05))
+        return least, most
 
 
 @dataclass(frozen=True)
@@ -214,22 +294,33 @@ class VideoConfig:
         frames: how many, spread evenly from the first to the last.
         fps: instead, how many for each second, evenly spread `max_frames` if those are more.
         max_frames: the most there can be, also of those that a prompt asks for.
+        min_frames: the fewest of Qwen3-VL's sampling, where a video has them.
+        sampling: how they are spread: from the first to the last, or as SmolVLM2, InternVL or
+            Qwen3-VL do (video.py).
     """
 
     frames: int = 32
     fps: float | None = None
     max_frames: int = 128
+    min_frames: int = 0
+    sampling: Sampling = "even"
 
     def __post_init__(self) -> None:
-        for name in ("frames", "max_frames"):
+        for name in ("frames", "max_frames", "min_frames"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            if type(value) is not int or value < (name != "min_frames"):
                 raise InputError(f"video config: {name} is {value!r}, expected a positive int")
+        if self.sampling not in SAMPLINGS:
+            raise InputError(
+                f"video config: sampling is {self.sampling!r}, expected one of "
+                f"{', '.join(SAMPLINGS)}"
+            )
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise InputError(f"video config: fps is {self.fps!r}, expected a number above 0")
-        if self.frames > self.max_frames:
+        if max(self.frames, self.min_frames) > self.max_frames:
             raise InputError(
-                f"video config: {self.frames} frames, expected at most max_frames={self.max_frames}"
+                f"video config: {max(self.frames, self.min_frames)} frames, expected at most "
+                f"max_frames={self.max_frames}"
             )
 
     @classmethod
@@ -248,7 +339,8 @@ class ImageProcessorConfig:
 
     size: int  # pixels, side of the square the tower sees; of any resolution: of one token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
-    # size, see qwen2_vl.py | hd: tiles, see phi3v.py | naflex: patches, see naflex.py
+    # size, see qwen2_vl.py | hd: tiles, see phi3v.py | split: tiles, see idefics3.py | ratio:
+    # tiles, see internvl.py | naflex: patches, see naflex.py
     resize: Resize
     mean: tuple[float, float, float]  # RGB, of values in 0..1
     std: tuple[float, float, float]
@@ -258,6 +350,8 @@ class ImageProcessorConfig:
     hd: Phi3VConfig | None = None
     naflex: NaFlexSizes | None = None
     gemma: GemmaSizes | None = None  # any aspect ratio, see gemma.py
+    split: SplitConfig | None = None
+    ratio: RatioConfig | None = None
     tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see anyres.py
     video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
@@ -288,6 +382,10 @@ class ImageProcessorConfig:
             problems.append(f"resize={self.resize!r}, but naflex is {self.naflex}")
         if (self.resize == "gemma") != (self.gemma is not None):
             problems.append(f"resize={self.resize!r}, but gemma is {self.gemma}")
+        if (self.resize == "split") != (self.split is not None):
+            problems.append(f"resize={self.resize!r}, but split is {self.split}")
+        if (self.resize == "ratio") != (self.ratio is not None):
+            problems.append(f"resize={self.resize!r}, but ratio is {self.ratio}")
         if self.tiles is not None and self.resize != "squash":
             problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
         elif (
@@ -328,6 +426,10 @@ class ImageProcessorConfig:
             tuples["naflex"] = NaFlexSizes.from_dict(values["naflex"])
         if values.get("gemma") is not None:
             tuples["gemma"] = GemmaSizes.from_dict(values["gemma"])
+        if values.get("split") is not None:
+            tuples["split"] = SplitConfig.from_dict(values["split"])
+        if values.get("ratio") is not None:
+            tuples["ratio"] = RatioConfig.from_dict(values["ratio"])
         if values.get("tiles") is not None:
             tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
         if values.get("video") is not None:
@@ -337,18 +439,39 @@ class ImageProcessorConfig:
 
 # How published embedding models size images and videos, by the name of their profile, where the
 # config of their base model has other numbers.
-ANYRES_SQUARES = {"vlm2vec-v1": 1344}
+ANYRES_SQUARES = {"vlm2vec-v1": 1344, "unime-v2": 1344}
 PHI3V_CROPS = {"vlm2vec-v1": 4}
-VLM2VEC_FRAMES = 8
 _AS_PICTURES = {"video_min_pixels": 0, "video_max_pixels": 0}
+_QWEN3 = {
+    "min_pixels": 4 * 32 * 32,
+    "max_pixels": 1800 * 32 * 32,
+    "video_min_pixels": 128 * 32 * 32,
+    "video_max_pixels": 768 * 32 * 32,
+    "total_pixels": 10 * 768 * 32 * 32,
+    "whole_videos": False,
+}
+_VLM2VEC_V2 = {
+    "min_pixels": 4 * 28 * 28,
+    "max_pixels": 1280 * 28 * 28,
+    "extreme": "square",
+    **_AS_PICTURES,
+}
+_GME = {"min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28}
 QWEN2_VL_SIZES: dict[str, dict[str, Any]] = {
     "vlm2vec-v1": {"square": 1344, **_AS_PICTURES},
-    "vlm2vec-v2": {
-        "min_pixels": 4 * 28 * 28,
-        "max_pixels": 1280 * 28 * 28,
-        "extreme": "square",
-        **_AS_PICTURES,
-    },
+    "vlm2vec-v2": _VLM2VEC_V2,
+    "b3": _VLM2VEC_V2,
+    "unime-v2": {"square": 1344},
+    "gme": _GME,
+    "ops-mm": _GME,
+    "qwen3-vl-embedding": _QWEN3,
+    "qwen3-vl-reranker": _QWEN3,
+}
+FRAMES = {
+    "vlm2vec-v1": VideoConfig(frames=8),
+    "vlm2vec-v2": VideoConfig(frames=8),
+    "qwen3-vl-embedding": VideoConfig(32, 1.0, 64, 4, "qwen3-vl"),
+    "qwen3-vl-reranker": VideoConfig(32, 1.0, 64, 4, "qwen3-vl"),
 }
 
 
@@ -356,7 +479,9 @@ def sized_as(config: ImageProcessorConfig, profile: str) -> ImageProcessorConfig
     """Return a config that sizes images and videos as the models of a profile were trained."""
     if config.patches and profile in QWEN2_VL_SIZES:
         sizes = replace(config.patches, **QWEN2_VL_SIZES[profile])
-        config = replace(config, patches=sizes, video=VideoConfig(frames=VLM2VEC_FRAMES))
+        config = replace(config, patches=sizes)
+    if config.patches and profile in FRAMES:
+        config = replace(config, video=FRAMES[profile])
     if config.tiles and profile in ANYRES_SQUARES:
         config = replace(config, tiles=replace(config.tiles, square=ANYRES_SQUARES[profile]))
     if config.hd and profile in PHI3V_CROPS:

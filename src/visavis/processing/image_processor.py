@@ -6,7 +6,7 @@ in its own file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,12 +15,14 @@ from visavis.model.image_input import ImageGrid
 from visavis.processing.anyres import AnyresProcessor
 from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.gemma import GemmaProcessor
+from visavis.processing.idefics3 import Idefics3Processor
 from visavis.processing.images import decode_image, image_size
+from visavis.processing.internvl import InternVLProcessor
 from visavis.processing.naflex import NaFlexProcessor
 from visavis.processing.phi3v import Phi3VProcessor
 from visavis.processing.qwen2_vl import Qwen2VLProcessor
 from visavis.processing.resize import ImageProcessor
-from visavis.processing.video import describe_times, read_frames, survey
+from visavis.processing.video import frame_times, read_frames, survey
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def image_processor(config: ImageProcessorConfig) -> ImageProcessor:
     rules: dict[str, type[ImageProcessor]] = {
         "patches": Qwen2VLProcessor,
         "hd": Phi3VProcessor,
+        "split": Idefics3Processor,
+        "ratio": InternVLProcessor,
         "naflex": NaFlexProcessor,
         "gemma": GemmaProcessor,
     }
@@ -73,20 +77,25 @@ def grid_of(visual: Image | Video, config: ImageProcessorConfig, is_only_image: 
     """
     processor = image_processor(config)
     if isinstance(visual, Video):
-        return processor.video_grid(*survey(visual, processor.video))
+        found = survey(visual, processor.video)
+        grid = processor.video_grid(len(found.indices), found.size)
+        if config.patches is None:
+            return grid
+        temporal = config.patches.temporal
+        return replace(grid, interval=found.interval(temporal), times=found.times(temporal))
     if not processor.needs_size:
         return processor.grid((0, 0))
     known = visual.content.size if visual.content is not None else None
     return processor.grid(known or image_size(visual), is_only_image)
 
 
-def times_of(video: Video, config: ImageProcessorConfig) -> str:
-    """Return the text on the times of a video's frames in LLaVA-Video's prompts.
+def times_of(video: Video, config: ImageProcessorConfig) -> tuple[tuple[float, ...], float]:
+    """Return the times in seconds of the frames that a model is shown, and the video's duration.
 
     Raises:
         ImageError, InputError: see `grid_of`.
     """
-    return describe_times(video, image_processor(config).video)
+    return frame_times(video, image_processor(config).video)
 
 
 def pixels_of(

@@ -16,7 +16,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -116,12 +116,12 @@ def decode_image(image: Any) -> pil.Image:
             return rgb.reduce(factor) if factor > 1 else rgb
         if isinstance(source, pil.Image):
             return _decode(source, name)
-        with open_media(source) as data, _open_header(data, name) as opened:
-            return _decode(opened, name)
     except ImageError:
         raise
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged data
+    except Exception as error:
         raise _damaged(name, error) from error
+    with open_image(source) as (_, opened):
+        return _decode(opened, name)
 
 
 def image_size(image: Any) -> tuple[int, int]:
@@ -136,13 +136,33 @@ def image_size(image: Any) -> tuple[int, int]:
     if not isinstance(source, (Path, bytes, Stored)):  # its pixels are there already
         return decode_image(source).size
     name = _name(source)
+    with open_image(source) as (data, opened):
+        return _header_size(opened, data, name) or _decode(opened, name).size
+
+
+@contextmanager
+def open_image(source: Path | bytes | Stored) -> Iterator[tuple[BinaryIO, pil.Image]]:
+    """Yield the file of an image and the image, of which only the header is read.
+
+    Raises:
+        ImageError: it is no image, or reading it in the block fails.
+    """
+    name = _name(source)
     try:
         with open_media(source) as data, _open_header(data, name) as opened:
-            return _header_size(opened, data, name) or _decode(opened, name).size
+            yield data, opened
     except ImageError:
         raise
-    except Exception as error:
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged data
         raise _damaged(name, error) from error
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence Pillow, whose warnings are errors here, or only noise."""
+    with _open_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def image_format(content: bytes) -> str:
@@ -345,9 +365,7 @@ def _open_header(data: BinaryIO, name: str) -> pil.Image:
         formats.append("HEIF")
     data.seek(0)
     try:
-        with _open_lock, warnings.catch_warnings():
-            # Our own bound is lower and is an error, so Pillow's warnings would only be noise.
-            warnings.simplefilter("ignore")
+        with without_warnings():
             opened = pil.open(data, formats=formats)
     except pil.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {error}; expected at most {_limits()}") from None

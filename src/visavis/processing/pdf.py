@@ -5,7 +5,8 @@
 A page is rendered with its longer side at `pdfium.PAGE_SIDE` pixels at any size on paper (about 140
 dpi for A4 and Letter): small print stays legible, and no page is larger than that squared. pdfium
 reads them (`pip install 'visavis[pdf]'`) in a child process with limits of time and memory; scripts
-in a document are never run. The text layer is not read: a model sees what is visible on a page.
+in a document are never run. A model sees what is visible on a page; the text layer (`page_text`)
+is for searching.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from visavis.processing.media import name_of, open_media
 
 MAX_LISTED = 100_000  # pages of one document
 SECONDS, MEMORY = 20.0, 1536 << 20  # of one page, in the child process
+MAX_TEXT = 100_000  # characters of one page
 MAX_PAGES = 64  # of one document in a prompt; each becomes hundreds of tokens
 
 
@@ -92,6 +94,17 @@ def render(page: Page) -> pil.Image:
     """
     size, rgb = _ask("render_page", page.document, page.number)
     return pil.frombytes("RGB", tuple(size), rgb)
+
+
+def page_text(page: Page) -> dict[str, str]:
+    """Return the `text` of a page's text layer (at most MAX_TEXT characters; empty for a scan) and
+    the document's `title` and `date`, as `D:20240517140322+02'00'`.
+
+    Raises:
+        ImageError: the document cannot be read, or the page takes too much time or memory.
+    """
+    found, _ = _ask("page_text", page.document, page.number, MAX_TEXT)
+    return dict(found)
 
 
 def _file(source: Path | bytes | str) -> Path | bytes:

@@ -39,6 +39,26 @@ def render_page(
             return list(size), rgb.tobytes()
 
 
+def page_text(
+    data: bytes, path: str, stamp: list[int], name: str, number: int, most: int
+) -> tuple[dict[str, str], bytes]:
+    """Return the text layer of a page, at most `most` characters of it, and the document's title
+    and the date it was made on, as `D:20240517140322+02'00'`."""
+    with _named(name):
+        document = _open(data, path, stamp)
+        known = document.get_metadata_dict(skip_empty=True)
+        with closing(_page(document, name, number)) as page, closing(page.get_textpage()) as layer:
+            text = layer.get_text_range(0, min(layer.count_chars(), most))
+        found = {
+            "text": text,
+            "title": known.get("Title", ""),
+            "date": known.get("CreationDate", ""),
+        }
+        return {
+            key: value[:most].encode("utf-8", "ignore").decode() for key, value in found.items()
+        }, b""
+
+
 def _pixels(page: Any) -> tuple[float, tuple[int, int]]:
     width, height = page.get_size()
     scale = PAGE_SIDE / max(width, height)

@@ -1,20 +1,16 @@
-"""The prompt profile: everything about prompts that a checkpoint must bring along.
-
-It is saved with the weights and never guessed from a name. `chat_template.py` applies its chat
-format.
-"""
+"""Prompts as token ids and references to their images, by a checkpoint's prompt profile."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from visavis.errors import ContextLengthError, InputError
 from visavis.inputs import Message, Part, Prompt, Text, Video
-from visavis.model.config import VLMConfig
+from visavis.model.config import Qwen2VLTowerConfig, VLMConfig
 from visavis.model.embedder_config import ClipTextConfig
 from visavis.model.image_tokens import count_tokens
 from visavis.model.rope import mrope_positions
@@ -27,151 +23,21 @@ from visavis.processing.chat_template import (
     encode_turns,
 )
 from visavis.processing.config import ImageProcessorConfig
+from visavis.processing.frame_sampling import time_instruction
 from visavis.processing.image_processor import (
     ImageReference,
     grid_of,
     image_processor,
     times_of,
 )
+from visavis.processing.prompt_checks import check_chats, check_plain, check_single
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
+from visavis.processing.visual_text import STYLES, VisualText
 from visavis.utils import lookup
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-
-CHAT_FIELDS = (
-    "chat_template",
-    "jinja",
-    "image_start",
-    "image_end",
-    "video_times",
-)  # the others are for embedding
-
-
-@dataclass(frozen=True)
-class PromptConfig:
-    """How one checkpoint wants to be asked, and how it embeds.
-
-    Args:
-        chat_template: name of a format in `CHAT_FORMATS`; empty: use `jinja`.
-        jinja: a chat template's source; both empty: the checkpoint cannot chat.
-        image_start, image_end: special tokens around each image's own (LLaVA 1.0's
-            mm_use_im_start_end), within what `chat_template` writes there.
-        video_times: whose sentence on a video's length and its frames' times stands after each
-            video in chat; empty: nobody's.
-        embed_prefix, embed_suffix: text around an item that is embedded.
-        embed_image_start, embed_image_end: text around each of its images and videos.
-        text_form, visual_form, visual_text_form: the whole of an item of text, of images or videos,
-            and of both, with {instruction}, {visual} and {text}; where they are given they stand
-            in the place of `embed_prefix`, `embed_suffix` and `instruction_form`. What they leave
-            out, such as an instruction, the model is not given.
-        default_instruction: the {instruction} of these forms where none is given.
-        pooling: `head` is the trained embedding head, `last` the final hidden state of the last
-            token, `first` that of the first, `mean` the mean of all; all are L2-normalised.
-        instruction_form: how an instruction and a text are joined; both fields must occur.
-        embed_positions: of items of models with M-RoPE: `grid` on three axes, as in chat, or `flat`
-            0, 1, 2, … as for text alone, which VLM2Vec trained with.
-        min_score: the cosine similarity of a text and an image below which an image most likely
-            does not show what the text says, calibrated on held-out images; -1: not calibrated.
-    """
-
-    chat_template: str = ""
-    jinja: str = ""
-    image_start: str = ""
-    image_end: str = ""
-    video_times: Literal["", "llava-video"] = ""
-    embed_prefix: str = ""
-    embed_suffix: str = ""
-    embed_image_start: str = ""
-    embed_image_end: str = ""
-    text_form: str = ""
-    visual_form: str = ""
-    visual_text_form: str = ""
-    default_instruction: str = ""
-    pooling: Literal["head", "last", "first", "mean"] = "last"
-    instruction_form: str = "{instruction}\n{text}"
-    embed_positions: Literal["grid", "flat"] = "grid"
-    min_score: float = -1.0
-
-    def instructed(self, instruction: str, text: str) -> str:
-        """Return an instruction and a text as one; without a text nothing is left between them."""
-        before, after = self.instruction_form.split("{text}")
-        form = f"{before}{{text}}{after}" if text else f"{before.rstrip()}{after}"
-        return form.format(instruction=instruction, text=text)
-
-    def around(self, has_visuals: bool, has_text: bool, instruction: str) -> tuple[str, str, str]:
-        """Return the texts of the forms before, between and after the parts of an item.
-
-        The second text is between the visuals and the text of the item.
-        """
-        form = self.text_form
-        if has_visuals:
-            form = self.visual_text_form if has_text else self.visual_form
-        before, _, after = form.partition("{visual}" if has_visuals else "{text}")
-        between, _, end = after.partition("{text}") if has_visuals and has_text else ("", "", after)
-        instruction = instruction or self.default_instruction
-        return before.replace("{instruction}", instruction), between, end
-
-    def embedding_as(self, other: PromptConfig) -> PromptConfig:
-        """Return a profile that chats as this one and embeds as another."""
-        kept = {name: getattr(self, name) for name in CHAT_FIELDS}
-        return dataclasses.replace(other, **kept)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-_GME = (
-    "<|im_start|>system\n{{instruction}}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-    "<|im_start|>assistant\n<|endoftext|>"
-)
-_E5V = (
-    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n \n"
-)
-PROFILES = {  # how published models embed, where their files do not say
-    # LLaVE: the answer is a newline, and the newline after its end is what is pooled.
-    "llave": PromptConfig(
-        embed_prefix="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n",
-        embed_suffix="<|im_end|>\n<|im_start|>assistant\n\n<|im_end|>\n",
-        embed_image_end="\n",
-        instruction_form="{instruction} {text}\n",
-    ),
-    # VLM2Vec: no chat format and no marks around a picture's tokens, so that the code it was
-    # trained with found no pictures to count positions for. The first is what MMEB's image data
-    # hold, for both versions; the second what the second version makes of videos and pages.
-    "vlm2vec-v1": PromptConfig(
-        embed_image_end="\n",
-        instruction_form="{instruction} {text}\n",
-        embed_positions="flat",
-    ),
-    "vlm2vec-v2": PromptConfig(
-        embed_image_end=" ",
-        instruction_form="{instruction} {text}",
-        embed_positions="flat",
-    ),
-    # GME: the instruction is the system's message.
-    "gme": PromptConfig(
-        embed_image_start="<|vision_start|>",
-        embed_image_end="<|vision_end|>",
-        text_form=_GME.format("{text}"),
-        visual_form=_GME.format("{visual}"),
-        visual_text_form=_GME.format("{visual}{text}"),
-        default_instruction="You are a helpful assistant.",
-    ),
-    # E5-V: each kind of item is summed up in one word; instructions are not given.
-    "e5-v": PromptConfig(
-        text_form=_E5V.format("{text}\nSummary above sentence in one word: "),
-        visual_form=_E5V.format("{visual}\nSummary above image in one word: "),
-        visual_text_form=_E5V.format(
-            "{visual}\n{text}\nSummary above image and text in one word: "
-        ),
-    ),
-    # Nothing around an item; its instruction in a line of its own.
-    "plain": PromptConfig(),
-}
 
 
 @dataclass
@@ -189,8 +55,13 @@ class PreparedPrompt(Encoded):
         """A key for each token: its id, or the content key of its image and its place there. Needs
         images whose content is known (`ContentHasher.identify`)."""
         keys: list[Hashable] = list(self.token_ids)
-        for image, (start, count) in zip(self.images, self.image_slots, strict=True):
-            keys[start : start + count] = ((image.key, place) for place in range(count))
+        slots = iter(self.image_slots)
+        numbers = self.slots_per_image or [1] * len(self.images)
+        for image, number in zip(self.images, numbers, strict=True):
+            place = 0
+            for start, count in islice(slots, number):
+                keys[start : start + count] = ((image.key, place + n) for n in range(count))
+                place += count
         return tuple(keys)
 
 
@@ -218,7 +89,7 @@ class PromptEncoder:
     @property
     def can_chat(self) -> bool:
         named = self.profile.chat_template or self.profile.jinja
-        return self.config.has_decoder and bool(named)
+        return self.config.has_decoder and bool(named) and self.profile.pooling != "multi"
 
     @property
     def stop(self) -> str:
@@ -241,7 +112,7 @@ class PromptEncoder:
             InputError: the model cannot chat, or not about what the prompt holds.
             ContextLengthError: the prompt is longer than the model's context.
         """
-        self.need_decoder()
+        check_chats(self.config, self.profile.pooling, self.name)
         prompt = self._timed(prompt)
         images, profile = self._references(prompt), self.profile
         settings = self._settings(images)
@@ -259,7 +130,7 @@ class PromptEncoder:
         else:
             encoded = encode_chat(
                 prompt,
-                self.template,
+                self._template_of(prompt),
                 self.tokenizer,
                 self.specials,
                 add_generation_prompt=add_generation_prompt,
@@ -270,11 +141,14 @@ class PromptEncoder:
             _cut(encoded, cut)
         return self._prepared(encoded, images)
 
-    def item(self, prompt: Prompt, instruction: str | None = None) -> PreparedPrompt:
+    def item(
+        self, prompt: Prompt, instruction: str | None = None, *, document: bool = False
+    ) -> PreparedPrompt:
         """Return the ids of an item that is embedded.
 
         Args:
             instruction: what the vector is for; joined to the item's text as the profile says.
+            document: of multi-vector models: a text is to be found, and no query.
 
         Raises:
             InputError, ContextLengthError: see `chat`.
@@ -283,15 +157,19 @@ class PromptEncoder:
         prefix, between, suffix = profile.embed_prefix, "", profile.embed_suffix
         if profile.text_form:
             text, visuals = prompt.text, prompt.visuals
-            self._check_plain(instruction or "")
-            if text and visuals and not profile.visual_text_form:
+            check_plain(self.tokenizer, instruction or "", self.name)
+            if profile.pooling == "multi":
+                check_single(prompt, instruction or "", self.name)
+            elif text and visuals and not profile.visual_text_form:
                 raise InputError(
                     f"an item holds images and a text, but {self.name} embeds either in a tower "
                     "of its own and has no vector for both. Embed them apart; add the two vectors "
                     "and normalise the sum if one vector has to stand for both."
                 )
             parts = [*visuals, Text(text)] if text else [*visuals]
-            prefix, between, suffix = profile.around(bool(visuals), bool(text), instruction or "")
+            prefix, between, suffix = profile.around(
+                bool(visuals), bool(text), instruction or "", document
+            )
             prompt = Prompt.of(parts)
         else:
             prompt = self.instructed(prompt, instruction)
@@ -327,31 +205,6 @@ class PromptEncoder:
         ids = prepared.token_ids
         prepared.token_ids = more + ids if tower.padded == "left" else ids + more
         prepared.loss_mask = [False] * len(prepared.token_ids)
-
-    def need_decoder(self) -> None:
-        """Refuse to chat without a language model.
-
-        Raises:
-            InputError: there is none.
-        """
-        if not self.config.has_decoder:
-            raise InputError(
-                f"{self.name} only embeds texts and images; it has no language model that could "
-                "answer. Use embed, or a model that chats, such as 'nano'."
-            )
-
-    def _check_plain(self, instruction: str) -> None:
-        """Refuse an instruction that would be read as special tokens, where it stands among them.
-
-        Raises:
-            InputError: it holds the text of one.
-        """
-        for token in self.tokenizer.get_added_tokens_decoder().values():
-            if token.special and token.content in instruction:
-                raise InputError(
-                    f"the instruction holds {token.content!r}, which {self.name} reads as a mark "
-                    "of its prompt format; write the instruction without it"
-                )
 
     def _prepared(self, encoded: Encoded, images: tuple[ImageReference, ...]) -> PreparedPrompt:
         return PreparedPrompt(**vars(self.checked(encoded)), images=images)
@@ -393,12 +246,24 @@ class PromptEncoder:
                 "it instead, or name its format, visavis.load(…, chat_template='…'), one of: "
                 f"{', '.join(sorted(CHAT_FORMATS))}."
             )
+        return self._compiled(self.profile.jinja)
+
+    @cached_property
+    def video_template(self) -> ChatTemplate:
+        """The template of prompts that hold a video."""
+        return self._compiled(self.profile.video_jinja)
+
+    def _template_of(self, prompt: Prompt) -> ChatTemplate:
+        filmed = any(isinstance(one, Video) for one in prompt.visuals)
+        return self.video_template if filmed and self.profile.video_jinja else self.template
+
+    def _compiled(self, source: str) -> ChatTemplate:
         text = self.tokenizer.id_to_token
         bos, eos = (
             "" if number is None else text(number) or ""
             for number in (self.specials.bos_id, self.specials.eos_id)
         )
-        return ChatTemplate(self.profile.jinja, bos_token=bos, eos_token=eos)
+        return ChatTemplate(source, bos_token=bos, eos_token=eos)
 
     def _references(self, prompt: Prompt) -> tuple[ImageReference, ...]:
         if prompt.visuals and self.config.tower is None:
@@ -425,7 +290,8 @@ class PromptEncoder:
             for part in message.parts:
                 yield part
                 if isinstance(part, Video):
-                    yield Text(times_of(part, processor) + "\n")
+                    times, duration = times_of(part, processor)
+                    yield Text(time_instruction(duration, times) + "\n")
 
         return Prompt(tuple(replace(one, parts=tuple(timed(one))) for one in prompt.messages))
 
@@ -433,16 +299,32 @@ class PromptEncoder:
         return {
             "image_token_id": self.config.image_token_id,
             "video_token_id": self.config.video_token_id,
-            "tokens_per_image": [count_tokens(self.config, one.grid) for one in images],
+            "tokens_per_image": [self._written(one) for one in images],
         }
+
+    def _written(self, image: ImageReference) -> int | VisualText:
+        """Return how many placeholders an image becomes, or how it is written with text."""
+        count, style = count_tokens(self.config, image.grid), self.profile.image_text
+        if not style:
+            return count
+        assert self.processor is not None
+        visual, times = image.visual, None
+        if isinstance(visual, Video) and not image.grid.times:
+            times = times_of(visual, self.processor)
+        return STYLES[style](image.grid, count, times)
 
     def _place(self, encoded: Encoded, images: Sequence[ImageReference]) -> None:
         """Give a sequence its positions on three axes, where the decoder has them."""
         if images and self.config.decoder.mrope_sections:
             assert self.config.connector is not None
             length, merge = len(encoded.token_ids), self.config.connector.shuffle
-            grids = [one.grid for one in images]
-            encoded.positions = mrope_positions(length, encoded.image_slots, grids, merge)
+            numbers = encoded.slots_per_image or [1] * len(images)
+            runs = zip(images, numbers, strict=True)
+            grids = [grid for one, number in runs for grid in one.grid.split(number)]
+            tower = self.config.tower
+            rate = tower.tokens_per_second if isinstance(tower, Qwen2VLTowerConfig) else 0
+            slots = encoded.image_slots
+            encoded.positions = mrope_positions(length, slots, grids, merge, rate)
 
     def instructed(self, prompt: Prompt, instruction: str | None) -> Prompt:
         """Return an item with an instruction joined to its text, after its images."""

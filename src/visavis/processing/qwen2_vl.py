@@ -1,4 +1,4 @@
-"""Images of any size and shape as runs of patches (Qwen2-VL).
+"""Images of any size and shape as runs of patches (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
 
     any size ── smart resize ──► sides that are multiples of 28 ──► patches [P, 3 * 2 * 14 * 14]
 
@@ -60,7 +60,7 @@ class Qwen2VLProcessor(ImageProcessor):
         Raises:
             ImageError: it is too long and narrow.
         """
-        width, height = resized(size, self.patches, video=True)
+        width, height = resized(size, self.patches, frames)
         patch, time = self.patches.patch, -(-frames // self.patches.temporal)
         return ImageGrid(time, height // patch, width // patch, size, video=True)
 
@@ -73,23 +73,31 @@ class Qwen2VLProcessor(ImageProcessor):
             ImageError: they are too long and narrow.
         """
         grid = self.video_grid(len(frames), frames[0].size)
-        return _patches(frames, self.config, video=True), grid
+        return _patches(frames, self.config, len(frames)), grid
 
 
-def resized(size: tuple[int, int], config: Qwen2VLConfig, video: bool = False) -> tuple[int, int]:
+def resized(size: tuple[int, int], config: Qwen2VLConfig, frames: int = 0) -> tuple[int, int]:
     """Return the width and height that an image is resized to: multiples of `factor`.
 
     Sides are rounded, halves to even; if the area is then out of bounds, both are scaled and
     rounded towards the inside of them.
 
+    Args:
+        frames: of a video; 0: it is an image.
+
     Raises:
         ImageError: it is too long and narrow.
     """
-    factor, (least, most) = config.factor, config.bounds(video)
+    factor, (least, most) = config.factor, config.bounds(frames)
     if config.square:
         size = (config.square, config.square)
     elif config.extreme == "square":
-        size = _squared(size, factor, video)
+        size = _squared(size, factor, bool(frames))
+    counted = rounded_frames = 1  # frames whose areas are bounded together
+    if frames and config.whole_videos:
+        counted = max(frames, config.temporal)
+        rounded_frames = round(counted / config.temporal) * config.temporal
+        size = _enlarged(size, factor)
     width, height = size
     if max(size) > MAX_ASPECT * min(size):
         raise ImageError(
@@ -97,15 +105,24 @@ def resized(size: tuple[int, int], config: Qwen2VLConfig, video: bool = False) -
             f"ratio of at most {MAX_ASPECT}; cut it into parts"
         )
     rounded = (round(width / factor) * factor, round(height / factor) * factor)
-    if rounded[0] * rounded[1] > most:
-        scale = math.sqrt(width * height / most)
+    if rounded_frames * rounded[0] * rounded[1] > most:
+        scale = math.sqrt(counted * width * height / most)
         down = (math.floor(side / scale / factor) * factor for side in size)
         width, height = (max(factor, side) for side in down)
-    elif rounded[0] * rounded[1] < least:
-        scale = math.sqrt(least / (width * height))
+    elif rounded_frames * rounded[0] * rounded[1] < least:
+        scale = math.sqrt(least / (counted * width * height))
         width, height = (math.ceil(side * scale / factor) * factor for side in size)
     else:
         width, height = rounded
+    return width, height
+
+
+def _enlarged(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """Return the size of a frame whose sides are at least one token's, as Qwen3-VL does it."""
+    if min(size) >= factor:
+        return size
+    scale = max(factor / side for side in size)
+    width, height = (int(side * scale) for side in size)
     return width, height
 
 
@@ -117,12 +134,16 @@ def _squared(size: tuple[int, int], factor: int, video: bool) -> tuple[int, int]
 
 
 def _patches(
-    frames: Sequence[pil.Image], processor: ImageProcessorConfig, video: bool = False
+    frames: Sequence[pil.Image], processor: ImageProcessorConfig, num_frames: int = 0
 ) -> np.ndarray:
-    """Resize, normalise and cut frames: float32 [P, 3 * temporal * patch * patch]."""
+    """Resize, normalise and cut frames: float32 [P, 3 * temporal * patch * patch].
+
+    Args:
+        num_frames: of a video; 0: it is an image.
+    """
     config = processor.patches
     assert config is not None
-    size = resized(frames[0].size, config, video)
+    size = resized(frames[0].size, config, num_frames)
     resample = FILTERS[processor.resample]
     pixels = [normalise(np.asarray(frame.resize(size, resample)), processor) for frame in frames]
     pixels += [pixels[-1]] * (-len(pixels) % config.temporal)

@@ -19,7 +19,11 @@ from visavis.model.image_input import ImageGrid
 from visavis.processing.config import ImageProcessorConfig, VideoConfig
 from visavis.processing.images import MAX_PIXELS
 
-FILTERS = {"bicubic": pil.Resampling.BICUBIC, "bilinear": pil.Resampling.BILINEAR}
+FILTERS = {
+    "bicubic": pil.Resampling.BICUBIC,
+    "bilinear": pil.Resampling.BILINEAR,
+    "lanczos": pil.Resampling.LANCZOS,
+}
 _EXTREME_ASPECT = 16  # beyond it, cropping bounds its memory instead of resizing everything
 
 

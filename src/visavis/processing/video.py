@@ -14,9 +14,11 @@ does.
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
 from bisect import bisect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +27,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
-import numpy as np
 from PIL import Image as pil
 
 from visavis.errors import ImageError, InputError, VisavisError
 from visavis.inputs import Video
 from visavis.processing.config import VideoConfig
+from visavis.processing.frame_sampling import sample
 from visavis.processing.images import MAX_PIXELS, decode_image, image_size
 from visavis.processing.media import frame_files, name_of, open_media
 
@@ -74,39 +76,6 @@ class Clip:
     duration: float  # seconds, of the whole video
 
 
-def sample(total: int, rate: float, config: VideoConfig, asked: int | None = None) -> list[int]:
-    """Return which of `total` frames to take, each at most once.
-
-    Args:
-        rate: frames per second of the video.
-        asked: a number of frames that goes before the config's.
-    """
-    wanted = asked or config.frames
-    if wanted > config.max_frames:
-        raise InputError(
-            f"{wanted} frames of a video, but this model takes at most {config.max_frames}; ask "
-            "for fewer"
-        )
-    if asked is None and config.fps is not None:
-        stepped = range(0, total, max(1, round(rate / config.fps)))
-        if len(stepped) <= config.max_frames:
-            return list(stepped)
-        wanted = config.max_frames
-    if total <= wanted:
-        return list(range(total))
-    return [int(index) for index in np.linspace(0, total - 1, wanted)]
-
-
-def time_instruction(duration: float, times: Sequence[float]) -> str:
-    """Return the text on the frames between video and question in LLaVA-Video's prompts."""
-    listed = ",".join(f"{time:.2f}s" for time in times)
-    return (
-        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly "
-        f"sampled from it. These frames are located at {listed}.Please answer the following "
-        "questions related to this video."
-    )
-
-
 def read_frames(video: Video, config: VideoConfig) -> Clip:
     """Return the frames a model is shown, in order.
 
@@ -114,26 +83,54 @@ def read_frames(video: Video, config: VideoConfig) -> Clip:
         ImageError: the video cannot be read, or its frames are too large.
         InputError: more frames are asked for than the config allows.
     """
-    with _open(video) as reader:
+    with open_video(video) as reader:
         indices = _sample(reader, config, video)
         times = tuple(reader.times[index] for index in indices)
         return Clip(tuple(reader.read(indices)), times, reader.duration)
 
 
-def survey(video: Video, config: VideoConfig) -> tuple[int, tuple[int, int]]:
-    """Return how many frames `read_frames` will give, and width and height of the first one,
-    which alone is decoded."""
-    with _open(video) as reader:
-        indices = _sample(reader, config, video)
-        return len(indices), reader.read(indices[:1])[0].size
+@dataclass(frozen=True)
+class Survey:
+    """The frames that `read_frames` will give, before they are decoded.
+
+    Args:
+        indices: their numbers among all frames of the video.
+        total: frames of the whole video.
+        rate: its frames per second.
+        size: width and height of the first one.
+    """
+
+    indices: tuple[int, ...]
+    total: int
+    rate: float
+    size: tuple[int, int]
+
+    def times(self, temporal: int) -> tuple[float, ...]:
+        """Return when each group of `temporal` frames is shown, in seconds from the start: the mean
+        of its first and last frame. A last group that is short repeats the last frame."""
+        more = (*self.indices, *self.indices[-1:] * (-len(self.indices) % temporal))
+        groups = [more[at : at + temporal] for at in range(0, len(more), temporal)]
+        return tuple((one[0] / self.rate + one[-1] / self.rate) / 2 for one in groups)
+
+    def interval(self, temporal: int) -> float:
+        """Return the seconds from one group of `temporal` frames to the next, on average."""
+        return temporal * self.total / (self.rate * len(self.indices))
 
 
-def describe_times(video: Video, config: VideoConfig) -> str:
-    """Return `time_instruction` of the frames that `read_frames` will give; none is decoded where
-    the file says when they are shown."""
-    with _open(video) as reader:
+def survey(video: Video, config: VideoConfig) -> Survey:
+    """Return the frames that `read_frames` will give; only the first one is decoded."""
+    with open_video(video) as reader:
         indices = _sample(reader, config, video)
-        return time_instruction(reader.duration, [reader.times[index] for index in indices])
+        size = next(reader.read(indices[:1])).size
+        return Survey(tuple(indices), len(reader.times), reader.rate, size)
+
+
+def frame_times(video: Video, config: VideoConfig) -> tuple[tuple[float, ...], float]:
+    """Return the seconds of the frames that `read_frames` will give, and of the whole video; none
+    is decoded where the file says when they are shown."""
+    with open_video(video) as reader:
+        indices = _sample(reader, config, video)
+        return tuple(reader.times[index] for index in indices), reader.duration
 
 
 def middle_frame(video: Video) -> pil.Image:
@@ -142,24 +139,28 @@ def middle_frame(video: Video) -> pil.Image:
     Raises:
         ImageError: the video cannot be read.
     """
-    with _open(video) as reader:
-        return reader.read([len(reader.times) // 2])[0]
+    with open_video(video) as reader:
+        return next(reader.read([len(reader.times) // 2]))
 
 
-def _sample(reader: _Reader, config: VideoConfig, video: Video) -> list[int]:
+def _sample(reader: VideoReader, config: VideoConfig, video: Video) -> list[int]:
     indices = sample(len(reader.times), reader.rate, config, video.frames)
-    width, height = reader.size
-    if len(indices) * width * height > MAX_CLIP_PIXELS:
-        raise ImageError(
-            f"{len(indices)} frames of {width}×{height} = "
-            f"{len(indices) * width * height / 1e6:.0f} megapixels, expected at most "
-            f"{MAX_CLIP_PIXELS / 1e6:.0f}; make the video smaller or ask for fewer frames"
-        )
+    check_clip(len(indices), reader.size)
     return indices
 
 
+def check_clip(count: int, size: tuple[int, int]) -> None:
+    width, height = size
+    if count * width * height > MAX_CLIP_PIXELS:
+        raise ImageError(
+            f"{count} frames of {width}×{height} = {count * width * height / 1e6:.0f} megapixels, "
+            f"expected at most {MAX_CLIP_PIXELS / 1e6:.0f}; make the video smaller or ask for "
+            "fewer frames"
+        )
+
+
 @contextmanager
-def _open(video: Video) -> Iterator[_Reader]:
+def open_video(video: Video) -> Iterator[VideoReader]:
     """Yield the reader of a video; any failure while it is open raises ImageError."""
     pictures = frame_files(video.source)
     if pictures:
@@ -169,26 +170,38 @@ def _open(video: Video) -> Iterator[_Reader]:
     assert isinstance(source, (Path, bytes))
     name = name_of(source, "video")
     with open_media(source, "video") as data:
-        start = data.read(12)
-        data.seek(0)
-        kind = next((kind for kind, magic in _ANIMATIONS.items() if magic.match(start)), None)
-        try:
+        kind = animation(data)
+        with readable(name):
             if kind is None:
                 yield _File(data, name)
             else:
                 with pil.open(data, formats=(kind,)) as opened:
                     yield _Animation(opened, name)
-        except VisavisError:
-            raise
-        except Exception as error:  # readers raise nearly anything on damaged data
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise ImageError(
-                f"{name} cannot be read as a video ({reason}); it is damaged or of another kind: "
-                "open it in a player and export it as MP4"
-            ) from error
 
 
-class _Reader(Protocol):
+def animation(data: BinaryIO) -> str | None:
+    """Return Pillow's name of the format of an animated image; None for any other file."""
+    start = data.read(12)
+    data.seek(0)
+    return next((kind for kind, magic in _ANIMATIONS.items() if magic.match(start)), None)
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Raise all errors of a reader as ImageError."""
+    try:
+        yield
+    except VisavisError:
+        raise
+    except Exception as error:  # readers raise nearly anything on damaged data
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise ImageError(
+            f"{name} cannot be read as a video ({reason}); it is damaged or of another kind: "
+            "open it in a player and export it as MP4"
+        ) from error
+
+
+class VideoReader(Protocol):
     """The metadata of a video, known before decoding, and a method that decodes frames."""
 
     times: list[float]  # seconds, when each frame is shown, from 0
@@ -196,7 +209,13 @@ class _Reader(Protocol):
     duration: float
     size: tuple[int, int]  # of a stored frame
 
-    def read(self, indices: Sequence[int]) -> list[pil.Image]: ...
+    def read(self, indices: Sequence[int], side: int | None = None) -> Iterator[pil.Image]:
+        """Yield frames, upright; with `side` as squares of that many pixels, as stored."""
+        ...
+
+    def key_frames(self) -> Sequence[int]:
+        """Return the frames that can be decoded alone; all, where that is not known."""
+        ...
 
 
 class _Pictures:
@@ -208,8 +227,11 @@ class _Pictures:
         self.duration = len(pictures) / self.rate
         self.size = image_size(pictures[0])
 
-    def read(self, indices: Sequence[int]) -> list[pil.Image]:
-        return [decode_image(self.pictures[index]) for index in indices]
+    def read(self, indices: Sequence[int], side: int | None = None) -> Iterator[pil.Image]:
+        return (_sized(decode_image(self.pictures[index]), side) for index in indices)
+
+    def key_frames(self) -> Sequence[int]:
+        return range(len(self.times))
 
 
 class _Animation:
@@ -235,12 +257,104 @@ class _Animation:
             self.duration += (opened.info.get("duration") or 100) / 1000  # 0: as browsers do
         self.rate = len(self.times) / self.duration
 
-    def read(self, indices: Sequence[int]) -> list[pil.Image]:
-        pictures = []
+    def read(self, indices: Sequence[int], side: int | None = None) -> Iterator[pil.Image]:
         for index in indices:
             self.opened.seek(index)
-            pictures.append(decode_image(self.opened).copy())
-        return pictures
+            yield _sized(decode_image(self.opened).copy(), side)
+
+    def key_frames(self) -> Sequence[int]:
+        return range(len(self.times))
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """Which frames a video file holds, found without decoding where its time stamps allow.
+
+    Attributes:
+        stamps: when each is shown, in steps of `scale` seconds; where there are no usable time
+            stamps, their numbers.
+        keys: where decoding can start: the time stamp of each key frame, and where to seek for it.
+    """
+
+    size: tuple[int, int]
+    rate: float
+    scale: float
+    stamps: list[int]
+    keys: list[tuple[int, int]]
+    has_stamps: bool
+    seekable: bool
+
+
+_listed: OrderedDict[tuple[int, ...], _Frames] = OrderedDict()  # of the files opened last
+_LISTED = 4  # files
+
+
+def _frames_of(data: BinaryIO, name: str) -> _Frames:
+    """Return the frames of a file; an unchanged file is listed once."""
+    try:
+        status = os.fstat(data.fileno())
+    except (OSError, ValueError):  # bytes in memory
+        return _list(data, name)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    found = _listed.get(key) or _list(data, name)
+    _listed[key] = found
+    while len(_listed) > _LISTED:
+        _listed.popitem(last=False)
+    return found
+
+
+def _list(data: BinaryIO, name: str) -> _Frames:
+    with container(data, name) as (opened, stream):
+        packets = [  # not their content
+            (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+            for packet in opened.demux(stream)
+            if packet.size
+        ]
+        size = (stream.codec_context.width, stream.codec_context.height)
+        rate = float(stream.average_rate or PICTURES_PER_SECOND)
+        scale = float(stream.time_base or 0)
+        codec, promised = stream.codec_context.name, stream.frames
+        kind = opened.format.name.split(",")[0]
+    if kind == "mov" and len(packets) < promised:
+        _check_whole(data, name, promised)
+    stamps = sorted(pts for pts, _, _, is_discard in packets if pts is not None and not is_discard)
+    keys = sorted(
+        (pts, pts if dts is None else min(pts, dts))
+        for pts, dts, is_key, _ in packets
+        if is_key and pts is not None
+    )
+    seekable = (
+        kind in _STAMPED
+        and codec != "vp8"  # keeps frames that are never shown in packets of their own
+        and _rise(stamps, scale)
+        and all(pts is not None for pts, *_ in packets)
+        and bool(keys and keys[0][0] <= stamps[0])
+    )
+    if seekable:
+        return _Frames(size, rate, scale, stamps, keys, has_stamps=True, seekable=True)
+    with container(data, name) as (opened, stream):
+        shown = [frame.pts for frame in opened.decode(stream)]
+    if not shown:
+        raise ImageError(f"{name} holds no frame that can be decoded; export it again")
+    if _rise(shown, scale):
+        return _Frames(size, rate, scale, shown, keys, has_stamps=True, seekable=False)
+    numbers = list(range(len(shown)))
+    return _Frames(size, rate, 1 / rate, numbers, keys, has_stamps=False, seekable=False)
+
+
+def _check_whole(data: BinaryIO, name: str, promised: int) -> None:
+    """Check that the packets which an edit list hides are what is missing, not the end.
+
+    Raises:
+        ImageError: the file is truncated.
+    """
+    with container(data, name, {"ignore_editlist": "1"}) as (opened, stream):
+        stored = sum(1 for packet in opened.demux(stream) if packet.size)
+    if stored < promised:
+        raise ImageError(
+            f"{name} holds {stored} of its {promised} frames, the end is missing; "
+            "download or export it again"
+        )
 
 
 class _File:
@@ -249,126 +363,95 @@ class _File:
 
     def __init__(self, data: BinaryIO, name: str) -> None:
         self.data, self.name = data, name
-        with self._container() as (container, stream):
-            packets = [packet for packet in container.demux(stream) if packet.size]
-            self.size = (stream.codec_context.width, stream.codec_context.height)
-            self.rate = float(stream.average_rate or PICTURES_PER_SECOND)
-            self.scale = float(stream.time_base or 0)  # seconds of one step of the time stamps
-            codec, promised = stream.codec_context.name, stream.frames
-            kind = container.format.name.split(",")[0]
-        if kind == "mov" and len(packets) < promised:
-            self._check_whole(promised)
-        self.stamps = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
-        # Where decoding can start: the time stamp of each key frame, and where to seek for it.
-        self.keys = sorted(
-            (p.pts, p.pts if p.dts is None else min(p.pts, p.dts))
-            for p in packets
-            if p.is_keyframe and p.pts is not None
-        )
-        self.has_stamps = self.seekable = (
-            kind in _STAMPED
-            and codec != "vp8"  # keeps frames that are never shown in packets of their own
-            and _rise(self.stamps, self.scale)
-            and all(p.pts is not None for p in packets)
-            and bool(self.keys and self.keys[0][0] <= self.stamps[0])
-        )
-        if not self.seekable:
-            self._list_all()
-        span = (self.stamps[-1] - self.stamps[0]) * self.scale
-        self.times = [(stamp - self.stamps[0]) * self.scale for stamp in self.stamps]
-        self.duration = span + 1 / self.rate
+        self.frames = frames = _frames_of(data, name)
+        self.size, self.rate = frames.size, frames.rate
+        self.times = [(stamp - frames.stamps[0]) * frames.scale for stamp in frames.stamps]
+        self.duration = (frames.stamps[-1] - frames.stamps[0]) * frames.scale + 1 / self.rate
 
-    def _check_whole(self, promised: int) -> None:
-        """Check that the packets which an edit list hides are what is missing, not the end.
+    def key_frames(self) -> Sequence[int]:
+        if not self.frames.seekable:
+            return range(len(self.times))
+        keys = {stamp for stamp, _ in self.frames.keys}
+        return [index for index, stamp in enumerate(self.frames.stamps) if stamp in keys]
 
-        Raises:
-            ImageError: the file is truncated.
-        """
-        with self._container({"ignore_editlist": "1"}) as (container, stream):
-            stored = sum(1 for packet in container.demux(stream) if packet.size)
-        if stored < promised:
-            raise ImageError(
-                f"{self.name} holds {stored} of its {promised} frames, the end is missing; "
-                "download or export it again"
-            )
-
-    def _list_all(self) -> None:
-        with self._container() as (container, stream):
-            self.stamps = [frame.pts for frame in container.decode(stream)]
-        if not self.stamps:
-            raise ImageError(f"{self.name} holds no frame that can be decoded; export it again")
-        self.has_stamps = _rise(self.stamps, self.scale)
-        if not self.has_stamps:
-            self.stamps, self.scale = list(range(len(self.stamps))), 1 / self.rate
-
-    def read(self, indices: Sequence[int]) -> list[pil.Image]:
-        found = self._read(indices, seek=True) if self.seekable else None
-        if found is None:
-            found = self._read(indices, seek=False)
-        if found is None:
+    def read(self, indices: Sequence[int], side: int | None = None) -> Iterator[pil.Image]:
+        num_found = 0
+        for seek in (True, False) if self.frames.seekable else (False,):
+            for picture in self._read(indices[num_found:], side, seek=seek):
+                yield picture
+                num_found += 1
+        if num_found < len(indices):
             raise ImageError(
                 f"{self.name} ends before its last frame can be decoded; it is damaged: download "
                 "or export it again"
             )
-        return found
 
-    def _read(self, indices: Sequence[int], seek: bool) -> list[pil.Image] | None:
-        """Return frames by decoding from the start, or only from the key frame before each; None
-        if that does not lead to them."""
-        pictures: list[pil.Image] = []
+    def _read(self, indices: Sequence[int], side: int | None, *, seek: bool) -> Iterator[pil.Image]:
+        """Yield frames by decoding from the start, or only from the key frame before each; stop
+        where that does not lead to one."""
+        keys = self.frames.keys
         last: float = -math.inf
-        with self._container() as (container, stream):
-            frames = self._decode(container, stream)
-            for wanted in (self.stamps[index] for index in indices):
+        if not indices:
+            return
+        with container(self.data, self.name) as (opened, stream):
+            frames = self._decode(opened, stream)
+            for wanted in (self.frames.stamps[index] for index in indices):
                 if seek:
-                    key, place = self.keys[bisect(self.keys, (wanted, math.inf)) - 1]
+                    key, place = keys[bisect(keys, (wanted, math.inf)) - 1]
                     if key > last:
-                        container.seek(place, stream=stream)
-                        frames = self._decode(container, stream)
+                        opened.seek(place, stream=stream)
+                        frames = self._decode(opened, stream)
                 found = next(((stamp, f) for stamp, f in frames if stamp >= wanted), None)
                 if found is None or (seek and found[0] != wanted):
-                    return None
-                pictures.append(self._picture(found[1]))
+                    return
+                yield self._picture(found[1], side)
                 last = wanted
-        return pictures
 
-    def _decode(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
-        for index, frame in enumerate(container.decode(stream)):
-            yield (frame.pts if self.has_stamps else index), frame
+    def _decode(self, opened: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+        for index, frame in enumerate(opened.decode(stream)):
+            yield (frame.pts if self.frames.has_stamps else index), frame
 
-    def _picture(self, frame: Any) -> pil.Image:
+    def _picture(self, frame: Any, side: int | None) -> pil.Image:
         _check_size((frame.width, frame.height), self.name)
+        if side is not None:
+            small: pil.Image = frame.to_image(width=side, height=side, interpolation="AREA")
+            return small
         picture: pil.Image = frame.to_image()
         turn = _UPRIGHT.get(_orientation(frame))
         return picture if turn is None else picture.transpose(turn)
 
-    @contextmanager
-    def _container(
-        self, settings: Mapping[str, str] = MappingProxyType({})
-    ) -> Iterator[tuple[Any, Any]]:
-        """Yield the file, opened at its start, and its first stream of frames.
 
-        Args:
-            settings: options of FFmpeg's demuxer.
-        """
-        try:
-            import av
-            import av.stream
-        except ImportError:
-            raise InputError(
-                "videos need PyAV, which is not installed: pip install 'visavis[video]'"
-            ) from None
-        self.data.seek(0)
-        options = {"format_whitelist": FORMATS, **settings}
-        with av.open(self.data, options=options, io_open=_refuse) as container:
-            cover = av.stream.Disposition.attached_pic  # of a song
-            streams = [s for s in container.streams.video if not s.disposition & cover]
-            if not streams:
-                raise ImageError(f"{self.name} holds no frames, only sound; expected a video")
-            stream = streams[0]
-            stream.thread_type = "AUTO"
-            _check_size((stream.codec_context.width, stream.codec_context.height), self.name)
-            yield container, stream
+@contextmanager
+def container(
+    data: BinaryIO, name: str, settings: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[Any, Any]]:
+    """Yield a file, opened at its start, and its first stream of frames.
+
+    Args:
+        settings: options of FFmpeg's demuxer.
+    """
+    try:
+        import av
+        import av.stream
+    except ImportError:
+        raise InputError(
+            "videos need PyAV, which is not installed: pip install 'visavis[video]'"
+        ) from None
+    data.seek(0)
+    options = {"format_whitelist": FORMATS, **settings}
+    with av.open(data, options=options, io_open=_refuse) as opened:
+        cover = av.stream.Disposition.attached_pic  # of a song
+        streams = [s for s in opened.streams.video if not s.disposition & cover]
+        if not streams:
+            raise ImageError(f"{name} holds no frames, only sound; expected a video")
+        stream = streams[0]
+        stream.thread_type = "AUTO"
+        _check_size((stream.codec_context.width, stream.codec_context.height), name)
+        yield opened, stream
+
+
+def _sized(picture: pil.Image, side: int | None) -> pil.Image:
+    return picture if side is None else picture.resize((side, side), pil.Resampling.BOX)
 
 
 def _orientation(frame: Any) -> tuple[int, int, int, int]:

@@ -76,6 +76,7 @@ class ServerConfig(_Settings):
         allow_hosts: names of this server that the Host header may have, besides its address.
         allow_origins: web sites whose scripts may call the server (CORS).
         allow_urls: hosts that images may be fetched from; empty: no URL is fetched.
+        allow_folders: folders that may be added to the first index from the web page; empty: none.
         max_sequences: answers of one model that grow at the same time.
         unload_after: seconds without a request after which a model's memory is freed; None: never.
         drain_seconds: how long requests may take to finish after SIGTERM.
@@ -92,6 +93,7 @@ class ServerConfig(_Settings):
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     allow_urls: tuple[str, ...] = ()
+    allow_folders: tuple[Path, ...] = ()
     max_sequences: Positive = 16
     unload_after: Seconds | None = None
     drain_seconds: Seconds = 30

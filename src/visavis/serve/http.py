@@ -127,7 +127,7 @@ class EndpointApp:
             if hasattr(parsed, "model"):
                 scope["state"]["model"] = service.pool.resolve(parsed.model)
         elif endpoint.form:
-            parsed = await form_of(scope, body)
+            parsed = await form_of(scope, body, service.config.limits.images)
         call = Call(
             service,
             parsed,
@@ -149,14 +149,16 @@ class EndpointApp:
 def _dumped(result: BaseModel | dict[str, Any]) -> bytes:
     if isinstance(result, BaseModel):
         return result.model_dump_json(by_alias=True).encode()
-    return json.dumps(result).encode()
+    return json.dumps(result, allow_nan=False).encode()
 
 
 async def _nothing() -> Message:
-    return {"type": "http.disconnect"}
+    """Wait for good: a client that leaves is noticed by `until_done_or_gone`."""
+    await asyncio.Event().wait()
+    raise AssertionError
 
 
-async def form_of(scope: Scope, body: bytes) -> FormData:
+async def form_of(scope: Scope, body: bytes, max_files: int) -> FormData:
     """Return the fields of an HTML form.
 
     Raises:
@@ -168,7 +170,9 @@ async def form_of(scope: Scope, body: bytes) -> FormData:
 
     try:
         limit = max(len(body), 1)
-        return await Request(scope, receive).form(max_files=1, max_fields=8, max_part_size=limit)
+        return await Request(scope, receive).form(
+            max_files=max_files, max_fields=16, max_part_size=limit
+        )
     except HTTPException as error:
         message = f"the form is malformed: {error.detail}"
         raise ApiError(error.status_code, message, code="invalid_form") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,21 @@ class ScheduledModel:
     def embed(self, items: Sequence[Any]) -> np.ndarray:
         """Return one unit vector per item, float32 [N, D]; waits for them."""
         prepared = [self.served.model.prepare(Prompt.of(item)) for item in items]
-        return self.served.submit_inputs(prepared).result()
+        vectors: np.ndarray = self.served.submit_inputs(prepared).result()
+        return vectors
+
+
+@dataclass(frozen=True)
+class _Preview:
+    """A preview of an item; equal ones show the same."""
+
+    source: str
+    content: str
+    size: int
+    item: StoredItem = field(compare=False)
+
+    def encode(self) -> bytes:
+        return encoded_image(self.item, self.size)
 
 
 class Indexes:
@@ -48,7 +63,7 @@ class Indexes:
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = paths
-        self._image = lru_cache(maxsize=KEPT_IMAGES)(encoded_image)
+        self._image = lru_cache(maxsize=KEPT_IMAGES)(_Preview.encode)
         self._opened: dict[str, Index] = {}
 
     def resolve(self, name: str | None) -> str:
@@ -92,9 +107,13 @@ class Indexes:
         return Prompt.of([*([visual] if visual is not None else []), *words])
 
     @staticmethod
-    def search(index: Index, query: Prompt, k: int, filter: str | None = None) -> list[FoundHit]:
-        """Return the nearest items; none of an index that holds nothing yet."""
-        return index.search(query, k, filter) if len(index) else []
+    def search(index: Index, query: Prompt, k: int, **options: Any) -> list[FoundHit]:
+        """Return the best items; none of an index that holds nothing yet.
+
+        Args:
+            options: see `Index.search`.
+        """
+        return index.search(query, k, **options) if len(index) else []
 
     def image(self, index: Index, item_id: int, size: int) -> bytes:
         """Return a JPEG of an item, `size` pixels on its longer side."""
@@ -102,7 +121,8 @@ class Indexes:
             raise InputError(
                 f"size is {size}, expected {IMAGE_SIZES.start} to {IMAGE_SIZES.stop - 1} pixels"
             )
-        return self._image(item_of(index, item_id), size)
+        item = item_of(index, item_id)
+        return self._image(_Preview(item.source, item.content, size, item))
 
     def close(self) -> None:
         """Close all files."""
@@ -139,8 +159,26 @@ def described(item: StoredItem, where: str) -> dict[str, Any]:
         "id": item.id,
         "name": title(item),
         "source": item.source,
+        "kind": item.kind,
+        "page": item.page,
+        "begin_s": item.begin_s,
+        "end_s": item.end_s,
+        "date": item.date,
+        "place": item.place,
         "text": item.text,
+        "metadata": dict(item.metadata),
         "image": f"{where}/{item.id}/image?v={item.content[:8]}" if has_image else None,
+    }
+
+
+def described_hit(hit: FoundHit, where: str) -> dict[str, Any]:
+    """Return the description of a hit for clients."""
+    return {
+        **described(hit.item, where),
+        "score": hit.score,
+        "vector_score": hit.vector_score,
+        "words": list(hit.words),
+        "why": hit.why,
     }
 
 

@@ -154,7 +154,8 @@ def make_server(library: Library) -> MCPServer:  # each tool is short
         Args:
             query: what should be seen or said, in plain words.
             limit: maximum number of items, up to 50.
-            filter: only sources that match this glob, for example "*/holiday/*".
+            filter: conditions such as "kind:page folder:/papers after:2024-01 before:2025
+                tag=beach", or one glob on sources such as "*/holiday/*".
         """
         result: CallToolResult = await run(partial(library.hits, query, limit, filter))
         return result
@@ -262,7 +263,12 @@ def _described(hit: Hit) -> dict[str, Any]:
         "item": item.id,
         "score": round(hit.score, 4),
         "source": item.source,
+        "kind": item.kind,
+        "page": item.page,
+        "begin_s": item.begin_s,
+        "end_s": item.end_s,
         "text": item.text,
+        "why": hit.why,
         "uri": _uri(item),
     }
 

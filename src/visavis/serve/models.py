@@ -117,9 +117,9 @@ class ServedModel:
         self.scheduler.chat(jobs)
         return [job.future for job in jobs]
 
-    def submit_inputs(self, inputs: Sequence[PreparedPrompt]) -> Future[np.ndarray]:
+    def submit_inputs(self, inputs: Sequence[PreparedPrompt]) -> Future[Any]:
         """Let inputs (`Model.prepare`) wait for their batch; the future ends with their vectors,
-        float32 [N, D]."""
+        float32 [N, D], or of a multi-vector model [tokens, D] for each."""
         job = EmbedJob(inputs, [len(one.token_ids) for one in inputs])
         self.scheduler.embeddings(job)
         return job.future
@@ -133,9 +133,12 @@ class ServedModel:
         dim = kept_dim(dim, self.model.embedding_dim)
         return cut(torch.from_numpy(vectors), dim).numpy()
 
-    def _embed(self, inputs: Sequence[PreparedPrompt]) -> np.ndarray:
-        vectors = self.model.embed_prepared(inputs)
-        if not np.isfinite(vectors).all():  # of several inputs the scheduler finds the one
+    def _embed(self, inputs: Sequence[PreparedPrompt]) -> Sequence[np.ndarray]:
+        multi, model = self.model.has_multi_vectors, self.model
+        vectors = list(
+            model.embed_multi_prepared(inputs) if multi else model.embed_prepared(inputs)
+        )
+        if not all(np.isfinite(one).all() for one in vectors):  # the scheduler finds the input
             raise NonFiniteError(f"{self.name} gives an input a vector that is not finite")
         return vectors
 

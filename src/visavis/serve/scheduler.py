@@ -66,11 +66,12 @@ class ChatJob:
 
 @dataclass(eq=False)
 class EmbedJob:
-    """The inputs of one request. `future` ends with their vectors, float32 [N, D]."""
+    """The inputs of one request. `future` ends with their vectors, float32 [N, D], or a list of
+    [tokens, D] of a multi-vector model."""
 
     inputs: Sequence[Any]
     lengths: Sequence[int]  # tokens of each input
-    future: Future[np.ndarray] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
     begun: int = 0  # inputs that have been put into batches
     vectors: list[np.ndarray] = field(default_factory=list)
 
@@ -85,7 +86,7 @@ class Scheduler:
     Args:
         name: of the model, for the metrics.
         engine: grows its answers.
-        embed: returns the vectors of a batch of inputs, float32 [N, D].
+        embed: returns the vector [D] of each input of a batch, or its vectors [tokens, D].
         waiting_chats, waiting_items: how many may wait; more are refused with status 429.
     """
 
@@ -93,7 +94,7 @@ class Scheduler:
         self,
         name: str,
         engine: GrowingEngine,
-        embed: Callable[[Sequence[Any]], np.ndarray],
+        embed: Callable[[Sequence[Any]], Sequence[np.ndarray]],
         metrics: Metrics,
         *,
         waiting_chats: int,
@@ -298,7 +299,8 @@ class Scheduler:
                 except BaseException as error:
                     fail(job.future, error)
             if len(job.vectors) == len(job.inputs):
-                settle(job.future, np.stack(job.vectors))
+                single = job.vectors[0].ndim == 1
+                settle(job.future, np.stack(job.vectors) if single else job.vectors)
         seconds = (time.perf_counter() - started) / len(picked)
         self.seconds_per_input = _moved(self.seconds_per_input, seconds)
         self.metrics.batches.labels(self.name).inc()

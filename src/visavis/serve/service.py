@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from visavis.errors import InputError
+from visavis.serve.adding import FolderAdding
 from visavis.serve.config import ServerConfig, Side
 from visavis.serve.errors import ApiError
 from visavis.serve.fetch import Fetcher
@@ -118,10 +119,16 @@ class Chat:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The vectors of a request, float32 [N, D], and what its inputs held."""
+    """The vectors of a request and what its inputs held.
+
+    Args:
+        vectors: float32 [N, D]; [N, 0] of a multi-vector model.
+        of_inputs: of each input its vector [D], or its vectors [tokens, D].
+    """
 
     name: str
     vectors: np.ndarray
+    of_inputs: Sequence[np.ndarray]
     num_tokens: int
     text_tokens: int
     cost: Cost
@@ -138,6 +145,7 @@ class Service:
         # keep the preparation of what they wait for from running.
         self.index_executor = ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="index")
         self.indexes = Indexes(config.indexes)
+        self.adding = FolderAdding(config.allow_folders)
         self.examples: Sequence[str] = ()
         self.started = int(time.time())
         self.draining = False
@@ -221,6 +229,7 @@ class Service:
         side: Side | None = None,
         num_queries: int | None = None,
         dim: int | None = None,
+        multi: bool = False,
         keep_seconds: float | None = None,
     ) -> Embedded:
         """Return the vectors of inputs.
@@ -231,6 +240,7 @@ class Service:
             num_queries: number of leading inputs that are queries and get the instruction; the rest
                 documents; None: all are of `side`.
             dim: keep the first `dim` numbers of each vector.
+            multi: the vectors may be those of a multi-vector model.
 
         Raises:
             ApiError, InputError: an input cannot be embedded; the message names it.
@@ -239,8 +249,11 @@ class Service:
         async with self.pool.using(name, keep_seconds) as served:
             reader = self.reader()
             known = self.config.instructions
+            multi = multi and served.model.has_multi_vectors
 
             def instruction_of(number: int) -> str | None:
+                if multi:  # of its own prompts, not of a server's other models
+                    return instruction
                 if num_queries is None:
                     return instruction or (known.get(side) if side else None)
                 is_query = number < num_queries
@@ -249,14 +262,21 @@ class Service:
             left = threading.Event()  # the client: the rest need not be prepared
 
             def prepare() -> list[Any]:
-                served.check_dim(dim)
+                if not multi:
+                    served.check_dim(dim)
                 prepared: list[Any] = []
                 for number, pieces in enumerate(inputs):
                     if left.is_set():
                         return prepared
                     try:
-                        prompt = reader.item(pieces)
-                        prepared.append(served.model.prepare(prompt, instruction_of(number)))
+                        is_document = num_queries is not None and number >= num_queries
+                        prepared.append(
+                            served.model.prepare(
+                                reader.item(pieces),
+                                instruction_of(number),
+                                document=multi and is_document,
+                            )
+                        )
                     except InputError as error:
                         raise type(error)(f"input {number}: {error}") from None
                     except ApiError as error:
@@ -273,11 +293,13 @@ class Service:
                 vectors = await asyncio.wrap_future(future)
             finally:
                 future.cancel()
+            of_inputs = list(vectors if multi else served.cut(vectors, dim))
             num_tokens = sum(len(one.token_ids) for one in prepared)
             self.metrics.prompt_tokens.labels(served.name, "embed").inc(num_tokens)
             return Embedded(
                 served.name,
-                served.cut(vectors, dim),
+                np.empty((len(inputs), 0), np.float32) if multi else np.stack(of_inputs),
+                of_inputs,
                 num_tokens,
                 num_tokens - sum(count for one in prepared for _, count in one.image_slots),
                 reader.cost,
@@ -290,6 +312,7 @@ class Service:
 
     def close(self) -> None:
         """Stop all threads; unfinished work fails."""
+        self.adding.stop()
         self.executor.shutdown(wait=False, cancel_futures=True)
         self.pool.close()
         self.index_executor.shutdown(wait=True, cancel_futures=True)

@@ -25,8 +25,8 @@ from visavis.data.datasets import (
     Record,
     imagenet_classes,
     sentences,
-    with_article,
 )
+from visavis.data.kinds import with_article
 from visavis.errors import TrainError
 from visavis.inputs import Prompt
 from visavis.model.connectors.words import SPELLING, Words

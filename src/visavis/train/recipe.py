@@ -19,7 +19,7 @@ from visavis.data.sources import SourceConfig
 from visavis.errors import TrainError
 from visavis.model.connectors import CONNECTORS
 from visavis.processing.chat_formats import CHAT_FORMATS
-from visavis.processing.prompt_encoder import PROFILES
+from visavis.processing.prompt_config import PROFILES
 from visavis.utils import parse_yaml, suggest
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class ConnectorRecipe(_Strict):
     hidden_width: Annotated[int, Field(ge=0)] = 0
     input_norm: bool = False
     num_queries: Annotated[int, Field(ge=0)] = 0
+    word_margin: Annotated[float, Field(ge=0)] = 0.0
 
     @field_validator("kind")
     @classmethod

@@ -31,7 +31,8 @@ from visavis.errors import CheckpointError, FetchError, TrainError, VisavisError
 from visavis.model.config import VLMConfig
 from visavis.model.vlm import VLM
 from visavis.processing.config import ImageProcessorConfig, sized_as
-from visavis.processing.prompt_encoder import PromptConfig, PromptEncoder
+from visavis.processing.prompt_config import PromptConfig
+from visavis.processing.prompt_encoder import PromptEncoder
 from visavis.processing.tokenizer import SpecialTokens, encode, load_tokenizer
 from visavis.train.lora import add_lora, quantize_decoder
 from visavis.train.recipe import ModelRecipe, Recipe, trains_whole

@@ -17,7 +17,7 @@ from visavis.checkpoints.gguf.export import chat_template, vocabulary_metadata
 from visavis.errors import CheckpointError
 from visavis.processing.chat_formats import CHAT_FORMATS
 from visavis.processing.chat_template import ChatTemplate, encode_chat, encode_turns
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import (
     SpecialTokens,
     build_tokenizer,

@@ -46,7 +46,7 @@ from visavis.model.config import DecoderConfig, PerLayer, RopeScaling
 from visavis.model.decoder import Decoder
 from visavis.model.rope import scaled
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens, build_tokenizer
 from visavis.processing.tokenizer_conversion import (
     BYTE,

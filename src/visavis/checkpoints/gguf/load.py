@@ -34,7 +34,7 @@ from visavis.checkpoints.quantize import LowRank, Quantizer
 from visavis.checkpoints.transformers.config_reader import Json
 from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens, build_tokenizer, special_tokens
 from visavis.utils import parse_json
 

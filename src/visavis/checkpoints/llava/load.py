@@ -62,7 +62,7 @@ from visavis.checkpoints.transformers.weights import tower_table
 from visavis.errors import CheckpointError, FetchError
 from visavis.model.config import VLMConfig
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PROFILES, PromptConfig
+from visavis.processing.prompt_config import PROFILES, PromptConfig
 from visavis.processing.tokenizer import SpecialTokens, has_tokenizer
 
 if TYPE_CHECKING:

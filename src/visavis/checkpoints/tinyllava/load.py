@@ -65,7 +65,7 @@ from visavis.model.config import VLMConfig
 from visavis.model.vision.vit import resize_positions
 from visavis.processing.chat_formats import CHAT_FORMATS
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Configs and tensor names of CLIP, SigLIP, SigLIP 2 and MetaCLIP 2: two towers and no decoder.
 
     vision_model.*   text_model.*   visual_projection, text_projection (CLIP)
-    logit_scale, logit_bias (SigLIP)
+    logit_scale, logit_bias
 
 SigLIP 2 of one resolution has SigLIP's classes; `siglip2` is the one for any aspect ratio (NaFlex).
 """

@@ -24,16 +24,35 @@ from visavis.checkpoints.checkpoint import (
     write_tensors,
     write_words,
 )
-from visavis.checkpoints.transformers.export_config import config_json, inexpressible
+from visavis.checkpoints.transformers.export_config import (
+    ARCHITECTURES,
+    config_json,
+    inexpressible,
+)
 from visavis.checkpoints.transformers.export_dual import write_dual_encoder
 from visavis.checkpoints.transformers.export_gemma import write_gemma
 from visavis.checkpoints.transformers.export_processor import pinpoints, processor_json
+from visavis.checkpoints.transformers.export_qwen_vl import qwen_vl_json, qwen_vl_processors
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.idefics3 import split_video_json
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import TOKENS, ratio_video_json
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
+from visavis.checkpoints.transformers.qwen2_vl import KIND_2_5 as QWEN2_5_VL
+from visavis.checkpoints.transformers.qwen3_vl import KIND as QWEN3_VL
 from visavis.checkpoints.transformers.weights import write
-from visavis.model.config import DecoderConfig, RopeScaling, ViTConfig, VLMConfig
+from visavis.model.config import (
+    DecoderConfig,
+    Qwen2VLTowerConfig,
+    RopeScaling,
+    ViTConfig,
+    VLMConfig,
+)
+from visavis.model.image_tokens import tokens_per_view
 from visavis.model.rope import Rope
 from visavis.processing.chat_formats import CHAT_FORMATS, ChatFormat, Turn
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -144,13 +163,18 @@ def _text(text: str) -> str:
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # what a model without placeholders gets
 ROWS = 64  # embeddings grow to a multiple of so many rows, as the library's converters do
-TILES = {"llava": None, "llava_next": "tile", "llava_onevision": "pad"}  # of several pictures
+TILES = {"llava_next": "tile", "llava_onevision": "pad"}  # of several pictures
 LLAMA_3 = RopeScaling("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-IN_TEMPLATE = ("chat_template", "jinja", "image_start", "image_end")  # of a profile
+# Of a profile: in the template, or known of the model type.
+IN_TEMPLATE = ("chat_template", "jinja", "image_start", "image_end")
+KNOWN = ("image_text", "video_jinja")  # of Idefics3 and InternVL
 PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
+    "idefics3": "Idefics3Processor",
+    "smolvlm": "SmolVLMProcessor",
+    "internvl": "InternVLProcessor",
 }
 
 
@@ -168,10 +192,13 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
     tokenizer = loaded.tokenizer
     if config.tower is not None and not has_placeholder(loaded):
         tokenizer, state, config = with_placeholders(tokenizer, state, config)
-    data = config_json(config)
+    any_size = isinstance(config.tower, Qwen2VLTowerConfig)
+    data = qwen_vl_json(config) if any_size else config_json(config)
     processor = loaded.processor
     if processor is not None and processor.tiles is not None:
         data["image_grid_pinpoints"] = pinpoints(processor.tiles)
+    if data["model_type"] == "idefics3" and processor is not None and processor.video is not None:
+        data |= {"model_type": "smolvlm", "architectures": [ARCHITECTURES["smolvlm"]]}
     dtype = loaded.vlm.decoder.dtype
     specials = loaded.specials
     data |= {
@@ -194,6 +221,7 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
         context_length=config.decoder.context_length,
         image_token=image,
         video_token=video,
+        tokens=TOKENS if data["model_type"] == INTERNVL else {},
     )
     template = chat_template(loaded.profile, image, video)
     if image and loaded.profile.jinja and template == loaded.profile.jinja:
@@ -203,14 +231,13 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
         files.append(folder / "chat_template.jinja")
         files[-1].write_text(template, encoding="utf-8")
     lost = lost_settings(loaded.profile)
+    if data["model_type"] in (*IDEFICS3, INTERNVL, QWEN3_VL):
+        lost = [one for one in lost if not one.startswith(KNOWN)]
     if config.tower is not None:
         assert processor is not None
-        settings = processor_json(processor)
-        _check_tiles(data["model_type"], processor)
-        lost += ["videos"] if processor.video and not video else []
-        files.append(write_json(folder / "preprocessor_config.json", settings))
-        whole = _processor(data, config, image, video)
-        files.append(write_json(folder / "processor_config.json", whole))
+        lost += ["videos"] if processor.video and not (video or loaded.profile.image_text) else []
+        settings = _processors(data, config, processor, image, video)
+        files += [write_json(folder / name, one) for name, one in settings.items()]
     files += write_tensors(folder, write(data, state), dtype=dtype, progress=progress)
     return Written(files, lost)
 
@@ -298,6 +325,32 @@ def lost_settings(profile: PromptConfig) -> list[str]:
     return lost
 
 
+def _processors(
+    data: dict[str, Any],
+    config: VLMConfig,
+    processor: ImageProcessorConfig,
+    image: str,
+    video: str,
+) -> dict[str, dict[str, Any]]:
+    """Return the files that say how images are prepared, by their names.
+
+    Raises:
+        CheckpointError: the library's class prepares them otherwise.
+    """
+    if isinstance(config.tower, Qwen2VLTowerConfig):
+        kind = QWEN2_5_VL if data["model_type"] == ONEVISION_15 else data["model_type"]
+        return qwen_vl_processors(processor, config, kind)
+    settings = processor_json(processor)
+    _check_tiles(data["model_type"], processor)
+    whole = _processor(data, config, image, video)
+    files = {"preprocessor_config.json": settings, "processor_config.json": whole}
+    if processor.split is not None and processor.split.video_edge:
+        files["video_preprocessor_config.json"] = split_video_json(processor, settings)
+    if processor.ratio is not None:
+        files["video_preprocessor_config.json"] = ratio_video_json(processor, settings)
+    return files
+
+
 def _check_tiles(kind: str, processor: ImageProcessorConfig) -> None:
     """Refuse tiles that the class would not put together so, or would not cut.
 
@@ -305,7 +358,7 @@ def _check_tiles(kind: str, processor: ImageProcessorConfig) -> None:
         CheckpointError: it would not.
     """
     tiles = processor.tiles
-    if (None if tiles is None else tiles.multi_image) != TILES[kind]:
+    if (None if tiles is None else tiles.multi_image) != TILES.get(kind):
         way = f"{processor.resize}" + (f", several: {tiles.multi_image}" if tiles else "")
         raise inexpressible(f"the sizing of pictures ({way})", f"{PROCESSORS[kind]} has another")
 
@@ -318,6 +371,10 @@ def _grown(tensor: Tensor, rows: int) -> Tensor:
 
 def _processor(data: dict[str, Any], config: VLMConfig, image: str, video: str) -> dict[str, Any]:
     """Return processor_config.json: how many placeholders an image becomes."""
+    if data["model_type"] in (*IDEFICS3, INTERNVL):
+        name = "image_seq_length" if data["model_type"] == INTERNVL else "image_seq_len"
+        kind = PROCESSORS[data["model_type"]]
+        return {"processor_class": kind, name: tokens_per_view(config)}
     tower = config.tower
     assert isinstance(tower, ViTConfig)
     found: dict[str, Any] = {

@@ -13,6 +13,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import Json
+from visavis.checkpoints.transformers.idefics3 import idefics3_json
+from visavis.checkpoints.transformers.internvl import internvl_json
 from visavis.checkpoints.transformers.language_models import decoder_config
 from visavis.checkpoints.transformers.vision_models import vit_config, vlm_config
 from visavis.errors import CheckpointError
@@ -29,6 +31,7 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gemma": "GemmaForCausalLM",
@@ -36,6 +39,9 @@ ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
 }
 MAX_SHOWN = 200  # characters of a strange setting
 OTHERS = "`--to native` and `--to sentence-transformers` keep every part"
@@ -48,6 +54,12 @@ def config_json(config: VLMConfig) -> dict[str, Any]:
         CheckpointError: transformers has no class for it; the part is named.
     """
     tower, connector = config.tower, config.connector
+    normed = connector is not None and connector.input_norm
+    if isinstance(tower, ViTConfig) and (tower.position_buckets or normed):
+        write = idefics3_json if tower.position_buckets else internvl_json
+        found = write(config, decoder_json(config.decoder))
+        if _read(vlm_config, found) == config:
+            return found
     if problems := strange_parts(config):
         raise inexpressible("; ".join(problems), "no class of transformers has such")
     if tower is None:
@@ -188,7 +200,9 @@ def _common(config: DecoderConfig, kind: str) -> dict[str, Any]:
     }
     norm = "layer_norm_eps" if config.norm == "layer" else "rms_norm_eps"
     found[norm] = config.norm_eps
-    if kind == "gemma" or (isinstance(heads, int) and config.head_dim * heads != config.width):
+    if kind in ("gemma", "qwen3") or (
+        isinstance(heads, int) and config.head_dim * heads != config.width
+    ):
         found["head_dim"] = config.head_dim
     if config.rope_scaling is not None:
         found["rope_scaling"] = _rope_scaling(config.rope_scaling)
@@ -231,6 +245,10 @@ def _qwen2(config: DecoderConfig) -> dict[str, Any]:
     return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
 
 
+def _qwen3(config: DecoderConfig) -> dict[str, Any]:
+    return {**_qwen2(config), "attention_bias": config.qkv_bias}
+
+
 def _phi(config: DecoderConfig) -> dict[str, Any]:
     return {"partial_rotary_factor": config.rope_fraction}
 
@@ -260,6 +278,7 @@ FAMILIES: dict[str, Callable[[DecoderConfig], dict[str, Any]]] = {  # the plaine
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,
+    "qwen3": _qwen3,
     "gemma": _gemma,
     "phi3": _phi3,
     "phi": _phi,

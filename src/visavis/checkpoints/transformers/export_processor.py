@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from visavis.checkpoints.transformers.export_config import inexpressible
+from visavis.checkpoints.transformers.idefics3 import split_json
+from visavis.checkpoints.transformers.internvl import ratio_json
 from visavis.checkpoints.transformers.processor import FILTERS, GEMMA, NAFLEX, processor_config
 from visavis.errors import CheckpointError
 from visavis.processing.config import AnyresConfig, ImageProcessorConfig
@@ -52,6 +54,10 @@ def processor_json(config: ImageProcessorConfig) -> dict[str, Any]:
     if config.tiles is not None:
         found["image_grid_pinpoints"] = pinpoints(config.tiles)
         found["do_pad"] = True
+    if config.split is not None:
+        return found | split_json(config)
+    if config.ratio is not None:
+        return found | ratio_json(config)
     if config.tiles is not None and config.tiles.multi_image == "pad":
         found |= {"image_processor_type": "LlavaOnevisionImageProcessor", "size": square}
     elif config.tiles is not None:

@@ -218,6 +218,13 @@ def _qwen2(config: Json) -> dict[str, Any]:
     return {"qkv_bias": True, "sliding_window": _window({"sliding_window": 4096} | dict(config))}
 
 
+def _qwen3(config: Json) -> dict[str, Any]:
+    """Qwen3: a norm on each query and key, and biases on none of the projections."""
+    bias = bool(config.get("attention_bias", False))
+    window = _qwen2(config).get("sliding_window", 0)
+    return {"qk_norm": True, "qkv_bias": bias, "out_bias": bias, "sliding_window": window}
+
+
 def _phi(config: Json) -> dict[str, Any]:
     """Phi-1, 1.5 and 2."""
     _refuse_qk_layernorm(config)
@@ -274,6 +281,16 @@ FAMILIES = {
             "num_key_value_heads": 32,
         },
         _qwen2,
+    ),
+    "qwen3": Family(
+        {
+            "vocab_size": 151936,
+            "intermediate_size": 22016,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+        },
+        _qwen3,
     ),
     "phi": Family(
         {
@@ -419,6 +436,18 @@ class DecoderNames:
 
 
 DECODER_NAMES = {  # by model type; all others are called as Llama's are
+    "modernbert": DecoderNames(
+        body="text_model",
+        embed="embeddings.tok_embeddings",
+        norm="final_norm",
+        attention="attn",
+        attn_norm="attn_norm",
+        qkv=("Wqkv",),
+        out="Wo",
+        ffn_norm="mlp_norm",
+        up=("Wi",),
+        down="Wo",
+    ),
     "phi": DecoderNames(out="dense", up=("fc1",), down="fc2", norm="final_layernorm"),
     "phi3": DecoderNames(qkv=("qkv_proj",), up=("gate_up_proj",)),
     "openelm": DecoderNames(
@@ -436,11 +465,11 @@ DECODER_NAMES = {  # by model type; all others are called as Llama's are
 }
 
 
-def decoder_rows(kind: str, prefix: str, head: str) -> tuple[MappingRow, ...]:
+def decoder_rows(kind: str, prefix: str, head: str, *, body: str = "") -> tuple[MappingRow, ...]:
     """Rows of a language model; `prefix` (ends in a dot or is empty) and `head` are where its
-    body and its output layer hang."""
+    body and its output layer hang; `body` is where its body does, if it is called otherwise."""
     names = DECODER_NAMES.get(kind, DecoderNames())
-    body = f"{prefix}{names.body}"
+    body = body or f"{prefix}{names.body}"
     ours, theirs = "decoder.blocks.*", f"{body}.layers.*"
     attention, mlp = f"{theirs}.{names.attention}", f"{theirs}.{names.mlp}"
     rows = [

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from visavis.checkpoints.adapters import merged
 from visavis.checkpoints.checkpoint import Checkpoint, Written
@@ -32,9 +32,18 @@ from visavis.checkpoints.tensor_files import (
     read_tensors,
     weight_files,
 )
-from visavis.checkpoints.transformers.config_reader import Json, section
+from visavis.checkpoints.transformers.config_reader import Json, require, section
 from visavis.checkpoints.transformers.export import write_transformers
+from visavis.checkpoints.transformers.idefics3 import CLASSES as SPLITTERS
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.idefics3 import VIDEO_TEMPLATE, idefics3_processor
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import ORIGINAL as INTERNVL_CHAT
+from visavis.checkpoints.transformers.internvl import PLACEHOLDER, internvl_processor
 from visavis.checkpoints.transformers.language_models import KINDS
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
+from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
+from visavis.checkpoints.transformers.multi_vector import multi_vector_prompts
 from visavis.checkpoints.transformers.pooling import read_pooling
 from visavis.checkpoints.transformers.processor import (
     gemma_processor,
@@ -50,12 +59,13 @@ from visavis.errors import CheckpointError
 from visavis.model.config import Qwen2VLTowerConfig, ViTConfig, VLMConfig
 from visavis.model.embedder_config import GemmaTowerConfig, NaFlexConfig
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PROCESSOR = "processor_config.json"
 VIDEO_NAME = "video_preprocessor_config.json"
 
 
@@ -79,6 +89,7 @@ class TransformersFormat(FolderFormat):
     )
     peer = "transformers"
     library = "transformers"
+    placeholders: ClassVar[dict[str, tuple[str, ...]]] = {}  # texts of these tokens, if unusual
 
     jinja: str
     pooling: Literal["", "last", "first", "mean"] = ""
@@ -109,7 +120,8 @@ class TransformersFormat(FolderFormat):
             jinja="",
         )
         opened.jinja = chat_template(opened.tokenizer_folder)
-        opened.pooling = "" if config.is_dual else read_pooling(folder, opened.jinja)
+        if config.tower is None or not (config.has_decoder or config.is_dual):
+            opened.pooling = read_pooling(folder, opened.jinja)
         opened.jinja = "" if headless else opened.jinja
         opened.identity = data | {
             "processor": processor.to_dict() if processor else None,
@@ -132,7 +144,7 @@ class TransformersFormat(FolderFormat):
         data = read_json(path / CONFIG)
         refuse_quantised(data, path)
         config = vlm_config(data)
-        processor = image_processor(config, path)
+        processor = image_processor(config, path, data.get("model_type"))
         _check_tiles(data, config, processor, path)
         return config, processor
 
@@ -156,7 +168,7 @@ class TransformersFormat(FolderFormat):
             if number < 0:
                 continue
             text = tokenizer.id_to_token(number)
-            usual = (f"<{visual}>", f"<|{visual}_pad|>")
+            usual = self.placeholders.get(visual, (f"<{visual}>", f"<|{visual}_pad|>"))
             others = {one: id for one in usual if (id := tokenizer.token_to_id(one)) is not None}
             if text is None or (others and text not in usual):
                 found = "has no such token" if text is None else f"has {text!r} there"
@@ -185,11 +197,82 @@ class LlavaOnevisionFormat(TransformersFormat):
     model_types, target = ("llava_onevision",), ""
 
 
+class LlavaOnevision15Format(TransformersFormat):
+    """LLaVA-OneVision-1.5 as published, without its code."""
+
+    kind, title = ONEVISION_15, "LLaVA-OneVision-1.5"
+    model_types, target = (ONEVISION_15,), ""
+
+
 class Qwen2VLFormat(TransformersFormat):
     """Qwen2-VL as transformers writes it."""
 
     kind, title, model_types = "qwen2_vl", "Qwen2-VL, transformers", ("qwen2_vl",)
     target = ""
+
+
+class Qwen25VLFormat(TransformersFormat):
+    """Qwen2.5-VL as transformers writes it."""
+
+    kind, title, model_types = "qwen2_5_vl", "Qwen2.5-VL, transformers", ("qwen2_5_vl",)
+    target = ""
+
+
+class Qwen3VLFormat(TransformersFormat):
+    """Qwen3-VL as transformers writes it."""
+
+    kind, title, model_types = "qwen3_vl", "Qwen3-VL, transformers", ("qwen3_vl",)
+    target = ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return PromptConfig(jinja=self.jinja, image_text="qwen3-vl")
+
+
+class MultiVectorFormat(TransformersFormat):
+    """A multi-vector model, such as ColQwen2, as transformers writes it."""
+
+    kind, title = "multi_vector", "multi-vector model, transformers"
+    model_types, target = tuple(MULTI_VECTOR), ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        path = self.path / PROCESSOR
+        bos, pad = (
+            "" if number is None else tokenizer.id_to_token(number) or ""
+            for number in (specials.bos_id, specials.pad_id)
+        )
+        processor = read_json(path) if path.is_file() else {}
+        return multi_vector_prompts(self.settings, processor, bos=bos, pad=pad)
+
+    def special_tokens(
+        self, tokenizer: Tokenizer, specials: SpecialTokens, folder: Path
+    ) -> SpecialTokens:
+        found = super().special_tokens(tokenizer, specials, folder)
+        if not MULTI_VECTOR[self.settings["model_type"]].writes_bos:
+            return found
+        return replace(found, add_bos=False, appended=())
+
+
+class Idefics3Format(TransformersFormat):
+    """Idefics3, SmolVLM and SmolVLM2 as transformers writes them."""
+
+    kind, title, model_types = "idefics3", "Idefics3 or SmolVLM, transformers", IDEFICS3
+    target = ""
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        filmed = self.processor is not None and self.processor.video is not None
+        video_jinja = VIDEO_TEMPLATE if self.jinja and filmed else ""
+        return PromptConfig(jinja=self.jinja, image_text="idefics3", video_jinja=video_jinja)
+
+
+class InternVLFormat(TransformersFormat):
+    """InternVL3 and InternVL3.5 as transformers writes them; the original layout is refused."""
+
+    kind, title = "internvl", "InternVL, transformers"
+    model_types, target = (INTERNVL, INTERNVL_CHAT), ""
+    placeholders: ClassVar[dict[str, tuple[str, ...]]] = {"image": (PLACEHOLDER,)}
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        return PromptConfig(jinja=self.jinja, image_text="internvl")
 
 
 def whole_names(tensors: TensorFiles, data: Json) -> tuple[TensorFiles, bool]:
@@ -208,7 +291,9 @@ def whole_names(tensors: TensorFiles, data: Json) -> tuple[TensorFiles, bool]:
     return TensorFiles(entries), True
 
 
-def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | None:
+def image_processor(
+    config: VLMConfig, folder: Path, model_type: object = None
+) -> ImageProcessorConfig | None:
     """Return how images are sized and normalised, if the model takes any.
 
     Raises:
@@ -216,7 +301,7 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
     """
     if config.tower is None:
         return None
-    names = ("preprocessor_config.json", "processor_config.json")
+    names = ("preprocessor_config.json", PROCESSOR)
     found = [read_json(folder / name) for name in names if (folder / name).is_file()]
     settings = [inner for data in found if (inner := _image_settings(data)) is not None]
     if not settings:
@@ -224,16 +309,25 @@ def image_processor(config: VLMConfig, folder: Path) -> ImageProcessorConfig | N
             f"{folder} says nowhere how pictures are resized and normalised; expected "
             f"{' or '.join(names)} beside the weights, copy it from the model's source."
         )
+    videos = [inner for data in found if (inner := section(data, "video_processor"))]
+    if (folder / VIDEO_NAME).is_file():
+        videos.insert(0, read_json(folder / VIDEO_NAME))
+    video = videos[0] if videos else None
     if isinstance(config.tower, Qwen2VLTowerConfig):
-        videos = [inner for data in found if (inner := section(data, "video_processor"))]
-        if (folder / VIDEO_NAME).is_file():
-            videos.insert(0, read_json(folder / VIDEO_NAME))
-        return qwen2_vl_processor(settings[0], videos[0] if videos else None, config.tower)
+        return qwen2_vl_processor(settings[0], video, config.tower)
     if isinstance(config.tower, GemmaTowerConfig):
         return gemma_processor(settings[0], config.tower)
     if isinstance(config.tower, NaFlexConfig):
         return naflex_processor(settings[0], config.tower)
-    processor = processor_config(settings[0])
+    if model_type == INTERNVL:
+        processor = internvl_processor(settings[0], video)
+    elif model_type in (*IDEFICS3, "colmodernvbert"):
+        kind = str(settings[0].get("image_processor_type"))
+        known = kind.removesuffix("Fast").removesuffix("Pil") in SPLITTERS
+        require("image_processor_type", kind, known, " or ".join(SPLITTERS))
+        processor = idefics3_processor(settings[0], video, takes_videos=model_type == "smolvlm")
+    else:
+        processor = processor_config(settings[0])
     if isinstance(config.tower, ViTConfig) and processor.size != config.tower.image_size:
         raise CheckpointError(
             f"{folder} prepares pictures of {processor.size} pixels, but its vision tower takes "

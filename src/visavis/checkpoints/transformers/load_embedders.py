@@ -25,7 +25,7 @@ from visavis.errors import CheckpointError
 from visavis.model.config import VLMConfig
 from visavis.model.embedder_config import ClipTextConfig
 from visavis.processing.config import ImageProcessorConfig
-from visavis.processing.prompt_encoder import PromptConfig
+from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class DualEncoderFormat(TransformersFormat):
         refuse_quantised(data, path)
         words = path / "tokenizer_config.json"
         config = dual_config(data, read_json(words) if words.is_file() else {})
-        return config, image_processor(config, path)
+        return config, image_processor(config, path, data.get("model_type"))
 
     def tokenizer(self) -> tuple[Tokenizer, SpecialTokens]:
         tokenizer, specials = super().tokenizer()

@@ -74,7 +74,7 @@ GEMMA_DEFAULTS: dict[str, Any] = {
     "pooling_kernel_size": 3,
 }
 MAX_TILES = 64  # a side of a canvas; more would be a mistake
-FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def processor_config(config: Json) -> ImageProcessorConfig:
@@ -167,7 +167,7 @@ def common_fields(config: Json) -> dict[str, Any]:
     require("rescale_factor", factor, in_unit, "1/255")
     resample = config["resample"]
     known = isinstance(resample, int) and resample in FILTERS
-    require("resample", resample, known, "2 (bilinear) or 3 (bicubic)")
+    require("resample", resample, known, "1 (lanczos), 2 (bilinear) or 3 (bicubic)")
     return {
         "mean": _three(config, "image_mean"),
         "std": _three(config, "image_std"),

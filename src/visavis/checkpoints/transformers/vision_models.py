@@ -8,7 +8,7 @@ Language models are in `language_models.py`, tensor names in `weights.py`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import (
@@ -22,9 +22,23 @@ from visavis.checkpoints.transformers.config_reader import (
     unknown_type,
     without_nulls,
 )
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.idefics3 import idefics3_config
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import ORIGINAL as INTERNVL_CHAT
+from visavis.checkpoints.transformers.internvl import internvl_config, refuse_original
 from visavis.checkpoints.transformers.language_models import KINDS, decoder_config
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
+from visavis.checkpoints.transformers.llava_onevision15 import onevision15_config
+from visavis.checkpoints.transformers.modernvbert import KIND as MODERNVBERT
+from visavis.checkpoints.transformers.modernvbert import modernvbert_config
+from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
+from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, with_multi_vectors
 from visavis.checkpoints.transformers.qwen2_vl import KIND as QWEN2_VL
+from visavis.checkpoints.transformers.qwen2_vl import KIND_2_5 as QWEN2_5_VL
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_config
+from visavis.checkpoints.transformers.qwen3_vl import KIND as QWEN3_VL
+from visavis.checkpoints.transformers.qwen3_vl import qwen3_vl_config
 from visavis.model.config import ConnectorConfig, ImageLayoutConfig, ViTConfig, VLMConfig
 
 VIT: dict[str, Any] = {
@@ -114,9 +128,16 @@ LLAVAS = {
     ),
 }
 
+PALIGEMMA = "paligemma"
+LLAVAS[PALIGEMMA] = Llava(
+    "gemma",
+    SIGLIP | {"model_type": "siglip_vision_model"},
+    {"image_token_id": 256000, "projection_dim": 2048},
+)
+
 
 def vlm_config(config: Json) -> VLMConfig:
-    """Return the model that a config.json describes: a language model, one of `LLAVAS`, Qwen2-VL.
+    """Return the model that a config.json describes.
 
     Raises:
         CheckpointError: another type, or a setting that no part of ours has.
@@ -124,10 +145,38 @@ def vlm_config(config: Json) -> VLMConfig:
     kind = config.get("model_type")
     if kind in KINDS:
         return VLMConfig(decoder=decoder_config(config))
-    if kind == QWEN2_VL:
+    if kind in (QWEN2_VL, QWEN2_5_VL):
         return qwen2_vl_config(config)
+    if kind == QWEN3_VL:
+        return qwen3_vl_config(config)
+    if kind in MULTI_VECTOR:
+        return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
+    if kind in IDEFICS3:
+        return idefics3_config(config)
+    if kind == MODERNVBERT:
+        vision = {"model_type": "siglip_vision_model"} | section(config, "vision_config")
+        return modernvbert_config(config, vit_config(vision))
+    if kind == ONEVISION_15:
+        return onevision15_config(config)
+    if kind == INTERNVL:
+        return internvl_config(config)
+    if kind == INTERNVL_CHAT:
+        raise refuse_original()
     if not isinstance(kind, str) or kind not in LLAVAS:
-        raise unknown_type(kind, (*KINDS, *LLAVAS, QWEN2_VL))
+        known = (
+            *KINDS,
+            *LLAVAS,
+            QWEN2_VL,
+            QWEN2_5_VL,
+            QWEN3_VL,
+            *MULTI_VECTOR,
+            *IDEFICS3,
+            INTERNVL,
+            ONEVISION_15,
+        )
+        raise unknown_type(kind, known)
+    if kind == PALIGEMMA:
+        return _paligemma_config(config)
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)
@@ -158,6 +207,25 @@ def vlm_config(config: Json) -> VLMConfig:
         select_layer=layer if isinstance(layer, int) else tuple(layer),
         select_feature="patch" if select == "default" else "class_patch",
         merge=_merge(kind, config),
+    )
+
+
+def _paligemma_config(config: Json) -> VLMConfig:
+    """Return a PaliGemma, all of whose prompt is its prefix: every token sees every other."""
+    text, vision = parts(config)
+    both_ways = text.get("use_bidirectional_attention")
+    known = both_ways in (None, True)
+    require("use_bidirectional_attention", both_ways, known, "true or null")
+    decoder = replace(decoder_config(text | {"use_bidirectional_attention": None}), causal=False)
+    tower = replace(vit_config(vision), norm_output=True)
+    config = LLAVAS[PALIGEMMA].settings | without_nulls(config)
+    width = count(config, "projection_dim")
+    require("projection_dim", width, width == decoder.width, f"{decoder.width}")
+    return VLMConfig(
+        decoder=decoder,
+        tower=tower,
+        connector=ConnectorConfig("linear", tower.width, decoder.width),
+        image_token_id=_placeholder(config, "image", decoder.vocab_size),
     )
 
 
@@ -235,7 +303,7 @@ def vit_config(config: Json) -> ViTConfig:
     )
 
 
-def parts(config: Json) -> tuple[Json, Json]:
+def parts(config: Json) -> tuple[dict[str, Any], Json]:
     """Return the text and vision configs of a llava, with what they take from the outer one."""
     defaults = LLAVAS[config["model_type"]]
     text = {"model_type": defaults.text} | section(config, "text_config")

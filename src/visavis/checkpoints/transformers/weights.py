@@ -7,14 +7,24 @@ the hub's is written. Configs are read in `language_models.py` and `vision_model
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from visavis.checkpoints.transformers.config_reader import Json
+from visavis.checkpoints.transformers.config_reader import Json, section
+from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
+from visavis.checkpoints.transformers.internvl import KIND as INTERNVL
+from visavis.checkpoints.transformers.internvl import internvl_table
 from visavis.checkpoints.transformers.language_models import decoder_rows
+from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
+from visavis.checkpoints.transformers.llava_onevision15 import onevision15_table
+from visavis.checkpoints.transformers.modernvbert import KIND as MODERNVBERT
+from visavis.checkpoints.transformers.modernvbert import modernvbert_rows
+from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, multi_vector_table
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.vision_models import (
+    PALIGEMMA,
     parts,
     vision_part,
     vit_config,
@@ -230,9 +240,22 @@ def write_tower(config: Json, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
-    """Return the names of a whole language model, llava or Qwen2-VL."""
+    """Return the names of a whole model."""
+    if ours.multi_vector_dim:
+        inner = vlm_table(multi_vector_parts(config), replace(ours, multi_vector_dim=0))
+        return multi_vector_table(config, inner)
+    if config["model_type"] == ONEVISION_15:
+        return onevision15_table(ours)
     if isinstance(ours.tower, Qwen2VLTowerConfig):
         return qwen2_vl_table(ours)
+    if config["model_type"] in IDEFICS3:
+        return _idefics3_table(config, ours)
+    if config["model_type"] == INTERNVL:
+        return internvl_table(config, ours)
+    if config["model_type"] == MODERNVBERT:
+        vision = {"model_type": "siglip_vision_model"} | section(config, "vision_config")
+        tower = tower_table(vision, "vision_model.")
+        return NameTable((*modernvbert_rows(), *tower.rows), tower.aliases, tower.ignored)
     prefix = "" if ours.tower is None else "language_model."
     head = f"{prefix}lm_head"
     # A buffer that old files carry; and a tied head is the embeddings once more.
@@ -241,11 +264,12 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
         return NameTable(decoder_rows(config["model_type"], prefix, head), ignored=ignored)
     text, vision = parts(config)
     tower = tower_table(vision, "vision_tower.")
+    layers = ("linear",) if config["model_type"] == PALIGEMMA else ("linear_1", "linear_2")
     connector = [
         MappingRow(
-            f"connector.layers.{ours_at}.{kind}", (f"multi_modal_projector.{theirs}.{kind}",)
+            f"connector.layers.{2 * place}.{kind}", (f"multi_modal_projector.{theirs}.{kind}",)
         )
-        for ours_at, theirs in ((0, "linear_1"), (2, "linear_2"))
+        for place, theirs in enumerate(layers)
         for kind in ("weight", "bias")
     ]
     newer = (
@@ -263,6 +287,20 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
     )
 
 
+def _idefics3_table(config: Json, ours: VLMConfig) -> NameTable:
+    """Return the names of an Idefics3 or SmolVLM."""
+    kind = section(config, "text_config").get("model_type", "llama")
+    fold = MappingRow(
+        "connector.layers.0.weight", ("model.connector.modality_projection.proj.weight",)
+    )
+    text = decoder_rows(kind, "", "lm_head", body="model.text_model")
+    ignored = ("lm_head.weight",) if ours.decoder.tied_head else ()
+    return NameTable(
+        rows=(*text, fold, *clip_rows("model.vision_model")),
+        ignored=("**.rotary_emb.inv_freq", *ignored),
+    )
+
+
 def _name_of(ours: str, tensors: Mapping[str, Tensor], table: NameTable) -> str:
     """Return the name under which a tensor of ours is stored."""
     found = {name: table.part_of(table.canonical(name)) for name in tensors}
@@ -272,7 +310,11 @@ def _name_of(ours: str, tensors: Mapping[str, Tensor], table: NameTable) -> str:
 def _vlm_sizes(config: VLMConfig) -> Sizes:
     decoder = config.decoder
     vit = config.tower.second if isinstance(config.tower, MixtureConfig) else config.tower
-    tower = _tower_sizes(vit) if isinstance(vit, ViTConfig | NaFlexConfig) else None
+    tower = (
+        _tower_sizes(vit)
+        if isinstance(vit, ViTConfig | NaFlexConfig | Qwen2VLTowerConfig)
+        else None
+    )
 
     def sizes(layer: int) -> Mapping[str, int]:
         return {
@@ -300,7 +342,7 @@ def _text_sizes(config: VLMConfig, layer: int) -> dict[str, int]:
     return found
 
 
-def _tower_sizes(config: ViTConfig | NaFlexConfig) -> Sizes:
+def _tower_sizes(config: ViTConfig | NaFlexConfig | Qwen2VLTowerConfig) -> Sizes:
     return lambda _: {"width": config.width, "gate": config.ffn_width}
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from visavis.data.datasets import Record, chat_pairs, load_source, text_to_match
 from visavis.data.examples import ContrastiveExample, Conversation, Sample
+from visavis.data.kinds import ask_presence
 from visavis.data.media_paths import Options, Place
 from visavis.data.readers import Row
 from visavis.errors import TrainError
@@ -76,12 +77,18 @@ class RecordOptions(Options):
             record as query, its image as target.
         questions_per_example: questions about one image that share its tokens.
         max_caption_words: longer captions are cut after a sentence.
+        presence: questions about each label whether a thing is there, yes or no by a coin; 0: one
+            of each.
+        general: share of names that are replaced by their kind ("a bird" for an owl), so that a
+            model that is unsure of the name gives the kind.
         seed: of wording and grouping.
     """
 
     kind: Literal["chat", "match"] = Field("chat", alias="as")
     questions_per_example: int = Field(3, ge=1)
     max_caption_words: int = Field(24, ge=1)
+    presence: int = Field(0, ge=0)
+    general: float = Field(0.0, ge=0, le=1)
     seed: int = 0
 
 
@@ -95,7 +102,10 @@ class Records:
     def __init__(self, name: str, root: Path, options: RecordOptions) -> None:
         self.name = name
         self.rows: list[Row] = []
-        for record in load_source(name, root):
+        records = load_source(name, root)
+        if options.presence:
+            records = ask_presence(records, options.presence, options.seed)
+        for record in records:
             draw = random.Random(f"{options.seed}/{record.key}")
             self.rows += _rows(record, draw, options)
 
@@ -119,6 +129,7 @@ def _rows(record: Record, draw: random.Random, options: RecordOptions) -> list[R
         draw,
         questions_per_example=options.questions_per_example,
         max_caption_words=options.max_caption_words,
+        general=options.general,
     )
     return [
         {"id": f"{record.key}#{number}", "pairs": pairs, "record": record}

@@ -29,7 +29,8 @@ class MLP(Connector):
         self.norm = nn.LayerNorm(inside) if config.input_norm else None
         depth = 1 if config.kind in ("linear", "words") else config.depth
         # weights at 0, 2, 4 …, as in LLaVA
-        self.layers = mlp(inside, config.hidden_width or config.out_width, config.out_width, depth)
+        hidden = config.hidden_width or config.out_width
+        self.layers = mlp(inside, hidden, config.out_width, depth, bias=config.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         if self.config.shuffle > 1:
@@ -46,12 +47,12 @@ class MLP(Connector):
         return side * side
 
 
-def mlp(inside: int, hidden: int, outside: int, depth: int) -> nn.Sequential:
+def mlp(inside: int, hidden: int, outside: int, depth: int, bias: bool = True) -> nn.Sequential:
     """Return `depth` linear layers with exact GELU between them."""
     layers: list[nn.Module] = []
     for number in range(depth):
         width = outside if number == depth - 1 else hidden
-        layers += [Linear(inside, width), nn.GELU()]
+        layers += [Linear(inside, width, bias=bias), nn.GELU()]
         inside = width
     return nn.Sequential(*layers[:-1])
 

@@ -3,6 +3,7 @@
 An image's embedding vector is compared with the vectors of a fixed list of words (things, animals,
 people, places). The nearest words, spelled in the decoder's own tokens and separated by commas,
 stand before the tokens of a linear connector, so a language model reads names from the first step.
+With a margin, words clearly farther than the nearest are left out: a few words mean a sure image.
 Works only in a model whose embedding head reads the vision tower: the vector comes from there.
 """
 
@@ -53,10 +54,13 @@ class Words(MLP):
         """Return the tokens of the nearest words, best first, int64 [V, num_queries]."""
         scores = F.normalize(vectors, dim=-1) @ self.word_vectors.T  # [V, num_words]
         room = self.config.num_queries
-        order = scores.topk(min(room, scores.shape[1]), -1).indices
+        best, order = scores.topk(min(room, scores.shape[1]), -1)
         ids = self.word_ids[order].long()  # [V, room, SPELLING]
         ends = (ids >= 0).sum(-1).cumsum(-1)  # [V, room]
-        kept = (ids >= 0) & (ends <= room)[..., None]  # whole words only
+        fits = ends <= room  # whole words only
+        if self.config.word_margin:
+            fits &= best >= best[:, :1] - self.config.word_margin
+        kept = (ids >= 0) & fits[..., None]
         found = self.pad_id.long().repeat(len(ids), room)
         for row, (own, mask) in enumerate(zip(ids, kept, strict=True)):
             chosen = own[mask]

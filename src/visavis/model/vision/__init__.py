@@ -14,6 +14,10 @@ def build_tower(config: TowerConfig) -> nn.Module:
         from visavis.model.vision.efficientnet import EfficientNetLite
 
         return EfficientNetLite(config)
+    if isinstance(config, Qwen2VLTowerConfig) and config.class_token:
+        from visavis.model.vision.rice import RiceTower
+
+        return RiceTower(config)
     if isinstance(config, Qwen2VLTowerConfig):
         from visavis.model.vision.qwen2_vl import Qwen2VLTower
 

@@ -54,7 +54,7 @@ class NaFlexTower(nn.Module):
         return torch.cat([self.pool(frame[None]) for frame in frames])
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """Return the learned positions on a grid, antialiased, [rows * columns, W]."""
+        """Return the learned positions on a grid, bilinear and antialiased, [rows * columns, W]."""
         side = round(len(self.positions) ** 0.5)
         image = self.positions.view(1, side, side, -1).permute(0, 3, 1, 2).float()
         image = F.interpolate(

@@ -15,6 +15,8 @@ from visavis.model.decoder import ACTIVATIONS
 from visavis.model.embedder_config import ClipTextConfig, NaFlexConfig
 from visavis.model.layers import Conv2d, Linear
 
+QK_NORM_EPS = 1e-6  # in the library's code, not in its config
+
 
 class ViTBlock(nn.Module):
     """Pre-norm attention and feed-forward, both with biases; CLIP's text tower has it too."""
@@ -23,10 +25,13 @@ class ViTBlock(nn.Module):
         super().__init__()
         width = config.width
         self.num_heads = config.num_heads
-        self.attn_norm = nn.LayerNorm(width, config.norm_eps)
-        self.qkv = Linear(width, 3 * width)
+        norm = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+        self.attn_norm = norm(width, config.norm_eps)
+        self.qkv = Linear(width, 3 * width, bias=config.qkv_bias)
+        self.q_norm = nn.RMSNorm(width, QK_NORM_EPS) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(width, QK_NORM_EPS) if config.qk_norm else None
         self.out = Linear(width, width)
-        self.ffn_norm = nn.LayerNorm(width, config.norm_eps)
+        self.ffn_norm = norm(width, config.norm_eps)
         self.up = Linear(width, config.ffn_width * (1 + config.gated_ffn))
         self.down = Linear(config.ffn_width, width)
         self.activation, self.gated = ACTIVATIONS[config.activation], config.gated_ffn
@@ -45,8 +50,11 @@ class ViTBlock(nn.Module):
         if layout is None:
             layout = SequenceLayout((x.shape[1],) * len(x))
         rows = x.shape[:-1].numel()
-        qkv = self.qkv(self.attn_norm(x)).view(rows, 3 * self.num_heads, -1)
-        q, k, v = qkv.chunk(3, 1)  # each [rows, heads, head_dim]
+        qkv = self.qkv(self.attn_norm(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv.chunk(3, -1)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), -1)
+        q, k, v = qkv.view(rows, 3 * self.num_heads, -1).chunk(3, 1)  # each [rows, heads, head_dim]
         mixed = attend(q, k, v, layout, causal=causal).reshape(x.shape)
         mixed = self.out(mixed)
         x = x + (mixed if self.attn_scale is None else mixed * self.attn_scale)
@@ -109,7 +117,7 @@ class ViT(nn.Module):
 
         Args:
             layer: which hidden state: 0 is the embeddings, n the output of block n, negative
-                from the end. None of them passes the final norm (see `normed`).
+                from the end. Only the last passes the final norm, and only with `norm_output`.
         """
         x = self.embed(pixels)
         layers, total = (layer,) if isinstance(layer, int) else layer, self.config.num_layers + 1
@@ -119,12 +127,16 @@ class ViT(nn.Module):
             x = block(x)
             if number in numbers:
                 found[number] = x
+        if self.config.norm_output and max(numbers) == total - 1:
+            assert self.post_norm is not None
+            found[total - 1] = x = self.post_norm(x)
         return x if isinstance(layer, int) else torch.cat([found[one] for one in numbers], -1)
 
     def normed(self, pixels: Tensor) -> Tensor:
         """Return the last hidden state after the final norm, [N, prefix + P, W]."""
         assert self.post_norm is not None
-        return self.post_norm(self(pixels))
+        last = self(pixels)
+        return last if self.config.norm_output else self.post_norm(last)
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """Return one vector per view for a dual encoder, [N, W]."""
@@ -138,7 +150,10 @@ class ViT(nn.Module):
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, P, W]
         grid = pixels.shape[-1] // self.config.patch_size
         patch_positions = self.positions[int(self.config.class_token) :]
-        x = x + resize_positions(patch_positions, grid, self.config.position_antialias)
+        if self.config.position_buckets:
+            x = x + patch_positions[position_buckets(self.config.grid, grid).to(x.device)]
+        else:
+            x = x + resize_positions(patch_positions, grid, self.config.position_antialias)
         if self.registers is not None:
             x = torch.cat((self.registers.expand(len(x), -1, -1), x), 1)
         if self.class_token is not None:
@@ -157,6 +172,18 @@ def resize_positions(positions: Tensor, grid: int, antialias: bool) -> Tensor:
         image, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias
     )
     return image.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(positions.dtype)
+
+
+def position_buckets(learned: int, grid: int) -> Tensor:
+    """Return which of learned x learned positions each patch of a grid x grid view takes, [P].
+
+    Computed in float32 as Idefics2 does, so that a place on the border of two positions is rounded
+    to the same one (https://arxiv.org/abs/2307.06304 and Idefics2VisionEmbeddings).
+    """
+    borders = torch.arange(1 / learned, 1.0, 1 / learned)
+    places = torch.arange(grid, dtype=torch.float32) * (1.0 / torch.tensor(grid))
+    index = torch.bucketize(places.clamp(max=1.0 - 1e-6), borders, right=True)
+    return (index[:, None] * learned + index).flatten()
 
 
 class TowerMixture(nn.Module):

@@ -13,7 +13,7 @@
 #endif
 
 // Changes with every change of this file: a library that was compiled from another one is not used.
-#define VV_INTERFACE 1
+#define VV_INTERFACE 3
 
 VV_API int vv_interface(void);
 
@@ -115,14 +115,22 @@ VV_API int vv_unpack(const vv_matrix *matrix, const int64_t *numbers, int64_t co
 VV_API int vv_product(const vv_linear *linear, const float *x, int64_t count, float *y,
                       int32_t threads);
 
+// Inner products of a query int16 [dim] and rows of codes int8 [*, dim]: those whose numbers are in
+// `rows`, or the first ones if it is null, int32 [count]. The caller sees to it that no sum overflows:
+// 127 times the sum of the query's absolute values is less than 2^31.
+VV_API int vv_scan(const int8_t *codes, const int64_t *rows, int64_t count, int64_t dim,
+                   const int16_t *query, int32_t *sums);
+
 // Extend sequences by their tokens.
 //   x: float32 [T, width], the embeddings of all sequences' tokens; becomes the hidden states
 //      after the last norm.
 //   cosines, sines: float32 [T, rotary_dim]; the first half of the sines is negated.
 //   states: null, or for each layer, number 0 being the embeddings, float32 [T, width] that takes
 //      what comes out of it, or null.
+//   added: null, or for each layer float32 [T, width] that is added to what comes out of it, or
+//      null.
 //   scored: numbers of the tokens whose scores are wanted [num_scored].
 //   scores: float32 [num_scored, rows of the head].
 VV_API int vv_forward(const vv_model *model, const vv_sequence *sequences, int64_t num_sequences,
                       float *x, const float *cosines, const float *sines, float *const *states,
-                      const int64_t *scored, int64_t num_scored, float *scores, int32_t threads);
+                      const float *const *added, const int64_t *scored, int64_t num_scored, float *scores, int32_t threads);

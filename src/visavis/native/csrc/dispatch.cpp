@@ -85,3 +85,10 @@ VV_API int vv_set_level(const char *name) {
 VV_API int vv_interface(void) { return VV_INTERFACE; }
 
 VV_API const char *vv_level(void) { return vv::kernels().name; }
+
+VV_API int vv_scan(const int8_t *codes, const int64_t *rows, int64_t count, int64_t dim,
+                   const int16_t *query, int32_t *sums) {
+    if (count < 0 || dim < 0) return VV_BAD_SHAPE;
+    vv::kernels().scan(codes, rows, count, dim, query, sums);
+    return VV_OK;
+}

@@ -118,6 +118,9 @@ struct Kernels {
                    const Attention &, float *out, int64_t out_stride, float *scratch);
     // gate = activation(gate) * up; up null: gate = activation(gate).
     void (*activate)(float *gate, const float *up, int64_t count, int32_t activation);
+    // See vv_scan.
+    void (*scan)(const int8_t *codes, const int64_t *rows, int64_t count, int64_t dim,
+                 const int16_t *query, int32_t *sums);
 };
 
 constexpr int MOST_QUERIES = 4;  // rows of `attend`

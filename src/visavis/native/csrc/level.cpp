@@ -119,6 +119,22 @@ void activate(float *gate, const float *up, int64_t count, int32_t kind) {
     store_some(gate + i, value, count - i);
 }
 
+// Compilers turn the inner loop into products of pairs of 16-bit numbers; memory is the limit.
+void scan(const int8_t *codes, const int64_t *rows, int64_t count, int64_t dim,
+          const int16_t *query, int32_t *sums) {
+    constexpr int64_t AHEAD = 8;  // rows that are fetched before they are needed
+    for (int64_t i = 0; i < count; ++i) {
+        const int8_t *row = codes + (rows ? rows[i] : i) * dim;
+        if (rows && i + AHEAD < count) {
+            const int8_t *next = codes + rows[i + AHEAD] * dim;
+            for (int64_t j = 0; j < dim; j += 64) __builtin_prefetch(next + j);
+        }
+        int32_t sum = 0;
+        for (int64_t j = 0; j < dim; ++j) sum += (int32_t)row[j] * query[j];
+        sums[i] = sum;
+    }
+}
+
 }  // namespace
 
 #if VV_LEVEL == VV_AVX512
@@ -130,6 +146,6 @@ extern const Kernels neon = {"neon",
 #else
 extern const Kernels portable = {"portable",
 #endif
-    product, quantize, norm, rotate, store_row, attend, activate};
+    product, quantize, norm, rotate, store_row, attend, activate, scan};
 
 }  // namespace vv

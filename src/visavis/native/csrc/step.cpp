@@ -200,9 +200,10 @@ struct Product {
 
 struct Step {
     Step(const vv_model &model, const Kernels &k, const vv_sequence *sequences, float *x,
-         const float *cosines, const float *sines, float *const *states)
+         const float *cosines, const float *sines, float *const *states,
+         const float *const *added)
         : model(model), k(k), sequences(sequences), x(x), cosines(cosines), sines(sines),
-          states(states) {}
+          states(states), added(added) {}
 
     const vv_model &model;
     const Kernels &k;
@@ -210,6 +211,7 @@ struct Step {
     float *x;
     const float *cosines, *sines;
     float *const *states;
+    const float *const *added;
     int64_t max_qkv = 0, max_up = 0, max_mixed = 0, max_ffn = 0, max_rank = 0, longest = 1;
     // Of each token: its sequence, and its place in the cache.
     std::vector<int64_t> owner, place;
@@ -256,6 +258,10 @@ struct Step {
             float *row = x + (first + r) * model.width;
             if (states && states[index])
                 memcpy(states[index] + (first + r) * model.width, row, bytes);
+            if (index && added && added[index - 1]) {
+                const float *more = added[index - 1] + (first + r) * model.width;
+                for (int64_t i = 0; i < model.width; ++i) row[i] += more[i];
+            }
             const bool last = index == model.num_layers;
             norm(last ? model.norm : model.layers[index].attn_norm, first + r,
                  last ? row : normed.rows.row(r));
@@ -431,9 +437,9 @@ VV_API int vv_product(const vv_linear *linear, const float *x, int64_t count, fl
 
 VV_API int vv_forward(const vv_model *model, const vv_sequence *sequences, int64_t num_sequences,
                       float *x, const float *cosines, const float *sines, float *const *states,
-                      const int64_t *scored, int64_t num_scored, float *scores, int32_t threads) {
+                      const float *const *added, const int64_t *scored, int64_t num_scored, float *scores, int32_t threads) {
     if (const int error = check(*model)) return error;
-    Step step(*model, kernels(), sequences, x, cosines, sines, states);
+    Step step(*model, kernels(), sequences, x, cosines, sines, states, added);
     try {
         for (int64_t s = 0; s < num_sequences; ++s) {
             const vv_sequence &one = sequences[s];

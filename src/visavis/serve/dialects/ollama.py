@@ -243,9 +243,11 @@ async def show(call: Call) -> BaseModel:
             "general.basename": served.name,
             "general.parameter_count": model.num_parameters,
             "visavis.context_length": model.context_length,
-            "visavis.embedding_length": model.embedding_dim,
         }
-        capabilities = ["embedding"]
+        capabilities = []
+        if not (model.has_multi_vectors or model.is_reranker):
+            info["visavis.embedding_length"] = model.embedding_dim
+            capabilities.append("embedding")
         if model.encoder.can_chat:
             capabilities.append("completion")
         if model.takes_images:

@@ -129,7 +129,7 @@ async def _events(call: Call, chat: Chat) -> AsyncIterator[str]:
         dumped = chunk.model_dump(exclude=left_out)
         for choice in dumped["choices"]:
             choice["delta"] = {k: v for k, v in choice["delta"].items() if v is not None}
-        return f"data: {json.dumps(dumped, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(dumped, ensure_ascii=False, allow_nan=False)}\n\n"
 
     def choice(piece: Piecewise, **delta: str) -> schemas.ChunkChoice:
         scored = body.logprobs and piece.scores

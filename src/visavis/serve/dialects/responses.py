@@ -122,7 +122,7 @@ async def _events(call: Call, chat: Chat) -> AsyncIterator[str]:
         }
         data = {"type": kind, "sequence_number": number, **shown}
         number += 1
-        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"
 
     begun = _response(call, chat, None)
     place = {"item_id": f"msg_{call.request_id}", "output_index": 0, "content_index": 0}

@@ -10,9 +10,11 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from visavis.errors import InputError
-from visavis.index import Index
+from visavis.index import Filter, Hit, Index
+from visavis.index.filters import local_date
+from visavis.inputs import Image
 from visavis.serve.http import Call, Endpoint
-from visavis.serve.indexes import add, described
+from visavis.serve.indexes import Indexes, add, described, described_hit, item_of
 from visavis.serve.media import Piece
 from visavis.serve.metrics import TEXT
 from visavis.serve.schemas import search as schemas
@@ -39,12 +41,48 @@ async def search(call: Call) -> BaseModel:
     def find(index: Index) -> list[schemas.Hit]:
         reader = call.service.reader()
         image: Any = reader.image(Piece("image", body.image)) if body.image is not None else None
-        indexes = call.service.indexes
-        query = indexes.query(index, body.text or "", image, body.like)
-        hits = indexes.search(index, query, body.k, body.filter)
-        return [schemas.Hit(score=hit.score, **described(hit.item, _items(name))) for hit in hits]
+        hits = found(call.service.indexes, index, body, image)
+        return [schemas.Hit(**described_hit(hit, _items(name))) for hit in hits]
 
     return schemas.SearchResponse(index=name, hits=await with_index(call, name, find))
+
+
+def found(
+    indexes: Indexes, index: Index, body: schemas.SearchRequest, image: Image | None
+) -> list[Hit]:
+    """Return the hits of a request; `image` is the one that came with it."""
+    conditions = as_filter(body.filter)
+    has_words = body.text is not None and bool(body.text.strip())
+    if body.like is not None and not has_words and not body.negative:  # its vector is known
+        item_of(index, body.like)
+        return index.similar(body.like, body.k, conditions, offset=body.offset, with_itself=True)
+    return indexes.search(
+        index,
+        indexes.query(index, body.text or "", image, body.like),
+        body.k,
+        filter=conditions,
+        mode=body.mode,
+        negative=body.negative,
+        offset=body.offset,
+    )
+
+
+def as_filter(given: str | schemas.FilterFields | None) -> Filter | None:
+    """Return the conditions of a request.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    if not isinstance(given, schemas.FilterFields):
+        return Filter.of(given)
+    return Filter(
+        kinds=tuple(given.kinds),
+        folder=given.folder,
+        glob=given.glob,
+        after=None if given.after is None else local_date("after", given.after),
+        before=None if given.before is None else local_date("before", given.before),
+        metadata=tuple(given.metadata.items()),
+    )
 
 
 async def indexes(call: Call) -> BaseModel:

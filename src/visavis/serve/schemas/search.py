@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,23 @@ from visavis.serve.schemas.base import Request, Response
 Name = Annotated[str | None, Field(max_length=256, description="Of an index; the first one.")]
 MAX_HITS = 1000
 MAX_ADDED = 1000
+MAX_OFFSET = 100_000
+
+
+Date = Annotated[
+    str | None, Field(max_length=40, description="ISO 8601, local time; 2024 and 2024-05 too.")
+]
+
+
+class FilterFields(Request):
+    """Conditions that an item has to meet, all of them."""
+
+    kinds: Annotated[list[Literal["image", "page", "video", "text"]], Field(max_length=4)] = []
+    folder: Annotated[str, Field(max_length=4096, description="Its file is below it.")] = ""
+    glob: Annotated[str, Field(max_length=1024, description="Its source matches this.")] = ""
+    after: Date = None
+    before: Date = None
+    metadata: Annotated[dict[str, str], Field(max_length=32)] = {}
 
 
 class SearchRequest(Request):
@@ -23,8 +40,19 @@ class SearchRequest(Request):
         int | None, Field(ge=0, le=2**63 - 1, description="Number of an item of the index.")
     ] = None
     k: Annotated[int, Field(ge=1, le=MAX_HITS)] = 10
+    offset: Annotated[
+        int, Field(ge=0, le=MAX_OFFSET, description="Hits to leave out, for the next page.")
+    ] = 0
     filter: Annotated[
-        str | None, Field(max_length=1024, description="Only sources that match this glob.")
+        Annotated[str, Field(max_length=1024)] | FilterFields | None,
+        Field(description="Conditions on items, as fields, as text, or a glob on their sources."),
+    ] = None
+    mode: Annotated[
+        Literal["hybrid", "vector", "text"],
+        Field(description="Search by vectors, by the words of 'text', or by both."),
+    ] = "hybrid"
+    negative: Annotated[
+        str | None, Field(max_length=1024, description="Words that hits should not be like.")
     ] = None
 
     @model_validator(mode="after")
@@ -33,23 +61,37 @@ class SearchRequest(Request):
             raise ValueError("nothing to search for: give 'text', 'image' or 'like'")
         if self.image is not None and self.like is not None:
             raise ValueError("expected 'image' or 'like', not both")
+        if self.mode == "text" and not (self.text and self.text.strip()):
+            raise ValueError("the mode 'text' needs 'text'")
         return self
 
 
 class Item(Response):
-    """An item of an index. `image` is where a preview of it can be fetched."""
+    """An item of an index. `image` is where a preview of it can be fetched; `page` is that of a
+    document, `begin_s` and `end_s` are seconds of a video, `date` is in Unix seconds."""
 
     id: int
     name: str
     source: str
+    kind: str
+    page: int | None
+    begin_s: float | None
+    end_s: float | None
+    date: float | None
+    place: str
     text: str
+    metadata: dict[str, Any]
     image: str | None
 
 
 class Hit(Item):
-    """A found item; `score` is its cosine with the query."""
+    """A found item. `score` is what hits are sorted by, `vector_score` its cosine with the query,
+    `words` are those of the query that were found in it, `why` says so in one line."""
 
     score: float
+    vector_score: float | None
+    words: list[str]
+    why: str
 
 
 class SearchResponse(Response):

@@ -22,7 +22,7 @@ from visavis.data.sampler import SourceSampler
 from visavis.errors import TrainError
 from visavis.inputs import Prompt
 from visavis.model.batch import PackedBatch
-from visavis.model.image_tokens import tokens_per_view
+from visavis.model.image_tokens import typical_tokens
 from visavis.processing.images import content_hash
 from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.train.data_loader import DataLoader
@@ -78,7 +78,7 @@ class ContrastiveTask:
                 ContrastiveExample,
                 devices,
                 batch=self.batch,
-                tokens_per_image=tokens_per_view(self.loader.encoder.config),
+                tokens_per_image=typical_tokens(self.loader.encoder.config),
             )
             items = self._items(samples)
         if self.batch < 2 and not devices.sum(len(items) - 2 * len(samples)):

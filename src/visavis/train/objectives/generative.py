@@ -16,7 +16,7 @@ from torch import nn
 from visavis.data.examples import Conversation
 from visavis.data.sampler import SourceSampler
 from visavis.model.batch import PackedBatch
-from visavis.model.image_tokens import tokens_per_view
+from visavis.model.image_tokens import typical_tokens
 from visavis.processing.prompt_encoder import PreparedPrompt
 from visavis.train.data_loader import DataLoader
 from visavis.train.gradcache import token_chunks
@@ -55,7 +55,7 @@ class GenerativeTask:
                 Conversation,
                 devices,
                 batch=self.batch,
-                tokens_per_image=tokens_per_view(self.loader.encoder.config),
+                tokens_per_image=typical_tokens(self.loader.encoder.config),
             )
             encoded = [self.loader.chat(sample) for sample in samples]
         learned = sum(sum(one.loss_mask[1:]) for one in encoded)
