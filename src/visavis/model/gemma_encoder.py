@@ -128,7 +128,8 @@ class GemmaEncoder(nn.Module):
             key = (config.rope_bases[number], config.head_dims[number])
             if key not in tables:
                 tables[key] = [_tables(places, *key)]
-            x = block(x, tables[key], layout, config.windows[number])
+            radius = config.windows[number]  # the token itself not included
+            x = block(x, tables[key], layout, radius + 1 if radius else 0)
             x = self.ple[number](x, shares[:, number]) * self.scales[number]
         found: Tensor = self.project(self.norm(x))
         return found
