@@ -39,7 +39,7 @@ def kinds() -> dict[str, str]:
 
 
 def kinds_of(record: Record) -> list[str]:
-    """Return the kinds that a record's label belongs to, narrow to wide: bird, animal for an owl."""
+    """Return the kinds that a record's label belongs to, narrow to wide: bird, animal."""
     found = [record.group.lower() or kinds().get(record.label.lower(), "")]
     while found[-1] and len(found) < len(kinds()):
         found.append(kinds().get(found[-1], ""))
