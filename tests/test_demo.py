@@ -22,10 +22,10 @@ from visavis.demo.samples import SAMPLES, Sample, copy_samples, credits_table
 from visavis.demo.sheet import LABEL_WIDTH, MARGIN, TILE, SheetRow, _font, draw_sheet, fit, wrap
 from visavis.errors import InputError
 from visavis.index.filters import KINDS
-from visavis.inputs import Document, Video
+from visavis.index.segments import segments
+from visavis.inputs import Document
 from visavis.processing.images import decode_image
 from visavis.processing.pdf import page_text, pages
-from visavis.processing.video import duration
 
 pytest.importorskip("skimage", reason="sample pictures: pip install 'visavis[demo]'")
 pytest.importorskip("sklearn", reason="sample pictures: pip install 'visavis[demo]'")
@@ -60,7 +60,7 @@ def test_the_demo_indexes_searches_and_asks(tmp_path: Path) -> None:
     result = run_demo(tiny_model(), tmp_path, progress=False)
     kinds = {kind: result.index.count(f"kind:{kind}") for kind in KINDS}
     assert (kinds["image"], kinds["page"], kinds["text"]) == (len(SAMPLES), 2, 0)
-    assert kinds["video"] >= 1
+    assert kinds["video"] == len(SCENES)
     assert [search.query for search in result.searches[:-1]] == list(TEXT_QUERIES)
     picture_search = result.searches[-1]
     assert isinstance(picture_search.query, Path)
@@ -77,10 +77,12 @@ def test_the_demo_indexes_searches_and_asks(tmp_path: Path) -> None:
 def test_the_document_has_a_page_of_text_and_a_scan(tmp_path: Path) -> None:
     document, video = make_media(tmp_path, copy_samples(tmp_path))
     text_page, scan = pages(Document(document))
-    assert TITLE in page_text(text_page.source)
-    assert page_text(scan.source).strip() == ""
+    assert TITLE in page_text(text_page.source)["text"]
+    assert page_text(scan.source)["text"].strip() == ""
     assert min(decode_image(scan).size) > 500
-    assert duration(Video(video)) == pytest.approx(len(SCENES) * SCENE_SECONDS, abs=0.2)
+    found = segments(video)
+    begins = [number * SCENE_SECONDS for number in range(len(SCENES))]
+    assert [scene.begin_s for scene in found] == pytest.approx(begins, abs=1.1)
     before = document.read_bytes(), video.stat().st_mtime_ns
     make_media(tmp_path, copy_samples(tmp_path))
     assert before == (document.read_bytes(), video.stat().st_mtime_ns)

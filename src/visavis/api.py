@@ -45,7 +45,8 @@ class Trace:
 
     Attributes:
         token_ids: int64 [T], image placeholders included.
-        image_slots: (first position, number of tokens) of each image.
+        image_slots: (first position, number of tokens) of each image; of several runs of tokens
+            where text stands among those of one image.
         hidden: float32 [T, D], after the final norm.
         logits: float32 [T, vocab].
     """
@@ -67,7 +68,7 @@ def load(
     vision_tower: str | Path | None = None,
     image_cache: str | Path | None = None,
 ) -> Model:
-    """Load a model by bundled name (`nano`, `smollm2-135m`), folder or .gguf file.
+    """Load a model by name (`nano`, or another of `visavis models`), hub id, folder or .gguf file.
 
     Args:
         precision: "auto" keeps what a GGUF file quantises so, and computes in bfloat16 where the

@@ -66,6 +66,7 @@ def save_next(
     vision: PreTrainedConfig | None = None,
     *,
     select: str = "default",
+    layers: int | list[int] = -2,
 ) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
     """Write a LLaVA-NeXT with its processor; return the peers."""
     processor = LlavaNextProcessor(
@@ -84,6 +85,7 @@ def save_next(
         image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=NEXT_GRIDS,
         vision_feature_select_strategy=select,
+        vision_feature_layer=layers,
     )
     peer = LlavaNextForConditionalGeneration(config)
     randomized(peer)

@@ -88,7 +88,7 @@ class Processor:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.images = GotOcr2ImageProcessorPil(
+        self.images: Any = GotOcr2ImageProcessorPil(
             size={"height": TILE, "width": TILE},
             crop_to_patches=True,
             max_patches=MOST,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from visavis.index import coded_rows
-from visavis.index.coding import Query, candidates, encode
+from visavis.index.coding import Query, encode
 from visavis.index.filters import Filter
 from visavis.index.sqlite_store import SqliteStore
 from visavis.index.store import IndexRow, cosines
@@ -67,12 +67,13 @@ def test_bounds_hold_and_hold_the_best(kind: str) -> None:
     for query in [*sample(kind, 3, seed=1), vectors[5], np.eye(DIM, dtype=np.float32)[0]]:
         exact = cosines(vectors, query)
         asked = Query(query)
-        scores, margins = asked.bounds(asked.products(codes), scales, errors)
-        assert (np.abs(scores - exact) <= margins).all()
+        scores = asked.scores(asked.products(codes), scales)
+        assert (np.abs(scores - exact) <= asked.margins(errors)).all()
         rows = np.array([3, 699, 0, 5])
         np.testing.assert_array_equal(asked.products(codes, rows), asked.products(codes)[rows])
         for k in (1, 10, 650, 2000):
-            found = candidates(scores, margins, k)
+            found, upper = asked.candidates(scores, errors, k)
+            assert (upper >= exact[found]).all() and (np.diff(upper) <= 0).all()
             assert set(np.sort(exact)[::-1][:k]) <= set(exact[found])
             assert len(set(found.tolist())) == len(found)
 
@@ -84,8 +85,8 @@ def test_no_sum_overflows(dim: int) -> None:
         vectors = np.stack([vector, -vector]).astype(np.float32)
         codes, scales, errors = encode(vectors)
         asked = Query(vectors[0])
-        scores, margins = asked.bounds(asked.products(codes), scales, errors)
-        assert (np.abs(scores - cosines(vectors, vectors[0])) <= margins * dim).all()
+        scores = asked.scores(asked.products(codes), scales)
+        assert (np.abs(scores - cosines(vectors, vectors[0])) <= asked.margins(errors) * dim).all()
 
 
 @pytest.fixture

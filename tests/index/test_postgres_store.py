@@ -137,6 +137,7 @@ def compare(ours, file, sources, filters, words, k):
     }
     for path in paths:
         assert ours.sources_of(path) == file.sources_of(path)
+    assert ours.folders() == file.folders()
     contents = [f"c{number}" for number in range(7)]
     mine, others = ours.vectors_of(contents), file.vectors_of(contents)
     assert mine.keys() == others.keys()

@@ -23,6 +23,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
+LIMIT = 1800  # seconds; Ray alone starts for minutes on a loaded machine
 
 
 def start(checkpoint, corpus, output, *options):
@@ -34,7 +35,11 @@ def start(checkpoint, corpus, output, *options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "RAY_raylet_start_wait_time_s": "600",  # of a loaded machine
+        },
     )
 
 
@@ -54,24 +59,24 @@ def workers_of(process):
 def test_every_item_is_there_once_although_workers_are_killed(tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "model")
     corpus, output = tmp_path / "corpus", tmp_path / "shards"
-    pictures = write_pictures(corpus, 400)
+    pictures = write_pictures(corpus, 160)
     process = start(checkpoint, corpus, output)
     killed = 0
-    limit = time.monotonic() + 300
+    limit = time.monotonic() + LIMIT
     while process.poll() is None and killed < 2 and time.monotonic() < limit:
         num_done = len(list(output.glob("part-*.parquet")))
-        if num_done >= 3 + 10 * killed:
+        if num_done >= 2 + 5 * killed:
             for worker in workers_of(process)[:1]:
                 worker.send_signal(signal.SIGKILL)
                 killed += 1
         time.sleep(0.05)
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, stderr[-2000:]
     assert killed == 2
     summary = json.loads(stdout.strip().splitlines()[-1])
-    assert (summary["shards"], summary["made"], summary["failed"]) == (40, 40, 0)
+    assert (summary["shards"], summary["made"], summary["failed"]) == (16, 16, 0)
     shards = sorted(output.glob("*.parquet"))
-    assert len(shards) == 40
+    assert len(shards) == 16
     sources = Counter(s for path in shards for s in parquet.read_table(path)["source"].to_pylist())
     assert sources == Counter(map(str, pictures))
 
@@ -79,10 +84,10 @@ def test_every_item_is_there_once_although_workers_are_killed(tmp_path):
 def test_a_run_that_is_killed_is_resumed(tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "model")
     corpus, output = tmp_path / "corpus", tmp_path / "shards"
-    pictures = write_pictures(corpus, 200)
+    pictures = write_pictures(corpus, 120)
     process = start(checkpoint, corpus, output)
-    limit = time.monotonic() + 300
-    while len(list(output.glob("part-*.parquet"))) < 4 and time.monotonic() < limit:
+    limit = time.monotonic() + LIMIT
+    while len(list(output.glob("part-*.parquet"))) < 3 and time.monotonic() < limit:
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -91,11 +96,11 @@ def test_a_run_that_is_killed_is_resumed(tmp_path):
         if child.is_running():
             child.kill()
     first = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
-    assert 4 <= len(first) < 20
+    assert 3 <= len(first) < 12
     process = start(checkpoint, corpus, output)
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, stderr[-2000:]
-    assert json.loads(stdout.strip().splitlines()[-1])["made"] == 20 - len(first)
+    assert json.loads(stdout.strip().splitlines()[-1])["made"] == 12 - len(first)
     shards = sorted(output.glob("*.parquet"))
     assert all((output / name).stat().st_mtime_ns == at for name, at in first.items())
     sources = Counter(s for path in shards for s in parquet.read_table(path)["source"].to_pylist())
@@ -104,7 +109,7 @@ def test_a_run_that_is_killed_is_resumed(tmp_path):
 
 def test_errors_of_workers_are_those_of_the_package(tmp_path):
     process = start(tmp_path / "nothing", write_pictures(tmp_path / "c", 3)[0], tmp_path / "out")
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == 2
     assert "nothing" in stderr and "Traceback" not in stderr
 

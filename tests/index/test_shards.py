@@ -121,8 +121,8 @@ def test_shards_are_loaded_into_an_index(corpus, tmp_path):
     for shard in make_plan([str(corpus)], 4).shards:
         writer.write(shard)
     with Index(tmp_path / "a.idx", model) as index:
-        assert load_shards(index, output) == (13, 2)
-        assert load_shards(index, output) == (13, 2)  # again: the same items
+        assert load_shards(index.store, output) == (13, 2)
+        assert load_shards(index.store, output) == (13, 2)  # again: the same items
         assert len(index) == 13
         hit = index.search("sunny beach", k=1)[0]
         assert hit.source.endswith("rows.parquet#r3") and hit.words == ("sunny", "beach")
@@ -132,7 +132,26 @@ def test_shards_are_loaded_into_an_index(corpus, tmp_path):
     with Index(tmp_path / "b.idx", tiny_model(1)) as index:
         index.add({"text": "of another model"})
         with pytest.raises(StoreError, match="vectors of different models cannot be compared"):
-            load_shards(index, output)
+            load_shards(index.store, output)
+
+
+def test_shards_are_loaded_into_a_database(corpus, tmp_path, postgres):
+    model = tiny_model()
+    writer = ShardWriter(model, str(tmp_path / "shards"))
+    for shard in make_plan([str(corpus)], 4).shards:
+        writer.write(shard)
+    for address in (postgres, str(tmp_path / "a.idx")):
+        result = CliRunner().invoke(
+            app, ["index", "load", address, str(tmp_path / "shards"), "--json"]
+        )
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert (found["items"], found["put"], found["failed"]) == (13, 13, 2)
+    with Index(postgres, model) as ours, Index(tmp_path / "a.idx", model) as file:
+        found, expected = (one.search("sunny beach", k=5) for one in (ours, file))
+        assert [(hit.source, hit.score) for hit in found] == [
+            (hit.source, hit.score) for hit in expected
+        ]
 
 
 def test_shards_of_another_model_are_not_mixed(corpus, tmp_path):
@@ -194,7 +213,7 @@ def test_a_damaged_shard_is_an_error(corpus, tmp_path):
         Index(tmp_path / "a.idx", tiny_model()) as index,
         pytest.raises(StoreError, match="part-000001.parquet in .* cannot be read"),
     ):
-        load_shards(index, str(output))
+        load_shards(index.store, str(output))
     other = tmp_path / "other"
     other.mkdir()
     parquet.write_table(arrow.table({"a": [1]}), other / "part-000000.parquet")
@@ -204,7 +223,8 @@ def test_a_damaged_shard_is_an_error(corpus, tmp_path):
 
 def test_vectors_are_read_by_other_programs(corpus, tmp_path):
     output = tmp_path / "shards"
-    ShardWriter(tiny_model(), str(output)).write(make_plan([str(corpus / "a")], 99).shards[0])
+    (shard,) = kept_plan(str(output), [str(corpus / "a")], 99).shards
+    ShardWriter(tiny_model(), str(output)).write(shard)
     table = parquet.read_table(output)
     vectors = np.stack(table.column("vector").combine_chunks().to_numpy(zero_copy_only=False))
     assert vectors.shape == (6, 16) and vectors.dtype == np.float32

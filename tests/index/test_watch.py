@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import picture, tiny_model, write_pictures
+from tests.fakes import picture, write_pictures
+from tests.index.kills import PixelModel
 from visavis import Index
 from visavis.index import watch as following
 from visavis.index.watch import WatchReport, apply, is_reachable, scan, watch
@@ -19,7 +20,7 @@ from visavis.index.watch import WatchReport, apply, is_reachable, scan, watch
 
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[Index]:
-    with Index(tmp_path / "test.idx", tiny_model()) as opened:
+    with Index(tmp_path / "test.idx", PixelModel()) as opened:
         yield opened
 
 
@@ -42,7 +43,7 @@ def test_a_scan_adds_changes_and_removes(folder: Path, index: Index) -> None:
     assert vars(scan(index, [folder])) == vars(WatchReport(added=5))
     shutil.rmtree(folder / "b")
     picture(99).save(folder / "a" / "picture-000.png")
-    index.add({"text": "not a file"})
+    index.add({"source": "not a file", "image": picture(7)})
     assert vars(scan(index, [folder])) == vars(WatchReport(changed=1, removed=2))
     assert sources(index) == {*files(folder), "not a file"}
 

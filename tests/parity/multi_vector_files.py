@@ -10,25 +10,42 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
+    ColModernVBertConfig,
+    ColModernVBertForRetrieval,
+    ColModernVBertProcessor,
     ColPaliConfig,
     ColPaliForRetrieval,
     ColPaliProcessor,
     ColQwen2Config,
     ColQwen2ForRetrieval,
     ColQwen2Processor,
+    ModernVBertConfig,
     PaliGemmaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2VLConfig,
 )
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tests.fakes import byte_tokenizer
 from tests.parity import qwen2_vl_files as qwen2_vl
 from tests.parity.peers import randomized
+
+SIGLIP: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "image_size": 32,
+    "patch_size": 8,
+    "vision_use_head": False,
+}
 
 
 @dataclass(frozen=True)
@@ -105,22 +122,12 @@ def save_colpali(folder: Path, **settings: Any) -> Peer:
         "head_dim": 16,
         "max_position_embeddings": 512,
     }
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "image_size": 32,
-        "patch_size": 8,
-        "vision_use_head": False,
-    }
     bytewise = byte_tokenizer()
     image = bytewise.token_to_id("<image>")
     bytewise.add_special_tokens([AddedToken(text, special=True) for text in ("<bos>", "<pad>")])
     inner = PaliGemmaConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config=SIGLIP,
         image_token_index=image,
         projection_dim=32,
         hidden_size=32,
@@ -138,4 +145,48 @@ def save_colpali(folder: Path, **settings: Any) -> Peer:
     return _save(folder, ColPaliForRetrieval(config), ColPaliProcessor(images, tokenizer))
 
 
-SAVE: dict[str, Callable[..., Peer]] = {"colpali": save_colpali, "colqwen2": save_colqwen2}
+def save_colmodernvbert(folder: Path, **settings: Any) -> Peer:
+    """Write a ColModernVBERT whose tokenizer puts marks around a text, with its processor."""
+    bytewise = byte_tokenizer()
+    names = ["[CLS]", "[SEP]", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    places = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    marks = [AddedToken(name, special=True) for name in (*names, "<|begin_of_text|>", *places)]
+    bytewise.add_special_tokens(marks)
+    around = [(name, bytewise.token_to_id(name)) for name in names[:2]]
+    bytewise.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B", around)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise,
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="<|endoftext|>",
+    )
+    text = {
+        "model_type": "modernbert",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "local_attention": 12,
+        "pad_token_id": 256,
+    }
+    vision = SIGLIP | {"hidden_size": 32, "num_attention_heads": 4}
+    inner = ModernVBertConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=bytewise.token_to_id("<image>"),
+        pixel_shuffle_factor=2,
+    )
+    cut = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
+    images = Idefics3ImageProcessorPil(**cut)
+    config = ColModernVBertConfig(vlm_config=inner.to_dict(), **settings)
+    processor = ColModernVBertProcessor(images, tokenizer, image_seq_len=4)
+    return _save(folder, ColModernVBertForRetrieval(config), processor)
+
+
+SAVE: dict[str, Callable[..., Peer]] = {
+    "colpali": save_colpali,
+    "colqwen2": save_colqwen2,
+    "colmodernvbert": save_colmodernvbert,
+}

@@ -32,6 +32,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"up_proj": 2},
         "alpha_pattern": {"layers.1.self_attn.o_proj": 3},
     },
+    "regular expressions": {
+        "target_modules": r"model\.layers\.[01]\.(self_attn\.(q|v)_proj|mlp\..*_proj)",
+        "rank_pattern": {r"^model\.layers\.0\..*q_proj": 2, "layers.[0-9].*(up|gate)_proj": 3},
+        "alpha_pattern": {r"(0|2)\.mlp\.down_proj": 5, "proj": 100, "v_pro.": 2, ".*": 7},
+    },
     "head trained whole": {"target_modules": ["gate_proj"], "modules_to_save": ["lm_head"]},
 }
 
@@ -123,7 +128,9 @@ def test_original_llava_with_what_was_trained_beside(whole_base: bool, tmp_path:
     settings = json.loads((folder_of(base, peer, tmp_path) / "config.json").read_text())
     model = adapted(text, target_modules=["q_proj", "down_proj"])
     model.save_pretrained(folder)
-    write_config(folder, settings)
+    # What LLaVA writes beside an adapter that was trained on a base in 4 bits (QLoRA).
+    quantised = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    write_config(folder, settings | {"quantization_config": quantised})
     projector = peer.model.multi_modal_projector
     for parameter in projector.parameters():
         parameter.mul_(1.5)
@@ -194,10 +201,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "another rank": (lambda f: edit(f, r=8), "sets r to 8, expected 4"),
     "transposed": (lambda f: edit(f, fan_in_fan_out=True), "sets fan_in_fan_out to True"),
     "dora without lengths": (lambda f: edit(f, use_dora=True), "has no row lengths"),
-    "a pattern of regular expressions": (
-        lambda f: edit(f, alpha_pattern={"(a+)+$": 3}),
-        "expected a plain name",
+    "a pattern that is none": (
+        lambda f: edit(f, alpha_pattern={"(a+": 3}),
+        "'(.*\\\\.)?((a+)$' is no regular expression",
     ),
+    "a pattern without end": (
+        lambda f: edit(f, rank_pattern={r"([\w.]+)+!": 3}),
+        "take too long to match",
+    ),
+    "a rank that is no number": (lambda f: edit(f, rank_pattern={"q_proj": "4"}), "sets r to '4'"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "but no weights"),
     "half a pair": (weights(lambda t: t.__delitem__(f"{Q}.lora_B.weight")), "expected lora_A"),
     "a layer that is not there": (

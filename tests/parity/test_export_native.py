@@ -15,6 +15,9 @@ from transformers import CLIPVisionConfig, Dinov2Config
 
 import visavis
 from tests.checkpoints.anyres_files import save_onevision
+from tests.checkpoints.idefics3_files import save_idefics3
+from tests.checkpoints.internvl_files import save_internvl
+from tests.checkpoints.onevision15_files import save_onevision15
 from tests.checkpoints.phi3v_files import save_phi3v, tiny_tower
 from tests.checkpoints.tinyllava_files import DINOV2, Peer, save_repository, save_stage
 from tests.checkpoints.transformers_files import VISION, save_qwen2
@@ -37,6 +40,10 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "Qwen2-VL": save_qwen2_vl,
     "Qwen2.5-VL": save_qwen2_5_vl,
     "Qwen3-VL": save_qwen3_vl,
+    "Idefics3": save_idefics3,
+    "SmolVLM2": lambda folder: save_idefics3(folder, smolvlm=True, tied=True),
+    "InternVL": save_internvl,
+    "LLaVA-OneVision-1.5": save_onevision15,
     "Phi-3.5-vision": save_phi3v,
     "TinyLLaVA stage": lambda folder: save_stage(folder, Peer()),
     "TinyLLaVA, mixture of towers": lambda folder: save_repository(

@@ -188,7 +188,7 @@ def test_pixels(size: tuple[int, int], cut: bool, loaded: Loaded) -> None:
     assert np.abs(ours - theirs).max() <= 2 / 255 + 1e-6  # one grey level of values in -1 to 1
 
 
-@pytest.mark.parametrize("learned", [5, 26, 27, 32, 70])
+@pytest.mark.parametrize("learned", [5, 25, 26, 27, 32, 41])
 def test_positions_on_borders(learned: int) -> None:
     """The peer's float32 puts some patches into the position before their own."""
     peer = Idefics3VisionEmbeddings(
@@ -202,6 +202,8 @@ def test_positions_on_borders(learned: int) -> None:
             mask = torch.ones(1, grid, grid, dtype=torch.bool)
             found = peer(torch.zeros(1, 3, grid, grid), mask)[0, :, 0]
             assert found.tolist() == position_buckets(learned, grid).tolist()
+    own = list(range(learned**2))
+    assert (position_buckets(learned, learned).tolist() != own) == (learned in (25, 41))
 
 
 def test_a_tokenizer_that_joins_line_breaks(nano_files: dict[str, Path], tmp_path: Path) -> None:

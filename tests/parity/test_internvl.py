@@ -21,8 +21,8 @@ from tests.parity.peers import assert_close, peer_method
 from visavis.checkpoints.load import load_checkpoint
 from visavis.checkpoints.transformers.export import write_transformers
 from visavis.processing.config import ImageProcessorConfig, RatioConfig, VideoConfig
+from visavis.processing.frame_sampling import sample
 from visavis.processing.internvl import InternVLProcessor
-from visavis.processing.video import sample
 
 pytestmark = pytest.mark.parity
 

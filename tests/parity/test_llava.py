@@ -52,6 +52,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "vision_feature_select_strategy": "full",
     },
     "clip, counted from the front": {"vision_feature_layer": 1},
+    "several layers, one of them twice": {"vision_feature_layer": [-2, 0, 3, -2]},
+    "several layers of siglip": {
+        "vision_config": SiglipVisionConfig(**VISION),
+        "vision_feature_layer": [1, -1],
+        "vision_feature_select_strategy": "full",
+    },
     "siglip": {
         "vision_config": SiglipVisionConfig(**VISION),
         "vision_feature_select_strategy": "full",
@@ -183,6 +189,9 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
     ("setting", "value"),
     [
         ("vision_feature_layer", [-2, -5]),
+        ("vision_feature_layer", []),
+        ("vision_feature_layer", [-2] * 1000),
+        ("vision_feature_layer", [-2, True]),
         ("projector_hidden_act", "relu"),
         ("multimodal_projector_bias", False),
         ("vision_feature_select_strategy", "cls"),

@@ -43,6 +43,7 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
         "vision": SiglipVisionConfig(**VISION, vision_use_head=False),
         "select": "full",
     },
+    "several layers": lambda: {"layers": [-1, -3]},
 }
 SIZES = [(40, 30), (30, 70), (100, 33), (33, 100), (64, 64), (9, 9), (200, 90), (91, 200), (400, 7)]
 QUESTION = "What is this?"
@@ -178,7 +179,7 @@ def test_canvases_of_another_model_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("vision_feature_select_strategy", "full"), ("vision_feature_layer", [-2, -3])],
+    [("vision_feature_select_strategy", "full"), ("vision_feature_layer", [-2, -9])],
 )
 def test_settings_we_do_not_have_are_refused(setting: str, value: Any, loaded: tuple) -> None:
     config = loaded[0].config.to_dict() | {setting: value}

@@ -15,6 +15,8 @@ import visavis
 from tests.parity.multi_vector_files import SAVE, Peer
 from tests.parity.peers import TOLERANCE
 from tests.parity.qwen2_vl_files import noise
+from visavis.checkpoints.inspect import model_parts
+from visavis.checkpoints.transformers.export import write_transformers
 from visavis.errors import CheckpointError, InputError
 from visavis.inputs import Prompt
 
@@ -58,7 +60,7 @@ def test_ids_are_those_of_the_processor(pair: Pair) -> None:
         assert model.prepare(Prompt.of(item)).token_ids == peer.ids(item)
     document = model.prepare(Prompt.of("Where?"), document=True)
     query = model.prepare(Prompt.of("Where?"))
-    assert len(document.token_ids) < len(query.token_ids) - 10
+    assert len(document.token_ids) <= len(query.token_ids) - 10
 
 
 def test_scores_are_those_of_the_processor(pair: Pair) -> None:
@@ -70,6 +72,22 @@ def test_scores_are_those_of_the_processor(pair: Pair) -> None:
     ours = [[visavis.maxsim(query, document) for document in documents] for query in queries]
     assert np.allclose(ours, theirs.numpy(), atol=TOLERANCE)
     assert np.ptp(ours, axis=1).min() > 0.01, "all images score alike"
+
+
+def test_it_is_written_as_the_stock_class_reads_it(pair: Pair, tmp_path: Path) -> None:
+    model, peer = pair
+    assert not write_transformers(model, tmp_path).lost
+    again = load(tmp_path)
+    assert again.vlm.config == model.vlm.config and again.profile == model.profile
+    assert again.processor == model.processor
+    for item in (QUERIES[0], IMAGES[0]):
+        assert (again.embed_multi(item)[0] == model.embed_multi(item)[0]).all()
+    stock = type(peer.model).from_pretrained(tmp_path).eval()
+    expected = Peer(stock, peer.processor).embed(IMAGES[0])
+    assert abs(expected - peer.embed(IMAGES[0])).max() <= 1e-6
+    processor = Peer(stock, type(peer.processor).from_pretrained(tmp_path))
+    for item in (QUERIES[0], IMAGES[0]):
+        assert processor.ids(item) == peer.ids(item)
 
 
 def test_what_it_does_not_do_is_said(pair: Pair) -> None:
@@ -143,6 +161,34 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+def text(**settings: Any) -> Callable[[dict[str, Any]], None]:
+    """Return what changes the settings of the language model within."""
+    return lambda config: config["vlm_config"]["text_config"].update(settings)
+
+
+def whole(**settings: Any) -> Callable[[dict[str, Any]], None]:
+    """Return what changes the settings of the model within."""
+    return lambda config: config["vlm_config"].update(settings)
+
+
+OTHERS: dict[tuple[str, str], tuple[Callable[[dict[str, Any]], Any], str]] = {
+    ("colpali", "causal"): (text(use_bidirectional_attention=False), "expected true or null"),
+    ("colpali", "another Gemma"): (text(model_type="gemma2"), "gemma2.*gemma"),
+    ("colpali", "projection"): (whole(projection_dim=64), "projection_dim to 64, expected 32"),
+    ("colpali", "placeholder"): (whole(image_token_index=1424), "expected 0 to 1423"),
+    ("colmodernvbert", "fold"): (whole(pixel_shuffle_factor=3), "expected a divisor of 4"),
+    ("colmodernvbert", "placeholder"): (whole(image_token_id=-1), "image_token_id to -1"),
+    ("colmodernvbert", "layers"): (text(layer_types=["full_attention"]), "expected 5 of"),
+    ("colmodernvbert", "many layers"): (text(num_hidden_layers=2**20), "at most 1000"),
+    ("colmodernvbert", "heads"): (text(num_attention_heads=5), "parts 32 into even heads"),
+    ("colmodernvbert", "another text"): (text(model_type="bert"), "expected 'modernbert'"),
+    ("colmodernvbert", "stretch"): (
+        text(rope_parameters={"full_attention": {"rope_type": "yarn"}}),
+        "rope_type to 'yarn'",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_what_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
     SAVE["colqwen2"](tmp_path)
@@ -150,3 +196,32 @@ def test_what_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
     change(tmp_path / file, edit)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "name"), OTHERS)
+def test_what_the_model_within_cannot_be_is_named(kind: str, name: str, tmp_path: Path) -> None:
+    SAVE[kind](tmp_path)
+    edit, message = OTHERS[kind, name]
+    change(tmp_path / "config.json", edit)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
+def test_older_files_of_modernbert_list_no_layers(tmp_path: Path) -> None:
+    SAVE["colmodernvbert"](tmp_path)
+    config = load(tmp_path).vlm.config
+
+    def older(data: dict[str, Any]) -> None:
+        inner = data["vlm_config"]["text_config"]
+        del inner["layer_types"], inner["rope_parameters"]
+        inner |= {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0}
+
+    change(tmp_path / "config.json", older)
+    assert load(tmp_path).vlm.config == config
+    assert config.decoder.local_layers == (1, 2, 4) and config.decoder.local_window == 7
+
+
+def test_inspect_shows_the_head(pair: Pair) -> None:
+    parts = {part["part"]: part for part in model_parts(pair[0].vlm.config)}
+    head = parts["multi-vector head"]
+    assert head["details"] == "128 numbers for each token" and head["parameters"] == 33 * 128

@@ -77,9 +77,10 @@ def test_the_walk(browser: Any, address: str) -> None:
         assert find(page, "peppermint tea invoice")[0] == "space-and-coffee.pdf, page 1"
         page.locator(".hit").first.click()
         assert "peppermint" in page.locator("#panel-why").text_content()
-        page.locator("#panel-found summary").click()
         until(page, "document.querySelector('#panel-image').naturalWidth > 0")
         screenshot(page, "walk-5-page")
+        page.locator("#panel-found summary").click()
+        assert "Invoice 4711" in page.locator("#panel-found-text").text_content()
 
         page.get_by_role("button", name="Videos").click()
         page.locator("#status", has_text="peppermint").wait_for()

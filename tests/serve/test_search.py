@@ -6,6 +6,7 @@ import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -57,6 +58,40 @@ def test_search_by_words_image_and_item(client: httpx.Client, folder: Path) -> N
     assert max(Image.open(io.BytesIO(image.content)).size) <= 64
     some = client.post("/v1/search", json={"text": "x", "filter": "*-003.png"}).json()["hits"]
     assert [hit["name"] for hit in some] == ["picture-003.png"]
+
+
+def test_words_filters_and_pages_of_hits(client: httpx.Client, folder: Path) -> None:
+    items = [{"source": f"note {n}", "text": f"note {n} of the red car"} for n in range(3)]
+    client.post("/v1/indexes/notes/items", json={"items": items})
+
+    def hits(**body: Any) -> list[dict[str, Any]]:
+        response = client.post("/v1/search", json={"index": "notes", **body})
+        assert response.status_code == 200, response.text
+        found: list[dict[str, Any]] = response.json()["hits"]
+        return found
+
+    best = hits(text="note 1")[0]
+    assert (best["source"], best["words"], best["kind"]) == ("note 1", ["note", "1"], "text")
+    assert best["why"].startswith("words: note, 1; similarity")
+    assert [hit["vector_score"] for hit in hits(text="red", mode="text")] == [None] * 3
+    whole = [hit["source"] for hit in hits(text="red car")]
+    assert [hits(text="red car", k=1, offset=n)[0]["source"] for n in range(3)] == whole
+    assert not any(hit["words"] for hit in hits(text="red", negative="car"))
+    photos = {"index": "photos", "text": "picture"}
+    inside = {"kinds": ["image"], "folder": str(folder / "images"), "after": "2020"}
+    assert len(hits(**photos, filter=inside)) == 5
+    for condition in ({"kinds": ["page"]}, {"before": "2020"}, {"glob": "*.gif"}, "kind:page",
+                      {"metadata": {"tag": "x"}}, {"folder": "/elsewhere"}):  # fmt: skip
+        assert hits(**photos, filter=condition) == []
+    for body in (
+        {"mode": "text"},
+        {"text": "x", "filter": {"after": "soon"}},
+        {"text": "x", "filter": "kinds:page"},
+        {"text": "x", "offset": -1},
+        {"text": "x", "mode": "fuzzy"},
+    ):
+        response = client.post("/v1/search", json={"index": "notes", **body})
+        assert response.status_code == 400, body
 
 
 def test_items_are_added_kept_and_found(client: httpx.Client) -> None:

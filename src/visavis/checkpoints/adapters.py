@@ -32,6 +32,7 @@ from visavis.checkpoints.tensor_files import (
 )
 from visavis.checkpoints.transformers.config_reader import number, require, section, without_nulls
 from visavis.errors import CheckpointError, FetchError
+from visavis.processing.patterns import first_matches
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there is read
@@ -159,8 +160,9 @@ def read_adapter(folder: Path) -> Adapter:
             f"{path} holds {', '.join(strange[:MAX_LISTED])}, expected pairs of lora_A and lora_B "
             "of linear layers; adapters of embeddings and convolutions are not read here."
         )
+    settings = _settings(config, list(parts))
     low_rank = {
-        f"{module}.weight": _low_rank(module, found, config, path)
+        f"{module}.weight": _low_rank(module, found, settings[module], path)
         for module, found in parts.items()
     }
     return Adapter(folder, config, low_rank, replaced, files)
@@ -249,25 +251,23 @@ def _low_rank(
             "again."
         )
     rank = a.shape[0]
-    patterns = section(config, "alpha_pattern")
-    alpha = next((patterns[p] for p in patterns if _covers(p, module)), None)
-    alpha = number(
-        {"lora_alpha": config.get("lora_alpha", 8) if alpha is None else alpha}, "lora_alpha"
-    )
+    alpha = number(config, "lora_alpha")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    expected = next(
-        (r for p, r in section(config, "rank_pattern").items() if _covers(p, module)),
-        config.get("r", 8),
-    )
-    require("r", expected, expected == rank, f"{rank}, the rank of {module}")
+    require("r", config["r"], config["r"] == rank, f"{rank}, the rank of {module}")
     return LowRank(a, b, scale, magnitude)
 
 
-def _covers(pattern: str, module: str) -> bool:
-    """Return whether a pattern of PEFT names a module: a dotted end of it, or all of it after ^."""
-    plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    require("a pattern of ranks", pattern, bool(re.fullmatch(r"[\w.]+", plain)), "a plain name")
-    return module == plain or (pattern[0] != "^" and module.endswith(f".{plain}"))
+def _settings(config: Mapping[str, Any], modules: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the settings of each module, with its own rank and alpha where a pattern names it."""
+    found: dict[str, dict[str, Any]] = {}
+    keys = (("r", "rank_pattern", 8), ("lora_alpha", "alpha_pattern", 8))
+    for key, pattern, default in keys:
+        special = section(config, pattern)
+        named = first_matches(list(special), modules) if special else [None] * len(modules)
+        for module, one in zip(modules, named, strict=True):
+            value = config.get(key, default) if one is None else special[one]
+            found.setdefault(module, dict(config))[key] = value
+    return found
 
 
 def _trained_beside(path: Path) -> dict[str, StoredTensor]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from visavis.checkpoints.tensor_files import DTYPES, INDEX
 from visavis.errors import CheckpointError
-from visavis.model.config import ClipTextConfig, EfficientNetConfig, VLMConfig
+from visavis.model.config import EfficientNetConfig, VLMConfig
+from visavis.model.embedder_config import ClipTextConfig, GemmaEncoderConfig
 from visavis.model.quantized_linear import QuantizedLinear
 from visavis.model.vlm import VLM
 from visavis.processing.prompt_encoder import PromptEncoder
@@ -83,7 +84,7 @@ def blank(config: VLMConfig, dtype: torch.dtype) -> VLM:
         vlm = VLM(config).cast(dtype)
     if vlm.tower is not None and not isinstance(config.tower, EfficientNetConfig):
         vlm.tower.to(dtype)  # EfficientNet's convolutions lose too much in half precision
-    if isinstance(config.text_tower, ClipTextConfig):
+    if isinstance(config.text_tower, ClipTextConfig | GemmaEncoderConfig):
         assert vlm.text_tower is not None
         vlm.text_tower.to(dtype)
     return vlm

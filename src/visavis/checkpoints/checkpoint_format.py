@@ -371,13 +371,12 @@ def adapter_files(adapters: Sequence[Adapter]) -> list[Path]:
 
 
 def refuse_quantised(data: Json, folder: Path) -> None:
-    """Refuse weights that another library quantised.
+    """Refuse weights that another library quantised; null and {} say that none did.
 
     Raises:
         CheckpointError: config.json says so.
     """
-    if "quantization_config" in data:
-        method = data["quantization_config"]
+    if method := data.get("quantization_config"):
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise CheckpointError(
             f"{folder} is quantised by {method!r}, expected plain weights; use the unquantised "

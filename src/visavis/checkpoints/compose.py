@@ -104,6 +104,11 @@ def compose(
         CheckpointError, UnknownNameError, FetchError: a part cannot be loaded.
     """
     base = load_checkpoint(parts.language_model, precision=precision, device=device)
+    if not base.vlm.config.has_decoder:
+        raise CheckpointError(
+            f"{parts.language_model} only embeds and has no language model to build on; take its "
+            "vision tower (vision_tower), and a language model such as smollm2-135m."
+        )
     tower, processor = tower_shape(parts)
     decoder = base.vlm.config.decoder
     # Image tokens are found by position, so any id may stand for them.

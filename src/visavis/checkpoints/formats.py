@@ -40,7 +40,7 @@ from visavis.checkpoints.transformers.load import (
     Qwen25VLFormat,
     TransformersFormat,
 )
-from visavis.checkpoints.transformers.load_dual import DualEncoderFormat
+from visavis.checkpoints.transformers.load_embedders import DualEncoderFormat, EmbeddingGemma2Format
 from visavis.errors import CheckpointError
 from visavis.utils import check_regular, suggest
 
@@ -107,6 +107,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (  # the first that matches is the
     MultiVectorFormat,
     Idefics3Format,
     InternVLFormat,
+    EmbeddingGemma2Format,
     Phi3VFormat,
     MmprojFormat,
     GGUFFormat,

@@ -29,6 +29,7 @@ SETTINGS = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("video_preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("modules.json", "sentence_bert_config.json"),  # sentence-transformers'
 )
 # Files of which the first that is there is enough.
 WORDS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("spiece.model",))
@@ -42,7 +43,8 @@ WEIGHTS = (
     ("*.safetensors",),  # ours
 )
 BESIDE = ("non_lora_trainables.bin",)  # LLaVA's adapters
-FOLDERS = ("", "language_model/", "vision_tower/", "connector/")  # the latter TinyLLaVA's
+# Below: TinyLLaVA's, sentence-transformers'.
+FOLDERS = ("", "language_model/", "vision_tower/", "connector/", "1_Pooling/")
 MAX_LISTED = 6
 
 

@@ -13,7 +13,8 @@ from visavis.model.config import VLMConfig
 from visavis.model.image_tokens import tokens_per_view
 from visavis.model.vlm import VLM
 
-PARTS = {  # attributes of a VLM
+PARTS = {
+    "multi_vector_head": "multi-vector head",  # attributes of a VLM
     "tower": "vision tower",
     "connector": "connector",
     "decoder": "language model",
@@ -67,6 +68,8 @@ def model_parts(config: VLMConfig) -> list[dict[str, Any]]:
     if head:
         of = "the towers" if head.text_width else f"layers {head.layers}"
         details["head"] = details["dual_head"] = f"{head.dim} dimensions from {of}"
+    if config.multi_vector_dim:
+        details["multi_vector_head"] = f"{config.multi_vector_dim} numbers for each token"
     found = []
     for attribute, name in PARTS.items():
         if (module := getattr(vlm, attribute, None)) is not None:

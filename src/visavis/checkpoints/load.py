@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visavis.checkpoints import bundled, hub
+from visavis.checkpoints.known_models import known_models
 from visavis.errors import CheckpointError, FetchError, InputError, UnknownNameError
 from visavis.processing.chat_formats import CHAT_FORMATS
 from visavis.processing.config import sized_as
@@ -37,7 +40,21 @@ def resolve(name_or_path: str | Path) -> Path:
     if name == "smollm2-135m":
         return bundled.fetch("nano")["language_model"]
     wanted = _on_hub(name)
-    return hub.fetch(wanted) if wanted else _here(name)
+    if wanted is None:
+        return _here(name)
+    with _named(name, wanted):
+        return hub.fetch(wanted)
+
+
+@contextmanager
+def _named(name: str, wanted: hub.HubId) -> Iterator[None]:
+    """Say in errors what a short name stands for."""
+    try:
+        yield
+    except FetchError as error:
+        if name == str(wanted):
+            raise
+        raise FetchError(f"{name} stands for {wanted} on the Hugging Face Hub: {error}") from error
 
 
 def find_settings(name_or_path: str | Path) -> Path:
@@ -59,11 +76,16 @@ def find_settings(name_or_path: str | Path) -> Path:
         return _here(name)
     if wanted.file:
         raise FetchError(f"{wanted} is a whole file: fetch it, and give its path.")
-    return hub.fetch(wanted, settings_only=True)
+    with _named(name, wanted):
+        return hub.fetch(wanted, settings_only=True)
 
 
 def _on_hub(name: str) -> hub.HubId | None:
-    return None if os.path.exists(os.path.expanduser(name)) else hub.parse(name)
+    """Return the hub id that a name stands for; a path that exists wins."""
+    if os.path.exists(os.path.expanduser(name)):
+        return None
+    known = known_models().get(name)
+    return hub.parse(known.hub if known and known.hub else name)
 
 
 def _here(name: str) -> Path:
@@ -76,10 +98,11 @@ def _here(name: str) -> Path:
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return path
+    near = suggest(name, {**NAMES, **known_models()})
     raise UnknownNameError(
-        f"no model is named {name!r} and no such file or folder exists: {suggest(name, NAMES)} "
-        "Otherwise give a name on the hub (owner/name), the path of a .gguf file, or that of a "
-        "folder that visavis, transformers or LLaVA wrote."
+        f"no model is named {name!r} and no such file or folder exists: {near} Otherwise give "
+        "another name of `visavis models` or of the hub (owner/name), the path of a .gguf file, "
+        "or that of a folder that visavis, transformers or LLaVA wrote."
     )
 
 
@@ -102,6 +125,9 @@ def load_checkpoint(
     """
     if chat_template:
         lookup("chat template", chat_template, CHAT_FORMATS)
+    known = known_models().get(str(name_or_path))
+    if not profile and known and _on_hub(known.name):
+        profile = known.profile
     if profile:
         lookup("profile", profile, PROFILES)
     from visavis.checkpoints.checkpoint import INTEGERS, checkpoint_fingerprint

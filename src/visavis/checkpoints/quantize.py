@@ -98,7 +98,7 @@ class Quantizer:
         if self.bits and not config.has_decoder:
             raise InputError(
                 f"precision {precision!r} makes integers of a language model's matrices, and "
-                f"{where} is a dual encoder without one. Use precision='bf16' or 'f32'."
+                f"{where} has none: it only embeds. Use precision='bf16' or 'f32'."
             )
         kernels = native() if device == "cpu" else None
         if kernels is not None:

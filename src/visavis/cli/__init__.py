@@ -35,6 +35,7 @@ from visavis.cli.index import index
 from visavis.cli.inspect import inspect
 from visavis.cli.mcp import mcp
 from visavis.cli.mine import mine
+from visavis.cli.models import models
 from visavis.cli.rerank import rerank
 from visavis.cli.serve import serve
 from visavis.cli.train import train
@@ -54,6 +55,7 @@ app.command(rich_help_panel=USE)(chat)
 app.command(rich_help_panel=USE)(embed)
 app.command(rich_help_panel=USE)(rerank)
 app.command(rich_help_panel=USE)(serve)
+app.command(rich_help_panel=USE)(models)
 app.add_typer(index, rich_help_panel=SEARCH)
 app.command(rich_help_panel=SEARCH)(mcp)
 app.command(rich_help_panel=TRAIN)(train)

@@ -147,7 +147,7 @@ def show_progress() -> bool:
 
 
 PANEL = "Model loading"
-MODEL_HELP = "Bundled name (nano), folder, .gguf file or Hugging Face Hub id."
+MODEL_HELP = "Name of `visavis models` (nano), folder, .gguf file or Hugging Face Hub id."
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 ModelArgument = Annotated[

@@ -55,6 +55,8 @@ def demo(
 
       visavis demo --no-serve --output demo/
 
+      visavis demo --model siglip2-base
+
       visavis demo --json > demo.json
     """
     serve = serve and not as_json
@@ -63,6 +65,7 @@ def demo(
 
         require_web_packages()  # now, not after minutes of work
 
+    from visavis.demo.made import DOCUMENT_QUERY
     from visavis.demo.run import TEXT_QUERIES, run_demo
 
     loaded = loading.load(model)
@@ -79,7 +82,7 @@ def demo(
                 loaded,
                 result.index,
                 port=port,
-                examples=TEXT_QUERIES,
+                examples=(*TEXT_QUERIES, DOCUMENT_QUERY),
                 ready=lambda address: say(f"the page is at {address} (Ctrl-C ends it)"),
             )
 
@@ -103,8 +106,9 @@ def _print_result(result: DemoResult) -> None:
         table.add_row(search.label, *cells)
     # A pipe has no width: rich would assume 80 columns and cut names short.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    typer.echo(f"{title(result.asked_about)}: {QUESTION}\n  {result.reply.text.strip()}\n")
-    pace = f"{len(result.index)} images indexed in {result.index_seconds:.1f} s"
+    if result.reply is not None:
+        typer.echo(f"{title(result.asked_about)}: {QUESTION}\n  {result.reply.text.strip()}\n")
+    pace = f"{len(result.index)} items indexed in {result.index_seconds:.1f} s"
     typer.echo(f"{pace}; contact sheet: {result.sheet_path}")
 
 
@@ -126,6 +130,6 @@ def _print_json(result: DemoResult) -> None:
             ],
             "question": QUESTION,
             "image": str(result.asked_about),
-            "answer": result.reply.text,
+            "answer": None if result.reply is None else result.reply.text,
         }
     )

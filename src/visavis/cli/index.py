@@ -21,7 +21,7 @@ from visavis.cli.common import (
     show_progress,
     visuals_of,
 )
-from visavis.cli.index_care import export, prune, repair, stats
+from visavis.cli.index_care import export, load, prune, repair, stats
 from visavis.errors import InputError
 
 if TYPE_CHECKING:
@@ -134,6 +134,14 @@ def search(
         str | None,
         typer.Option("--not", metavar="TEXT", help="Words that results should not be like."),
     ] = None,
+    rerank: Annotated[
+        str | None,
+        typer.Option(
+            "--rerank",
+            metavar="MODEL",
+            help="Model with a vector per token (ColQwen2) that ranks the first 100 again.",
+        ),
+    ] = None,
     sheet: Annotated[
         Path | None,
         typer.Option("--sheet", metavar="FILE", help="Write a contact sheet of the results."),
@@ -165,7 +173,15 @@ def search(
         raise InputError("nothing to search for: give TEXT, --image FILE or both")
     query = Prompt((Message("user", (*visuals, *([Text(text)] if text else []))),))
     opened = _open(index_path, model, loading)
-    hits = opened.search(query, k, conditions, mode=mode, negative=negative, offset=offset)
+    hits = opened.search(
+        query,
+        k,
+        conditions,
+        mode=mode,
+        negative=negative,
+        offset=offset,
+        rerank=None if rerank is None else loading.load(rerank),
+    )
     if sheet is not None:
         _write_sheet(sheet, opened, text or "the given image", hits)
         say(f"contact sheet: {sheet}")
@@ -177,7 +193,7 @@ def search(
                 f"nothing like that: the best score is {hits[0].vector_score:.3f}, and hits below "
                 f"{least:.3f} rarely show what was asked for"
             )
-        has_words = any(hit.words for hit in hits)
+        has_words = any(hit.words or hit.late_score is not None for hit in hits)
         print_columns([[f"{hit.score:z.3f}", hit.source, *([hit.why] * has_words)] for hit in hits])
     else:
         say("no results: the index has no items" + (f" that match {conditions}" * bool(conditions)))
@@ -270,6 +286,7 @@ index.command()(prune)
 index.command()(stats)
 index.command()(export)
 index.command()(repair)
+index.command()(load)
 
 
 def _open(path: str, model: str, loading: Loading) -> Index:
@@ -306,6 +323,7 @@ def _described_hit(hit: Hit) -> dict[str, Any]:
     return {
         "score": round(hit.score, 6),
         "vector_score": None if hit.vector_score is None else round(hit.vector_score, 6),
+        "late_score": None if hit.late_score is None else round(hit.late_score, 6),
         "words": list(hit.words),
         "why": hit.why,
         "source": hit.source,

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visavis.cli.common import JsonOption, human_bytes, print_columns, print_json, say
+from visavis.cli.common import (
+    JsonOption,
+    human_bytes,
+    print_columns,
+    print_json,
+    say,
+    show_progress,
+)
 from visavis.errors import StoreError
 
 if TYPE_CHECKING:
@@ -35,6 +42,36 @@ def prune(index_path: IndexArgument, as_json: JsonOption = False) -> None:
         print_json({"removed": gone})
     else:
         typer.echo("\n".join([*gone, f"{len(gone)} removed"]))
+
+
+def load(
+    index_path: IndexArgument,
+    shards: Annotated[
+        str, typer.Argument(metavar="SHARDS", help="Folder or URL that `visavis embed` wrote.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Put the items of shards into an index, which is made if it is not there.
+
+    Nothing is embedded. Safe to interrupt and to repeat: an item is in the index once.
+
+    [bold]Examples[/bold]
+
+      visavis index load photos.idx vectors/
+
+      visavis index load postgresql://anna@db/photos s3://bucket/vectors
+    """
+    from visavis.index.open_store import open_store
+    from visavis.index.shards import load_shards
+
+    store = open_store(index_path)
+    put, failed = load_shards(store, shards, progress=show_progress())
+    if as_json:
+        print_json({"index": store.name, "items": store.count(), "put": put, "failed": failed})
+    else:
+        typer.echo(
+            f"{put} put, {failed} without a vector; {store.name} holds {store.count()} items"
+        )
 
 
 def stats(index_path: IndexArgument, as_json: JsonOption = False) -> None:

@@ -36,6 +36,7 @@ WAYS = {
     "naflex": "any aspect ratio, in patches",
     "ratio": "square tiles of the nearest aspect ratio and a global view",
     "split": "longest edge resized, square tiles and a global view",
+    "gemma": "any aspect ratio, in squares of patches",
 }
 
 
@@ -113,7 +114,7 @@ def quirks(config: VLMConfig) -> dict[str, str]:
         "merge": config.merge,
         "vision tower": config.tower,
         "connector": config.connector,
-        "language model": config.decoder,
+        "language model": config.decoder if config.has_decoder else None,
         "text tower": config.text_tower,
         "embedding head": config.head,
     }

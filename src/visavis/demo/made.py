@@ -37,6 +37,7 @@ PARAGRAPHS = (
     "Invoice 4711 lists the evening: 42 espressos, 17 flat whites and one pot of peppermint tea "
     "for the flight director, paid in old coins from the collection box.",
 )
+DOCUMENT_QUERY = "invoice with peppermint tea"  # finds the page of text by its words
 FLYER = ("THE PIKOLO BAR", "Espresso, flat white, filter", "Open all night during launches")
 
 

@@ -54,14 +54,14 @@ class Search:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results of the demo."""
+    """The results of the demo; `reply` is None of a model that does not chat."""
 
     index: Index
     searches: Sequence[Search]
     index_seconds: float
     sheet_path: Path
     asked_about: Path
-    reply: Reply
+    reply: Reply | None
 
 
 def run_demo(model: Model, folder: Path, *, progress: bool) -> DemoResult:
@@ -97,7 +97,11 @@ def run_demo(model: Model, folder: Path, *, progress: bool) -> DemoResult:
         index_seconds=index_seconds,
         sheet_path=_write_sheet(folder / SHEET_NAME, index, searches),
         asked_about=asked_about,
-        reply=model.chat(QUESTION, [asked_about], max_new_tokens=48),
+        reply=(
+            model.chat(QUESTION, [asked_about], max_new_tokens=48)
+            if model.vlm.config.has_decoder
+            else None
+        ),
     )
 
 

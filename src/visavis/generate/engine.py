@@ -113,11 +113,13 @@ class Engine:
         self.waiting: deque[GeneratedSequence] = deque()
         self.active: list[GeneratedSequence] = []
         self.flat: tuple[KVCache, FusedDecodeStep] | None = None
-        self.guesses = is_row_by_row(vlm.decoder)
-        # The compiled kernels round a token alike in any pass: prompts need no chunks.
-        chunk = CUDA_CHUNK if vlm.decoder.norm.weight.is_cuda else CHUNK
-        self.chunk = 1 if vlm.decoder.compiled is not None else chunk
         self.full = False  # a prompt waits for pages
+        self.guesses, self.chunk = False, CHUNK
+        if vlm.config.has_decoder:  # else no prompt is ever added
+            self.guesses = is_row_by_row(vlm.decoder)
+            # The compiled kernels round a token alike in any pass: prompts need no chunks.
+            chunk = CUDA_CHUNK if vlm.decoder.norm.weight.is_cuda else CHUNK
+            self.chunk = 1 if vlm.decoder.compiled is not None else chunk
 
     @cached_property
     def static(self) -> StaticDecoder | None:

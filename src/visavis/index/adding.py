@@ -119,14 +119,18 @@ class Adder:
                     others[entry.source] = entry
                 continue
             with self._reported(str(item)):
-                scan = scan_media(item, with_others=True)
+                # Absolute, so that the index works from any folder; links stay as they were named.
+                path = Path(item).expanduser()
+                is_folder = os.path.isdir(path)
+                place = Path(os.path.abspath(path)) if is_folder else path
+                scan = scan_media(place, with_others=True)
                 self.report.failed += [(str(one), reason) for one, reason in scan.unreadable]
                 self.report.left_out += scan.left_out
-                if os.path.isdir(Path(item).expanduser()):
-                    place = os.path.abspath(Path(item).expanduser())
-                    self._left_out[place] = Counter(scan.left_out)
-                # Absolute, so that the index works from any folder; links stay as they were named.
-                files.update((Path(os.path.abspath(file)), None) for file in scan.files)
+                if is_folder:
+                    files |= scan.files
+                    self._left_out[str(place)] = Counter(scan.left_out)
+                else:
+                    files[Path(os.path.abspath(path))] = None
         return list(files), list(others.values())
 
     def _reported(self, source: str) -> _Reported:

@@ -42,6 +42,7 @@ class CodedRows:
 
     Attributes:
         records: ROW [N].
+        scales, errors: columns of the records as arrays of their own.
         dead: bool [N], rows that were removed from the index.
         removed_seen: up to which number of the table `removed` the dead rows are marked.
 
@@ -54,6 +55,8 @@ class CodedRows:
     def __init__(self, folder: Path | None, generation: str, dim: int) -> None:
         self.folder, self.generation, self.dim = folder, generation, dim
         self.records: np.ndarray = np.empty(0, ROW)
+        self.scales: np.ndarray = np.empty(0, np.float32)
+        self.errors: np.ndarray = np.empty(0, np.float32)
         self.dead: np.ndarray = np.zeros(0, bool)
         self._forget_rows()
         self._open()
@@ -78,6 +81,7 @@ class CodedRows:
         self._tail.append(codes)
         self.records = np.concatenate([self.records, records])
         self.dead = np.concatenate([self.dead, np.zeros(len(records), bool)])
+        self._take_columns()
         if len(self.records) - len(self._mapped) >= max(APPENDED, len(self._mapped) // 16):
             self.save()
 
@@ -104,8 +108,13 @@ class CodedRows:
         self.folder = None
         self._forget_rows()
 
+    def _take_columns(self) -> None:
+        self.scales = np.ascontiguousarray(self.records["scale"])
+        self.errors = np.ascontiguousarray(self.records["error"])
+
     def _forget_rows(self) -> None:
         self.records = np.empty(0, ROW)
+        self._take_columns()
         self.dead = np.zeros(0, bool)
         self.removed_seen = 0
         self._mapped: np.ndarray = np.empty((0, self.dim), np.int8)
@@ -169,6 +178,7 @@ class CodedRows:
             return
         self.records, self._mapped = records, mapped
         self.dead = np.zeros(number, bool)
+        self._take_columns()
 
     def _header(self, number: int, last_slot: int) -> bytes:
         fields = (_MAGIC, _VERSION, self.dim, bytes.fromhex(self.generation), number, last_slot)

@@ -80,14 +80,47 @@ class Query:
             job.result()
         return sums.astype(np.float32)
 
-    def bounds(
-        self, products: np.ndarray, scales: np.ndarray, errors: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return approximate cosines and the bounds of their errors, float32 [N] each."""
-        scores = products * (scales * np.float32(self.scale))
-        margins = errors * np.float32(self.norm + self.error)
+    def scores(self, products: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Return approximate cosines, float32 [N]; `products` is overwritten."""
+        products *= scales
+        products *= np.float32(self.scale)
+        return products
+
+    def margins(self, errors: np.ndarray) -> np.ndarray:
+        """Return the bounds of the errors of `scores`, float32 [N]."""
+        margins: np.ndarray = errors * np.float32(self.norm + self.error)
         margins += np.float32(self.error + ROUNDING * max(self.norm, 1))
-        return scores, margins
+        return margins
+
+    def candidates(
+        self, scores: np.ndarray, errors: np.ndarray, number: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows that may be among the `number` best and the upper bounds of their
+        cosines, the highest first; rows of equal bounds are in their order.
+
+        Args:
+            scores: float32 [N]; a row whose score is -inf is left out.
+            errors: float32 [N], of all rows.
+        """
+        rows = np.flatnonzero(scores >= self._threshold(scores, errors, number))
+        rows = rows[scores[rows] > -np.inf]
+        margins = self.margins(errors[rows])
+        lower, upper = scores[rows] - margins, scores[rows] + margins
+        kept = upper >= _highest(lower, number)
+        rows, upper = rows[kept], upper[kept]
+        order = np.argsort(-upper, kind="stable")
+        return rows[order], upper[order]
+
+    def _threshold(self, scores: np.ndarray, errors: np.ndarray, number: int) -> float:
+        """Return a score below which no row can be among the best, up to the widest error."""
+        if number >= len(scores):
+            return -np.inf
+        # The k-th highest of the maxima of blocks is at most the k-th highest number.
+        width = max(1, min(64, len(scores) // (4 * number)))
+        whole = len(scores) // width * width
+        maxima = scores[:whole].reshape(-1, width).max(1)
+        widest = float(self.margins(errors.max(keepdims=True))[0])
+        return _highest(maxima, number) - 2 * widest * (1 + 1e-6)
 
     def _scan(
         self, codes: np.ndarray, rows: np.ndarray | None, sums: np.ndarray, span: slice
@@ -115,29 +148,6 @@ class Query:
             part = codes[first:last] if rows is None else codes[rows[first:last]]
             found[first - span.start : last - span.start] = part.astype(np.float32) @ numbers
         return found
-
-
-def candidates(scores: np.ndarray, margins: np.ndarray, number: int) -> np.ndarray:
-    """Return the rows that may be among the `number` best, those with the highest upper bound
-    first; rows of equal bounds are in their order.
-
-    Args:
-        scores, margins: float32 [N]; a row whose score is -inf is left out.
-    """
-    lower = scores - margins
-    upper = scores + margins
-    if number < len(lower):
-        # The k-th highest of the maxima of blocks is at most the k-th highest number.
-        width = max(1, min(64, len(lower) // (4 * number)))
-        whole = len(lower) // width * width
-        maxima = lower[:whole].reshape(-1, width).max(1)
-        rows = np.flatnonzero(upper >= _highest(maxima, number))
-        rows = rows[upper[rows] >= _highest(lower[rows], number)]
-    else:
-        rows = np.arange(len(lower))
-    rows = rows[scores[rows] > -np.inf]
-    order: np.ndarray = rows[np.argsort(-upper[rows], kind="stable")]
-    return order
 
 
 def _highest(values: np.ndarray, number: int) -> float:

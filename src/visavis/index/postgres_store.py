@@ -11,6 +11,7 @@ makes for speed, pgvector finds the candidates approximately.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ from visavis.index.store import (
 from visavis.index.word_counts import K1, B, count_words, inverse_frequency, stems_of
 
 SLACK = 64  # more candidates than wanted, whose exact order may differ from pgvector's
-EF_SEARCH = 200  # candidates that HNSW keeps
+EF_SEARCH = 800  # candidates that HNSW keeps
 _ITEMS = (
     "SELECT i.id, i.source, v.content, i.kind, i.path, i.page, i.begin_s, i.end_s, i.date,"
     " i.place, i.text, i.found_text, i.metadata, i.preview FROM visavis_items i"
@@ -89,6 +90,9 @@ class PostgresStore:
     def close(self) -> None:
         self.database.close()
 
+    def refresh(self) -> None:
+        """Nothing: PostgreSQL keeps its own statistics."""
+
     def meta(self) -> dict[str, str]:
         found = self._all_meta()
         return {key: found[key] for key in ("model", "fingerprint", "dim") if key in found}
@@ -106,8 +110,7 @@ class PostgresStore:
                     f"{self.name}: the vector of {row.source[:80]} holds NaN or infinite numbers. "
                     "The model that made it is damaged or overflowed"
                 )
-        latest = {row.source: row for row in rows}
-        counts = count_words(f"{row.text}\n{row.found_text}" for row in latest.values())
+        counts = count_words(f"{row.text}\n{row.found_text}" for row in rows)
         with self.database.transaction(writing=True) as connection:
             connection.execute(LOCK)
             found = _meta(connection)
@@ -115,7 +118,7 @@ class PostgresStore:
                 make_tables(connection, meta, self.name)
             check_meta(self.name, found, meta)
             self.database.register_vectors(connection)
-            keys = [key_of(source) for source in latest]
+            keys = [key_of(row.source) for row in rows]
             replaced, before = _state(connection, keys)
             with connection.cursor() as cursor:
                 contents = {row.content: row.vector for row in rows}
@@ -127,9 +130,13 @@ class PostgresStore:
                 )
                 cursor.executemany(
                     _UPSERT,
-                    [_values(row, one) for row, one in zip(latest.values(), counts, strict=True)],
+                    [_values(row, one) for row, one in zip(rows, counts, strict=True)],
                 )
-            _settle(connection, replaced, before, _state(connection, keys)[1])
+            put = connection.execute(
+                "SELECT id FROM visavis_vectors WHERE content = ANY(%s)", (list(contents),)
+            )
+            unused = [*replaced, *(row[0] for row in put.fetchall())]  # perhaps
+            _settle(connection, unused, before, _state(connection, keys)[1])
 
     def remove(self, sources: Iterable[str]) -> None:
         keys = [key_of(source) for source in sources]
@@ -224,6 +231,17 @@ class PostgresStore:
             if not rows:
                 return
             last = rows[-1][0]
+
+    def folders(self) -> dict[tuple[str, str], int]:
+        rows = self.database.all(
+            "SELECT kind, coalesce(substring(path FROM '^(.*/)[^/]*$'), ''), count(*)"
+            " FROM visavis_items GROUP BY 1, 2"
+        )
+        found: dict[tuple[str, str], int] = {}
+        for kind, folder, number in rows:
+            key = kind, os.path.dirname(from_text(folder))
+            found[key] = found.get(key, 0) + number
+        return dict(sorted(found.items()))
 
     def count(self, filter: Filter | None = None) -> int:
         found = self._all_meta()

@@ -9,7 +9,7 @@ Of the model it uses `embed`, `name`, `fingerprint` and `embedding_dim` only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from visavis.index.filters import Filter
 from visavis.index.items import preview
 from visavis.index.open_store import open_store
 from visavis.index.overview import prune
+from visavis.index.rerank import RERANKED, Reranker
 from visavis.index.store import StoredItem, VectorStore, WordMatch, check_meta
 from visavis.index.words import FUSION_K, fuse, query_words
 from visavis.inputs import Prompt
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
     from visavis.api import Model
+    from visavis.embedder import Embedder
 
 MODES = {"hybrid": "words and vectors", "vector": "vectors only", "text": "words only"}
 POOL = 200  # hits of vectors and of words whose ranks are fused
@@ -43,10 +45,12 @@ class Hit:
 
     Attributes:
         score: what hits are sorted by: the cosine of its vector and the query's; the fused rank
-            score where words were found as well; BM25 in the mode "text".
+            score where words were found as well; BM25 in the mode "text". `late_score`, where
+            there is one, comes before it.
         source: name of the item.
         vector_score: the cosine, in -1..1; None in the mode "text".
         words: words of the query that its text holds.
+        late_score: the mean best cosine of the query's tokens, where hits were ranked again.
     """
 
     score: float
@@ -54,6 +58,7 @@ class Hit:
     item: StoredItem = field(repr=False)
     vector_score: float | None = None
     words: tuple[str, ...] = ()
+    late_score: float | None = None
 
     @property
     def why(self) -> str:
@@ -63,6 +68,8 @@ class Hit:
             reasons.append(f"words: {', '.join(self.words)}")
         if self.vector_score is not None:
             reasons.append(f"similarity {self.vector_score:.3f}")
+        if self.late_score is not None:
+            reasons.append(f"late interaction {self.late_score:.3f}")
         return "; ".join(reasons)
 
     def is_weak(self, least: float) -> bool:
@@ -162,6 +169,7 @@ class Index:
         mode: str = "hybrid",
         negative: str | None = None,
         offset: int = 0,
+        rerank: Embedder | Reranker | None = None,
     ) -> list[Hit]:
         """Return the `k` best items, best first. Items of equal score are in the order in which
         they were added.
@@ -176,6 +184,8 @@ class Index:
                 vectors alone where no item holds the words.
             negative: words whose meaning hits should not have.
             offset: number of hits to leave out, for the next page of a list.
+            rerank: a model with a vector per token, by which the first 100 hits are ranked again;
+                a `Reranker` remembers them for the next search.
 
         Raises:
             InputError: an argument cannot be used.
@@ -185,6 +195,11 @@ class Index:
         _check_counts(k, offset)
         lookup("search mode", mode, MODES)
         self._must_exist()
+        if rerank is not None:
+            reranker = rerank if isinstance(rerank, Reranker) else Reranker(rerank)
+            wanted = max(RERANKED, k + offset)
+            hits = self.search(query, wanted, filter, mode=mode, negative=negative)
+            return _ranked_again(hits, reranker, Prompt.of(query))[offset : offset + k]
         conditions = Filter.of(filter)
         prompt = Prompt.of(query)
         words = query_words(prompt.text) if mode != "vector" else ()
@@ -318,6 +333,16 @@ class Index:
             for number, score in shown
             if number in items
         ]
+
+
+def _ranked_again(hits: Sequence[Hit], reranker: Reranker, query: Prompt) -> list[Hit]:
+    """Return hits with the first ones in the order of late interaction; those that cannot be read
+    follow them."""
+    first = hits[:RERANKED]
+    scores = reranker.scores(query, [hit.item for hit in first])
+    scored = [replace(hit, late_score=score) for hit, score in zip(first, scores, strict=True)]
+    scored.sort(key=lambda hit: np.inf if hit.late_score is None else -hit.late_score)
+    return [*scored, *hits[RERANKED:]]
 
 
 def _check_counts(k: int, offset: int) -> None:

@@ -23,7 +23,7 @@ from visavis.processing.video_scan import clips_at, scan
 SPACING = 1.0  # seconds between the compared frames
 SHORTEST, LONGEST = 2.0, 20.0  # seconds of a segment
 FRAMES = 4  # of a segment, embedded together
-MAX_SEGMENTS = 1000  # of one video; LONGEST grows for videos of more than 5 hours
+MAX_SEGMENTS = 2000  # of one video; SHORTEST grows above half an hour, LONGEST above 5 hours
 WHOLE_FRAMES = 3000  # videos up to here are decoded whole, of longer ones only key frames
 MAX_COMPARED = 2000  # frames
 SIDE = 32  # pixels of the compared frames
@@ -48,9 +48,10 @@ def segments(path: Path) -> list[Segment]:
     times, frames, duration = scan(
         Video(path), spacing=SPACING, whole=WHOLE_FRAMES, most=MAX_COMPARED, side=SIDE
     )
-    longest = max(LONGEST, 2 * duration / MAX_SEGMENTS)
+    least = 2 * duration / MAX_SEGMENTS  # half of the segments for cuts, half for divisions
+    longest = max(LONGEST, least)
     bounds = [0.0, *_cuts(times, frames, duration), duration]
-    bounds = _without_short(bounds, max(SHORTEST, longest / 10))
+    bounds = _without_short(bounds, max(SHORTEST, least))
     return [
         Segment(round(begin, 3), round(end, 3))
         for first, last in pairwise(bounds)

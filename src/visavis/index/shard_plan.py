@@ -39,7 +39,7 @@ from visavis.processing.pdf import pages
 from visavis.utils import track, write_atomically
 
 _MEDIA = SUFFIXES | VIDEO_SUFFIXES | DOCUMENT_SUFFIXES
-PLAN_NAME = "plan.json"
+PLAN_NAME = "_plan.json"  # Parquet readers skip it
 _COLUMNS = ("image", "video", "text")
 MAX_CAPTION = 1 << 20  # bytes of a text beside an image in a tar
 

@@ -25,14 +25,13 @@ from visavis.index.extract import ExtractedText, found_text
 from visavis.index.items import kind_of
 from visavis.index.ocr import check_ocr
 from visavis.index.shard_plan import CorpusItem, PlannedShard, file_system, read_items, write_file
-from visavis.index.store import IndexRow
+from visavis.index.store import IndexRow, VectorStore
 from visavis.index.words import file_words
 from visavis.processing.images import ContentHasher
 from visavis.utils import track
 
 if TYPE_CHECKING:
     from visavis.api import Model
-    from visavis.index.search import Index
 
 BATCH_ITEMS = 32  # embedded together
 LOADED_ITEMS = 1000  # put into an index at a time
@@ -41,7 +40,7 @@ _KEY = b"visavis"
 
 @dataclass
 class ShardReport:
-    """What has become a shard: number of rows, and (source, reason) of those without a vector."""
+    """Result of writing a shard: number of rows, and (source, reason) of what failed in them."""
 
     number: int
     items: int = 0
@@ -97,7 +96,7 @@ class ShardWriter:
         rows += self._rows(waiting, hasher, report)
         report.items = len(rows)
         report.failed += [(row["source"], row["error"]) for row in rows if row["error"]]
-        write_file(self.output, shard.name, _encoded(rows, self.meta))
+        write_file(self.output, shard.name, encoded(rows, self.meta))
         return report
 
     def _rows(
@@ -176,7 +175,7 @@ def done_shards(output: str) -> list[str]:
         ) from error
 
 
-def load_shards(index: Index, shards: str, *, progress: bool = False) -> tuple[int, int]:
+def load_shards(store: VectorStore, shards: str, *, progress: bool = False) -> tuple[int, int]:
     """Put the items of shards into an index; nothing is embedded.
 
     Returns:
@@ -195,8 +194,9 @@ def load_shards(index: Index, shards: str, *, progress: bool = False) -> tuple[i
         meta = {key: str(value) for key, value in _meta(shards, name).items()}
         for rows, failed in _batches(shards, name):
             if rows:
-                index.store.put(rows, {key: meta[key] for key in ("model", "fingerprint", "dim")})
+                store.put(rows, {key: meta[key] for key in ("model", "fingerprint", "dim")})
             num_put, num_failed = num_put + len(rows), num_failed + failed
+    store.refresh()
     return num_put, num_failed
 
 
@@ -214,7 +214,8 @@ def _batches(shards: str, name: str) -> Iterator[tuple[list[IndexRow], int]]:
             yield rows, len(vectors) - len(rows)
 
 
-def _encoded(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> bytes:
+def encoded(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> bytes:
+    """Return rows as a Parquet file."""
     import pyarrow as arrow
     from pyarrow import parquet
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from visavis.errors import NonFiniteError
 from visavis.index.coded_rows import ROW, CodedRows
-from visavis.index.coding import Query, candidates, encode
+from visavis.index.coding import Query, encode
 from visavis.index.filters import Filter, is_below
 from visavis.index.schema import damaged
 from visavis.index.sql_values import from_sql
@@ -49,18 +49,18 @@ class SqliteRows:
         with self.file.lock:
             rows = self.refresh(len(query))
             records, parts = rows.records, rows.codes
+            scales, errors = rows.scales, rows.errors
             mask = self._mask(rows, filter)
-        chosen = np.flatnonzero(mask) if mask.sum() * _SPARSE < len(mask) else None
         asked = Query(query)
-        products = _products(asked, parts, chosen)
-        columns = records if chosen is None else records[chosen]
-        scores, margins = asked.bounds(products, columns["scale"], columns["error"])
-        if chosen is None:
+        if np.count_nonzero(mask) * _SPARSE < len(mask):
+            chosen = np.flatnonzero(mask)
+            records, scales, errors = records[chosen], scales[chosen], errors[chosen]
+            scores = asked.scores(_products(asked, parts, chosen), scales)
+        else:
+            scores = asked.scores(_products(asked, parts, None), scales)
             scores[~mask] = -np.inf
-        found = candidates(scores, margins, limit)
-        if chosen is not None:
-            return self._exact(query, columns[found], (scores + margins)[found], limit)
-        return self._exact(query, records[found], (scores + margins)[found], limit)
+        found, upper = asked.candidates(scores, errors, limit)
+        return self._exact(query, records[found], upper, limit)
 
     def ids(self, filter: Filter) -> np.ndarray:
         """Return the numbers of the items that match, in order, int64 [N]."""
@@ -291,6 +291,8 @@ def _mark_removed(connection: sqlite3.Connection, rows: CodedRows) -> None:
 
 def _products(query: Query, parts: list[np.ndarray], chosen: np.ndarray | None) -> np.ndarray:
     """Return the products with all rows of all parts, or with the chosen ones, float32 [N]."""
+    if chosen is None and len(parts) == 1:
+        return query.products(parts[0])
     if chosen is None:
         return np.concatenate([np.empty(0, np.float32), *map(query.products, parts)])
     found, at = [np.empty(0, np.float32)], 0

@@ -34,7 +34,7 @@ WAIT_SECONDS = 10.0  # until a folder that cannot be reached is tried again
 
 @dataclass
 class WatchReport:
-    """What one round changed: numbers of items, and (source, reason) of what failed."""
+    """Changes of one round: numbers of items, and (source, reason) of each failure."""
 
     added: int = 0
     changed: int = 0
@@ -76,13 +76,11 @@ def watch(
     roots = [Path(os.path.abspath(folder.expanduser())) for folder in folders]
     stop = stop or threading.Event()
     while not stop.is_set():
+        reachable = _reachable(roots)
         yield scan(index, roots, **options)
-        reachable = [root for root in roots if is_reachable(root)]
         if not reachable:
             stop.wait(wait_s)
             continue
-        missing = len(reachable) < len(roots)
-        until = time.monotonic() + (wait_s if missing else rescan_s)
         changes = watchfiles.watch(
             *reachable,
             watch_filter=None,
@@ -93,31 +91,42 @@ def watch(
             rust_timeout=int(min(wait_s, rescan_s) * 1000),
             ignore_permission_denied=True,
         )
-        yield from _rounds(index, roots, changes, until, options)
+        until = time.monotonic() + rescan_s
+        for report in _rounds(index, roots, reachable, changes, until, options):
+            if not report.is_empty:
+                yield report
 
 
 def _rounds(
     index: Index,
     roots: Sequence[Path],
+    reachable: Sequence[Path],
     changes: Iterator[set[tuple[Any, str]]],
     until: float,
     options: dict[str, Any],
 ) -> Iterator[WatchReport]:
-    """Yield a report of each burst of changes until everything is to be scanned again."""
+    """Yield a report of each burst of changes until everything is to be scanned again: after some
+    time, or when a folder has become reachable or has gone."""
+    is_first = True
     new_folders: set[Path] = set()
     try:
         for burst in changes:
             paths = {Path(path) for _, path in burst}
-            if paths or new_folders:
-                report = apply(index, roots, sorted(paths | new_folders), **options)
-                if not report.is_empty:
-                    yield report
+            if is_first:  # what changed between the scan and the begin of the notifications
+                yield scan(index, roots, **options)
+            elif paths or new_folders:
+                yield apply(index, roots, sorted(paths | new_folders), **options)
             # What came into a new folder before the system reported on it is found a step later.
             new_folders = {path for path in paths if path.is_dir()}
-            if time.monotonic() > until or not all(map(is_reachable, roots)):
+            is_first = False
+            if time.monotonic() > until or _reachable(roots) != reachable:
                 return
     except OSError:  # a folder disappeared: it is waited for
         return
+
+
+def _reachable(roots: Sequence[Path]) -> list[Path]:
+    return [root for root in roots if is_reachable(root)]
 
 
 def is_reachable(root: Path) -> bool:
@@ -131,7 +140,7 @@ def is_reachable(root: Path) -> bool:
 
 def scan(index: Index, roots: Sequence[Path], **options: Any) -> WatchReport:
     """Add everything below the folders, and forget what is gone from those that are reachable."""
-    reachable = [root for root in roots if is_reachable(root)]
+    reachable = _reachable(roots)
     report = WatchReport()
     _add(index, reachable, report, options)
     _remove(index, roots, _gone_below(index, reachable), report)
@@ -154,8 +163,13 @@ def apply(
     missing = [path for path in paths if not os.path.exists(path)]
     if missing and index.store.exists():
         gone = [source for path in missing for source in index.store.sources_of(str(path))]
-        folders = [path for path in missing if not path.suffix]
-        _remove(index, roots, gone or _gone_below(index, folders), report)
+        known = {folder for _, folder in index.store.folders()}
+        folders = [
+            path
+            for path in missing
+            if any(one == str(path) or is_below(one, str(path)) for one in known)
+        ]
+        _remove(index, roots, [*gone, *_gone_below(index, folders)], report)
     return report
 
 
@@ -186,7 +200,7 @@ def _remove(
     index: Index, roots: Sequence[Path], sources: Sequence[str], report: WatchReport
 ) -> None:
     """Forget items, except of folders that became unreachable meanwhile."""
-    sure = [str(root) for root in roots if is_reachable(root)]
+    sure = list(map(str, _reachable(roots)))
     gone = [one for one in dict.fromkeys(sources) if any(is_below(one, root) for root in sure)]
     if gone:
         index.store.remove(gone)

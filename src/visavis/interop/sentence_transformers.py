@@ -38,7 +38,7 @@ class VisavisModule(InputModule):
     def modalities(self) -> list[Any]:
         if not self.model.takes_images:
             return ["text"]
-        if not self.vlm.config.has_decoder:
+        if self.vlm.config.is_dual:
             return ["text", "image"]
         return ["text", "image", ("image", "text"), "message"]
 

@@ -73,7 +73,8 @@ def attend(
     Args:
         layer: which layer of the caches to read and extend.
         causal: a token sees itself and what came before; otherwise its whole sequence.
-        window: with `causal`, how many tokens back a token sees, itself included; 0 = all.
+        window: how many tokens back, and without `causal` ahead too, a token sees, itself included;
+            0 = all.
     """
     if layout.paging is not None:
         assert causal
@@ -112,9 +113,11 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> T
     if q.requires_grad and causal and not q.is_cuda and total == length <= SHORT and not window:
         return _attend_short(q, k, v)
     mask = None
-    plain = not causal or (total == length and (not window or window >= length))
-    if not plain:
+    plain = total == length and (not window or window >= length)
+    if causal and not plain:
         mask = _causal_mask(length, total, window, q.device)
+    elif window and not plain:
+        mask = _window_mask(length, window, q.device)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k[None],
@@ -146,12 +149,16 @@ def _attend_equal(
     """Sequences of one length need no ragged loop: one call with a batch axis."""
     num, length = len(layout.lengths), layout.max_length
     q, k, v = (x.view(num, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
-    windowed = causal and 0 < window < length
+    windowed, mask = 0 < window < length, None
+    if windowed and causal:
+        mask = _causal_mask(length, length, window, q.device)
+    elif windowed:
+        mask = _window_mask(length, window, q.device)
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=_causal_mask(length, length, window, q.device) if windowed else None,
+        attn_mask=mask,
         is_causal=causal and not windowed,
         enable_gqa=q.shape[1] != k.shape[1],
     )
@@ -166,6 +173,12 @@ def _causal_mask(length: int, total: int, window: int, device: torch.device) -> 
     return mask & (columns > rows - window) if window else mask
 
 
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Return which tokens see one another that are less than `window` apart, bool [L, L]."""
+    places = torch.arange(length, device=device)
+    return (places[:, None] - places).abs() < window
+
+
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, causal: bool, window: int
 ) -> Tensor:
@@ -173,7 +186,7 @@ def _attend_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     cu_seqlens = layout.cu_seqlens(query.device)
-    left = window - 1 if causal and window else -1
+    side = window - 1 if window else -1
     out = varlen_attn(
         query,
         key,
@@ -182,7 +195,7 @@ def _attend_varlen(
         cu_seqlens,
         layout.max_length,
         layout.max_length,
-        window_size=(left, 0 if causal else -1),
+        window_size=(side, 0 if causal else side),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, Tensor)

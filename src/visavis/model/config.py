@@ -6,6 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from visavis.model.embedder_config import (
+    ClipTextConfig,
+    GemmaEncoderConfig,
+    GemmaTowerConfig,
+    NaFlexConfig,
+)
 from visavis.model.image_input import ImageGrid
 
 PerLayer = int | tuple[int, ...]  # one number for all layers, or one per layer (OpenELM)
@@ -56,6 +62,11 @@ class DecoderConfig:
     tied_head: bool = True
     sliding_window: int = 0  # tokens a query may look back, itself included; 0 = all
     causal: bool = True  # False: every token sees its whole sequence (PaliGemma's prefix)
+    norm_bias: bool = True  # of layer norms
+    embed_norm: bool = False  # on the embeddings instead of before the first attention (ModernBERT)
+    local_layers: tuple[int, ...] = ()  # numbers from 0 of layers with a window of their own
+    local_window: int = 0  # theirs, as `sliding_window`; without `causal` in both directions
+    local_rope_base: float = 10000.0
 
     def per_layer(self, value: PerLayer, layer: int) -> int:
         """Return the number for one layer of a field that may differ per layer."""
@@ -214,44 +225,21 @@ class MixtureConfig:
         return self.first.num_patches(shape)
 
 
-@dataclass(frozen=True)
-class NaFlexConfig:
-    """SigLIP 2's tower for images of any aspect ratio (NaFlex, Tschannen et al. 2025).
-
-    Args:
-        num_positions: learned positions, a square of them, resized to each image's rows and
-            columns of patches.
-    """
-
-    patch_size: int
-    num_positions: int
-    width: int
-    num_layers: int
-    num_heads: int
-    ffn_width: int
-    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
-    norm_eps: float = 1e-6
-    kind: Literal["naflex"] = "naflex"
-    any_resolution: ClassVar[bool] = True
-    num_prefix_tokens: ClassVar[int] = 0
-    gated_ffn: ClassVar[bool] = False
-    layer_scale: ClassVar[bool] = False
-    norm: ClassVar[Literal["layer", "rms"]] = "layer"
-    qkv_bias: ClassVar[bool] = True
-    qk_norm: ClassVar[bool] = False
-
-    def num_patches(self, shape: ImageGrid) -> int:
-        """Return how many patches the tower reads of an image or video."""
-        return shape.frames * shape.rows * shape.columns
-
-
-TowerConfig = ViTConfig | EfficientNetConfig | Qwen2VLTowerConfig | MixtureConfig | NaFlexConfig
+TowerConfig = (
+    ViTConfig
+    | EfficientNetConfig
+    | Qwen2VLTowerConfig
+    | MixtureConfig
+    | NaFlexConfig
+    | GemmaTowerConfig
+)
 TOWERS: dict[str, type[TowerConfig]] = {
     "vit": ViTConfig,
     "efficientnet_lite": EfficientNetConfig,
     "qwen2_vl": Qwen2VLTowerConfig,
     "mixture": MixtureConfig,
     "naflex": NaFlexConfig,
+    "gemma": GemmaTowerConfig,
 }
 
 
@@ -278,40 +266,12 @@ class BertConfig:
     kind: ClassVar[str] = "BERT"
 
 
-@dataclass(frozen=True)
-class ClipTextConfig:
-    """The text tower of CLIP (Radford et al. 2021) or SigLIP (Zhai et al. 2023).
-
-    Args:
-        context_length: learned positions, the most tokens of a text, special ones included.
-        causal: a token sees those before it (CLIP) instead of the whole text (SigLIP).
-        pooling: the token that stands for the text: the first `eos_id`, the first of the highest
-            id (what CLIP's code takes where its config says 2), or the last.
-        padded: the side on which texts are filled up to `context_length` with padding tokens,
-            which the model was trained to read (SigLIP); empty: they are not.
-    """
-
-    vocab_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    ffn_width: int
-    context_length: int
-    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu", "relu"]
-    norm_eps: float
-    causal: bool
-    pooling: Literal["eos", "highest", "last"]
-    eos_id: int = -1
-    padded: Literal["", "right", "left"] = ""
-    kind: Literal["CLIP"] = "CLIP"
-    gated_ffn: ClassVar[bool] = False
-    layer_scale: ClassVar[bool] = False
-    norm: ClassVar[Literal["layer", "rms"]] = "layer"
-    qkv_bias: ClassVar[bool] = True
-    qk_norm: ClassVar[bool] = False
-
-
-TextTowerConfig = BertConfig | ClipTextConfig
+TextTowerConfig = BertConfig | ClipTextConfig | GemmaEncoderConfig
+TEXT_TOWERS: dict[str, type[TextTowerConfig]] = {
+    "BERT": BertConfig,
+    "CLIP": ClipTextConfig,
+    "Gemma": GemmaEncoderConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -322,8 +282,9 @@ class ConnectorConfig:
     folds shuffle x shuffle neighbouring patches into channels (pixel shuffle), cutting the number
     of image tokens by its square; in `merger` (Qwen2-VL) they stand next to one another already.
     `mixture` has an MLP for each half of a mixture tower; `resampler` and `qformer` have `depth`
-    blocks. `words` is `linear`, preceded by `num_queries` tokens that spell the words of a list
-    whose vectors are nearest to the image's, those within `word_margin` of the nearest.
+    blocks; `pooled` averages squares of patches. `words` is `linear`, preceded by `num_queries`
+    tokens that spell the words of a list whose vectors are nearest to the image's, those within
+    `word_margin` of the nearest.
     """
 
     kind: str
@@ -397,12 +358,13 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """A whole model. `select_layer` counts hidden states of the tower from the end (-1 = last).
+    """A whole model. `select_layer` counts hidden states of the tower from the end (-1 = last); of
+    several the features stand side by side in the channels.
 
     `video_token_id` is the placeholder of videos where it differs from that of images.
     `drop_first_token` leaves out a patch, the upper left one, of towers without class token: what
     TinyLLaVA's models of SigLIP were trained with (docs/quirks.md), and no new model should.
-    A dual encoder without decoder has `no_decoder` as its decoder.
+    A model that only embeds has `no_decoder` as its decoder.
     `multi_vector_dim` is the length of the vectors that a linear layer makes of each token's last
     hidden state (ColBERT, Khattab & Zaharia 2020; ColPali, Faysse et al. 2024); 0: no such layer.
     """
@@ -412,13 +374,18 @@ class VLMConfig:
     connector: ConnectorConfig | None = None
     head: HeadConfig | None = None
     image_token_id: int = -1
-    select_layer: int = -1
+    select_layer: int | tuple[int, ...] = -1
     select_feature: Literal["patch", "class_patch"] = "patch"
     merge: ImageLayoutConfig = ImageLayoutConfig()
     video_token_id: int = -1
     drop_first_token: bool = False
     text_tower: TextTowerConfig | None = None
     multi_vector_dim: int = 0
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether texts and images pass towers of their own, and no item holds both."""
+        return isinstance(self.text_tower, ClipTextConfig)
 
     @property
     def has_decoder(self) -> bool:
@@ -461,15 +428,18 @@ def vlm_config_from_dict(data: dict[str, Any]) -> VLMConfig:
         fields["head"] = HeadConfig(**{**head, "layers": tuple(head["layers"])})
     if fields.get("text_tower") is not None:
         text = fields["text_tower"]
-        fields["text_tower"] = (BertConfig if "kind" not in text else ClipTextConfig)(**text)
+        text = {key: tuple(one) if isinstance(one, list) else one for key, one in text.items()}
+        fields["text_tower"] = TEXT_TOWERS[text.get("kind", "BERT")](**text)
+    if isinstance(fields.get("select_layer"), list):
+        fields["select_layer"] = tuple(fields["select_layer"])
     if "merge" in fields:
         fields["merge"] = ImageLayoutConfig(**fields["merge"])
     return VLMConfig(**fields)
 
 
-def no_decoder(text: ClipTextConfig) -> DecoderConfig:
-    """Return the decoder of no layers of a dual encoder: only the vocabulary and context of its
-    text tower."""
+def no_decoder(text: ClipTextConfig | GemmaEncoderConfig) -> DecoderConfig:
+    """Return the decoder of no layers of a model that only embeds: the vocabulary and context of
+    its text tower."""
     return DecoderConfig(
         vocab_size=text.vocab_size,
         width=text.width,

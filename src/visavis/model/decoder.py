@@ -7,7 +7,7 @@ stream is float32 for any data type of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -45,10 +45,12 @@ class Norm(nn.Module):
         super().__init__()
         self.shape, self.eps, self.offset = (width,), config.norm_eps, config.norm_offset
         self.weight = nn.Parameter(torch.full((width,), 1.0 - config.norm_offset))
-        self.bias = nn.Parameter(torch.zeros(width)) if config.norm == "layer" else None
+        self.is_layer = config.norm == "layer"
+        biased = self.is_layer and config.norm_bias
+        self.bias = nn.Parameter(torch.zeros(width)) if biased else None
 
     def forward(self, x: Tensor) -> Tensor:  # [..., width] -> the same, float32
-        if self.bias is not None:
+        if self.is_layer:
             norm = partial(
                 F.layer_norm,
                 normalized_shape=self.shape,
@@ -82,7 +84,11 @@ class Block(nn.Module):
         head_dim, width = config.head_dim, config.width
         ffn_width = config.per_layer(config.ffn_width, layer)
         qkv_width = (self.num_heads + 2 * self.num_kv_heads) * head_dim
-        self.attn_norm = Norm(width, config)
+        self.window = config.sliding_window
+        if layer in config.local_layers:
+            self.window = config.local_window
+        is_normed = config.embed_norm and not layer
+        self.attn_norm = None if is_normed else Norm(width, config)
         self.qkv = Linear(width, qkv_width, bias=config.qkv_bias)
         self.out = Linear(self.num_heads * head_dim, width, bias=config.out_bias)
         self.ffn_norm = None if config.parallel_block else Norm(width, config)
@@ -94,7 +100,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: SequenceLayout) -> Tensor:
         dtype = rotary[0].dtype
-        normed = self.attn_norm(x).to(dtype)  # [T, D]
+        normed = (x if self.attn_norm is None else self.attn_norm(x)).to(dtype)  # [T, D]
         if self.ffn_norm is None:
             return x + self.attention(normed, rotary, layout) + self.feed_forward(normed)
         x = x + self.attention(normed, rotary, layout)
@@ -118,7 +124,7 @@ class Block(nn.Module):
             layout,
             layer=self.layer,
             causal=self.config.causal,
-            window=self.config.sliding_window,
+            window=self.window,
         )
         return apply_linear(self.out, mixed.reshape(x.shape[0], -1))  # [T, D]
 
@@ -188,8 +194,13 @@ class Decoder(nn.Module):
         self.recompute = False  # in training: activations of blocks again on the way back
         self.compiled: CompiledDecoder | None = None
         self.rope = Rope(config)
+        local = config.local_layers
+        self.local_rope = (
+            Rope(replace(config, rope_base=config.local_rope_base)) if local else self.rope
+        )
         self.embed: Embedding | QuantizedEmbedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.embed_norm = Norm(config.width, config) if config.embed_norm else None
         self.norm = Norm(config.width, config)
         self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
         if config.tied_head:
@@ -228,8 +239,12 @@ class Decoder(nn.Module):
         last = self.config.num_layers
         wanted = {layer: layer % (last + 1) for layer in layers}
         found = {0: x}
-        rotary = self.rope(positions, self.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        plain = self.rope(positions, self.dtype)
+        local = self.local_rope(positions, self.dtype) if self.config.local_layers else plain
         for number, block in enumerate(self.blocks[: max(wanted.values())], start=1):
+            rotary = local if number - 1 in self.config.local_layers else plain
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, layout, use_reentrant=False)
             else:

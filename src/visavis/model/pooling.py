@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visavis.errors import InputError
 from visavis.model.batch import PackedBatch
+from visavis.model.embedder_config import GemmaEncoderConfig
 from visavis.model.embedding_head import mean_per_group
 from visavis.model.vlm import VLM
 
@@ -54,6 +55,8 @@ def unusable_rows(vectors: np.ndarray) -> np.ndarray:
 
 def embedding_dim(vlm: VLM, pooling: str) -> int:
     """Return the length of a model's vectors before any cut."""
+    if isinstance(vlm.config.text_tower, GemmaEncoderConfig):
+        return vlm.config.text_tower.dim
     if pooling == "head":
         assert vlm.config.head is not None
         return vlm.config.head.dim

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.model.attention import SequenceLayout, attend
-from visavis.model.config import BertConfig, ClipTextConfig, TextTowerConfig
+from visavis.model.config import BertConfig, TextTowerConfig
+from visavis.model.embedder_config import ClipTextConfig, GemmaEncoderConfig
 from visavis.model.embedding_head import mean_per_group
+from visavis.model.gemma_encoder import GemmaEncoder
 from visavis.model.layers import Embedding, Linear
 from visavis.model.vision.vit import ViTBlock
 
@@ -116,6 +118,8 @@ class ClipTextEncoder(nn.Module):
         return marked.argmax()  # the first of several
 
 
-def build_text_tower(config: TextTowerConfig) -> BertEncoder | ClipTextEncoder:
+def build_text_tower(config: TextTowerConfig) -> BertEncoder | ClipTextEncoder | GemmaEncoder:
     """Return the (randomly initialised) text tower that a config describes."""
+    if isinstance(config, GemmaEncoderConfig):
+        return GemmaEncoder(config)
     return BertEncoder(config) if isinstance(config, BertConfig) else ClipTextEncoder(config)

@@ -22,6 +22,7 @@ from visavis.model.connectors.mlp import MLP
 from visavis.model.connectors.words import Words
 from visavis.model.decoder import Decoder, DeepStack
 from visavis.model.embedding_head import DualHead, EmbeddingHead, mean_per_group
+from visavis.model.gemma_encoder import GemmaEncoder
 from visavis.model.image_input import ImageGrid, ImageInput
 from visavis.model.image_tokens import (
     Separators,
@@ -32,7 +33,7 @@ from visavis.model.image_tokens import (
 )
 from visavis.model.layers import Linear
 from visavis.model.paged_kv_cache import Cache
-from visavis.model.text_tower import build_text_tower
+from visavis.model.text_tower import BertEncoder, ClipTextEncoder, build_text_tower
 from visavis.model.vision import build_tower
 
 TOWER_BATCH = 4  # views per forward of the vision tower on the CPU
@@ -74,7 +75,7 @@ class VLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the decoder's matmuls compute in; of a dual encoder, its text tower's."""
+        """The number type of the decoder's matrix products; of a dual encoder, its text tower's."""
         if self.config.has_decoder:
             return self.decoder.dtype
         assert self.text_tower is not None
@@ -197,6 +198,8 @@ class VLM(nn.Module):
         """Return unit vectors, float32 [B, dim], through the embedding head."""
         if self.dual_head is not None:
             return self._embed_dual(batch, self.dual_head)
+        if isinstance(self.text_tower, GemmaEncoder):
+            return self._embed_gemma(batch, self.text_tower)
         assert self.head is not None and self.config.head is not None
         batch, num = self.resolve_images(batch), len(batch.lengths)
         is_image, owners = batch.is_image, batch.owners
@@ -215,7 +218,7 @@ class VLM(nn.Module):
         if has_text.any():  # pictures alone do not pass the decoder
             kept = batch.select(has_text)
             chosen = ~kept.is_image
-            if self.text_tower is not None:
+            if isinstance(self.text_tower, BertEncoder):
                 counts = torch.bincount(kept.owners[chosen]).tolist()
                 means = self.text_tower(kept.token_ids[chosen], counts)
             else:
@@ -227,7 +230,7 @@ class VLM(nn.Module):
 
     def _embed_dual(self, batch: PackedBatch, head: DualHead) -> Tensor:
         """Return unit vectors of texts and of images; no sequence has both."""
-        assert self.text_tower is not None
+        assert isinstance(self.text_tower, ClipTextEncoder)
         batch, num = self.resolve_images(batch), len(batch.lengths)
         is_text = torch.ones(num, dtype=torch.bool, device=batch.token_ids.device)
         found = torch.zeros(num, head.config.dim, device=batch.token_ids.device)
@@ -239,6 +242,17 @@ class VLM(nn.Module):
             texts = batch.select(is_text)
             states = self.text_tower(texts.token_ids, texts.lengths)
             found = found.index_copy(0, is_text.nonzero()[:, 0], head.texts(states))
+        return F.normalize(found, dim=-1)
+
+    def _embed_gemma(self, batch: PackedBatch, encoder: GemmaEncoder) -> Tensor:
+        """Return unit vectors of texts with image tokens among them: the mean of all tokens."""
+        batch = self.resolve_images(batch)
+        x = encoder.embed_tokens(batch.token_ids.masked_fill(batch.is_image, 0))
+        if batch.image_positions is not None:
+            assert batch.image_tokens is not None
+            x = merge_image_features(x, batch.image_tokens, batch.image_positions)
+        hidden = encoder(x, batch.lengths).float()
+        found, _ = mean_per_group(hidden, batch.owners, len(batch.lengths))
         return F.normalize(found, dim=-1)
 
     def head_states(self, batch: PackedBatch) -> Tensor:

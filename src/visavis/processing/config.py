@@ -7,6 +7,7 @@
       split: SplitConfig     Idefics3, SmolVLM: tiles and a view of the whole (idefics3.py)
       patches: Qwen2VLConfig Qwen2-VL: patches at any resolution (qwen2_vl.py)
       naflex: NaFlexSizes    SigLIP 2: patches of any aspect ratio (naflex.py)
+      gemma: GemmaSizes      EmbeddingGemma 2: squares of patches of any aspect ratio (gemma.py)
       video: VideoConfig     which frames of a video are taken (video.py)
 
 They describe sizes and switches and check them; they open and resize nothing.
@@ -22,7 +23,9 @@ from typing import Any, Literal, TypeAlias, get_args
 from visavis.errors import InputError
 from visavis.utils import suggest
 
-Resize: TypeAlias = Literal["squash", "crop", "pad", "patches", "hd", "split", "ratio", "naflex"]
+Resize: TypeAlias = Literal[
+    "squash", "crop", "pad", "patches", "hd", "split", "ratio", "naflex", "gemma"
+]
 Resample: TypeAlias = Literal["bicubic", "bilinear", "lanczos"]
 Sampling: TypeAlias = Literal["even", "smolvlm", "internvl", "qwen3-vl"]
 SAMPLINGS: tuple[str, ...] = get_args(Sampling)
@@ -186,6 +189,29 @@ class NaFlexSizes:
 
 
 @dataclass(frozen=True)
+class GemmaSizes:
+    """Side in patches of what becomes one token, and how many tokens an image becomes at most."""
+
+    merge: int = 3
+    max_tokens: int = 280
+
+    def __post_init__(self) -> None:
+        for name, most in (("merge", 64), ("max_tokens", MAX_PATCHES)):
+            number = getattr(self, name)
+            if type(number) is not int or not 1 <= number <= most:
+                raise InputError(f"gemma config: {name} is {number!r}, expected 1 to {most}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GemmaSizes:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"gemma config: unknown key {key!r}; {suggest(key, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class Qwen2VLConfig:
     """How images become patches.
 
@@ -311,7 +337,7 @@ class VideoConfig:
 class ImageProcessorConfig:
     """How a vision tower wants its images; saved with the weights."""
 
-    size: int  # pixels, side of the square the tower sees; patches, naflex: of what makes a token
+    size: int  # pixels, side of the square the tower sees; of any resolution: of one token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
     # size, see qwen2_vl.py | hd: tiles, see phi3v.py | split: tiles, see idefics3.py | ratio:
     # tiles, see internvl.py | naflex: patches, see naflex.py
@@ -325,6 +351,7 @@ class ImageProcessorConfig:
     naflex: NaFlexSizes | None = None
     split: SplitConfig | None = None
     ratio: RatioConfig | None = None
+    gemma: GemmaSizes | None = None  # any aspect ratio, see gemma.py
     tiles: AnyresConfig | None = None  # squash only: tiles beside the whole, see anyres.py
     video: VideoConfig | None = None  # which frames of a video are taken; None: VideoConfig()
 
@@ -357,6 +384,8 @@ class ImageProcessorConfig:
             problems.append(f"resize={self.resize!r}, but split is {self.split}")
         if (self.resize == "ratio") != (self.ratio is not None):
             problems.append(f"resize={self.resize!r}, but ratio is {self.ratio}")
+        if (self.resize == "gemma") != (self.gemma is not None):
+            problems.append(f"resize={self.resize!r}, but gemma is {self.gemma}")
         if self.tiles is not None and self.resize != "squash":
             problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
         elif (
@@ -399,6 +428,8 @@ class ImageProcessorConfig:
             tuples["split"] = SplitConfig.from_dict(values["split"])
         if values.get("ratio") is not None:
             tuples["ratio"] = RatioConfig.from_dict(values["ratio"])
+        if values.get("gemma") is not None:
+            tuples["gemma"] = GemmaSizes.from_dict(values["gemma"])
         if values.get("tiles") is not None:
             tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
         if values.get("video") is not None:

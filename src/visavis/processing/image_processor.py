@@ -14,6 +14,7 @@ from visavis.inputs import Content, Image, Video
 from visavis.model.image_input import ImageGrid
 from visavis.processing.anyres import AnyresProcessor
 from visavis.processing.config import ImageProcessorConfig
+from visavis.processing.gemma import GemmaProcessor
 from visavis.processing.idefics3 import Idefics3Processor
 from visavis.processing.images import decode_image, image_size
 from visavis.processing.internvl import InternVLProcessor
@@ -59,6 +60,7 @@ def image_processor(config: ImageProcessorConfig) -> ImageProcessor:
         "split": Idefics3Processor,
         "ratio": InternVLProcessor,
         "naflex": NaFlexProcessor,
+        "gemma": GemmaProcessor,
     }
     return rules.get(config.resize, ImageProcessor)(config)
 

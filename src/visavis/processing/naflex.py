@@ -1,4 +1,4 @@
-"""Images of any aspect ratio as at most so many patches (SigLIP 2's NaFlex).
+"""Images of any aspect ratio as patches of a bounded number (SigLIP 2's NaFlex).
 
     any size ── scale ──► sides rounded up to multiples of the patch ──► patches [P, p * p * 3]
 

@@ -20,8 +20,8 @@ def need_decoder(config: VLMConfig, name: str) -> None:
     """
     if not config.has_decoder:
         raise InputError(
-            f"{name} is a dual encoder: it embeds texts and images and has no language model that "
-            "could answer. Use embed, or a model that chats, such as 'nano'."
+            f"{name} only embeds texts and images; it has no language model that could answer. Use "
+            "embed, or a model that chats, such as 'nano'."
         )
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from visavis.errors import ContextLengthError, InputError
 from visavis.inputs import Message, Part, Prompt, Text, Video
-from visavis.model.config import ClipTextConfig, Qwen2VLTowerConfig, VLMConfig
+from visavis.model.config import Qwen2VLTowerConfig, VLMConfig
+from visavis.model.embedder_config import ClipTextConfig
 from visavis.model.image_tokens import count_tokens
 from visavis.model.rope import mrope_positions
 from visavis.processing.chat_formats import CHAT_FORMATS
@@ -176,7 +177,7 @@ class PromptEncoder:
         tokenizer, specials = self.tokenizer, self.specials
         if self.text_tokenizer is not None:
             tokenizer, specials = self.text_tokenizer, plain_specials(self.text_tokenizer)
-        elif not self.config.has_decoder and images:  # no text, and none of its special tokens
+        elif self.config.is_dual and images:  # no text, and none of its special tokens
             specials = plain_specials(tokenizer)
         encoded = encode_plain(
             prompt,
@@ -222,7 +223,7 @@ class PromptEncoder:
                 "perhaps only marks that its tokenizer drops. Give some text or an image."
             )
         most = self.context_length - self.config.has_decoder  # room for an answer
-        if not self.config.has_decoder and encoded.image_slots:
+        if self.config.is_dual and encoded.image_slots:
             return encoded  # images alone, which no text tower reads
         if length > most:
             raise ContextLengthError(

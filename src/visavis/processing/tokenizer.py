@@ -255,6 +255,7 @@ def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
     ends = [eos, *(generation if isinstance(generation, list) else [generation])]
     ends += [by_text[text] for text in sorted(END_TEXTS & by_text.keys())]
     pad, bos = number("pad_token"), number("bos_token")
+    bos = number("cls_token") if bos is None else bos  # BERT's name
     before, appended = _around(tokenizer)
     if before and before != [bos]:
         names = [tokenizer.id_to_token(one) for one in before]

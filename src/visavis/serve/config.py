@@ -70,7 +70,8 @@ class ServerConfig(_Settings):
         load: options of `visavis.load` for all models, such as precision.
         instructions: what inputs of each side are embedded with where a request gives no
             instruction of its own: `query` and `document`.
-        indexes: by name, index files to search; searched with the first model.
+        indexes: by name, index files or addresses of PostgreSQL databases; searched with the first
+            model.
         host: address to listen on; another one than loopback needs `api_keys`.
         api_keys: `sha256:` and the hex digest of each accepted key; empty: none is asked for.
         allow_hosts: names of this server that the Host header may have, besides its address.
@@ -86,7 +87,7 @@ class ServerConfig(_Settings):
     models: dict[str, str] = Field(min_length=1)
     load: dict[str, Any] = {}
     instructions: dict[Side, str] = {}
-    indexes: dict[str, Path] = {}
+    indexes: dict[str, str | Path] = {}
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8484
     api_keys: tuple[str, ...] = ()

@@ -31,8 +31,8 @@ from visavis.serve.metrics import Metrics
 SECURITY_HEADERS = (
     (
         b"content-security-policy",
-        b"default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; "
-        b"base-uri 'none'; form-action 'self'; object-src 'none'",
+        b"default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+        b"frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'",
     ),
     (b"x-frame-options", b"DENY"),
     (b"x-content-type-options", b"nosniff"),

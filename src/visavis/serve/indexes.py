@@ -61,7 +61,7 @@ class _Preview:
 class Indexes:
     """Indexes by name, opened on first use; methods block, so they run beside the event loop."""
 
-    def __init__(self, paths: Mapping[str, Path]) -> None:
+    def __init__(self, paths: Mapping[str, str | Path]) -> None:
         self.paths = paths
         self._image = lru_cache(maxsize=KEPT_IMAGES)(_Preview.encode)
         self._opened: dict[str, Index] = {}

@@ -117,6 +117,11 @@ def start(recipe: Recipe, data: Path, out: Path, report: Report) -> TrainingRun:
     precision = "f32" if trains_whole(recipe) else recipe.precision
     device = str(accelerator.device)
     loaded = open_model(recipe.model, precision=precision, device=device, seed=recipe.seed)
+    if not loaded.vlm.config.has_decoder:
+        raise TrainError(
+            f"{loaded.name} only embeds and has no language model; recipes train models with one. "
+            "Train it with sentence-transformers, and load the result here."
+        )
     if recipe.model.quantize:
         from visavis.train.lora import quantize_decoder
 

@@ -133,7 +133,12 @@ def prompt_encoder(outline: Outline, chat_format: str) -> PromptEncoder | None:
 def _whole(name: str, where: str, found: Findings) -> Outline | None:
     """Return a whole model."""
     try:
-        return _described(find_settings(name), found)
+        outline = _described(find_settings(name), found)
+        if not outline.config.has_decoder:
+            raise CheckpointError(
+                f"{name} only embeds and has no language model; recipes train models with one."
+            )
+        return outline
     except VisavisError as error:
         found.refused(where, error)
         return None

@@ -124,7 +124,7 @@ def test_the_video_settings_of_their_own_file(folder: Path, tmp_path: Path) -> N
     own = {"size": {"longest_edge": 84}, "num_frames": 3, "max_image_size": {"longest_edge": 42}}
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own))
     found = load(tmp_path).processor
-    assert found.split.video_edge == 84 and found.video.frames == 3 and found.video.fps == 1
+    assert found.split.video_edge == 84 and found.video.frames == 3 and found.video.fps == 2
 
 
 def test_adapters_are_trained(folder: Path, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def check_exportable(loaded: Checkpoint) -> None:
         found.append(f"a connector of kind {connector.kind!r} and depth {connector.depth}")
     if connector.shuffle > 1:
         found.append("pixel shuffle (llama.cpp ties it to the prompts of Idefics3 and LFM2)")
+    if not isinstance(config.select_layer, int):
+        found.append("features of several layers")
     if connector.input_norm:
         found.append("a norm before the connector")
     if merge.kind == "hd" or merge.max_tiles:
@@ -69,6 +71,7 @@ def check_exportable(loaded: Checkpoint) -> None:
 def num_blocks(config: VLMConfig, tower: ViTConfig) -> int:
     """Return how many of a tower's blocks run."""
     layer = config.select_layer
+    assert isinstance(layer, int)
     return layer if layer >= 0 else tower.num_layers + 1 + layer
 
 

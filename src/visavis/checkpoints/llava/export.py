@@ -57,6 +57,8 @@ def write_llava(loaded: Checkpoint, folder: Path, *, progress: bool = False) -> 
     processor = loaded.processor
     if config.head is not None:
         raise inexpressible("the embedding head", "LLaVA has none", OTHERS)
+    if not isinstance(config.select_layer, int):
+        raise inexpressible("features of several layers", "LLaVA selects one", OTHERS)
     if processor is None or not isinstance(config.tower, ViTConfig):
         kind = config.tower.kind if config.tower else "none"
         raise inexpressible(f"the vision tower ({kind})", "LLaVA has CLIP or SigLIP", OTHERS)

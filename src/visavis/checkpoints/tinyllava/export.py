@@ -94,6 +94,8 @@ def config_json(config: VLMConfig) -> tuple[dict[str, Any], Json, list[dict[str,
     tower, connector = config.tower, config.connector
     if config.head is not None:
         raise inexpressible("the embedding head", "TinyLLaVA's models have none")
+    if not isinstance(config.select_layer, int):
+        raise inexpressible("features of several layers", "TinyLLaVA selects one")
     if connector is None or not isinstance(tower, ViTConfig | MixtureConfig):
         kind = "none" if tower is None else tower.kind
         raise inexpressible(f"the vision tower ({kind})", "TinyLLaVA has CLIP, SigLIP and DINOv2")

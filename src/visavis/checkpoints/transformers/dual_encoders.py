@@ -1,7 +1,7 @@
 """Configs and tensor names of CLIP, SigLIP, SigLIP 2 and MetaCLIP 2: two towers and no decoder.
 
     vision_model.*   text_model.*   visual_projection, text_projection (CLIP)
-    logit_scale, logit_bias
+    logit_scale, logit_bias (SigLIP)
 
 SigLIP 2 of one resolution has SigLIP's classes; `siglip2` is the one for any aspect ratio (NaFlex).
 """
@@ -23,14 +23,8 @@ from visavis.checkpoints.transformers.config_reader import (
 from visavis.checkpoints.transformers.vision_models import CLIP, SIGLIP, vit_config
 from visavis.checkpoints.transformers.weights import clip_block_rows, clip_rows
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
-from visavis.model.config import (
-    ClipTextConfig,
-    HeadConfig,
-    NaFlexConfig,
-    ViTConfig,
-    VLMConfig,
-    no_decoder,
-)
+from visavis.model.config import HeadConfig, ViTConfig, VLMConfig, no_decoder
+from visavis.model.embedder_config import ClipTextConfig, NaFlexConfig
 
 CLIP_TEXT: dict[str, Any] = {
     "vocab_size": 49408,
@@ -133,7 +127,7 @@ def _text_tower(config: Json, kind: str, padded: Any) -> ClipTextConfig:
     )
 
 
-def _naflex(vision: Json) -> NaFlexConfig:
+def _naflex(vision: dict[str, Any]) -> NaFlexConfig:
     config = NAFLEX | vision
     require("num_channels", (n := config.get("num_channels", 3)), n == 3, "3")
     width, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
@@ -180,6 +174,8 @@ def dual_table(config: VLMConfig) -> NameTable:
         ]
     ignored = tuple(f"{part}.embeddings.position_ids" for part in ("vision_model", text))
     # modules of the library until 5.x had one model more inside
-    aliases = (("text_model.text_model.**", "text_model.**"),)
-    aliases += (("vision_model.vision_model.**", "vision_model.**"),)
+    aliases = (
+        ("text_model.text_model.**", "text_model.**"),
+        ("vision_model.vision_model.**", "vision_model.**"),
+    )
     return NameTable(tuple(rows), aliases, ignored)

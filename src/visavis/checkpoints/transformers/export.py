@@ -30,6 +30,8 @@ from visavis.checkpoints.transformers.export_config import (
     inexpressible,
 )
 from visavis.checkpoints.transformers.export_dual import write_dual_encoder
+from visavis.checkpoints.transformers.export_gemma import write_gemma
+from visavis.checkpoints.transformers.export_multi_vector import write_multi_vector
 from visavis.checkpoints.transformers.export_processor import pinpoints, processor_json
 from visavis.checkpoints.transformers.export_qwen_vl import qwen_vl_json, qwen_vl_processors
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
@@ -183,8 +185,12 @@ def write_transformers(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
     Raises:
         CheckpointError: a part that no stock class has; it is named.
     """
-    if not loaded.vlm.config.has_decoder:
+    if loaded.vlm.config.is_dual:
         return write_dual_encoder(loaded, folder, progress=progress)
+    if loaded.vlm.config.multi_vector_dim:
+        return write_multi_vector(loaded, folder, progress=progress)
+    if not loaded.vlm.config.has_decoder:
+        return write_gemma(loaded, folder, progress=progress)
     state, config = library_norms(whole_state(loaded.vlm), loaded.vlm.config)
     tokenizer = loaded.tokenizer
     if config.tower is not None and not has_placeholder(loaded):

@@ -71,7 +71,9 @@ def config_json(config: VLMConfig) -> dict[str, Any]:
         "vision_config": vision,
         "image_token_index": config.image_token_id,
         "projector_hidden_act": "gelu",
-        "vision_feature_layer": config.select_layer,
+        "vision_feature_layer": (
+            config.select_layer if isinstance(config.select_layer, int) else [*config.select_layer]
+        ),
         "vision_feature_select_strategy": _strategy(config),
         "tie_word_embeddings": config.decoder.tied_head,
     }
@@ -91,7 +93,8 @@ def strange_parts(config: VLMConfig) -> list[str]:
         found.append("the text tower")
     if config.tower is None:
         return found
-    plain = ConnectorConfig("mlp", config.tower.width, config.decoder.width, depth=2)
+    layers = 1 if isinstance(config.select_layer, int) else len(config.select_layer)
+    plain = ConnectorConfig("mlp", layers * config.tower.width, config.decoder.width, depth=2)
     if not isinstance(config.tower, ViTConfig):
         found.append(f"the vision tower ({config.tower.kind})")
     if config.connector != plain:

@@ -23,7 +23,8 @@ from visavis.checkpoints.transformers.export_config import ACTIVATIONS, inexpres
 from visavis.checkpoints.transformers.export_processor import processor_json
 from visavis.checkpoints.transformers.weights import write_as
 from visavis.errors import CheckpointError
-from visavis.model.config import ClipTextConfig, NaFlexConfig, ViTConfig, VLMConfig
+from visavis.model.config import ViTConfig, VLMConfig
+from visavis.model.embedder_config import ClipTextConfig, NaFlexConfig
 
 ARCHITECTURES = {
     "clip": "CLIPModel",

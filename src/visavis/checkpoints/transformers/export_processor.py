@@ -13,7 +13,7 @@ from typing import Any
 from visavis.checkpoints.transformers.export_config import inexpressible
 from visavis.checkpoints.transformers.idefics3 import split_json
 from visavis.checkpoints.transformers.internvl import ratio_json
-from visavis.checkpoints.transformers.processor import FILTERS, NAFLEX, processor_config
+from visavis.checkpoints.transformers.processor import FILTERS, GEMMA, NAFLEX, processor_config
 from visavis.errors import CheckpointError
 from visavis.processing.config import AnyresConfig, ImageProcessorConfig
 
@@ -39,6 +39,15 @@ def processor_json(config: ImageProcessorConfig) -> dict[str, Any]:
         "do_normalize": True,
         "do_convert_rgb": True,
     }
+    if config.gemma is not None:
+        whole = {"do_normalize": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        return found | {
+            "image_processor_type": GEMMA,
+            "patch_size": config.size // config.gemma.merge,
+            "pooling_kernel_size": config.gemma.merge,
+            "max_soft_tokens": config.gemma.max_tokens,
+            **whole,
+        }
     if config.naflex is not None:
         patches = {"patch_size": config.size, "max_num_patches": config.naflex.max_patches}
         return found | {"image_processor_type": NAFLEX, **patches}

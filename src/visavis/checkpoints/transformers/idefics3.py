@@ -130,7 +130,8 @@ def idefics3_processor(
     cut = config["do_image_splitting"]
     require("do_image_splitting", cut, isinstance(cut, bool), "true or false")
     fields = common_fields(config)
-    frames, frame_edge = _video(video or config, tile, fields) if takes_videos else (None, 0)
+    filmed = config | without_nulls(video or {})
+    frames, frame_edge = _video(filmed, tile, fields) if takes_videos else (None, 0)
     split = SplitConfig(edge, cut, frame_edge)
     return ImageProcessorConfig(tile, "split", **fields, split=split, video=frames)
 
@@ -138,9 +139,9 @@ def idefics3_processor(
 def _video(config: Json, tile: int, fields: Json) -> tuple[VideoConfig, int]:
     """Return which frames of a video are taken, and the pixels of their longer side.
 
-    Like the library, settings of images are those of videos where a folder has no others.
+    Args:
+        config: settings of videos, and those of images where a folder has no others.
     """
-    config = PROCESSOR | without_nulls(config)
     older = section(config, "video_sampling")
     frames = {"num_frames": older.get("max_frames"), "fps": older.get("fps")}
     frames |= {name: config[name] for name in frames if name in config}

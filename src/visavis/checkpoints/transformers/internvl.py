@@ -211,7 +211,7 @@ def internvl_processor(image: Json, video: Json | None) -> ImageProcessorConfig:
     fields, tile = common_fields(config), _square(config)
     least, most = count(config, "min_patches"), count(config, "max_patches")
     require("max_patches", most, least <= most <= MAX_TILES, f"{least} to {MAX_TILES}")
-    filmed = PROCESSOR | without_nulls(config if video is None else video)
+    filmed = config | without_nulls(video or {})
     frames = count({"num_frames": FRAMES} | filmed, "num_frames")
     side, own = _square(filmed), common_fields(filmed)
     require("size of videos", side, side == tile, f"{tile}, as of images")
@@ -232,9 +232,13 @@ def _square(config: Json) -> int:
     return count(size, "height")
 
 
-def refuse_original() -> CheckpointError:
-    """Return the error for a folder in the original layout."""
-    return CheckpointError(
+def refuse_original(config: Json) -> VLMConfig:
+    """Refuse a folder in the original layout.
+
+    Raises:
+        CheckpointError: always; the message names the repository to take.
+    """
+    raise CheckpointError(
         f"config.json has model_type {ORIGINAL!r}, the layout of InternVL's original repositories, "
         f"which runs their own code; expected {KIND!r}: take the repository whose name ends in -HF "
         "(InternVL3_5-1B-HF for InternVL3_5-1B), which has the same weights"

@@ -436,6 +436,18 @@ class DecoderNames:
 
 
 DECODER_NAMES = {  # by model type; all others are called as Llama's are
+    "modernbert": DecoderNames(
+        body="text_model",
+        embed="embeddings.tok_embeddings",
+        norm="final_norm",
+        attention="attn",
+        attn_norm="attn_norm",
+        qkv=("Wqkv",),
+        out="Wo",
+        ffn_norm="mlp_norm",
+        up=("Wi",),
+        down="Wo",
+    ),
     "phi": DecoderNames(out="dense", up=("fc1",), down="fc2", norm="final_layernorm"),
     "phi3": DecoderNames(qkv=("qkv_proj",), up=("gate_up_proj",)),
     "openelm": DecoderNames(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from visavis.checkpoints.adapters import merged
 from visavis.checkpoints.checkpoint import Checkpoint, Written
@@ -25,7 +25,13 @@ from visavis.checkpoints.checkpoint_format import (
     outermost,
     refuse_quantised,
 )
-from visavis.checkpoints.tensor_files import MAX_JSON_BYTES, read_json, read_tensors, weight_files
+from visavis.checkpoints.tensor_files import (
+    MAX_JSON_BYTES,
+    TensorFiles,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 from visavis.checkpoints.transformers.config_reader import Json, require, section
 from visavis.checkpoints.transformers.export import write_transformers
 from visavis.checkpoints.transformers.idefics3 import CLASSES as SPLITTERS
@@ -38,13 +44,20 @@ from visavis.checkpoints.transformers.language_models import KINDS
 from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
 from visavis.checkpoints.transformers.multi_vector import KINDS as MULTI_VECTOR
 from visavis.checkpoints.transformers.multi_vector import multi_vector_prompts
-from visavis.checkpoints.transformers.processor import grids, naflex_processor, processor_config
+from visavis.checkpoints.transformers.pooling import read_pooling
+from visavis.checkpoints.transformers.processor import (
+    gemma_processor,
+    grids,
+    naflex_processor,
+    processor_config,
+)
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_processor
 from visavis.checkpoints.transformers.vision_models import vlm_config
 from visavis.checkpoints.transformers.weights import vlm_table
 from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
-from visavis.model.config import NaFlexConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
+from visavis.model.config import Qwen2VLTowerConfig, ViTConfig, VLMConfig
+from visavis.model.embedder_config import GemmaTowerConfig, NaFlexConfig
 from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
@@ -62,6 +75,7 @@ class TransformersFormat(FolderFormat):
 
     Attributes:
         jinja: source of the chat template; empty if there is none.
+        pooling: of an embedder that sentence-transformers saved; empty: the files do not say.
     """
 
     kind = "transformers"
@@ -78,6 +92,7 @@ class TransformersFormat(FolderFormat):
     placeholders: ClassVar[dict[str, tuple[str, ...]]] = {}  # texts of these tokens, if unusual
 
     jinja: str
+    pooling: Literal["", "last", "first", "mean"] = ""
 
     @classmethod
     def open(cls, detected: DetectedFormat, companions: Companions) -> Self:
@@ -85,6 +100,12 @@ class TransformersFormat(FolderFormat):
         data = read_json(folder / CONFIG)
         config, processor = cls.read_config(folder)
         table, files = cls.names(data, config), weight_files(folder)
+        weights, headless = read_tensors(files), False
+        if config.has_decoder:
+            weights, headless = whole_names(weights, data)
+        if headless:  # the embeddings stand in for the output layer that it lacks
+            config = replace(config, decoder=replace(config.decoder, tied_head=True))
+            table = cls.names(data, config)
         opened = cls(
             detected=detected,
             companions=companions,
@@ -93,15 +114,19 @@ class TransformersFormat(FolderFormat):
             config=config,
             processor=processor,
             table=table,
-            weights=merged(read_tensors(files), adapters, table.canonical),
+            weights=merged(weights, adapters, table.canonical),
             files=[folder / CONFIG, *files, *adapter_files(adapters)],
             identity={},
             jinja="",
         )
         opened.jinja = chat_template(opened.tokenizer_folder)
+        if config.tower is None or not (config.has_decoder or config.is_dual):
+            opened.pooling = read_pooling(folder, opened.jinja)
+        opened.jinja = "" if headless else opened.jinja
         opened.identity = data | {
             "processor": processor.to_dict() if processor else None,
             "chat": opened.jinja,
+            "pooling": opened.pooling,
         }
         opened.facts = {
             "architecture": str(data["model_type"]),
@@ -130,7 +155,7 @@ class TransformersFormat(FolderFormat):
         return write_transformers(checkpoint, folder, progress=progress)
 
     def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
-        return PromptConfig(jinja=self.jinja)
+        return PromptConfig(jinja=self.jinja, pooling=self.pooling or "last")
 
     def special_tokens(
         self, tokenizer: Tokenizer, specials: SpecialTokens, folder: Path
@@ -222,7 +247,9 @@ class MultiVectorFormat(TransformersFormat):
         self, tokenizer: Tokenizer, specials: SpecialTokens, folder: Path
     ) -> SpecialTokens:
         found = super().special_tokens(tokenizer, specials, folder)
-        return replace(found, add_bos=False, appended=())  # the forms write what is around a text
+        if not MULTI_VECTOR[self.settings["model_type"]].writes_bos:
+            return found
+        return replace(found, add_bos=False, appended=())
 
 
 class Idefics3Format(TransformersFormat):
@@ -246,6 +273,22 @@ class InternVLFormat(TransformersFormat):
 
     def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
         return PromptConfig(jinja=self.jinja, image_text="internvl")
+
+
+def whole_names(tensors: TensorFiles, data: Json) -> tuple[TensorFiles, bool]:
+    """Return tensors by the names of the class with an output layer, and whether they have none.
+
+    What is saved by its base class, as sentence-transformers does (`Qwen2Model`), lacks the output
+    layer, and its names lack the `model.` in front.
+    """
+    classes = data.get("architectures")
+    named = str(classes[0]) if isinstance(classes, list) and classes else ""
+    entries = tensors.entries
+    if not named.endswith("Model") or any(name.endswith("lm_head.weight") for name in entries):
+        return tensors, False
+    if not any(name.startswith("model.") for name in entries):
+        entries = {f"model.{name}": entry for name, entry in entries.items()}
+    return TensorFiles(entries), True
 
 
 def image_processor(
@@ -272,11 +315,13 @@ def image_processor(
     video = videos[0] if videos else None
     if isinstance(config.tower, Qwen2VLTowerConfig):
         return qwen2_vl_processor(settings[0], video, config.tower)
+    if isinstance(config.tower, GemmaTowerConfig):
+        return gemma_processor(settings[0], config.tower)
     if isinstance(config.tower, NaFlexConfig):
         return naflex_processor(settings[0], config.tower)
     if model_type == INTERNVL:
         processor = internvl_processor(settings[0], video)
-    elif model_type in IDEFICS3:
+    elif model_type in (*IDEFICS3, "colmodernvbert"):
         kind = str(settings[0].get("image_processor_type"))
         known = kind.removesuffix("Fast").removesuffix("Pil") in SPLITTERS
         require("image_processor_type", kind, known, " or ".join(SPLITTERS))

@@ -1,4 +1,4 @@
-"""Multi-vector models of transformers (ColPali, ColQwen2): settings, tensor names and prompts.
+"""Multi-vector models of transformers, such as ColPali: settings, names of tensors, prompts.
 
 A vision-language model (`vlm_config`, tensors below `vlm`) and a linear layer that makes a vector
 of each token's last hidden state. Opens no file.
@@ -7,7 +7,7 @@ of each token's last hidden state. Opens no file.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from visavis.checkpoints.transformers.config_reader import Json, count, require, section
 from visavis.checkpoints.weight_mapping import MappingRow, NameTable
@@ -32,6 +32,8 @@ class MultiVector:
         query: the form of a query, with {prefix} and {augmentation}.
         passage: the form of a text that is to be found, as colpali-engine has it.
         names: beginnings of names in the model within, and what they are here.
+        augmentation: the token that a query is augmented with; empty: the padding token.
+        image_text: how an image is written, see `processing/visual_text.py`.
     """
 
     vlm: str
@@ -42,6 +44,13 @@ class MultiVector:
     query: str
     passage: str
     names: tuple[tuple[str, str], ...] = ()
+    augmentation: str = ""
+    image_text: Literal["", "idefics3"] = ""
+
+    @property
+    def writes_bos(self) -> bool:
+        """Whether the forms hold what a tokenizer puts around a text, and it adds nothing."""
+        return "{bos}" in self.query
 
 
 KINDS = {
@@ -64,6 +73,18 @@ KINDS = {
         query="{prefix}{text}{augmentation}\n",
         passage="{text}",
         names=(("model.", "language_model."),),
+    ),
+    "colmodernvbert": MultiVector(
+        vlm="modernvbert",
+        image="<image>",
+        visual_prompt_prefix="<|begin_of_text|>User:<image>Describe the image."
+        "<end_of_utterance>\nAssistant:",
+        query_prefix="",
+        document="{prefix}",
+        query="{prefix}{text}{augmentation}",
+        passage="{text}",
+        augmentation="<end_of_utterance>",
+        image_text="idefics3",
     ),
 }
 
@@ -140,15 +161,18 @@ def multi_vector_prompts(config: Json, processor: Json, *, bos: str, pad: str) -
             f"visual_prompt_prefix is {texts['visual_prompt_prefix']!r}, expected {kind.image!r} "
             "in it once: that is where the image stands; copy processor_config.json again."
         )
-    for role, token in {"padding": pad, "beginning-of-sequence": bos}.items():
-        if not token and (role == "padding" or "{bos}" in kind.query):
+    needed = {"padding": not kind.augmentation and not pad}
+    needed["beginning-of-sequence"] = kind.writes_bos and not bos
+    for role, is_missing in needed.items():
+        if is_missing:
             raise CheckpointError(
                 f"the tokenizer names no {role} token, expected the one that stands in each "
                 "query; copy tokenizer_config.json again."
             )
     query = kind.query.replace("{prefix}", texts["query_prefix"])
-    augmentation = pad * NUM_AUGMENTATION_TOKENS
+    augmentation = (kind.augmentation or pad) * NUM_AUGMENTATION_TOKENS
     return PromptConfig(
+        image_text=kind.image_text,
         text_form=query.replace("{augmentation}", augmentation).replace("{bos}", bos),
         visual_form=document.replace("{bos}", bos),
         document_form=kind.passage.replace("{bos}", bos),

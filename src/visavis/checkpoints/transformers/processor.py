@@ -11,10 +11,11 @@ from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import Json, count, require, without_nulls
 from visavis.errors import CheckpointError
-from visavis.model.config import NaFlexConfig
+from visavis.model.embedder_config import GemmaTowerConfig, NaFlexConfig
 from visavis.processing.config import (
     MAX_PATCHES,
     AnyresConfig,
+    GemmaSizes,
     ImageProcessorConfig,
     NaFlexSizes,
 )
@@ -63,6 +64,14 @@ NAFLEX_DEFAULTS: dict[str, Any] = {
     "resample": 2,
     "patch_size": 16,
     "max_num_patches": 256,
+}
+GEMMA = "Gemma4ImageProcessor"
+GEMMA_DEFAULTS: dict[str, Any] = {
+    "do_normalize": False,
+    "resample": 3,
+    "patch_size": 16,
+    "max_soft_tokens": 280,
+    "pooling_kernel_size": 3,
 }
 MAX_TILES = 64  # a side of a canvas; more would be a mistake
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -119,6 +128,30 @@ def naflex_processor(config: Json, tower: NaFlexConfig) -> ImageProcessorConfig:
     require("max_num_patches", most, most <= MAX_PATCHES, f"at most {MAX_PATCHES}")
     naflex = NaFlexSizes(most)
     return ImageProcessorConfig(patch, "naflex", **common_fields(config), naflex=naflex)
+
+
+def gemma_processor(config: Json, tower: GemmaTowerConfig) -> ImageProcessorConfig:
+    """Return how images become patches of EmbeddingGemma 2's tower, which scales pixels itself.
+
+    Raises:
+        CheckpointError: another kind of processor, or a step that ours does not do.
+    """
+    found = config.get("image_processor_type")
+    kind = str(found).removesuffix("Fast").removesuffix("Pil")
+    require("image_processor_type", found, kind == GEMMA, f"'{GEMMA}'")
+    config = GEMMA_DEFAULTS | without_nulls(config)
+    require("do_normalize", config["do_normalize"], config["do_normalize"] is False, "false")
+    half = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    wanted = {"patch_size": tower.patch_size, "pooling_kernel_size": tower.merge}
+    for name, expected in wanted.items():
+        require(name, config[name], config[name] == expected, f"{expected}, the tower's")
+    most = count(config, "max_soft_tokens")
+    require("max_soft_tokens", most, most <= MAX_PATCHES, f"at most {MAX_PATCHES}")
+    side = tower.patch_size * tower.merge
+    longest = most * tower.merge  # patches of an image of one row of tokens
+    require("max_soft_tokens", most, longest <= tower.num_positions, "within the positions")
+    sizes = GemmaSizes(tower.merge, most)
+    return ImageProcessorConfig(side, "gemma", **common_fields(config | half), gemma=sizes)
 
 
 def common_fields(config: Json) -> dict[str, Any]:

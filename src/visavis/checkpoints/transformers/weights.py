@@ -19,6 +19,8 @@ from visavis.checkpoints.transformers.internvl import internvl_table
 from visavis.checkpoints.transformers.language_models import decoder_rows
 from visavis.checkpoints.transformers.llava_onevision15 import KIND as ONEVISION_15
 from visavis.checkpoints.transformers.llava_onevision15 import onevision15_table
+from visavis.checkpoints.transformers.modernvbert import KIND as MODERNVBERT
+from visavis.checkpoints.transformers.modernvbert import modernvbert_rows
 from visavis.checkpoints.transformers.multi_vector import multi_vector_parts, multi_vector_table
 from visavis.checkpoints.transformers.qwen2_vl import qwen2_vl_table
 from visavis.checkpoints.transformers.vision_models import (
@@ -37,13 +39,8 @@ from visavis.checkpoints.weight_mapping import (
     to_theirs,
 )
 from visavis.errors import CheckpointError
-from visavis.model.config import (
-    MixtureConfig,
-    NaFlexConfig,
-    Qwen2VLTowerConfig,
-    ViTConfig,
-    VLMConfig,
-)
+from visavis.model.config import MixtureConfig, Qwen2VLTowerConfig, ViTConfig, VLMConfig
+from visavis.model.embedder_config import GemmaEncoderConfig, GemmaTowerConfig, NaFlexConfig
 from visavis.model.vlm import VLM
 
 
@@ -255,6 +252,10 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
         return _idefics3_table(config, ours)
     if config["model_type"] == INTERNVL:
         return internvl_table(config, ours)
+    if config["model_type"] == MODERNVBERT:
+        siglip = {"model_type": "siglip_vision_model"} | section(config, "vision_config")
+        tower = tower_table(siglip, "vision_model.")
+        return NameTable((*modernvbert_rows(), *tower.rows), tower.aliases, tower.ignored)
     prefix = "" if ours.tower is None else "language_model."
     head = f"{prefix}lm_head"
     # A buffer that old files carry; and a tied head is the embeddings once more.
@@ -321,10 +322,24 @@ def _vlm_sizes(config: VLMConfig) -> Sizes:
             "kv": decoder.per_layer(decoder.num_kv_heads, layer) * decoder.head_dim,
             "ffn": decoder.per_layer(decoder.ffn_width, layer),
             **(tower(layer) if tower else {}),
-            **({"text_width": config.text_tower.width} if config.text_tower else {}),
+            **_text_sizes(config, layer),
         }
 
     return sizes
+
+
+def _text_sizes(config: VLMConfig, layer: int) -> dict[str, int]:
+    text, vision = config.text_tower, config.tower
+    found = {"text_width": text.width} if text else {}
+    if isinstance(text, GemmaEncoderConfig):
+        at = min(layer, text.num_layers - 1)  # the tower may have more
+        head = text.head_dims[at]
+        found |= {"text_q": text.num_heads * head, "text_kv": text.kv_heads[at] * head}
+        found["text_ffn"] = text.ffn_width
+    if isinstance(vision, GemmaTowerConfig):
+        each = vision.num_heads * vision.head_dim
+        found |= {"width_q": each, "width_kv": each, "gate": vision.ffn_width}
+    return found
 
 
 def _tower_sizes(config: ViTConfig | NaFlexConfig | Qwen2VLTowerConfig) -> Sizes:

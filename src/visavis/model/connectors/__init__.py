@@ -11,6 +11,7 @@ from visavis.model.connectors.base import Connector
 from visavis.model.connectors.merger import Merger
 from visavis.model.connectors.mixture import MixtureMLP
 from visavis.model.connectors.mlp import MLP, Identity
+from visavis.model.connectors.pooled_projection import PooledProjection
 from visavis.model.connectors.qformer import QFormer
 from visavis.model.connectors.resampler import Resampler
 from visavis.model.connectors.words import Words
@@ -21,6 +22,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "linear": MLP,
     "mlp": MLP,
     "merger": Merger,
+    "pooled": PooledProjection,
     "mixture": MixtureMLP,
     "resampler": Resampler,
     "qformer": QFormer,

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from visavis.model.config import (
-    EfficientNetConfig,
-    MixtureConfig,
-    NaFlexConfig,
-    Qwen2VLTowerConfig,
-    TowerConfig,
-)
+from visavis.model.config import EfficientNetConfig, MixtureConfig, Qwen2VLTowerConfig, TowerConfig
+from visavis.model.embedder_config import GemmaTowerConfig, NaFlexConfig
 
 
 def build_tower(config: TowerConfig) -> nn.Module:
@@ -27,6 +22,10 @@ def build_tower(config: TowerConfig) -> nn.Module:
         from visavis.model.vision.qwen2_vl import Qwen2VLTower
 
         return Qwen2VLTower(config)
+    if isinstance(config, GemmaTowerConfig):
+        from visavis.model.gemma_encoder import GemmaTower
+
+        return GemmaTower(config)
     if isinstance(config, NaFlexConfig):
         from visavis.model.vision.naflex import NaFlexTower
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.model.attention import SequenceLayout
-from visavis.model.config import NaFlexConfig
+from visavis.model.embedder_config import NaFlexConfig
 from visavis.model.layers import Linear
 from visavis.model.vision.vit import AttentionPool, ViTBlock
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visavis.model.attention import SequenceLayout, attend
-from visavis.model.config import ClipTextConfig, MixtureConfig, NaFlexConfig, ViTConfig
+from visavis.model.config import MixtureConfig, ViTConfig
 from visavis.model.decoder import ACTIVATIONS
+from visavis.model.embedder_config import ClipTextConfig, NaFlexConfig
 from visavis.model.layers import Conv2d, Linear
 
 QK_NORM_EPS = 1e-6  # in the library's code, not in its config
@@ -111,22 +112,25 @@ class ViT(nn.Module):
         self.post_norm = nn.LayerNorm(width, config.norm_eps) if config.post_norm else None
         self.pool = AttentionPool(config) if config.pooling == "attention" else None
 
-    def forward(self, pixels: Tensor, layer: int = -1) -> Tensor:
-        """Return hidden states [N, prefix + P, W].
+    def forward(self, pixels: Tensor, layer: int | tuple[int, ...] = -1) -> Tensor:
+        """Return hidden states [N, prefix + P, W], of several layers side by side [N, …, n * W].
 
         Args:
             layer: which hidden state: 0 is the embeddings, n the output of block n, negative
                 from the end. Only the last passes the final norm, and only with `norm_output`.
         """
         x = self.embed(pixels)
-        num_layers = self.config.num_layers
-        number = layer if layer >= 0 else num_layers + 1 + layer
-        for block in self.blocks[:number]:
+        layers, total = (layer,) if isinstance(layer, int) else layer, self.config.num_layers + 1
+        numbers = [one if one >= 0 else total + one for one in layers]
+        found = {0: x}
+        for number, block in enumerate(self.blocks[: max(numbers)], start=1):
             x = block(x)
-        if self.config.norm_output and number == num_layers:
+            if number in numbers:
+                found[number] = x
+        if self.config.norm_output and total - 1 in found:
             assert self.post_norm is not None
-            x = self.post_norm(x)
-        return x
+            found[total - 1] = self.post_norm(found[total - 1])
+        return torch.cat([found[one] for one in numbers], -1)
 
     def normed(self, pixels: Tensor) -> Tensor:
         """Return the last hidden state after the final norm, [N, prefix + P, W]."""
@@ -190,6 +194,6 @@ class TowerMixture(nn.Module):
         self.config = config
         self.first, self.second = ViT(config.first), ViT(config.second)
 
-    def forward(self, pixels: Tensor, layer: int = -1) -> Tensor:
+    def forward(self, pixels: Tensor, layer: int | tuple[int, ...] = -1) -> Tensor:
         """Return hidden states [V, prefix + P, W1 + W2]; see `ViT`."""
         return torch.cat((self.first(pixels, layer), self.second(pixels, layer)), -1)

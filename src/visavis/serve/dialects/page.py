@@ -5,7 +5,6 @@ Bodies are HTML forms, which carry files. The conversation is in page_chat.py.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from datetime import datetime
@@ -18,7 +17,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 
 from visavis.errors import InputError
 from visavis.index import Hit, Index
-from visavis.index.filters import KINDS, Filter
+from visavis.index.filters import KINDS
 from visavis.index.items import preview
 from visavis.index.relevance import SIZE, relevance
 from visavis.index.store import StoredItem
@@ -93,9 +92,13 @@ async def facets(call: Call) -> Any:
     """Count the items of each kind and folder."""
 
     def work(index: Index) -> dict[str, Any]:
-        folders = Counter(os.path.dirname(path) for _, path in index.store.file_items())
+        counts = index.store.folders() if index.store.exists() else {}
+        kinds, folders = dict.fromkeys(KINDS, 0), Counter[str]()
+        for (kind, folder), count in counts.items():
+            kinds[kind] += count
+            folders[folder] += count
+        del folders[""]  # of items that are no files
         shown = sorted(folders.most_common(MAX_FOLDERS))
-        kinds = {kind: index.count(Filter(kinds=(kind,))) for kind in KINDS}
         return {
             "kinds": kinds,
             "folders": [{"folder": folder, "count": count} for folder, count in shown],

@@ -27,7 +27,7 @@ MAX_TURNS = 200
 
 
 class Shown(BaseModel):
-    """What a turn shows: an item of the index, or one of the uploaded files, counted from 0."""
+    """An item of the index or one of the uploaded files, counted from 0, that a turn shows."""
 
     model_config = ConfigDict(extra="forbid")
     item: int | None = Field(None, ge=0, lt=2**63)

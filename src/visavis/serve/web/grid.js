@@ -21,7 +21,8 @@ let tiles = new Map(); // position -> li
 let current = 0; // position of the tile that Tab reaches
 let shape = { columns: 1, width: 0, rowHeight: 1, gap: 16 };
 let opened = -1;
-// "open" with the position; "failed" with an error; "shortened" with the number that can be reached
+// "open" with the position; "failed" with an error; "shortened" with the number that can be reached;
+// "shown" when another list is shown
 export const events = new EventTarget();
 
 /** Show a list: its length, its first items, and how to get others. */
@@ -36,6 +37,7 @@ export function show(size, first, loader) {
   const scroller = hits.closest("main");
   scroller.scrollTop = 0;
   if (window.scrollY > hits.offsetTop) window.scrollTo(0, 0);
+  events.dispatchEvent(new Event("shown"));
   layOut();
 }
 

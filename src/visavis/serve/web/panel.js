@@ -211,6 +211,11 @@ function drawHeat() {
 // --- wiring --------------------------------------------------------------------------------------
 
 grid.events.addEventListener("open", (event) => openAt(event.detail));
+grid.events.addEventListener("shown", () => {
+  if (!subject) return;
+  subject.position = -1; // it was one of another list
+  $("panel-previous").hidden = $("panel-next").hidden = true;
+});
 $("panel-close").onclick = close;
 $("panel-previous").onclick = () => openAt(subject.position - 1);
 $("panel-next").onclick = () => openAt(subject.position + 1);

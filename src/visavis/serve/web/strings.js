@@ -112,7 +112,7 @@ const WORDS = {
 
 export const LANGUAGES = { en: "English", de: "Deutsch" };
 const codes = Object.keys(LANGUAGES);
-const kept = localStorage.getItem("language");
+const kept = stored(() => localStorage.getItem("language"));
 const wanted = [kept, ...navigator.languages.map((code) => code.slice(0, 2))];
 export let language = wanted.find((code) => codes.includes(code)) ?? "en";
 
@@ -161,6 +161,15 @@ export function translate() {
 
 export function chooseLanguage(code) {
   language = code;
-  localStorage.setItem("language", code);
+  stored(() => localStorage.setItem("language", code));
   translate();
+}
+
+/** Use the browser's storage, which its settings may forbid. */
+function stored(use) {
+  try {
+    return use();
+  } catch {
+    return null;
+  }
 }

@@ -1,4 +1,5 @@
-"""Folders of CLIP, SigLIP, SigLIP 2 and MetaCLIP 2 as transformers writes them."""
+"""Folders of models that only embed, as transformers writes them: CLIP and its like,
+EmbeddingGemma 2."""
 
 from __future__ import annotations
 
@@ -10,12 +11,19 @@ from tokenizers import normalizers
 
 from visavis.checkpoints.checkpoint_format import CONFIG, refuse_quantised
 from visavis.checkpoints.tensor_files import read_json
-from visavis.checkpoints.transformers.config_reader import Json
+from visavis.checkpoints.transformers.config_reader import Json, require, without_nulls
 from visavis.checkpoints.transformers.dual_encoders import dual_config, dual_table
+from visavis.checkpoints.transformers.embedding_gemma2 import (
+    KIND,
+    TOKENS,
+    gemma_config,
+    gemma_table,
+)
 from visavis.checkpoints.transformers.load import TransformersFormat, image_processor
 from visavis.checkpoints.weight_mapping import NameTable
 from visavis.errors import CheckpointError
-from visavis.model.config import ClipTextConfig, VLMConfig
+from visavis.model.config import VLMConfig
+from visavis.model.embedder_config import ClipTextConfig
 from visavis.processing.config import ImageProcessorConfig
 from visavis.processing.prompt_config import PromptConfig
 from visavis.processing.tokenizer import SpecialTokens
@@ -69,3 +77,43 @@ class DualEncoderFormat(TransformersFormat):
                 "(eos_token_id); tokenizer and config belong to different models."
             )
         return specials
+
+
+@dataclass(kw_only=True)
+class EmbeddingGemma2Format(TransformersFormat):
+    """EmbeddingGemma 2 as transformers writes it."""
+
+    kind, title, model_types = KIND, "EmbeddingGemma 2, transformers", (KIND,)
+    target = ""
+
+    @classmethod
+    def names(cls, data: Json, config: VLMConfig) -> NameTable:
+        return gemma_table()
+
+    @classmethod
+    def read_config(cls, path: Path) -> tuple[VLMConfig, ImageProcessorConfig | None]:
+        data = read_json(path / CONFIG)
+        refuse_quantised(data, path)
+        config = gemma_config(data)
+        return config, image_processor(config, path)
+
+    def prompt_config(self, tokenizer: Tokenizer, specials: SpecialTokens) -> PromptConfig:
+        settings = TOKENS | without_nulls(self.settings)
+        require("pooling", self.pooling, self.pooling in ("", "mean"), "the mean")
+        if self.config is None or self.config.tower is None:
+            marks = ["", ""]
+        else:
+            ids = [settings["boi_token_id"], settings["eoi_token_id"]]
+            texts = [tokenizer.id_to_token(one) if type(one) is int else None for one in ids]
+            if None in texts:
+                raise CheckpointError(
+                    f"config.json of {self.path} names {ids} as the tokens around an image, which "
+                    "its tokenizer does not have; the two belong to different models."
+                )
+            marks = [str(text) for text in texts]
+        return PromptConfig(
+            pooling="head",
+            embed_image_start=marks[0],
+            embed_image_end=marks[1],
+            instruction_form="task: {instruction} | query: {text}",
+        )
