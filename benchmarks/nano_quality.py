@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 import visavis
 from visavis.checkpoints.checkpoint import has_bf16_instructions
-from visavis.data.datasets import Record, load_source, with_article
+from visavis.data.datasets import Record, load_source
+from visavis.data.kinds import with_article
 from visavis.inputs import Image, Prompt
 from visavis.train.feature_store import FeatureStore
 

@@ -1,4 +1,4 @@
-"""Kinds of things that names are of, and questions about whether a thing is there.
+"""Kinds of things (a bird for an owl), and questions whether a thing is in an image.
 
 `kinds.tsv` holds a line for each kind: its name and the names that belong to it (first names of
 ImageNet's classes and labels of the data sets).
@@ -39,7 +39,7 @@ def kinds() -> dict[str, str]:
 
 
 def kinds_of(record: Record) -> list[str]:
-    """Return the kinds that a record's label belongs to, narrow to wide: bird, animal."""
+    """Return the kinds of a record's label, narrow to wide: bird and animal for an owl."""
     found = [record.group.lower() or kinds().get(record.label.lower(), "")]
     while found[-1] and len(found) < len(kinds()):
         found.append(kinds().get(found[-1], ""))
@@ -70,8 +70,9 @@ def with_presence(records: list[Record]) -> list[Record]:
 def ask_presence(records: Sequence[Record], number: int, seed: int) -> list[Record]:
     """Return records, those with labels with `number` questions whether a thing is there.
 
-    A coin decides each answer, so that none tells another. What is there is the label or one of its
-    kinds; what is not is another label or kind, now and then of the same kind.
+    Each answer is drawn, yes or no with equal chance, independent of the others. Questions with
+    the answer yes name the label or one of its kinds; those with no another label or kind, now and
+    then of the same kind.
     """
     labels: dict[str, set[str]] = {}
     for record in records:

@@ -20,12 +20,7 @@ from torch import Tensor, nn
 from visavis.checkpoints import bundled
 from visavis.checkpoints.compose import everyday_words
 from visavis.checkpoints.efficientnet import load_efficientnet
-from visavis.data.datasets import (
-    LONG_WORDS,
-    Record,
-    imagenet_classes,
-    sentences,
-)
+from visavis.data.datasets import LONG_WORDS, Record, imagenet_classes, sentences
 from visavis.data.kinds import with_article
 from visavis.errors import TrainError
 from visavis.inputs import Prompt
