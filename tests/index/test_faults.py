@@ -60,7 +60,7 @@ def assert_sound(root: Path, said: list[str]) -> None:
     with Index(root / "a.idx", model) as index:
         items = {item.source: item for item in index.items(1000)}
         for line in said:
-            if line.startswith("has"):
+            if line.startswith("has") and os.path.exists(line[4:]):  # `watch` deletes some later
                 assert line[4:] in items
         ids = sorted(item.id for item in items.values())
         vectors = np.stack([index.store.vectors([number])[number] for number in ids])

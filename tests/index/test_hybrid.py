@@ -147,7 +147,9 @@ def test_similar_items_need_no_model(index: Index, monkeypatch: pytest.MonkeyPat
     expected = index.search(NOTES["letter"], mode="vector")
     item = expected[0].item
     monkeypatch.setattr(index, "model", None)
-    assert [hit.source for hit in index.similar(item.id)] == [hit.source for hit in expected]
+    found = index.similar(item.id, with_itself=True)
+    assert [hit.source for hit in found] == [hit.source for hit in expected]
+    assert index.similar(item.id, 2, offset=1) == found[2:4]
     with pytest.raises(InputError, match="no item 99"):
         index.similar(99)
 
