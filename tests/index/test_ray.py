@@ -39,6 +39,7 @@ def start(checkpoint, corpus, output, *options):
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "RAY_raylet_start_wait_time_s": "600",  # of a loaded machine
+            "RAY_agent_register_timeout_ms": "600000",
         },
     )
 
@@ -56,27 +57,27 @@ def workers_of(process):
     return found
 
 
-def test_every_item_is_there_once_although_workers_are_killed(tmp_path):
+def test_every_item_is_there_once_although_a_worker_is_killed(tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "model")
     corpus, output = tmp_path / "corpus", tmp_path / "shards"
-    pictures = write_pictures(corpus, 160)
+    pictures = write_pictures(corpus, 400)
     process = start(checkpoint, corpus, output)
-    killed = 0
+    killed = False
     limit = time.monotonic() + LIMIT
-    while process.poll() is None and killed < 2 and time.monotonic() < limit:
-        num_done = len(list(output.glob("part-*.parquet")))
-        if num_done >= 2 + 5 * killed:
+    while process.poll() is None and not killed and time.monotonic() < limit:
+        if len(list(output.glob("part-*.parquet"))) >= 2:
             for worker in workers_of(process)[:1]:
                 worker.send_signal(signal.SIGKILL)
-                killed += 1
-        time.sleep(0.05)
+                killed = True
+        time.sleep(0.02)
+    assert len(list(output.glob("part-*.parquet"))) < 40  # in mid-run
     stdout, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, stderr[-2000:]
-    assert killed == 2
+    assert killed
     summary = json.loads(stdout.strip().splitlines()[-1])
-    assert (summary["shards"], summary["made"], summary["failed"]) == (16, 16, 0)
+    assert (summary["shards"], summary["made"], summary["failed"]) == (40, 40, 0)
     shards = sorted(output.glob("*.parquet"))
-    assert len(shards) == 16
+    assert len(shards) == 40
     sources = Counter(s for path in shards for s in parquet.read_table(path)["source"].to_pylist())
     assert sources == Counter(map(str, pictures))
 
