@@ -35,7 +35,11 @@ def start(checkpoint, corpus, output, *options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "RAY_raylet_start_wait_time_s": "600",  # of a loaded machine
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""What sort of thing a name is of, and questions whether a thing is there.
+"""Kinds of things that names are of, and questions about whether a thing is there.
 
 `kinds.tsv` holds a line for each kind: its name and the names that belong to it (first names of
 ImageNet's classes and labels of the data sets).
@@ -39,7 +39,7 @@ def kinds() -> dict[str, str]:
 
 
 def kinds_of(record: Record) -> list[str]:
-    """Return what a record's label is a sort of, narrow to wide: bird, animal for an owl."""
+    """Return the kinds that a record's label belongs to, narrow to wide: bird, animal."""
     found = [record.group.lower() or kinds().get(record.label.lower(), "")]
     while found[-1] and len(found) < len(kinds()):
         found.append(kinds().get(found[-1], ""))

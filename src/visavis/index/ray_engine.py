@@ -90,7 +90,13 @@ def run_on_ray(
             "pip install 'visavis[ray]'"
         ) from None
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # Ray raises plain ones
+            raise InputError(
+                f"Ray cannot start or be reached ({error}); check RAY_ADDRESS, or wait until the "
+                "machine is less busy"
+            ) from error
     resource = "GPU" if gpu else "CPU"
     available = int(ray.cluster_resources().get(resource, 0))
     if available < (workers or 1):

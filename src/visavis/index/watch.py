@@ -34,7 +34,7 @@ WAIT_SECONDS = 10.0  # until a folder that cannot be reached is tried again
 
 @dataclass
 class WatchReport:
-    """What one round changed: numbers of items, and (source, reason) of what failed."""
+    """Changes of one round: numbers of items, and (source, reason) of each failure."""
 
     added: int = 0
     changed: int = 0

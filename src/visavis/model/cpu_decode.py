@@ -91,7 +91,8 @@ class _Layer:
     """One block with its weights at hand."""
 
     def __init__(self, block: nn.Module, config: DecoderConfig, number: int) -> None:
-        assert isinstance(block, Block) and block.ffn_norm is not None
+        assert isinstance(block, Block)
+        assert block.attn_norm is not None and block.ffn_norm is not None
         self.heads = config.per_layer(config.num_heads, number)
         self.kv_heads = config.per_layer(config.num_kv_heads, number)
         self.head_dim, self.eps = config.head_dim, config.norm_eps

@@ -30,6 +30,9 @@ class NaFlexConfig:
     num_prefix_tokens: ClassVar[int] = 0
     gated_ffn: ClassVar[bool] = False
     layer_scale: ClassVar[bool] = False
+    norm: ClassVar[Literal["layer", "rms"]] = "layer"
+    qkv_bias: ClassVar[bool] = True
+    qk_norm: ClassVar[bool] = False
 
     def num_patches(self, shape: ImageGrid) -> int:
         """Return how many patches the tower reads of an image or video."""
@@ -93,6 +96,9 @@ class ClipTextConfig:
     kind: Literal["CLIP"] = "CLIP"
     gated_ffn: ClassVar[bool] = False
     layer_scale: ClassVar[bool] = False
+    norm: ClassVar[Literal["layer", "rms"]] = "layer"
+    qkv_bias: ClassVar[bool] = True
+    qk_norm: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class GemmaBlock(nn.Module):
         q = _rotated(self.q_norm(q) * self.head_dim**0.5, tables)  # scores are not scaled
         k = _rotated(self.k_norm(k), tables)
         v = F.rms_norm(v.float(), v.shape[-1:], eps=self.eps).to(v.dtype)
-        mixed = attend(q, k, v, layout, causal=False, window=window + 1 if window else 0).flatten(1)
+        mixed = attend(q, k, v, layout, causal=False, window=window).flatten(1)
         x = x + self.attn_post_norm(self.out(mixed))
         gate, hidden = self.up(self.ffn_norm(x)).chunk(2, -1)
         return x + self.ffn_post_norm(self.down(self.activation(gate) * hidden))
@@ -118,7 +118,7 @@ class GemmaEncoder(nn.Module):
         return found * torch.tensor(self.config.width**0.5, dtype=found.dtype)
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return what the mean is taken of, [T, dim], for the input x [T, W]."""
+        """Return the states that are averaged, [T, dim], of the input x [T, W]."""
         config, layout = self.config, SequenceLayout(tuple(lengths))
         shares = self.ple_project(x) * config.width**-0.5
         shares = self.ple_norm(shares.view(len(x), config.num_layers, -1))
@@ -128,7 +128,8 @@ class GemmaEncoder(nn.Module):
             key = (config.rope_bases[number], config.head_dims[number])
             if key not in tables:
                 tables[key] = [_tables(places, *key)]
-            x = block(x, tables[key], layout, config.windows[number])
+            radius = config.windows[number]  # the token itself not included
+            x = block(x, tables[key], layout, radius + 1 if radius else 0)
             x = self.ple[number](x, shares[:, number]) * self.scales[number]
         found: Tensor = self.project(self.norm(x))
         return found

@@ -46,7 +46,7 @@ def write_multi_vector(loaded: Checkpoint, folder: Path, *, progress: bool = Fal
     config, dtype = loaded.vlm.config, loaded.vlm.decoder.dtype
     data = multi_vector_json(config)
     specials, tokenizer = loaded.specials, loaded.tokenizer
-    image = tokenizer.id_to_token(config.image_token_id)
+    image = tokenizer.id_to_token(config.image_token_id) or ""
     settings = _processors(loaded, data)
     data["torch_dtype"] = str(dtype).removeprefix("torch.")
     data["vlm_config"]["text_config"] |= {  # else each family's default, beyond small vocabularies
@@ -81,8 +81,9 @@ def multi_vector_json(config: VLMConfig) -> dict[str, Any]:
         kind, within = "colmodernvbert", _modernvbert_json(inner)
     else:
         kind, within = "colpali", _paligemma_json(inner)
+    name = f"{CLASSES[kind]}ForRetrieval"
     found = {
-        "architectures": [f"{CLASSES[kind]}ForRetrieval"],
+        "architectures": [name],
         "model_type": kind,
         "embedding_dim": config.multi_vector_dim,
         "vlm_config": within,
@@ -92,7 +93,7 @@ def multi_vector_json(config: VLMConfig) -> dict[str, Any]:
     except CheckpointError as error:
         raise inexpressible("the model", str(error)) from error
     if read != config:
-        raise inexpressible("the model", f"{found['architectures'][0]} differs")
+        raise inexpressible("the model", f"{name} differs")
     return found
 
 

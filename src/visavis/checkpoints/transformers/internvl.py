@@ -232,9 +232,13 @@ def _square(config: Json) -> int:
     return count(size, "height")
 
 
-def refuse_original() -> CheckpointError:
-    """Return the error for a folder in the original layout."""
-    return CheckpointError(
+def refuse_original(config: Json) -> VLMConfig:
+    """Refuse a folder in the original layout.
+
+    Raises:
+        CheckpointError: always; the message names the repository to take.
+    """
+    raise CheckpointError(
         f"config.json has model_type {ORIGINAL!r}, the layout of InternVL's original repositories, "
         f"which runs their own code; expected {KIND!r}: take the repository whose name ends in -HF "
         "(InternVL3_5-1B-HF for InternVL3_5-1B), which has the same weights"

@@ -120,7 +120,8 @@ class TransformersFormat(FolderFormat):
             jinja="",
         )
         opened.jinja = chat_template(opened.tokenizer_folder)
-        opened.pooling = "" if config.is_dual else read_pooling(folder, opened.jinja)
+        if config.tower is None or not (config.has_decoder or config.is_dual):
+            opened.pooling = read_pooling(folder, opened.jinja)
         opened.jinja = "" if headless else opened.jinja
         opened.identity = data | {
             "processor": processor.to_dict() if processor else None,

@@ -8,6 +8,7 @@ Language models are in `language_models.py`, tensor names in `weights.py`.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,46 +146,18 @@ def vlm_config(config: Json) -> VLMConfig:
     kind = config.get("model_type")
     if kind in KINDS:
         return VLMConfig(decoder=decoder_config(config))
-    if kind in (QWEN2_VL, QWEN2_5_VL):
-        return qwen2_vl_config(config)
-    if kind == QWEN3_VL:
-        return qwen3_vl_config(config)
-    if kind in MULTI_VECTOR:
-        return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
-    if kind in IDEFICS3:
-        return idefics3_config(config)
-    if kind == MODERNVBERT:
-        vision = {"model_type": "siglip_vision_model"} | section(config, "vision_config")
-        return modernvbert_config(config, vit_config(vision))
-    if kind == ONEVISION_15:
-        return onevision15_config(config)
-    if kind == INTERNVL:
-        return internvl_config(config)
-    if kind == INTERNVL_CHAT:
-        raise refuse_original()
+    if isinstance(kind, str) and kind in READERS:
+        return READERS[kind](config)
     if not isinstance(kind, str) or kind not in LLAVAS:
-        known = (
-            *KINDS,
-            *LLAVAS,
-            QWEN2_VL,
-            QWEN2_5_VL,
-            QWEN3_VL,
-            *MULTI_VECTOR,
-            *IDEFICS3,
-            INTERNVL,
-            ONEVISION_15,
-        )
-        raise unknown_type(kind, known)
-    if kind == PALIGEMMA:
-        return _paligemma_config(config)
+        raise unknown_type(kind, (*KINDS, *LLAVAS, *(k for k in READERS if k != INTERNVL_CHAT)))
     text, vision = parts(config)
     tower, decoder = vit_config(vision), decoder_config(text)
     config = LLAVAS[kind].settings | without_nulls(config)
     layer, select = config["vision_feature_layer"], config["vision_feature_select_strategy"]
     layers = layer if isinstance(layer, list) else [layer]
-    known = range(-tower.num_layers - 1, tower.num_layers + 1)
+    there = range(-tower.num_layers - 1, tower.num_layers + 1)
     fits = 0 < len(layers) <= MAX_FEATURE_LAYERS and all(type(n) is int for n in layers)
-    fits = fits and all(one in known for one in layers)
+    fits = fits and all(one in there for one in layers)
     require("vision_feature_layer", layer, fits, f"one or some of {tower.num_layers} layers")
     require("vision_feature_select_strategy", select, select in ("default", "full"), "one of two")
     # "default" drops exactly the first token, whatever the tower is; tiles need a square of them.
@@ -227,6 +200,29 @@ def _paligemma_config(config: Json) -> VLMConfig:
         connector=ConnectorConfig("linear", tower.width, decoder.width),
         image_token_id=_placeholder(config, "image", decoder.vocab_size),
     )
+
+
+def _modernvbert_config(config: Json) -> VLMConfig:
+    vision = {"model_type": "siglip_vision_model"} | section(config, "vision_config")
+    return modernvbert_config(config, vit_config(vision))
+
+
+def _multi_vector_config(config: Json) -> VLMConfig:
+    return with_multi_vectors(config, vlm_config(multi_vector_parts(config)))
+
+
+READERS: dict[str, Callable[[Json], VLMConfig]] = {  # of model types with a config of their own
+    QWEN2_VL: qwen2_vl_config,
+    QWEN2_5_VL: qwen2_vl_config,
+    QWEN3_VL: qwen3_vl_config,
+    **dict.fromkeys(MULTI_VECTOR, _multi_vector_config),
+    **dict.fromkeys(IDEFICS3, idefics3_config),
+    MODERNVBERT: _modernvbert_config,
+    ONEVISION_15: onevision15_config,
+    INTERNVL: internvl_config,
+    INTERNVL_CHAT: refuse_original,
+    PALIGEMMA: _paligemma_config,
+}
 
 
 def _placeholder(config: Json, visual: str, vocab_size: int) -> int:

@@ -253,8 +253,8 @@ def vlm_table(config: Json, ours: VLMConfig) -> NameTable:
     if config["model_type"] == INTERNVL:
         return internvl_table(config, ours)
     if config["model_type"] == MODERNVBERT:
-        vision = {"model_type": "siglip_vision_model"} | section(config, "vision_config")
-        tower = tower_table(vision, "vision_model.")
+        siglip = {"model_type": "siglip_vision_model"} | section(config, "vision_config")
+        tower = tower_table(siglip, "vision_model.")
         return NameTable((*modernvbert_rows(), *tower.rows), tower.aliases, tower.ignored)
     prefix = "" if ours.tower is None else "language_model."
     head = f"{prefix}lm_head"
