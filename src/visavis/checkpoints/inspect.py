@@ -13,14 +13,14 @@ from visavis.model.config import VLMConfig
 from visavis.model.image_tokens import tokens_per_view
 from visavis.model.vlm import VLM
 
-PARTS = {
-    "multi_vector_head": "multi-vector head",  # attributes of a VLM
+PARTS = {  # attributes of a VLM
     "tower": "vision tower",
     "connector": "connector",
     "decoder": "language model",
     "text_tower": "text tower",
     "head": "embedding head",
     "dual_head": "embedding head",
+    "multi_vector_head": "multi-vector head",
 }
 
 
