@@ -67,7 +67,8 @@ def write(folder: Path, random: np.random.Generator) -> list[Path]:
 def main() -> None:
     root, task, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     random = np.random.default_rng(seed)
-    adding.BATCH_ITEMS = migrate.BATCH_ITEMS = 3
+    for module in (adding, migrate):
+        vars(module)["BATCH_ITEMS"] = 3
     coded_rows.APPENDED = 8
     model: Any = PixelModel(SqliteStore(root / "a.idx").meta().get("model") == "other")
     while True:

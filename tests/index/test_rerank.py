@@ -34,7 +34,8 @@ def test_the_first_hits_are_ranked_again(tmp_path: Path) -> None:
             )
         }
         assert {hit.source: hit.late_score for hit in hits} == pytest.approx(expected, abs=1e-4)
-        assert [h.late_score for h in hits] == sorted((h.late_score for h in hits), reverse=True)
+        late = [h.late_score or 0.0 for h in hits]
+        assert late == sorted(late, reverse=True)
         assert "late interaction" in hits[0].why
         assert {(hit.source, hit.score) for hit in hits} == {(h.source, h.score) for h in plain}
         assert index.search("where?", k=2, offset=1, rerank=model) == hits[1:3]

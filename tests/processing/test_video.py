@@ -129,8 +129,8 @@ def test_seeking_finds_the_frames_of_a_full_decode(name, codec, options, tmp_pat
         rate = 25 if name == "a.h264" else 15  # what is assumed where nothing is said
         assert found.times == pytest.approx([i / rate for i in indices], abs=2e-3)
         assert found.duration == pytest.approx(60 / rate, abs=2e-3)
-        found = survey(Video(path), config)
-        assert (list(found.indices), found.size) == (list(indices), SIZE)
+        told = survey(Video(path), config)
+        assert (list(told.indices), told.size) == (list(indices), SIZE)
 
 
 def test_bytes_and_an_open_file_name_the_same(clip):
@@ -190,8 +190,8 @@ def test_pictures_and_folders(tmp_path):
         assert found.times[:3] == (0, 0.5, 1) and found.duration == 6
     few = read_frames(Video(pictures[:3]), EIGHT)
     assert len(few.frames) == 3
-    found = survey(Video(tmp_path), EIGHT)
-    assert (len(found.indices), found.size, found.rate) == (8, (8, 6), 2)
+    told = survey(Video(tmp_path), EIGHT)
+    assert (len(told.indices), told.size, told.rate) == (8, (8, 6), 2)
     assert frame_files(tmp_path / "frame1.png") == ()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageError, match="holds no pictures"):
@@ -214,8 +214,8 @@ def test_animations(kind):
     assert [f.getpixel((3, 3)) for f in found.frames] == [colour(i) for i in (0, 3, 6, 9)]
     assert found.times == pytest.approx((0, 0.3, 0.8, 1.7))
     assert found.duration == pytest.approx(2)
-    found = survey(Video(buffer.getvalue()), VideoConfig(frames=4))
-    assert (len(found.indices), found.size) == (4, (16, 16))
+    told = survey(Video(buffer.getvalue()), VideoConfig(frames=4))
+    assert (len(told.indices), told.size) == (4, (16, 16))
 
 
 def test_content_hash_names_frames(clip, tmp_path):
