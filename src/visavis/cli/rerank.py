@@ -63,8 +63,7 @@ def rerank(
 
     [bold]Examples[/bold]
 
-      visavis rerank Qwen/Qwen3-VL-Reranker-2B "a dog on a beach" -i a.jpg -i b.jpg \\
-        --profile qwen3-vl-reranker
+      visavis rerank reranker/ "a dog" -i a.jpg -i b.jpg --profile qwen3-vl-reranker
     """
     if not (query or query_images):
         raise InputError("nothing to look for: give QUERY, --query-image or both")
