@@ -77,6 +77,8 @@ def load(
 def stats(index_path: IndexArgument, as_json: JsonOption = False) -> None:
     """Show what an index holds: items by kind and folder, and files that were left out.
 
+    Files are left out by suffix and reason, as counted when their folder was last added.
+
     [bold]Examples[/bold]
 
       visavis index stats photos.idx
@@ -117,6 +119,8 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the items of an index with their vectors as Parquet or JSON lines.
+
+    Parquet needs pyarrow. The output is replaced in one step.
 
     [bold]Examples[/bold]
 
