@@ -408,8 +408,7 @@ class VLMConfig:
     `drop_first_token` leaves out a patch, the upper left one, of towers without class token: what
     TinyLLaVA's models of SigLIP were trained with (docs/quirks.md), and no new model should.
     A dual encoder without decoder has `no_decoder` as its decoder.
-    `multi_vector_dim` is the length of the vectors that a linear layer makes of each token's last
-    hidden state (ColBERT, Khattab & Zaharia 2020; ColPali, Faysse et al. 2024); 0: no such layer.
+    `multi_vector_dim` is the length of ColPali's vectors of tokens (Faysse et al. 2024); 0: none.
     """
 
     decoder: DecoderConfig
