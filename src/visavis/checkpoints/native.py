@@ -59,7 +59,6 @@ from visavis.checkpoints.tensor_files import StoredTensor, TensorFiles, read_ten
 from visavis.errors import CheckpointError
 from visavis.model.config import (
     BertConfig,
-    Qwen2VLTowerConfig,
     VLMConfig,
     to_dict,
     vlm_config_from_dict,
@@ -130,7 +129,7 @@ def read_settings(
         blank(config, torch.float32)
         if not 0 < (share := config.decoder.rope_fraction) <= 1:
             raise ValueError(f"rope_fraction is {share}, expected above 0 and at most 1")
-        if config.tower is not None and not isinstance(config.tower, Qwen2VLTowerConfig):
+        if config.tower is not None and not config.tower.any_resolution:
             _check_numbers(tokens_per_view(config), "tokens per image")
         texts = {name: value for name, value in data["profile"].items() if name != "min_score"}
         if not all(isinstance(value, str) for value in texts.values()):
