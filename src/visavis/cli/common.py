@@ -227,7 +227,7 @@ class Loading:
             "--profile",
             metavar="NAME",
             help="Embedding profile if the checkpoint has none: llave, vlm2vec-v1, vlm2vec-v2, "
-            "gme, ops-mm, b3, unime-v2, e5-v or plain.",
+            "gme, ops-mm, b3, unime-v2, e5-v, qwen3-vl-embedding, qwen3-vl-reranker or plain.",
             rich_help_panel=PANEL,
         ),
     ] = ""
