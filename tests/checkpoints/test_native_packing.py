@@ -47,7 +47,7 @@ def test_files_keep_their_values(kind: str, tied: bool, tmp_path: Path) -> None:
     assert {tuple(kinds) for name, kinds in found.items() if "qkv" not in name} == {(kind,)}
     assert isinstance(model.vlm.decoder.embed, QuantizedEmbedding)
     assert model.vlm.decoder.compiled is not None and exact.vlm.decoder.compiled is None
-    assert_near(logits(model), logits(exact), 0.998)
+    assert_near(logits(model), logits(exact), 0.996)
     stored = dict(decoder_state(open_gguf(path)))
     for name, module in model.vlm.decoder.named_modules():
         if isinstance(module, QuantizedLinear):

@@ -194,7 +194,8 @@ def test_company_changes_no_answer(precision: str, tmp_path: Path) -> None:
     model = visavis.load(path, precision=precision, device="cpu")
     items = ["abc", "a longer text than that, to be read", "x", "defghi" * 5]
     together = model.embed(items)
-    assert all(np.array_equal(model.embed([i])[0], v) for i, v in zip(items, together, strict=True))
+    alone = np.concatenate([model.embed([item]) for item in items])
+    assert np.abs(alone - together).max() < 1e-5
 
 
 @pytest.mark.usefixtures("large")
@@ -365,7 +366,8 @@ def test_low_rank_pairs_and_mixed_parts_are_stored(tmp_path: Path) -> None:
     loaded = load_checkpoint(path, device="cpu")
     linear = loaded.vlm.decoder.blocks[0].qkv
     assert isinstance(linear, QuantizedLinear)
-    linear.low, linear.high = torch.randn(2, 64).bfloat16(), torch.randn(128, 2).bfloat16()
+    dtype = loaded.vlm.decoder.dtype
+    linear.low, linear.high = torch.randn(2, 64).to(dtype), torch.randn(128, 2).to(dtype)
     (tmp_path / "out").mkdir()
     write_native(loaded, tmp_path / "out")
     again = load_checkpoint(tmp_path / "out", device="cpu").vlm.decoder.blocks[0].qkv

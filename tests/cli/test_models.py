@@ -66,6 +66,7 @@ def visavis(cache: Path, endpoint: str, *words: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_a_short_name_is_fetched_from_the_hub(tmp_path: Path) -> None:
     pytest.importorskip("skimage", reason="sample pictures: pip install 'visavis[demo]'")
     root, cache = tmp_path / "hub", tmp_path / "cache"

@@ -67,7 +67,7 @@ def test_modes(notes: Index) -> None:
             next(one.score for one in vector if one.source == hit.source), abs=1e-6
         )
     with pytest.raises(UnknownNameError, match="did you mean 'hybrid'"):
-        notes.search("x", mode="mixed")
+        notes.search("x", mode="hybrids")
     with pytest.raises(InputError, match="no words to look for"):
         notes.search(picture(1), mode="text")
 

@@ -30,6 +30,7 @@ KINDS = {
     "identity": (ConnectorConfig("identity", 24, 24), 16),
     "linear": (ConnectorConfig("linear", 24, 32), 16),
     "mlp": (ConnectorConfig("mlp", 24, 32, depth=3, shuffle=2, hidden_width=8), 4),
+    "pooled": (ConnectorConfig("pooled", 24, 32, shuffle=2), 4),
     "mixture": (ConnectorConfig("mixture", 24, 32, depth=2), 32),
     "resampler": (ConnectorConfig("resampler", 24, 32, depth=2, num_queries=5), 5),
     "qformer": (ConnectorConfig("qformer", 24, 32, depth=3, num_queries=6, hidden_width=64), 6),

@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "regular expressions": {
         "target_modules": r"model\.layers\.[01]\.(self_attn\.(q|v)_proj|mlp\..*_proj)",
         "rank_pattern": {r"^model\.layers\.0\..*q_proj": 2, "layers.[0-9].*(up|gate)_proj": 3},
-        "alpha_pattern": {r"(0|2)\.mlp\.down_proj": 5, "proj": 100, "v_pro.": 2, ".*": 7},
+        "alpha_pattern": {r"(0|2)\.mlp\.down_proj": 5, "proj": 100, "v_pro.": 2},
     },
     "head trained whole": {"target_modules": ["gate_proj"], "modules_to_save": ["lm_head"]},
 }

@@ -114,13 +114,13 @@ def test_an_image_is_opened_twice_and_hashed_once(
     assert opened[second.name] == 1 and hashed.read == second.stat().st_size
 
 
-def test_an_indexed_image_is_opened_twice_and_hashed_once(
+def test_an_indexed_image_is_opened_three_times_and_hashed_once(
     tiled: Model, tmp_path: Path, hashed: type[CountedHash]
 ) -> None:
     paths = write_pictures(tmp_path / "images", 3)
     with Index(tmp_path / "index", tiled) as index, counted() as opened:
         assert index.add(tmp_path / "images").added == 3
-    assert [opened[path.name] for path in paths] == [2, 2, 2]
+    assert [opened[path.name] for path in paths] == [3, 3, 3]  # hash, date and place, pixels
     assert hashed.read == sum(path.stat().st_size for path in paths)
 
 

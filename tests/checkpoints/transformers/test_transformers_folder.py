@@ -308,7 +308,7 @@ CLIP = {"image_processor_type": "CLIPImageProcessor"}
         ({}, "image processor is a None"),
         (CLIP | {"do_resize": False}, "do_resize"),
         (CLIP | {"rescale_factor": 1.0}, "rescale_factor"),
-        (CLIP | {"resample": 1}, "resample"),
+        (CLIP | {"resample": 5}, "resample"),
         (CLIP | {"size": {"height": 3, "width": 4}}, "size"),
         (CLIP | {"crop_size": 300}, "crop_size"),
         (CLIP | {"do_center_crop": False}, "do_center_crop"),
