@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def imported_modules(path: Path) -> Iterator[str]:
                 yield f"visavis.{alias.name}" if is_part else node.module
 
 
+@cache
 def part_imports() -> dict[str, dict[str, str]]:
     """Return for each part the other parts it imports, each with a file that does so."""
     graph: dict[str, dict[str, str]] = {}
@@ -106,6 +108,7 @@ def part_imports() -> dict[str, dict[str, str]]:
     return graph
 
 
+@cache
 def file_imports() -> dict[str, set[str]]:
     """Return for each module of the package the modules it imports, inside functions too.
 

@@ -120,6 +120,7 @@ def test_an_interrupted_run_goes_on_with_the_same_command(run: Run, tmp_path: Pa
     assert len(losses(tmp_path / "out")) == 2 + 12
 
 
+@pytest.mark.slow
 def test_two_processes_by_torchrun(run: Run, tmp_path: Path) -> None:
     """The steps are those of one process; the second says nothing."""
     command = ("train", LLAVE, *SHORT, "stages.1.log_every=1", "--json")

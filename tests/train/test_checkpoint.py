@@ -87,6 +87,7 @@ def losses(folder: Path) -> list[Any]:
     return [(line["step"], line["loss"], line["norm"], line["tokens"]) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_is_the_unbroken_one(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
