@@ -41,6 +41,7 @@ from visavis.index.store import (
     WordMatch,
     check_meta,
     cosines,
+    cosines_by_id,
 )
 from visavis.index.word_counts import K1, B, count_words, inverse_frequency, stems_of
 
@@ -284,11 +285,7 @@ class PostgresStore:
         return [(number, score) for number, score in rows]
 
     def cosines(self, query: np.ndarray, ids: Sequence[int]) -> dict[int, float]:
-        found = self.vectors(ids)
-        if not found:
-            return {}
-        scores = cosines(np.stack(list(found.values())), query)
-        return dict(zip(found, map(float, scores), strict=True))
+        return cosines_by_id(self.vectors(ids), query)
 
     def matching(
         self, words: Sequence[str], limit: int, filter: Filter | None = None

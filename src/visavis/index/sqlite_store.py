@@ -29,7 +29,7 @@ from visavis.index.store import (
     StoredItem,
     WordMatch,
     check_meta,
-    cosines,
+    cosines_by_id,
 )
 
 SPACE = "(SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'space')"
@@ -248,11 +248,7 @@ class SqliteStore:
         return self._rows.nearest(query, limit, filter)
 
     def cosines(self, query: np.ndarray, ids: Sequence[int]) -> dict[int, float]:
-        found = self.vectors(ids)
-        if not found:
-            return {}
-        scores = cosines(np.stack(list(found.values())), query)
-        return dict(zip(found, map(float, scores), strict=True))
+        return cosines_by_id(self.vectors(ids), query)
 
     def matching(
         self, words: Sequence[str], limit: int, filter: Filter | None = None

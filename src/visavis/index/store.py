@@ -247,6 +247,14 @@ def cosines(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
     return result
 
 
+def cosines_by_id(vectors: Mapping[int, np.ndarray], query: np.ndarray) -> dict[int, float]:
+    """Return item number → exact cosine of its vector with a query [D]."""
+    if not vectors:
+        return {}
+    scores = cosines(np.stack(list(vectors.values())), query)
+    return dict(zip(vectors, map(float, scores), strict=True))
+
+
 def address_or_path(name: str | Path) -> str | Path:
     """Return the address of a database, or the path of an index file."""
     text = str(name)

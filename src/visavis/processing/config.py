@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
 from visavis.errors import InputError
 from visavis.utils import suggest
@@ -34,7 +34,28 @@ MAX_EDGE = 4096  # pixels that Idefics3 enlarges the longer side of an image to 
 
 
 @dataclass(frozen=True)
-class AnyresConfig:
+class _Config:
+    """Base class of the configs below. `title` names one in errors."""
+
+    title: ClassVar[str]
+
+    @classmethod
+    def check_keys(cls, values: Mapping[str, Any]) -> None:
+        """Refuse keys that are no field."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise InputError(f"{cls.title} config: unknown key {key!r}; {suggest(key, names)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the config of plain JSON values; unknown keys are errors."""
+        cls.check_keys(values)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class AnyresConfig(_Config):
     """Which canvases an image may be laid on.
 
     Args:
@@ -47,6 +68,7 @@ class AnyresConfig:
         square: side of the square that every image is squashed to first; 0: none.
     """
 
+    title: ClassVar[str] = "tiles"
     grids: tuple[tuple[int, int], ...]
     axes: Literal["wh", "hw"] = "wh"
     multi_image: Literal["tile", "pad"] = "tile"
@@ -69,23 +91,20 @@ class AnyresConfig:
             raise InputError(f"tiles config: {'; '.join(problems)}")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AnyresConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"tiles config: unknown key {key!r}; {suggest(key, names)}")
         grids = values.get("grids", ())
         listed = isinstance(grids, (list, tuple)) and all(
             isinstance(g, (list, tuple)) for g in grids
         )
-        return cls(**{**values, "grids": tuple(map(tuple, grids)) if listed else grids})
+        return super().from_dict({**values, "grids": tuple(map(tuple, grids)) if listed else grids})
 
 
 @dataclass(frozen=True)
-class Phi3VConfig:
+class Phi3VConfig(_Config):
     """How many tiles an image becomes at most; published: 4 for several images, 16 for one."""
 
+    title: ClassVar[str] = "hd"
     num_crops: int = 16
 
     def __post_init__(self) -> None:
@@ -93,18 +112,9 @@ class Phi3VConfig:
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise InputError(f"num_crops is {number!r}, expected a whole number of at least 1")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Phi3VConfig:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"hd config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
-
 
 @dataclass(frozen=True)
-class SplitConfig:
+class SplitConfig(_Config):
     """How Idefics3 and SmolVLM cut images.
 
     Args:
@@ -114,6 +124,7 @@ class SplitConfig:
             square view; 0: the model takes no videos.
     """
 
+    title: ClassVar[str] = "split"
     longest_edge: int
     cut: bool = True
     video_edge: int = 0
@@ -130,20 +141,12 @@ class SplitConfig:
         if problems:
             raise InputError(f"split config: {'; '.join(problems)}")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SplitConfig:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"split config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
-
 
 @dataclass(frozen=True)
-class RatioConfig:
+class RatioConfig(_Config):
     """How many tiles an InternVL's image becomes at least and at most, a view of it aside."""
 
+    title: ClassVar[str] = "ratio"
     min_tiles: int = 1
     max_tiles: int = 12
 
@@ -155,20 +158,12 @@ class RatioConfig:
                 "from 1 on"
             )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RatioConfig:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"ratio config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
-
 
 @dataclass(frozen=True)
-class NaFlexSizes:
+class NaFlexSizes(_Config):
     """How many patches an image becomes at most; published: 256, at test time up to 1024."""
 
+    title: ClassVar[str] = "naflex"
     max_patches: int = 256
 
     def __post_init__(self) -> None:
@@ -178,20 +173,12 @@ class NaFlexSizes:
                 f"naflex config: max_patches is {number!r}, expected 1 to {MAX_PATCHES}"
             )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> NaFlexSizes:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"naflex config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
-
 
 @dataclass(frozen=True)
-class GemmaSizes:
+class GemmaSizes(_Config):
     """Side in patches of what becomes one token, and how many tokens an image becomes at most."""
 
+    title: ClassVar[str] = "gemma"
     merge: int = 3
     max_tokens: int = 280
 
@@ -201,18 +188,9 @@ class GemmaSizes:
             if type(number) is not int or not 1 <= number <= most:
                 raise InputError(f"gemma config: {name} is {number!r}, expected 1 to {most}")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GemmaSizes:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"gemma config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
-
 
 @dataclass(frozen=True)
-class Qwen2VLConfig:
+class Qwen2VLConfig(_Config):
     """How images become patches.
 
     Args:
@@ -229,6 +207,7 @@ class Qwen2VLConfig:
         square: side of the square that every image is squashed to first; 0: none.
     """
 
+    title: ClassVar[str] = "patches"
     patch: int = 14
     merge: int = 2
     temporal: int = 2
@@ -262,15 +241,6 @@ class Qwen2VLConfig:
                     "between the two"
                 )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Qwen2VLConfig:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"patches config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
-
     @property
     def factor(self) -> int:
         """Side in pixels of what becomes one token."""
@@ -287,7 +257,7 @@ class Qwen2VLConfig:
 
 
 @dataclass(frozen=True)
-class VideoConfig:
+class VideoConfig(_Config):
     """Which frames of a video a model is shown; saved with the weights.
 
     Args:
@@ -299,6 +269,7 @@ class VideoConfig:
             Qwen3-VL do (video.py).
     """
 
+    title: ClassVar[str] = "video"
     frames: int = 32
     fps: float | None = None
     max_frames: int = 128
@@ -323,20 +294,24 @@ class VideoConfig:
                 f"max_frames={self.max_frames}"
             )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VideoConfig:
-        """Return the config of plain JSON values; unknown keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(f"video config: unknown key {key!r}; {suggest(key, names)}")
-        return cls(**values)
+
+PARTS: dict[str, type[_Config]] = {  # fields of the whole that are configs of their own
+    "patches": Qwen2VLConfig,
+    "hd": Phi3VConfig,
+    "naflex": NaFlexSizes,
+    "split": SplitConfig,
+    "ratio": RatioConfig,
+    "gemma": GemmaSizes,
+    "tiles": AnyresConfig,
+    "video": VideoConfig,
+}
 
 
 @dataclass(frozen=True)
-class ImageProcessorConfig:
+class ImageProcessorConfig(_Config):
     """How a vision tower wants its images; saved with the weights."""
 
+    title: ClassVar[str] = "image processor"
     size: int  # pixels, side of the square the tower sees; of any resolution: of one token
     # squash: ignore aspect | crop: centre square | pad: to a square, mean colour | patches: any
     # size, see qwen2_vl.py | hd: tiles, see phi3v.py | split: tiles, see idefics3.py | ratio:
@@ -376,16 +351,10 @@ class ImageProcessorConfig:
             problems.append(f"resize={self.resize!r}, but patches are {self.patches}")
         elif self.patches is not None and self.size != self.patches.factor:
             problems.append(f"size is {self.size}, but a token {self.patches.factor} pixels")
-        if (self.resize == "hd") != (self.hd is not None):
-            problems.append(f"resize={self.resize!r}, but hd is {self.hd}")
-        if (self.resize == "naflex") != (self.naflex is not None):
-            problems.append(f"resize={self.resize!r}, but naflex is {self.naflex}")
-        if (self.resize == "split") != (self.split is not None):
-            problems.append(f"resize={self.resize!r}, but split is {self.split}")
-        if (self.resize == "ratio") != (self.ratio is not None):
-            problems.append(f"resize={self.resize!r}, but ratio is {self.ratio}")
-        if (self.resize == "gemma") != (self.gemma is not None):
-            problems.append(f"resize={self.resize!r}, but gemma is {self.gemma}")
+        for name in ("hd", "naflex", "split", "ratio", "gemma"):
+            part = getattr(self, name)
+            if (self.resize == name) != (part is not None):
+                problems.append(f"resize={self.resize!r}, but {name} is {part}")
         if self.tiles is not None and self.resize != "squash":
             problems.append(f"tiles do not go with resize={self.resize!r}, only with 'squash'")
         elif (
@@ -405,35 +374,16 @@ class ImageProcessorConfig:
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessorConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the config that `to_dict` wrote; unknown and missing keys are errors."""
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise InputError(
-                    f"image processor config: unknown key {key!r}; {suggest(key, names)}"
-                )
+        cls.check_keys(values)
         missing = [name for name in ("size", "resize", "mean", "std") if name not in values]
         if missing:
             raise InputError(f"image processor config: {', '.join(missing)} missing")
         tuples: dict[str, Any] = {n: tuple(map(float, values[n])) for n in ("mean", "std")}
-        patches = values.get("patches")
-        if patches is not None:
-            tuples["patches"] = Qwen2VLConfig.from_dict(patches)
-        if values.get("hd") is not None:
-            tuples["hd"] = Phi3VConfig.from_dict(values["hd"])
-        if values.get("naflex") is not None:
-            tuples["naflex"] = NaFlexSizes.from_dict(values["naflex"])
-        if values.get("split") is not None:
-            tuples["split"] = SplitConfig.from_dict(values["split"])
-        if values.get("ratio") is not None:
-            tuples["ratio"] = RatioConfig.from_dict(values["ratio"])
-        if values.get("gemma") is not None:
-            tuples["gemma"] = GemmaSizes.from_dict(values["gemma"])
-        if values.get("tiles") is not None:
-            tuples["tiles"] = AnyresConfig.from_dict(values["tiles"])
-        if values.get("video") is not None:
-            tuples["video"] = VideoConfig.from_dict(values["video"])
+        for name, part in PARTS.items():
+            if values.get(name) is not None:
+                tuples[name] = part.from_dict(values[name])
         return cls(**{**values, **tuples})
 
 

@@ -115,25 +115,42 @@ class PromptConfig:
         return dataclasses.asdict(self)
 
 
-_GME = (
+_SYSTEM = (
     "<|im_start|>system\n{{instruction}}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-    "<|im_start|>assistant\n<|endoftext|>"
+    "<|im_start|>assistant\n"
 )
 _E5V = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n \n"
 )
-_QWEN3 = (
-    "<|im_start|>system\n{{instruction}}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-    "<|im_start|>assistant\n"
+
+
+def _as_system(form: str, default_instruction: str, instruction_end: str = "") -> PromptConfig:
+    """Return a profile whose instruction is the system's message."""
+    return PromptConfig(
+        embed_image_start="<|vision_start|>",
+        embed_image_end="<|vision_end|>",
+        text_form=form.format("{text}"),
+        visual_form=form.format("{visual}"),
+        visual_text_form=form.format("{visual}{text}"),
+        default_instruction=default_instruction,
+        instruction_end=instruction_end,
+    )
+
+
+_GME = _as_system(_SYSTEM + "<|endoftext|>", "You are a helpful assistant.")
+# VLM2Vec: no chat format and no marks around a picture's tokens, so that the code it was trained
+# with found no pictures to count positions for. The first is what MMEB's image data hold, for both
+# versions; the second what the second version makes of videos and pages.
+_VLM2VEC_V1 = PromptConfig(
+    embed_image_end="\n",
+    instruction_form="{instruction} {text}\n",
+    embed_positions="flat",
 )
-_SYSTEM = PromptConfig(
-    embed_image_start="<|vision_start|>",
-    embed_image_end="<|vision_end|>",
-    text_form=_GME.format("{text}"),
-    visual_form=_GME.format("{visual}"),
-    visual_text_form=_GME.format("{visual}{text}"),
-    default_instruction="You are a helpful assistant.",
+_VLM2VEC_V2 = PromptConfig(
+    embed_image_end=" ",
+    instruction_form="{instruction} {text}",
+    embed_positions="flat",
 )
 PROFILES = {  # how published models embed, where their files do not say
     # LLaVE: the answer is a newline, and the newline after its end is what is pooled.
@@ -144,45 +161,18 @@ PROFILES = {  # how published models embed, where their files do not say
         embed_image_end="\n",
         instruction_form="{instruction} {text}\n",
     ),
-    # VLM2Vec: no chat format and no marks around a picture's tokens, so that the code it was
-    # trained with found no pictures to count positions for. The first is what MMEB's image data
-    # hold, for both versions; the second what the second version makes of videos and pages.
-    "vlm2vec-v1": PromptConfig(
-        embed_image_end="\n",
-        instruction_form="{instruction} {text}\n",
-        embed_positions="flat",
-    ),
-    "vlm2vec-v2": PromptConfig(
-        embed_image_end=" ",
-        instruction_form="{instruction} {text}",
-        embed_positions="flat",
-    ),
-    # GME and Ops-MM-embedding-v1: the instruction is the system's message.
-    "gme": _SYSTEM,
-    "ops-mm": _SYSTEM,
+    "vlm2vec-v1": _VLM2VEC_V1,
+    "vlm2vec-v2": _VLM2VEC_V2,
+    # GME and Ops-MM-embedding-v1.
+    "gme": _GME,
+    "ops-mm": _GME,
     # B3 and UniME-V2 grew from VLM2Vec. B3 has the lines of its first version; what its targets
     # begin with ("Represent the answer: ") is part of their text. UniME-V2's own examples have a
     # blank after the image; MMEB's data bring their lines along.
-    "b3": PromptConfig(
-        embed_image_end="\n",
-        instruction_form="{instruction} {text}\n",
-        embed_positions="flat",
-    ),
-    "unime-v2": PromptConfig(
-        embed_image_end=" ",
-        instruction_form="{instruction} {text}",
-        embed_positions="flat",
-    ),
-    # Qwen3-VL-Embedding: the same, without a word after the answer's start.
-    "qwen3-vl-embedding": PromptConfig(
-        embed_image_start="<|vision_start|>",
-        embed_image_end="<|vision_end|>",
-        text_form=_QWEN3.format("{text}"),
-        visual_form=_QWEN3.format("{visual}"),
-        visual_text_form=_QWEN3.format("{visual}{text}"),
-        default_instruction="Represent the user's input.",
-        instruction_end=".",
-    ),
+    "b3": _VLM2VEC_V1,
+    "unime-v2": _VLM2VEC_V2,
+    # Qwen3-VL-Embedding: without a word after the answer's start.
+    "qwen3-vl-embedding": _as_system(_SYSTEM, "Represent the user's input.", "."),
     # Qwen3-VL-Reranker.
     "qwen3-vl-reranker": PromptConfig(reranker="qwen3-vl"),
     # E5-V: each kind of item is summed up in one word; instructions are not given.

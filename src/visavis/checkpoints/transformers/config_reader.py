@@ -82,6 +82,24 @@ def activation(config: Json) -> Any:
     return ACTIVATIONS[config["hidden_act"]]
 
 
+def vit_fields(config: Json) -> dict[str, Any]:
+    """Return the fields of a `ViTConfig` that every tower of square images has."""
+    require("num_channels", (n := config.get("num_channels", 3)), n == 3, "3")
+    width, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
+    require("num_attention_heads", heads, width % heads == 0, f"a divisor of {width}")
+    image_size, patch_size = count(config, "image_size"), count(config, "patch_size")
+    require("patch_size", patch_size, patch_size <= image_size, "less than image_size")
+    return {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "width": width,
+        "num_layers": num_layers(config),
+        "num_heads": heads,
+        "activation": activation(config),
+        "norm_eps": number(config, "layer_norm_eps"),
+    }
+
+
 def unknown_type(kind: object, known: tuple[str, ...]) -> CheckpointError:
     """Return the error for a `model_type` that is not read."""
     return CheckpointError(

@@ -10,12 +10,11 @@ from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import (
     Json,
-    activation,
     count,
-    num_layers,
     number,
     require,
     section,
+    vit_fields,
     without_nulls,
 )
 from visavis.checkpoints.transformers.language_models import decoder_config
@@ -87,21 +86,9 @@ def idefics3_config(config: Json) -> VLMConfig:
 
 def _tower(vision: Json) -> ViTConfig:
     vision = VISION | without_nulls(vision)
-    channels = vision.get("num_channels", 3)
-    require("num_channels", channels, channels == 3, "3")
-    width, heads = count(vision, "hidden_size"), count(vision, "num_attention_heads")
-    require("num_attention_heads", heads, width % heads == 0, f"a divisor of {width}")
-    image_size, patch_size = count(vision, "image_size"), count(vision, "patch_size")
-    require("patch_size", patch_size, patch_size <= image_size, "less than image_size")
     return ViTConfig(
-        image_size=image_size,
-        patch_size=patch_size,
-        width=width,
-        num_layers=num_layers(vision),
-        num_heads=heads,
+        **vit_fields(vision),
         ffn_width=count(vision, "intermediate_size"),
-        activation=activation(vision),
-        norm_eps=number(vision, "layer_norm_eps"),
         class_token=False,
         patch_bias=True,
         position_buckets=True,

@@ -12,12 +12,11 @@ from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import (
     Json,
-    activation,
     count,
-    num_layers,
     number,
     require,
     section,
+    vit_fields,
     without_nulls,
 )
 from visavis.checkpoints.transformers.language_models import decoder_config, decoder_rows
@@ -111,25 +110,15 @@ def internvl_config(config: Json) -> VLMConfig:
 
 def _tower(vision: Json) -> ViTConfig:
     vision = VISION | without_nulls(vision)
-    channels, norm = vision.get("num_channels", 3), vision["norm_type"]
-    require("num_channels", channels, channels == 3, "3")
+    vision |= {name: _side(vision, name) for name in ("image_size", "patch_size")}
+    fields, norm = vit_fields(vision), vision["norm_type"]
     require("norm_type", norm, norm in NORMS, " or ".join(NORMS))
-    width, heads = count(vision, "hidden_size"), count(vision, "num_attention_heads")
-    require("num_attention_heads", heads, width % heads == 0, f"a divisor of {width}")
     positions = vision["use_absolute_position_embeddings"]
     require("use_absolute_position_embeddings", positions, positions is True, "true")
-    image_size, patch_size = _side(vision, "image_size"), _side(vision, "patch_size")
-    require("patch_size", patch_size, patch_size <= image_size, "less than image_size")
     pooled = bool(vision["use_mean_pooling"])
     return ViTConfig(
-        image_size=image_size,
-        patch_size=patch_size,
-        width=width,
-        num_layers=num_layers(vision),
-        num_heads=heads,
+        **fields,
         ffn_width=count(vision, "intermediate_size"),
-        activation=activation(vision),
-        norm_eps=number(vision, "layer_norm_eps"),
         patch_bias=True,
         post_norm=not pooled,
         norm_output=not pooled,

@@ -14,13 +14,12 @@ from typing import Any
 
 from visavis.checkpoints.transformers.config_reader import (
     Json,
-    activation,
     count,
-    num_layers,
     number,
     require,
     section,
     unknown_type,
+    vit_fields,
     without_nulls,
 )
 from visavis.checkpoints.transformers.idefics3 import KINDS as IDEFICS3
@@ -265,27 +264,17 @@ def vit_config(config: Json) -> ViTConfig:
     if not isinstance(kind, str) or kind not in TOWERS:
         raise unknown_type(kind, tuple(TOWERS))
     config = TOWERS[kind] | without_nulls(config)
-    require("num_channels", (n := config.get("num_channels", 3)), n == 3, "3")
-    width, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
-    require("num_attention_heads", heads, width % heads == 0, f"a divisor of {width}")
-    image_size, patch_size = count(config, "image_size"), count(config, "patch_size")
-    require("patch_size", patch_size, patch_size <= image_size, "less than image_size")
-    fields: dict[str, Any] = {
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "width": width,
-        "num_layers": num_layers(config),
-        "num_heads": heads,
-        "activation": activation(config),
-        "norm_eps": number(config, "layer_norm_eps"),
-    }
+    fields = vit_fields(config)
     if kind == "clip_vision_model":
         return ViTConfig(**fields, ffn_width=count(config, "intermediate_size"), pre_norm=True)
     if kind == "siglip_vision_model":
         ffn_width = count(config, "intermediate_size")
         return ViTConfig(**fields, ffn_width=ffn_width, class_token=False, patch_bias=True)
     require("qkv_bias", (bias := config.get("qkv_bias", True)), bias is True, "true")
-    ffn_width, gated = int(width * number(config, "mlp_ratio")), config.get("use_swiglu_ffn", False)
+    ffn_width, gated = (
+        int(fields["width"] * number(config, "mlp_ratio")),
+        config.get("use_swiglu_ffn", False),
+    )
     if gated:  # two thirds, in steps of 8, so that three matrices cost what two did
         ffn_width, fields["activation"] = (int(ffn_width * 2 / 3) + 7) // 8 * 8, "silu"
     return ViTConfig(

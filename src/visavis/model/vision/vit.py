@@ -130,7 +130,8 @@ class ViT(nn.Module):
         if self.config.norm_output and total - 1 in found:
             assert self.post_norm is not None
             found[total - 1] = self.post_norm(found[total - 1])
-        return torch.cat([found[one] for one in numbers], -1)
+        states = [found[one] for one in numbers]
+        return states[0] if len(states) == 1 else torch.cat(states, -1)
 
     def normed(self, pixels: Tensor) -> Tensor:
         """Return the last hidden state after the final norm, [N, prefix + P, W]."""
